@@ -1,0 +1,52 @@
+"""PipeOptim: asynchronous pipeline training that learns like synchronous training.
+
+In a pipeline that never flushes, a mini-batch's forward runs on weights that are several updates older than those of its
+backward. PipeOptim predicts, before each forward, the weights that will be there at the backward, from the update rule of
+whichever optimizer is used, and keeps at most two copies of the weights per device.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.version import VERSION as __version__
+
+if TYPE_CHECKING:
+    from pipeoptim.engine import Emulator, Schedule
+    from pipeoptim.methods import METHODS, Method, get_method, register_method
+    from pipeoptim.rules import predict_weights
+
+# Names that need torch are imported when first used, so that the command line answers at once.
+_LAZY = {
+    "Emulator": "pipeoptim.engine",
+    "METHODS": "pipeoptim.methods",
+    "Method": "pipeoptim.methods",
+    "Schedule": "pipeoptim.engine",
+    "get_method": "pipeoptim.methods",
+    "predict_weights": "pipeoptim.rules",
+    "register_method": "pipeoptim.methods",
+}
+
+__all__ = [
+    "METHODS",
+    "ConfigError",
+    "Emulator",
+    "Method",
+    "PipeOptimError",
+    "Schedule",
+    "StageFailure",
+    "__version__",
+    "get_method",
+    "predict_weights",
+    "register_method",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pipeoptim' has no attribute {name!r}")
+    return getattr(import_module(_LAZY[name]), name)
+
+
+def __dir__() -> list[str]:
+    return __all__

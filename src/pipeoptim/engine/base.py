@@ -1,0 +1,88 @@
+"""What both engines have in common: the stages that live here, and the questions a user can ask of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from pipeoptim.engine.stage import StageWorker
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method, copies, get_method
+
+
+class Pipeline:
+    """Base of :class:`~pipeoptim.Emulator` and :class:`~pipeoptim.Schedule`.
+
+    Attributes:
+        method: what runs.
+        depth, microbatches: D and M.
+        program: the action program of all stages.
+    """
+
+    def __init__(self, method: str | Method, depth: int, microbatches: int) -> None:
+        self.method = get_method(method)
+        self.program = self.method.program(depth, microbatches)
+        self.depth, self.microbatches = depth, microbatches
+        self._workers: dict[int, StageWorker] = {}
+        self._steps = 0  # mini-batches fed since the last (re)start
+        self._stop = False
+
+    @property
+    def local_stages(self) -> list[int]:
+        """The stages that live in this process."""
+        return sorted(self._workers)
+
+    def version(self, k: int) -> int:
+        """Updates that stage ``k`` has applied."""
+        return self._worker(k).weights.version
+
+    def version_gap(self, k: int, microbatch: int = 0) -> int:
+        """Updates of stage ``k`` between F and B of micro-batch ``microbatch`` of a mini-batch, in steady state."""
+        return self.program.steady_gap(k, microbatch)
+
+    def weight_copies(self, k: int) -> int:
+        """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
+        return copies(self.method, self.depth, self.microbatches, k)
+
+    def weight_bytes(self, k: int) -> int:
+        """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""
+        return self._worker(k).weight_bytes()
+
+    def stage_state_dict(self, k: int) -> dict[str, Any]:
+        """All that stage ``k`` needs to continue bit for bit: tensors (not copied) and plain data.
+
+        Raises:
+            PipeOptimError: micro-batches are in flight; call :meth:`drain` first.
+        """
+        return self._worker(k).state_dict()
+
+    def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
+        """Continue stage ``k`` from :meth:`stage_state_dict`.
+
+        Raises:
+            PipeOptimError: micro-batches are in flight; call :meth:`drain` first.
+        """
+        self._worker(k).load_state_dict(state)
+        self._steps = 0
+
+    def request_stop(self) -> None:
+        """Ask the run to stop: on stage 0, every stage sees :attr:`stop_requested` after the same next step."""
+        self._stop = True
+
+    @property
+    def stop_requested(self) -> bool:
+        """Whether a stop was requested; equal on every stage after the same step."""
+        return self._stop
+
+    def close(self) -> None:
+        """Give back what the pipeline holds outside the process. Nothing here; connections in ``Schedule``."""
+
+    def _restart(self) -> None:
+        for worker in self._workers.values():
+            worker.restart()
+        self._steps = 0
+
+    def _worker(self, k: int) -> StageWorker:
+        if k not in self._workers:
+            where = f"stages 0 .. {self.depth - 1} exist" if not 0 <= k < self.depth else f"here live {self.local_stages}"
+            raise ConfigError(f"stage {k} does not live in this process; {where}")
+        return self._workers[k]

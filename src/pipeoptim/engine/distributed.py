@@ -1,0 +1,241 @@
+"""One stage per process, on ``torch.distributed``: the same per-stage code as the emulator, with real transfers between."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine.base import Pipeline
+from pipeoptim.engine.link import Receiver, Sender
+from pipeoptim.engine.stage import LossFn, StageWorker
+from pipeoptim.engine.tree import as_args, split
+from pipeoptim.engine.upstream import read_stage
+from pipeoptim.engine.watch import Watch
+from pipeoptim.errors import ConfigError, StageFailure
+from pipeoptim.methods import Method
+from pipeoptim.schedule import Action, Kind
+
+_STOP = 1
+_made = 0  # pipelines made in this process: keeps their keys in the store apart
+
+
+class Schedule(Pipeline):
+    """Trains one stage of a pipeline in this process; the other stages are in other processes.
+
+    Takes the place of ``torch.distributed.pipelining.Schedule1F1B``, except that it steps the optimizer itself: drop your own
+    ``optimizer.step()`` and ``zero_grad()``. All processes call ``step``, ``drain`` and ``eval_step`` in the same order.
+
+    Args:
+        stage: torch's ``PipelineStage``: the module, its place, its device and the group of the pipeline's processes.
+        optimizer: of this stage's parameters; None if it has none.
+        loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; used on the last stage.
+        method, microbatches, prediction: as in :class:`~pipeoptim.Emulator`; equal in all processes.
+        seed: of this stage's random numbers, by default torch's initial seed. The same in all processes draws what the emulator draws.
+        scheduler: of this stage's learning rate; advanced once per update.
+        timeout: seconds to wait for a neighbour's message before giving up.
+        liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
+            it. None switches the watch off.
+
+    Raises:
+        ConfigError: no process group, processes and stages do not match, or the processes were given different settings.
+
+    Example (under ``torchrun --nproc-per-node 2``)::
+
+        stage = PipelineStage(module, rank, 2, device)
+        schedule = po.Schedule(stage, torch.optim.AdamW(module.parameters()), loss_fn)
+        for x, y in batches:
+            schedule.step(x) if rank == 0 else schedule.step(target=y)
+        schedule.drain()
+    """
+
+    def __init__(
+        self,
+        stage: PipelineStage,
+        optimizer: Optimizer | None,
+        loss_fn: LossFn,
+        method: str | Method = "pipeoptim",
+        microbatches: int = 1,
+        *,
+        scheduler: LRScheduler | None = None,
+        prediction: str = "refined",
+        seed: int | None = None,
+        timeout: float = 1800.0,
+        liveness_timeout: float | None = 10.0,
+    ) -> None:
+        if not dist.is_initialized():
+            raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
+        place = read_stage(stage)
+        super().__init__(method, place.depth, microbatches)
+        self.k, self.device = place.k, place.device
+        seed = torch.initial_seed() if seed is None else seed
+        worker = StageWorker(
+            place.module,
+            optimizer,
+            self.method,
+            self.program,
+            self.k,
+            loss_fn,
+            scheduler=scheduler,
+            prediction=prediction,
+            seed=seed,
+            device=self.device,
+        )
+        self.worker = self._workers[self.k] = worker
+        self._connect(
+            place.ranks,
+            timeout,
+            liveness_timeout,
+            f"method={self.method.name} microbatches={microbatches} prediction={prediction}",
+        )
+
+    # -- what users call -------------------------------------------------------------------------------------------
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor | None:
+        """Feed one mini-batch: F of its micro-batches, and the backwards that are due by then.
+
+        Args:
+            args: input of the model; stage 0 only.
+            target: for ``loss_fn``; last stage only.
+            kwargs: for this stage's module.
+
+        Returns:
+            The mini-batch's loss, detached, on the last stage; None on the others.
+
+        Raises:
+            ConfigError: arguments on the wrong stage, or a batch that M does not divide.
+            StageFailure: another stage died or does not answer.
+        """
+        if args and self.k > 0:
+            raise ConfigError(f"stage {self.k} was given {len(args)} inputs; only stage 0 takes them, use keywords for others")
+        feeds = split((args, kwargs, target), self.microbatches, f"the inputs of stage {self.k}")
+        losses: list[Tensor] = []
+        first = self._steps * self.microbatches
+        self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, losses))
+        self._steps += 1
+        if not losses:
+            return None
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def drain(self) -> None:
+        """Run the backwards and updates still in flight; afterwards every stage has the same version."""
+        self._guard(lambda: self._run(self.program.drain(self.k, self._steps), 0, [], []))
+        self._restart()
+
+    def eval_step(self, *args: Any, target: Any = None, drain: bool = True, **kwargs: Any) -> Tensor | None:
+        """Loss on the latest weights, in eval mode and without gradient; on the last stage, None on the others.
+
+        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
+        stage uses the latest weights it has, which in mid-flight are of different versions.
+        """
+        if drain:
+            self.drain()
+        return self._guard(lambda: self._evaluate(args, kwargs, target))
+
+    def close(self) -> None:
+        """Wait for the last sends and stop the watch. Call it once, after the last :meth:`drain`."""
+        for link in (self._to_next, self._to_previous):
+            if link is not None:
+                self._guard(link.flush)
+        if self._watch is not None:
+            self._watch.close()
+
+    # -- actions -----------------------------------------------------------------------------------------------------
+
+    def _run(self, actions: list[Action], first: int, feeds: list[Any], losses: list[Tensor]) -> None:
+        for action in actions:
+            if action.kind is Kind.F:
+                self._forward(action.index, feeds[action.index - first], losses)
+            elif action.kind is Kind.B:
+                self._backward(action.index)
+            else:
+                self.worker.update()
+
+    def _forward(self, i: int, feed: Any, losses: list[Tensor]) -> None:
+        args, kwargs, target = feed
+        if self._from_previous is not None:
+            self._from_previous.post()
+            self.worker.prepare(i)  # predicts while the input is on its way
+            args = as_args(self._take_activation())
+        output = self.worker.forward(i, args, kwargs, target)
+        if self._to_next is not None:
+            self._to_next.send(output, _STOP if self._stop else 0)
+        else:
+            losses.append(output)
+
+    def _backward(self, i: int) -> None:
+        gradients = [] if self._from_next is None else self._from_next.take()
+        gradients = self.worker.backward(i, gradients)
+        if self._to_previous is not None:
+            self._to_previous.send(gradients)
+
+    def _evaluate(self, args: Any, kwargs: dict[str, Any], target: Any) -> Tensor | None:
+        if self._from_previous is not None:
+            args = as_args(self._take_activation())
+        output = self.worker.evaluate(args, kwargs, target)
+        if self._to_next is not None:
+            self._to_next.send(output, _STOP if self._stop else 0)
+            return None
+        return output  # type: ignore[no-any-return]
+
+    def _take_activation(self) -> Any:
+        assert self._from_previous is not None
+        value = self._from_previous.take()
+        self._stop = bool(self._from_previous.flags & _STOP)
+        return value
+
+    # -- processes -----------------------------------------------------------------------------------------------------
+
+    def _guard(self, work: Callable[[], Any]) -> Any:
+        """Run ``work``; when a neighbour fails, say which stage failed first."""
+        try:
+            return work()
+        except StageFailure as error:
+            cause = str(error) if self._watch is None else self._watch.cause(f"{error} [seen by stage {self.k}]")
+            raise StageFailure(cause) from error
+
+    def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, settings: str) -> None:
+        """One group per direction, so that neither waits for the other; the watch; and a check that all agree."""
+        global _made
+        self._watch: Watch | None = None
+        store = dist.PrefixStore(f"pipeoptim/{_made}/{ranks[0]}", dist.distributed_c10d._get_default_store())
+        _made += 1
+        self._agree(store, settings, timeout)
+        if liveness is not None and self.depth > 1:
+            clone = getattr(store, "clone", None)  # a connection of its own: the watch must not wait behind others
+            self._watch = Watch(clone() if clone is not None else store, self.k, self.depth, liveness)
+        groups = [
+            dist.new_group(list(ranks), timeout=timedelta(seconds=timeout), use_local_synchronization=True) for _ in range(2)
+        ]
+        waiting = self._watch.waiting if self._watch is not None else lambda peer: None
+
+        def end(direction: int, peer: int) -> tuple[Any, ...]:
+            return groups[direction], peer, ranks[peer], self.device, timeout, waiting
+
+        ahead = self.device.type == "cpu"  # a receive that is never matched would keep a GPU's stream busy
+        first, last = self.k == 0, self.k == self.depth - 1
+        self._from_previous = None if first else Receiver(*end(0, self.k - 1), ahead=ahead)
+        self._to_next = None if last else Sender(*end(0, self.k + 1))
+        self._from_next = None if last else Receiver(*end(1, self.k + 1), ahead=ahead)
+        self._to_previous = None if first else Sender(*end(1, self.k - 1))
+
+    def _agree(self, store: dist.Store, settings: str, timeout: float) -> None:
+        """All processes must run the same method with the same settings; find out before the first message."""
+        keys = [f"settings/{k}" for k in range(self.depth)]
+        store.set(keys[self.k], settings)
+        try:
+            store.wait(keys, timedelta(seconds=timeout))
+        except RuntimeError as error:
+            missing = [k for k, key in enumerate(keys) if not store.check([key])]
+            raise StageFailure(f"stages {missing} were not set up within {timeout:g} s") from error
+        for k, key in enumerate(keys):
+            theirs = store.get(key).decode()
+            if theirs != settings:
+                raise ConfigError(f"stage {self.k} was set up with {settings}, stage {k} with {theirs}; give all the same")

@@ -1,0 +1,174 @@
+"""A whole pipeline in one process: the reference for the distributed engine, and the tool of those who compare methods."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine.base import Pipeline
+from pipeoptim.engine.stage import LossFn, StageWorker
+from pipeoptim.engine.tree import as_args, split, transferred
+from pipeoptim.errors import ConfigError, PipeOptimError
+from pipeoptim.methods import Method
+from pipeoptim.schedule import Action, Kind
+
+OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
+SchedulerMaker = Callable[[Optimizer], LRScheduler]
+
+
+class Emulator(Pipeline):
+    """Trains ``stages`` in this process exactly as one process per stage would.
+
+    Every stage follows its own action program; what a stage needs of its neighbours is there before it acts, and nothing is
+    flushed between mini-batches unless the method says so. On the CPU, weights are equal bit for bit to those of
+    :class:`~pipeoptim.Schedule` with the same seeds, step after step.
+
+    Args:
+        stages: D modules that run one after the other. A tuple output becomes the next stage's positional arguments.
+        optimizers: one per stage, or a callable that makes one from parameters. Stepped by the pipeline, never by you.
+        loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch.
+        method: a name in :data:`pipeoptim.METHODS`, or a :class:`~pipeoptim.Method` of your own.
+        microbatches: M slices per mini-batch and update; 1 is the default of the asynchronous methods.
+        schedulers: one learning-rate scheduler per stage, or a callable that makes one; advanced once per update.
+        prediction: kind of prediction, see :func:`pipeoptim.predict_weights`.
+        seed: of the stages' random numbers (dropout); by default torch's initial seed.
+
+    Raises:
+        ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> stages = [torch.nn.Linear(4, 4), torch.nn.Linear(4, 1)]
+        >>> pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss)
+        >>> losses = [pipe.step(torch.ones(2, 4), target=torch.ones(2, 1)) for _ in range(3)]
+        >>> pipe.drain()
+        >>> pipe.version(0), pipe.version_gap(0), pipe.version_gap(1)
+        (3, 1, 0)
+    """
+
+    def __init__(
+        self,
+        stages: Sequence[nn.Module],
+        optimizers: Sequence[Optimizer] | OptimizerMaker,
+        loss_fn: LossFn,
+        method: str | Method = "pipeoptim",
+        microbatches: int = 1,
+        *,
+        schedulers: Sequence[LRScheduler] | SchedulerMaker | None = None,
+        prediction: str = "refined",
+        seed: int | None = None,
+    ) -> None:
+        stages = list(stages)
+        if not stages:
+            raise ConfigError("stages is empty; give at least one module")
+        super().__init__(method, len(stages), microbatches)
+        chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
+        rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
+        seed = torch.initial_seed() if seed is None else seed
+        for k, module in enumerate(stages):
+            self._workers[k] = StageWorker(
+                module,
+                chosen[k],
+                self.method,
+                self.program,
+                k,
+                loss_fn,
+                scheduler=rates[k],
+                prediction=prediction,
+                seed=seed,
+            )
+        self._activations: list[deque[Any]] = [deque() for _ in stages]
+        self._gradients: list[deque[list[Tensor | None]]] = [deque() for _ in stages]
+
+    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
+        """Feed one mini-batch and return its loss (mean over micro-batches, detached).
+
+        Args:
+            args, kwargs: input of stage 0.
+            target: given to ``loss_fn`` with the output of the last stage.
+
+        Raises:
+            ConfigError: the batch cannot be split into M equal micro-batches, or the loss is not a scalar.
+        """
+        feeds = split((args, kwargs, target), self.microbatches, "the inputs")
+        losses: list[Tensor] = []
+        first = self._steps * self.microbatches
+        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, losses)
+        self._steps += 1
+        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+
+    def drain(self) -> None:
+        """Run the backwards and updates still in flight; afterwards every stage has the same version."""
+        self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [])
+        self._restart()
+
+    def eval_step(self, *args: Any, target: Any = None, drain: bool = True, **kwargs: Any) -> Tensor:
+        """Loss on the latest weights, in eval mode and without gradient.
+
+        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
+        stage uses the latest weights it has, which in mid-flight are of different versions.
+        """
+        if drain:
+            self.drain()
+        value: Any = args
+        for k, worker in self._workers.items():
+            value = worker.evaluate(value if k == 0 else as_args(transferred(value)), kwargs if k == 0 else {}, target)
+        assert isinstance(value, Tensor)
+        return value
+
+    def _run(self, todo: list[list[Action]], first: int, feeds: list[Any], losses: list[Tensor]) -> None:
+        """Let every stage act as far as it can, in turn, until all lists are done."""
+        queues = [deque(actions) for actions in todo]
+        while any(queues):
+            before = sum(map(len, queues))
+            for k, queue in enumerate(queues):
+                while queue and self._can(k, queue[0]):
+                    self._act(k, queue.popleft(), first, feeds, losses)
+            if sum(map(len, queues)) == before:
+                raise PipeOptimError(f"the program deadlocks at {[str(q[0]) for q in queues if q]}")
+
+    def _can(self, k: int, action: Action) -> bool:
+        if action.kind is Kind.F:
+            return k == 0 or bool(self._activations[k])
+        if action.kind is Kind.B:
+            return k == self.depth - 1 or bool(self._gradients[k])
+        return True
+
+    def _act(self, k: int, action: Action, first: int, feeds: list[Any], losses: list[Tensor]) -> None:
+        worker, i = self._workers[k], action.index
+        if action.kind is Kind.F:
+            args, kwargs, target = feeds[i - first]
+            if k > 0:
+                args, kwargs = as_args(self._activations[k].popleft()), {}
+            output = worker.forward(i, args, kwargs, target)
+            if worker.is_last:
+                losses.append(output)
+            else:
+                self._activations[k + 1].append(transferred(output))
+        elif action.kind is Kind.B:
+            gradients = worker.backward(i, [] if worker.is_last else self._gradients[k].popleft())
+            if k > 0:
+                self._gradients[k - 1].append(gradients)
+        else:
+            worker.update()
+
+
+def _one_each(what: str, stages: list[nn.Module], given: Any, argument: Callable[[nn.Module], Any]) -> list[Any]:
+    """One object per stage from a sequence of them, from a callable that makes one, or None for each."""
+    if given is None:
+        return [None] * len(stages)
+    if callable(given):
+        made = []
+        for module in stages:
+            value = argument(module)
+            made.append(None if value is None or value == [] else given(value))
+        return made
+    if len(given) != len(stages):
+        raise ConfigError(f"{what} has {len(given)} entries for {len(stages)} stages; give one per stage")
+    return list(given)

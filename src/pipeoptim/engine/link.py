@@ -1,0 +1,151 @@
+"""One direction between two neighbouring stages: messages in order, received ahead, sent without waiting.
+
+A receiver has the receive of the next message posted before that message is asked for, so that data move while the stage
+computes. The posted buffer has the size of the last message; when a format changes, the sender first sends an empty message of
+the old size that announces the new one. That costs one message, and only then.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeoptim.engine import wire
+from pipeoptim.errors import PipeOptimError, StageFailure
+
+Waiting = Callable[[int | None], None]
+
+
+class _End:
+    """What a sender and a receiver share: the peer, its group, and waits that name the peer when they fail."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, peer: int, rank: int, device: torch.device, timeout: float, waiting: Waiting
+    ) -> None:
+        self.group, self.peer, self.rank, self.device = group, peer, rank, device
+        self.timeout = timedelta(seconds=timeout)
+        self.waiting = waiting
+        self.size = wire.HEADER
+        self.format: wire.Format | None = None
+        self.sequence = 0
+
+    def wait(self, work: Any) -> None:
+        self.waiting(self.peer)
+        try:
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            raise StageFailure(self._reason(error)) from error
+        finally:
+            self.waiting(None)
+
+    def _reason(self, error: RuntimeError) -> str:
+        first = (str(error).splitlines() or ["no reason given"])[0][:160]
+        if "imed out" in str(error):
+            return f"stage {self.peer} did not answer within {self.timeout.total_seconds():g} s ({first})"
+        return f"stage {self.peer} died or closed its connection ({first})"
+
+
+class Sender(_End):
+    """Sends trees to stage ``peer``, whose process has global rank ``rank``."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._pending: deque[tuple[Any, Tensor]] = deque()
+
+    def send(self, tree: Any, flags: int = 0) -> None:
+        """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind."""
+        form, tensors = wire.format_of(tree)
+        if form != self.format:
+            text = form.describe()
+            start = wire.HEADER + -(-len(text) // 64) * 64
+            block = self._block(start + form.payload)
+            notice = self._block(self.size)
+            wire.put_header(notice, self.sequence, flags, following=block.numel())
+            self._start(notice)
+            wire.put_header(block, self.sequence, flags, described=len(text))
+            block[wire.HEADER : wire.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+            self.format, self.size = form, form.size
+        else:
+            block, start = self._block(self.size), wire.HEADER
+            wire.put_header(block, self.sequence, flags)
+        wire.write(block, start, form, tensors)
+        self._start(block)
+        self.sequence += 1
+
+    def flush(self) -> None:
+        """Wait until everything is sent."""
+        while self._pending:
+            work, _ = self._pending.popleft()
+            self.wait(work)
+
+    def _block(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def _start(self, block: Tensor) -> None:
+        while self._pending and (len(self._pending) > 8 or self._pending[0][0].is_completed()):
+            work, _ = self._pending.popleft()
+            self.wait(work)
+        try:
+            self._pending.append((dist.isend(block, self.rank, group=self.group), block))
+        except RuntimeError as error:
+            raise StageFailure(self._reason(error)) from error
+
+
+class Receiver(_End):
+    """Receives trees from stage ``peer``. ``ahead`` posts the next receive as soon as a message was taken."""
+
+    def __init__(self, *args: Any, ahead: bool) -> None:
+        super().__init__(*args)
+        self.ahead = ahead
+        self.flags = 0
+        self._posted: tuple[Any, Tensor] | None = None
+
+    def post(self) -> None:
+        """Be ready for the next message."""
+        if self._posted is None:
+            self._posted = self._receive(self.size)
+
+    def take(self) -> Any:
+        """The next tree, as leaves of a new graph. Blocks until it is there."""
+        self.post()
+        assert self._posted is not None
+        (work, block), self._posted = self._posted, None
+        self.wait(work)
+        header = self._checked(block)
+        start = wire.HEADER
+        if header.following:
+            work, block = self._receive(header.following)
+            self.wait(work)
+            header = self._checked(block)
+            text = bytes(block[wire.HEADER : wire.HEADER + header.described].cpu().numpy())
+            start = wire.HEADER + -(-header.described // 64) * 64
+            self.format = wire.Format.parse(text)
+            self.size = self.format.size
+        assert self.format is not None
+        self.sequence += 1
+        self.flags = header.flags
+        if self.ahead:
+            self.post()
+        return wire.read(block, start, self.format)
+
+    def _receive(self, size: int) -> tuple[Any, Tensor]:
+        block = torch.empty(size, dtype=torch.uint8, device=self.device)
+        try:
+            return dist.irecv(block, self.rank, group=self.group), block
+        except RuntimeError as error:
+            raise StageFailure(self._reason(error)) from error
+
+    def _checked(self, block: Tensor) -> wire.Header:
+        header = wire.get_header(block)
+        if not wire.is_ours(header) or header.sequence != self.sequence:
+            raise PipeOptimError(
+                f"message {self.sequence} from stage {self.peer} is out of order (got {header.sequence}): do all processes "
+                "call step, drain and eval_step in the same order?"
+            )
+        return header

@@ -1,0 +1,61 @@
+"""Random numbers of one stage, apart from everybody else's.
+
+Each stage draws (dropout) from a state of its own. So the emulator, where all stages share one process, draws what separate
+processes draw, and the user's own random numbers (shuffling) change nothing in the stages, nor they in them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+_STRIDE = 1_000_003  # keeps the seeds of the stages of neighbouring user seeds apart
+
+
+class StageRandom:
+    """The generator state of stage ``k``, used on ``device``.
+
+    Args:
+        seed: of the whole run; the same on every stage.
+        k: the stage.
+        device: where the stage computes.
+    """
+
+    def __init__(self, seed: int, k: int, device: torch.device) -> None:
+        self.device = device if device.type == "cuda" else None
+        own = (seed + _STRIDE * (k + 1)) % 2**63
+        self.cpu = torch.Generator().manual_seed(own).get_state()
+        self.cuda = torch.Generator(device).manual_seed(own).get_state() if self.device is not None else None
+
+    @contextmanager
+    def drawing(self) -> Iterator[None]:
+        """Draw from the stage's state inside the block; the caller's state is back afterwards."""
+        outer = torch.get_rng_state()
+        torch.set_rng_state(self.cpu)
+        outer_cuda = None
+        if self.device is not None and self.cuda is not None:
+            outer_cuda = torch.cuda.get_rng_state(self.device)
+            torch.cuda.set_rng_state(self.cuda, self.device)
+        try:
+            yield
+        finally:
+            self.cpu = torch.get_rng_state()
+            torch.set_rng_state(outer)
+            if outer_cuda is not None and self.device is not None:
+                self.cuda = torch.cuda.get_rng_state(self.device)
+                torch.cuda.set_rng_state(outer_cuda, self.device)
+
+    def state_dict(self) -> dict[str, Tensor | None]:
+        """The state as plain tensors."""
+        return {"cpu": self.cpu, "cuda": self.cuda}
+
+    def load_state_dict(self, state: dict[str, Tensor | None]) -> None:
+        """Continue from a saved state. A state saved without a GPU leaves the GPU's seed as it is."""
+        cpu = state["cpu"]
+        assert cpu is not None
+        self.cpu = cpu
+        if self.cuda is not None and state["cuda"] is not None:
+            self.cuda = state["cuda"]

@@ -1,0 +1,11 @@
+"""The methods, each as data for one engine: one short file per method, found by themselves.
+
+``METHODS`` maps a name to its :class:`Method`. A method of your own is a ``Method(...)`` in your own file: pass the object
+where a name is expected, or :func:`register_method` it to use it by name.
+"""
+
+from pipeoptim.methods.facts import copies, gap
+from pipeoptim.methods.method import Method
+from pipeoptim.methods.registry import METHODS, get_method, register_method
+
+__all__ = ["METHODS", "Method", "copies", "gap", "get_method", "register_method"]

@@ -1,0 +1,70 @@
+"""What a method is: an order of work, weights for the forward, weights for the backward, and where it was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.schedule import ORDERS, Program
+from pipeoptim.weights.sources import Source, Stashed
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train through a pipeline, as a frozen table that the engines carry out.
+
+    Args:
+        name: what users type.
+        order: a key of :data:`pipeoptim.schedule.ORDERS`.
+        forward, backward: where the weights of F and B come from.
+        summary: one line for tables.
+        at_least_depth_microbatches: whether it is defined for M >= D only.
+        source: where it was published.
+        deviations: where this implementation differs from the source, and why.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+
+    Example:
+        >>> Method("mine", order="async_1f1b", forward=Latest(), backward=Stashed(), summary="as PipeDream").name
+        'mine'
+    """
+
+    name: str
+    order: str
+    forward: Source
+    backward: Source
+    summary: str
+    at_least_depth_microbatches: bool = False
+    source: str = ""
+    deviations: str = ""
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise ConfigError(f"method {self.name!r} has order {self.order!r}; known orders: {', '.join(ORDERS)}")
+        if isinstance(self.forward, Stashed):
+            raise ConfigError(f"method {self.name!r} has a stashed forward; only a backward can use the forward's weights")
+
+    @property
+    def predicts(self) -> bool:
+        """Whether any of its weights are predicted."""
+        return self.forward.predicts or self.backward.predicts
+
+    def program(self, depth: int, microbatches: int) -> Program:
+        """The action program for a pipeline of ``depth`` stages.
+
+        Raises:
+            ConfigError: the method is not defined for this number of micro-batches.
+        """
+        program = Program(self.order, depth, microbatches)
+        if self.at_least_depth_microbatches and microbatches < depth:
+            raise ConfigError(
+                f"method {self.name!r} needs at least as many micro-batches as stages: microbatches is {microbatches}, "
+                f"depth is {depth}; set microbatches to {depth} or more"
+            )
+        return program
+
+    def predicts_on(self, program: Program, k: int) -> bool:
+        """Whether stage ``k`` ever predicts (the last stage of ``pipeoptim`` does not: its gap is 0)."""
+        span = range((program.depth + 1) * program.microbatches)
+        return any(source.steps_ahead(program, k, i) > 0 for source in (self.forward, self.backward) for i in span)

@@ -1,0 +1,61 @@
+"""How an optimizer moves a weight: ``W_hat(t+s) = W_t - lr * s * dW_t`` from the optimizer's own state.
+
+`predict_weights` is the pure function, `Predictor` the same for an engine. One file per optimizer family; a
+rule answers with a `Move` (plain data), `write` carries it out. Imports nothing else of this package but
+`errors`.
+"""
+
+from pipeoptim.rules import (
+    adadelta,
+    adafactor,
+    adagrad,
+    adam,
+    adamax,
+    asgd,
+    muon,
+    nadam,
+    radam,
+    refused,
+    rmsprop,
+    rprop,
+    sgd,
+)
+from pipeoptim.rules.move import Ahead, Move, Scalar, Term
+from pipeoptim.rules.predict import predict_weights
+from pipeoptim.rules.predictor import Predictor
+from pipeoptim.rules.registry import KINDS, REFUSED, RULES, Rule, find_rule, register_rule
+from pipeoptim.rules.track import Tracker, track
+
+__all__ = [
+    "KINDS",
+    "REFUSED",
+    "RULES",
+    "Ahead",
+    "Move",
+    "Predictor",
+    "Rule",
+    "Scalar",
+    "Term",
+    "Tracker",
+    "find_rule",
+    "predict_weights",
+    "register_rule",
+    "track",
+]
+
+# Imported for what they register, not for their names.
+_FAMILIES = (
+    adadelta,
+    adafactor,
+    adagrad,
+    adam,
+    adamax,
+    asgd,
+    muon,
+    nadam,
+    radam,
+    refused,
+    rmsprop,
+    rprop,
+    sgd,
+)

@@ -1,0 +1,72 @@
+"""Adafactor: the gradient over a factored second moment, clipped, in steps relative to the size of the weight."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.move import (
+    Ahead,
+    Group,
+    Move,
+    Scalar,
+    State,
+    Term,
+    decoupled_keep,
+    gradient,
+    steps_taken,
+    total,
+)
+from pipeoptim.rules.registry import Rule, register_rule
+
+
+@register_rule(torch.optim.Adafactor)
+class AdafactorRule(Rule):
+    """``dW = max(eps2, rms(W)) * U / max(1, rms(U)/d)``, U = g / sqrt(V), rate ``rho_i = min(lr_i, 1/sqrt(t+i))``."""
+
+    exact = (
+        "s = 1 under a gradient constant from the first update on, without weight decay. Beyond that up "
+        "to the relative change of rms(W) over s updates; decoupled decay is linear in s."
+    )
+    source = "torch.optim.Adafactor; Shazeer and Stern, arXiv 1804.04235; prediction form of arXiv 2312.00839"
+    no_decayed = "Adafactor in torch keeps no momentum that could decay"
+
+    def needs_grad(self, group: Group, kind: str) -> bool:
+        """The state holds squares only."""
+        return True
+
+    def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
+        """See the class."""
+        taken = steps_taken(state)
+        if taken is None or grad is None:
+            return None
+        t = float(taken)
+        update = _second_moment(weight, state, group).rsqrt_().mul_(gradient(weight, grad, group, decay=False))
+        relative = _rms(weight).clamp_(min=group["eps"][1])
+        clip = (_rms(update) / group["d"]).clamp_(min=1.0)
+        update.mul_(relative / clip)
+        ages = [t if ahead.kind == "paper" else t + i for i in range(1, ahead.steps + 1)]
+        rate = total([_smaller(lr, age**-0.5) for lr, age in zip(ahead.rates, ages, strict=True)])
+        return Move((Term(rate, update),), decoupled_keep(group, ahead, decay=True))
+
+
+def _second_moment(weight: Tensor, state: State, group: Group) -> Tensor:
+    """V, from its row and column means for a matrix; a new tensor, at least eps1 squared."""
+    eps1 = group["eps"][0]
+    eps1 = torch.finfo(weight.dtype).eps if eps1 is None else eps1
+    if "variance" in state:
+        return torch.clamp(state["variance"], min=eps1 * eps1)
+    row, column = state["row_var"], state["col_var"]
+    estimate: Tensor = (row @ column) / row.mean(dim=-2, keepdim=True).clamp_(min=eps1)
+    return estimate.clamp_(min=eps1 * eps1)
+
+
+def _rms(tensor: Tensor) -> Tensor:
+    norm: Tensor = torch.linalg.vector_norm(tensor)
+    return norm / math.sqrt(max(1, tensor.numel()))
+
+
+def _smaller(rate: Scalar, limit: float) -> Scalar:
+    return rate.clamp(max=limit) if isinstance(rate, Tensor) else min(rate, limit)

@@ -1,0 +1,73 @@
+"""Adam and AdamW: the bias-corrected first moment over the root of the bias-corrected second."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.move import (
+    Ahead,
+    Group,
+    Move,
+    Scalar,
+    State,
+    Term,
+    decoupled_keep,
+    scalar,
+    square_root,
+    steps_taken,
+)
+from pipeoptim.rules.registry import Rule, register_rule
+
+
+@register_rule(torch.optim.Adam, torch.optim.AdamW)
+class AdamRule(Rule):
+    """``dW = m_hat / (sqrt(v_hat) + eps)``, m_hat = m/(1-b1^t), v_hat = v/(1-b2^t).
+
+    Coupled weight decay and maximize are in m and v already. Refined adds decoupled decay (linear in s) and
+    takes the maximum of v with amsgrad; paper leaves both out.
+    """
+
+    exact = (
+        "A gradient that was constant from the first update on (then m_hat = g, v_hat = g^2 at every t); "
+        "with decoupled decay for s = 1, else up to O((lr wd s)^2). Equal to the last displacement at a "
+        "constant learning rate, up to decoupled decay, which uses W_t here and W_{t-1} there."
+    )
+    source = "arXiv 2312.00839, Table I (Adam, AdamW); denominator as in torch.optim.Adam; decayed: FTPipe (ATC'21)"
+
+    def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
+        """See the class."""
+        t = steps_taken(state)
+        if t is None:
+            return None
+        beta1, beta2 = (scalar(beta) for beta in group["betas"])
+        second = state["exp_avg_sq"]
+        if group["amsgrad"] and ahead.kind != "paper":
+            second = state.get("max_exp_avg_sq", second)
+        if ahead.kind == "decayed":
+            return _fade(state["exp_avg"], second, t, beta1, beta2, group, ahead)
+        term = Term(
+            ahead.lr_sum / (1 - beta1**t),
+            state["exp_avg"],
+            second,
+            square_root(1 - beta2**t),
+            scalar(group["eps"]),
+        )
+        return Move((term,), decoupled_keep(group, ahead, decay=_is_decoupled(group)))
+
+
+def _is_decoupled(group: Group) -> bool:
+    return bool(group.get("decoupled_weight_decay", False))
+
+
+def _fade(first: Tensor, second: Tensor, t: Scalar, beta1: Scalar, beta2: Scalar, group: Group, ahead: Ahead) -> Move:
+    """Zero gradients ahead: m fades by b1 per update, v is kept; each update decays the weight before it steps."""
+    weight_decay = scalar(group["weight_decay"]) if _is_decoupled(group) else 0.0
+    eps = scalar(group["eps"])
+    keep: Scalar = 1.0
+    terms: list[Term] = []
+    for i, lr in reversed(list(enumerate(ahead.rates, start=1))):
+        scale = keep * lr * beta1**i / (1 - beta1 ** (t + i))  # later decays shrink this step, too
+        terms.append(Term(scale, first, second, square_root(1 - beta2 ** (t + i)), eps))
+        keep = keep * (1 - lr * weight_decay)
+    return Move(tuple(reversed(terms)), keep)

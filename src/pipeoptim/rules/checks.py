@@ -1,0 +1,53 @@
+"""Refusals that all entries of this package share: one sentence each, with value, reason and remedy."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.rules.move import Group
+from pipeoptim.rules.registry import KINDS, Rule
+
+
+def check_steps(steps: Any) -> None:
+    """A version gap is an int, 0 or more."""
+    if not isinstance(steps, int) or isinstance(steps, bool):
+        raise ConfigError(f"steps={steps!r} is not an int: a version gap counts updates, pass 0, 1, 2, ...")
+    if steps < 0:
+        raise ConfigError(f"steps={steps} is negative: only weights of the future are predicted, pass 0 or more")
+
+
+def check_kind(kind: str, rule: Rule | None, optimizer: Optimizer) -> None:
+    """The kind exists, and this optimizer offers it."""
+    if kind not in KINDS:
+        raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(KINDS)}")
+    name = type(optimizer).__name__
+    if rule is None and kind == "decayed":
+        raise ConfigError(
+            f"kind='decayed' needs a rule, and {name} has none: use 'refined' or 'displacement', or register_rule"
+        )
+    if rule is not None and kind not in rule.kinds:
+        raise ConfigError(f"kind={kind!r} is not offered for {name}: {rule.no_decayed}; choose one of {', '.join(rule.kinds)}")
+
+
+def check_group(group: Group) -> None:
+    """A rule reads values, not graphs."""
+    if group.get("differentiable", False):
+        raise ConfigError("differentiable=True is not supported: predicted weights carry no graph, set differentiable=False")
+
+
+def check_dense(weight: Tensor, grad: Tensor | None) -> None:
+    """Formulas are elementwise on dense tensors."""
+    if weight.layout is not torch.strided:
+        raise ConfigError(
+            f"a parameter of shape {tuple(weight.shape)} has layout {weight.layout}: only dense parameters can be predicted"
+        )
+    if grad is not None and grad.layout is not torch.strided:
+        raise ConfigError(
+            f"the gradient of a parameter of shape {tuple(weight.shape)} has layout {grad.layout}: "
+            "only dense gradients can be predicted, set sparse=False in the embedding"
+        )

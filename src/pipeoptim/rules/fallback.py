@@ -1,0 +1,85 @@
+"""The prediction for optimizers without a rule: the last displacement, or that of one step of a copy."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections import OrderedDict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pipeoptim.rules.drive import parameters
+
+
+@torch.no_grad()
+def extrapolate(weight: Tensor, known: Tensor, known_at: int, steps: int, out: Tensor) -> None:
+    """Write ``W + steps * d`` into `out`, given `known` = ``W + known_at * d``, d = the last displacement.
+
+    ``known_at = -1`` is the previous weights. `out` may be `known` itself. One lerp, no temporary.
+    """
+    torch.lerp(known, weight, 1.0 - steps / known_at, out=out.detach())
+
+
+@torch.no_grad()
+def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
+    """The weights after one more step with the present gradients, found by stepping a copy of weights and optimizer.
+
+    None if there is no gradient, or if the copy cannot be made or stepped (said in a warning). The
+    optimizer, its state, its parameters, hooks and torch's random numbers stay as they are.
+    """
+    if all(weight.grad is None for weight in parameters(optimizer)):
+        return None
+    devices = {w.device for w in parameters(optimizer) if w.device.type == "cuda"}
+    try:
+        twin, weights = _copy_of(optimizer)
+        with torch.random.fork_rng(devices=list(devices)):
+            _unhooked_step(type(optimizer))(twin)
+    except Exception as reason:  # third-party code: anything may happen in it
+        warnings.warn(
+            f"{type(optimizer).__name__} has no prediction rule, and a copy of it could not take a step "
+            f"({reason!r}): the weights are used unpredicted. Call pipeoptim.track(optimizer) before its "
+            "last step, or register_rule for it.",
+            stacklevel=3,
+        )
+        return None
+    return weights
+
+
+def _copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
+    """A twin with its own parameters, gradients and state.
+
+    Not copy.deepcopy: torch keeps only state and param groups there, while third-party optimizers have
+    attributes of their own. Left out are hooks, and a `step` that a scheduler bound to the original.
+    """
+    known: dict[int, Any] = {}
+    weights: list[Tensor] = []
+    for weight in parameters(optimizer):
+        own = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
+        own.grad = None if weight.grad is None else weight.grad.detach().clone()
+        known[id(weight)] = own
+        weights.append(own)
+    twin = object.__new__(type(optimizer))
+    known[id(optimizer)] = twin
+    for name, value in vars(optimizer).items():
+        if name.endswith("_hooks") and isinstance(value, dict):
+            twin.__dict__[name] = OrderedDict()
+        elif name != "step":
+            twin.__dict__[name] = copy.deepcopy(value, known)
+    return twin, [weight.detach() for weight in weights]
+
+
+def _unhooked_step(cls: type[Any]) -> Any:
+    """`step` without the layer in which torch runs hooks, global ones included."""
+    step = cls.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
+
+
+@torch.no_grad()
+def copy_weights(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
+    """s = 0, or nothing known: the weights themselves, bit for bit."""
+    for weight, buffer in zip(weights, out, strict=True):
+        buffer.copy_(weight)

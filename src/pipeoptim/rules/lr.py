@@ -1,0 +1,117 @@
+"""The learning rates of the next s updates: a copy of the scheduler is rolled forward, the original is not touched.
+
+The copy is shallow: schedulers hold numbers and a reference to their optimizer, and that one is replaced by
+a stand-in with nothing but param groups. So a roll costs microseconds at any model size, and no optimizer
+state is copied.
+"""
+
+from __future__ import annotations
+
+import types
+from typing import Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.rules.move import Scalar, scalar
+
+
+def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int) -> list[tuple[Scalar, ...]]:
+    """For each param group the learning rates of the next `steps` updates: lr_1 (the present one), lr_2, ... lr_s.
+
+    Without a scheduler, and with ReduceLROnPlateau (which needs losses that are not known yet), the present
+    rate is repeated. Past the end of a finite schedule (OneCycleLR raises there) the last rate is repeated.
+
+    Example:
+        >>> import torch
+        >>> opt = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0)
+        >>> next_rates(opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.5), 3)
+        [(1.0, 0.5, 0.25)]
+    """
+    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+        raise ConfigError(f"{type(scheduler).__name__} drives another optimizer: pass the scheduler made for this one")
+    present = [scalar(group["lr"]) for group in optimizer.param_groups]
+    if scheduler is None or steps <= 1 or isinstance(scheduler, ReduceLROnPlateau):
+        return [(lr,) * steps for lr in present]
+    return _roll(optimizer, scheduler, steps)
+
+
+def _roll(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[tuple[Scalar, ...]]:
+    stand_in = _StandIn(optimizer)
+    twin = _twin(scheduler, optimizer, stand_in)
+    seen = [stand_in.rates()]
+    for _ in range(steps - 1):
+        try:
+            twin.step()
+        except Exception:  # a schedule may end (each says so in its own way): hold its last rate
+            seen.append(seen[-1])
+        else:
+            seen.append(stand_in.rates())
+    return [tuple(rates) for rates in zip(*seen, strict=True)]
+
+
+class _StandIn:
+    """What a scheduler sees of its optimizer: param groups of its own, and marks that silence order warnings."""
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.param_groups = [{name: _own(value) for name, value in group.items()} for group in optimizer.param_groups]
+        self.defaults = optimizer.defaults
+        self._opt_called = True
+
+    def rates(self) -> list[Scalar]:
+        """Learning rate of each group, by value."""
+        rates = [scalar(group["lr"]) for group in self.param_groups]
+        return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
+
+    def step(self) -> None:
+        """Never called; its mark tells the scheduler that the order of calls is in hand."""
+
+    step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
+
+
+def _own(value: Any) -> Any:
+    return value.detach().clone() if isinstance(value, Tensor) else value
+
+
+def _twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
+    """A copy of a scheduler (and of schedulers inside it) that drives `stand_in`."""
+    known: dict[int, Any] = {id(optimizer): stand_in}
+
+    def separate(value: Any) -> Any:
+        if id(value) in known:
+            return known[id(value)]
+        if isinstance(value, LRScheduler):
+            return copied(value)
+        if isinstance(value, types.MethodType) and id(value.__self__) in known:
+            return types.MethodType(value.__func__, known[id(value.__self__)])
+        if type(value) in (list, tuple):
+            return type(value)(separate(item) for item in value)
+        if isinstance(value, dict):
+            own = value.copy()
+            own.update({key: separate(item) for key, item in value.items()})
+            return own
+        return _own(_shallow(value) if callable(value) else value)
+
+    def copied(original: Any) -> Any:
+        twin = known[id(original)] = object.__new__(type(original))
+        twin.__dict__.update({name: separate(value) for name, value in vars(original).items()})
+        return twin
+
+    return copied(scheduler)
+
+
+def _shallow(function: Any) -> Any:
+    """A callable object may count its calls: give the twin its own counter, without copying what it refers to."""
+    if isinstance(function, (types.FunctionType, types.MethodType, type)) or type(function).__module__ in _STATELESS:
+        return function
+    try:
+        own = object.__new__(type(function))
+        own.__dict__.update(vars(function))
+    except (TypeError, AttributeError):  # written in C, or with slots
+        return function
+    return own
+
+
+_STATELESS = ("builtins", "functools")

@@ -1,0 +1,120 @@
+"""What a rule answers with: where a weight goes, as plain data that several interpreters can carry out.
+
+A rule does no arithmetic on whole tensors if it can help it. It names the tensors and the scalars of its
+formula, and `pipeoptim.rules.write` turns them into kernels. So one file describes one optimizer family,
+and a faster interpreter (foreach today, one fused kernel tomorrow) serves every family at once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Scalar = float | Tensor
+"""A number, or a 0-dim tensor on an accelerator whose value is not read back (reading it would stall the device)."""
+
+State = Mapping[str, Any]
+Group = Mapping[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Term:
+    """One summand of a step: ``scale * value / (sqrt(root) / root_divisor + eps)``, or ``scale * value`` without root."""
+
+    scale: Scalar
+    value: Tensor
+    root: Tensor | None = None
+    root_divisor: Scalar = 1.0
+    eps: Scalar = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class Move:
+    """Where one weight goes: ``W_hat = keep * W - sum(terms)``."""
+
+    terms: tuple[Term, ...]
+    keep: Scalar = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """How far ahead to predict: the kind, and the learning rate of each of the next ``s`` updates."""
+
+    kind: str
+    rates: tuple[Scalar, ...]
+
+    @property
+    def steps(self) -> int:
+        """The version gap ``s``."""
+        return len(self.rates)
+
+    @property
+    def lr_sum(self) -> Scalar:
+        """Sum of the next ``s`` learning rates; exactly ``lr * s`` when the rate is constant."""
+        return total(self.rates)
+
+    def decaying_sum(self, factor: Scalar, *, first_power: int = 1) -> Scalar:
+        """``sum_i lr_i * factor^(first_power + i - 1)``, i = 1..s: what is left of a momentum that is fed zeros."""
+        return total([lr * factor ** (first_power + i) for i, lr in enumerate(self.rates)])
+
+
+def scalar(value: Any) -> Scalar:
+    """A hyperparameter as a float, or as a 0-dim tensor where reading it would wait for an accelerator."""
+    if isinstance(value, Tensor):
+        value = value.detach()
+        return float(value.item()) if value.device.type == "cpu" else value.reshape(())
+    return float(value)
+
+
+def total(values: Sequence[Scalar]) -> Scalar:
+    """Sum of scalars; correctly rounded when all are floats, so that s equal rates give exactly ``lr * s``."""
+    floats = [v for v in values if not isinstance(v, Tensor)]
+    if len(floats) == len(values):
+        return math.fsum(floats)
+    if all(v is values[0] for v in values):
+        return values[0] * len(values)
+    result: Scalar = 0.0
+    for value in values:
+        result = result + value
+    return result
+
+
+def square_root(value: Scalar) -> Scalar:
+    """Square root of a float or of a 0-dim tensor."""
+    return value.sqrt() if isinstance(value, Tensor) else math.sqrt(value)
+
+
+def steps_taken(state: State) -> Scalar | None:
+    """``t`` of this parameter's state, at least 1; None when the optimizer never updated it."""
+    step = state.get("step")
+    if step is None:
+        return None
+    step = scalar(step)
+    if isinstance(step, Tensor):
+        return step.clamp(min=1)
+    return step if step >= 1 else None
+
+
+def gradient(weight: Tensor, grad: Tensor, group: Group, *, decay: bool) -> Tensor:
+    """The gradient that enters the update: maximize sign, and ``weight_decay * W`` if `decay` (coupled decay)."""
+    if group.get("maximize", False):
+        grad = -grad
+    weight_decay = scalar(group.get("weight_decay", 0.0)) if decay else 0.0
+    if isinstance(weight_decay, Tensor):
+        return torch.addcmul(grad, weight, weight_decay)
+    return grad.add(weight, alpha=weight_decay) if weight_decay != 0 else grad
+
+
+def decoupled_keep(group: Group, ahead: Ahead, *, decay: bool) -> Scalar:
+    """``1 - weight_decay * (sum of the next learning rates)``: decoupled decay, linear in s; 1 if not `decay`."""
+    if not decay or ahead.kind == "paper":
+        return 1.0
+    weight_decay = scalar(group["weight_decay"])
+    if not isinstance(weight_decay, Tensor) and weight_decay == 0:
+        return 1.0
+    return 1.0 - weight_decay * ahead.lr_sum

@@ -1,0 +1,93 @@
+"""`predict_weights`: the prediction as a pure function, for scripts, tests and notebooks."""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.rules.checks import check_kind, check_steps
+from pipeoptim.rules.drive import parameters, write_by_rule
+from pipeoptim.rules.fallback import copy_weights, extrapolate, next_weights_of_copy
+from pipeoptim.rules.registry import find_rule
+from pipeoptim.rules.track import tracked_previous
+
+
+@torch.no_grad()
+def predict_weights(
+    optimizer: Optimizer, steps: int, *, kind: str = "refined", scheduler: LRScheduler | None = None
+) -> list[Tensor]:
+    """The weights that this optimizer will have after `steps` more updates, as far as its state tells.
+
+    ``W_hat(t+s) = W_t - lr * s * dW_t``, s = `steps`, dW_t from the optimizer's own update rule and its
+    state after its last step. Changes nothing: not the optimizer, its state, the weights, the gradients or
+    torch's random numbers.
+
+    Args:
+        optimizer: a torch optimizer, after its last step. SGD without momentum, and some others, keep no
+        direction in their
+            state: there the gradients of the last step must still be in ``p.grad``.
+        steps: version gap s >= 0, in updates. 0 returns the weights themselves, bit for bit. kind:
+        "refined" (every flag of the optimizer), "paper" (arXiv 2312.00839), "decayed" (zero gradients
+        ahead) or
+            "displacement" (``W_t + s (W_t - W_{t-1})``; call `track` before the last step).
+        scheduler: with it, "refined" and "decayed" use the rates of the next s updates instead of s times
+        the present one.
+            Call after ``scheduler.step()``.
+
+    Returns:
+        One new tensor per parameter, in param_groups order, with its shape, dtype, device and memory
+        format. Before the first update, and for parameters that do not move, the weights themselves.
+
+        Without a rule for the optimizer: the last displacement if it is tracked; else, if there are
+        gradients, s times the displacement of one step of a copy (exact for s = 1 and a constant gradient);
+        else the weights themselves.
+
+    Raises:
+        ConfigError: steps is negative or no int; unknown or unoffered kind; sparse weights or gradients;
+            differentiable=True; LBFGS and SparseAdam; a scheduler of another optimizer.
+
+    Example:
+        >>> import torch
+        >>> w = torch.nn.Parameter(torch.ones(2)); w.grad = torch.ones(2)
+        >>> opt = torch.optim.SGD([w], lr=0.1, momentum=0.9)
+        >>> opt.step()
+        >>> predict_weights(opt, 3)
+        [tensor([0.6000, 0.6000])]
+
+    Source: arXiv 2312.00839, section 3; deviations of "refined" are stated by each rule
+    (``RULES[cls].exact``).
+    """
+    check_steps(steps)
+    rule = find_rule(optimizer)
+    check_kind(kind, rule, optimizer)
+    weights = parameters(optimizer)
+    out = [torch.empty_like(weight.detach()) for weight in weights]
+    if steps == 0:
+        copy_weights(weights, out)
+    elif rule is None or kind == "displacement":
+        _predict_by_displacement(optimizer, weights, steps, out)
+    else:
+        write_by_rule(rule, optimizer, [w.grad for w in weights], steps, kind, scheduler, out)
+    return out
+
+
+def _predict_by_displacement(optimizer: Optimizer, weights: list[Tensor], steps: int, out: list[Tensor]) -> None:
+    known, known_at = tracked_previous(optimizer), -1
+    if known is None:
+        known, known_at = next_weights_of_copy(optimizer), 1
+    if known is None:
+        if optimizer.state:
+            warnings.warn(
+                f"{type(optimizer).__name__} was not tracked and has no gradients: its last displacement "
+                "is unknown, and the weights are used unpredicted. Call pipeoptim.track(optimizer) before "
+                "its last step.",
+                stacklevel=3,
+            )
+        copy_weights(weights, out)
+        return
+    for weight, other, buffer in zip(weights, known, out, strict=True):
+        extrapolate(weight, other, known_at, steps, buffer)

@@ -1,0 +1,56 @@
+"""RAdam: momentum alone while the second moment is not trustworthy, rectified Adam afterwards."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, decoupled_keep, scalar, steps_taken
+from pipeoptim.rules.registry import Rule, register_rule
+
+
+@register_rule(torch.optim.RAdam)
+class RAdamRule(Rule):
+    """``dW = m_hat * rect_t * sqrt(1-b2^t) / (sqrt(v) + eps)``, or ``dW = m_hat`` while rho_t <= 5."""
+
+    exact = (
+        "Equal to the last displacement at a constant learning rate, up to decoupled decay. Under a "
+        "gradient that was constant from the first update on, exact within the first phase (rho_t <= 5); "
+        "later up to the growth of rect_t."
+    )
+    source = "torch.optim.RAdam; Liu et al., arXiv 1908.03265; prediction form of arXiv 2312.00839"
+
+    def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
+        """See the class."""
+        taken = steps_taken(state)
+        if taken is None:
+            return None
+        t = float(taken)  # which phase it is decides about the formula, so the count has to be read
+        beta1 = scalar(group["betas"][0])
+        if ahead.kind == "decayed":
+            terms = tuple(
+                _term(lr * beta1**i / (1 - beta1 ** (t + i)), t + i, state, group) for i, lr in enumerate(ahead.rates, start=1)
+            )
+        else:
+            terms = (_term(ahead.lr_sum / (1 - beta1**t), t, state, group),)
+        return Move(terms, decoupled_keep(group, ahead, decay=bool(group["decoupled_weight_decay"])))
+
+
+def _term(scale: Scalar, t: float, state: State, group: Group) -> Term:
+    """The step of update t with coefficient `scale` before the momentum."""
+    factor = _rectified(t, float(scalar(group["betas"][1])))
+    if factor is None:
+        return Term(scale, state["exp_avg"])
+    return Term(scale * factor, state["exp_avg"], state["exp_avg_sq"], 1.0, scalar(group["eps"]))
+
+
+def _rectified(t: float, beta2: float) -> float | None:
+    """``rect_t * sqrt(1-b2^t)``, or None while the variance is intractable."""
+    rho_inf = 2 / (1 - beta2) - 1
+    correction = 1 - beta2**t
+    rho = rho_inf - 2 * t * beta2**t / correction
+    if rho <= 5.0:
+        return None
+    return math.sqrt((rho - 4) * (rho - 2) * rho_inf / ((rho_inf - 4) * (rho_inf - 2) * rho)) * math.sqrt(correction)

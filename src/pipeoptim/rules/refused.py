@@ -1,0 +1,18 @@
+"""Optimizers whose step cannot be predicted at all, each with its reason."""
+
+from __future__ import annotations
+
+import torch
+
+from pipeoptim.rules.registry import refuse
+
+refuse(
+    torch.optim.LBFGS,
+    "its step re-evaluates the loss through a closure, several times per step, which no pipeline can do "
+    "in mid-flight; use SGD, Adam or AdamW",
+)
+refuse(
+    torch.optim.SparseAdam,
+    "its gradients are sparse, and a weight that no index touched keeps stale moments; use Adam or AdamW "
+    "with sparse=False in the embedding",
+)

@@ -1,0 +1,130 @@
+"""Which rule belongs to which optimizer. A new family is one new file with one `@register_rule`."""
+
+from __future__ import annotations
+
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, ClassVar, TypeVar
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.rules.move import Ahead, Group, Move, State
+
+KINDS: dict[str, str] = {
+    "refined": "W_t - (sum of the next s learning rates) * dW_t, with weight decay and every flag of the optimizer",
+    "paper": "W_t - lr * s * dW_t exactly as in arXiv 2312.00839: no decoupled weight decay, no amsgrad, no schedule",
+    "decayed": "the next s updates if every further gradient were zero: momentum fades",
+    "displacement": "W_t + s * (W_t - W_{t-1}): knows nothing of the optimizer",
+}
+"""The kinds of prediction, with their meaning."""
+
+
+class Rule(ABC):
+    """How one optimizer family moves a weight, from its state after the last update.
+
+    Subclasses state `exact` (in which situation the prediction equals what the optimizer really does) and
+    `source` (where the formula comes from), and may name in `no_decayed` why they do not offer the kind
+    "decayed".
+    """
+
+    exact: ClassVar[str] = ""
+    source: ClassVar[str] = ""
+    no_decayed: ClassVar[str] = ""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The kinds of prediction that this rule offers."""
+        return tuple(kind for kind in KINDS if kind != "decayed" or not self.no_decayed)
+
+    def needs_grad(self, group: Group, kind: str) -> bool:
+        """Whether the last gradient, which no state holds, enters the prediction of this param group."""
+        return False
+
+    @abstractmethod
+    def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
+        """Where `weight` goes in ``ahead.steps`` updates; None if it stays (no update yet, or nothing known).
+
+        Pure: reads its arguments and changes none of them. All tensors are real (complex ones come as views).
+        """
+
+
+RULES: dict[type[Any], Rule] = {}
+"""Optimizer class -> rule."""
+
+REFUSED: dict[type[Any], str] = {}
+"""Optimizer class -> why no prediction can be made for it."""
+
+_RuleType = TypeVar("_RuleType", bound=type[Rule])
+
+
+def register_rule(*optimizers: type[Any]) -> Callable[[_RuleType], _RuleType]:
+    """Class decorator: use this `Rule` for these optimizer classes (and for subclasses that keep their `step`).
+
+    Raises ConfigError if the rule does not state when it is exact and where it comes from.
+
+    Example:
+        >>> import torch, pipeoptim.rules as rules
+        >>> class SignSGD(torch.optim.Optimizer):
+        ...     pass
+        >>> @rules.register_rule(SignSGD)
+        ... class SignRule(rules.Rule):
+        ...     exact = "constant gradient"
+        ...     source = "Bernstein et al., arXiv 1802.04434"
+        ...     def needs_grad(self, group, kind):
+        ...         return True
+        ...     def move(self, weight, state, grad, group, ahead):
+        ...         return None if grad is None else rules.Move((rules.Term(ahead.lr_sum, grad.sign()),))
+        >>> del rules.RULES[SignSGD]
+    """
+
+    def register(rule: _RuleType) -> _RuleType:
+        if not rule.exact or not rule.source:
+            raise ConfigError(
+                f"{rule.__name__} does not say when it is exact and where it comes from: set `exact` and `source`"
+            )
+        instance = rule()
+        for optimizer in optimizers:
+            RULES[optimizer] = instance
+        return rule
+
+    return register
+
+
+def refuse(optimizer: type[Any], reason: str) -> None:
+    """Note that no prediction can be made for this optimizer class, and why."""
+    REFUSED[optimizer] = reason
+
+
+def find_rule(optimizer: Optimizer) -> Rule | None:
+    """The rule of this optimizer, or None where only its last displacement can be used.
+
+    Looks up the class, then its bases, but no further than the first class that brings its own `step`: a
+    subclass that updates differently must not be predicted as its base. Raises ConfigError for a refused
+    optimizer.
+    """
+    cls = type(optimizer)
+    if not hasattr(optimizer, "param_groups") or not hasattr(cls, "step"):
+        raise ConfigError(f"{cls.__name__} is not an optimizer: pass a torch.optim.Optimizer (it needs param_groups and step)")
+    for base in cls.__mro__:
+        if base not in RULES and base not in REFUSED:
+            continue
+        if not _updates_like(cls, base):
+            return None
+        if base in REFUSED:
+            raise ConfigError(f"{cls.__name__} cannot be predicted: {REFUSED[base]}")
+        return RULES[base]
+    return None
+
+
+def _updates_like(cls: type[Any], base: type[Any]) -> bool:
+    """Whether `cls` inherits both the update and the layout of the state from `base`."""
+    return all(_plain(cls, name) is _plain(base, name) for name in ("step", "_init_group"))
+
+
+def _plain(cls: type[Any], name: str) -> Any:
+    """A method without decorators: torch wraps `step` anew for each subclass, so identity needs the bottom one."""
+    method = getattr(cls, name, None)
+    return inspect.unwrap(method) if method is not None else None

@@ -1,0 +1,39 @@
+"""RMSprop: the normalized gradient, or a momentum buffer of it."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken
+from pipeoptim.rules.registry import Rule, register_rule
+
+
+@register_rule(torch.optim.RMSprop)
+class RMSpropRule(Rule):
+    """``dW = g / (sqrt(v) + eps)`` without momentum, ``dW = buf`` with it; centered: ``v - (mean of g)^2`` for v."""
+
+    exact = (
+        "Equal to the last displacement at a constant learning rate (without momentum: and without weight "
+        "decay). Under a constant gradient exact once v has converged (after several 1/(1-alpha) updates)."
+    )
+    source = "torch.optim.RMSprop; Tieleman and Hinton 2012; prediction form of arXiv 2312.00839, whose code has it too"
+
+    def needs_grad(self, group: Group, kind: str) -> bool:
+        """Without momentum the state holds squares only."""
+        return group["momentum"] == 0 and kind != "decayed"
+
+    def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
+        """See the class. Decayed without momentum: zero gradients ahead move nothing."""
+        if steps_taken(state) is None:
+            return None
+        if group["momentum"] > 0:
+            rate = ahead.decaying_sum(scalar(group["momentum"])) if ahead.kind == "decayed" else ahead.lr_sum
+            return Move((Term(rate, state["momentum_buffer"]),))
+        if grad is None or ahead.kind == "decayed":
+            return None
+        root = state["square_avg"]
+        if group["centered"]:
+            root = root.addcmul(state["grad_avg"], state["grad_avg"], value=-1)
+        value = gradient(weight, grad, group, decay=ahead.kind == "refined")
+        return Move((Term(ahead.lr_sum, value, root, 1.0, scalar(group["eps"])),))

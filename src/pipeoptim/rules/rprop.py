@@ -1,0 +1,47 @@
+"""Rprop: the sign of the gradient times a step size of its own for each weight."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.move import Ahead, Group, Move, State, Term, steps_taken
+from pipeoptim.rules.registry import Rule, register_rule
+
+
+@register_rule(torch.optim.Rprop)
+class RpropRule(Rule):
+    """Paper: ``dW = sign(g) * size``; refined lets the sizes grow by eta+ per update up to their limit.
+
+    The learning rate plays no part: Rprop uses it only for the first step size. Where a sign just flipped,
+    Rprop pauses for one update (prev = 0 there) and then goes on without growth.
+    """
+
+    exact = "Refined: a constant gradient, for any s. Paper: equal to the last displacement."
+    source = "torch.optim.Rprop; Riedmiller and Braun 1993; prediction form of arXiv 2312.00839"
+    no_decayed = "Rprop keeps no momentum that could decay"
+
+    def needs_grad(self, group: Group, kind: str) -> bool:
+        """Refined has to know where a weight goes after its pause."""
+        return kind == "refined"
+
+    def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
+        """See the class."""
+        if steps_taken(state) is None:
+            return None
+        previous, size = state["prev"], state["step_size"]
+        if ahead.kind == "paper":
+            return Move((Term(float(ahead.steps), previous.sign() * size),))
+        if grad is None:
+            grad = previous
+        elif group["maximize"]:
+            grad = -grad
+        _, eta_plus = group["etas"]
+        low, high = group["step_sizes"]
+        grows = (grad * previous) > 0
+        reach = torch.zeros_like(size)
+        size = torch.where(grows, size * eta_plus, size).clamp_(low, high)
+        for _ in range(ahead.steps):
+            reach += size
+            size = (size * eta_plus).clamp_(low, high)
+        return Move((Term(1.0, reach.mul_(grad.sign())),))

@@ -1,0 +1,168 @@
+"""The interpreters of a `Move`: three ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
+
+`write_plain` is the formula as torch writes it, with temporaries: the reference. `write_in_place` uses
+`out` as its only scratch space (memory traffic is all that matters on a CPU). `write_foreach` launches one
+kernel per operation for many parameters (launches are what matters for small tensors on a GPU); it needs
+one temporary per block.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.move import Move, Scalar, Term
+
+Mode = Literal["auto", "plain", "in_place", "foreach"]
+
+BLOCK_ELEMENTS = 1 << 24
+"""Elements per foreach block: bounds the temporaries (64 MiB of float32), far above what hides a launch."""
+
+
+def write_plain(weight: Tensor, move: Move, out: Tensor) -> None:
+    """The reference: one operation after the other, in the order in which torch's optimizers compute."""
+    result = weight if _is_one(move.keep) else weight * move.keep
+    for term in move.terms:
+        step = term.value
+        if term.root is not None:
+            step = step / (term.root.sqrt() / term.root_divisor + term.eps)
+        result = result - step * term.scale
+    out.copy_(result)
+
+
+def write_in_place(weight: Tensor, move: Move, out: Tensor) -> None:
+    """No temporaries: `out` holds the denominator first and the result afterwards. Same shape, dtype and device only."""
+    if not move.terms:
+        torch.mul(weight, move.keep, out=out)
+        return
+    first, *rest = move.terms
+    _start(weight, first, out)
+    for term in rest:
+        value = term.value if term.root is None else term.value / _denominator(term)
+        _add_scaled(out, value, -term.scale)
+    if not _is_one(move.keep):
+        _add_scaled(out, weight, move.keep - 1.0)
+
+
+def _start(weight: Tensor, term: Term, out: Tensor) -> None:
+    """``out = W - term``, with `out` as scratch."""
+    scale = term.scale
+    if term.root is None:
+        if isinstance(scale, Tensor):
+            torch.mul(term.value, -scale, out=out)
+            out.add_(weight)
+        else:
+            torch.add(weight, term.value, alpha=-scale, out=out)
+        return
+    torch.sqrt(term.root, out=out)
+    if isinstance(scale, Tensor) or isinstance(term.root_divisor, Tensor):
+        out.div_(term.root_divisor).add_(term.eps)
+        torch.div(term.value, out, out=out)
+        out.mul_(-scale).add_(weight)
+    else:
+        # Multiplying numerator and denominator by the divisor saves a pass over memory.
+        out.add_(term.eps * term.root_divisor)
+        torch.addcdiv(weight, term.value, out, value=-scale * term.root_divisor, out=out)
+
+
+def _denominator(term: Term) -> Tensor:
+    assert term.root is not None
+    return term.root.sqrt().div_(term.root_divisor).add_(term.eps)
+
+
+def _add_scaled(out: Tensor, value: Tensor, scale: Scalar) -> None:
+    """``out += scale * value`` without reading an accelerator's scalar."""
+    if isinstance(scale, Tensor):
+        out.addcmul_(value, scale)
+    else:
+        out.add_(value, alpha=scale)
+
+
+def write_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
+    """Many parameters at once. All moves have the `_signature` of the first; all tensors its dtype and device."""
+    torch._foreach_copy_(outs, weights)
+    keep = moves[0].keep
+    if not _is_one(keep):
+        torch._foreach_mul_(outs, keep)
+    for terms in zip(*(move.terms for move in moves), strict=True):
+        values = [term.value for term in terms]
+        if terms[0].root is None:
+            torch._foreach_add_(outs, values, alpha=-_number(terms[0].scale))
+            continue
+        denominators = list(torch._foreach_sqrt([term.root for term in terms if term.root is not None]))
+        torch._foreach_add_(denominators, [_number(term.eps) * _number(term.root_divisor) for term in terms])
+        torch._foreach_addcdiv_(outs, values, denominators, [-_number(t.scale) * _number(t.root_divisor) for t in terms])
+
+
+class Writer:
+    """Carries out moves as they come; collects those that can share kernels. Call `flush` at the end."""
+
+    def __init__(self, mode: Mode = "auto") -> None:
+        self._mode = mode
+        self._signature: tuple[object, ...] | None = None
+        self._elements = 0
+        self._block: list[tuple[Tensor, Move, Tensor]] = []
+
+    def put(self, weight: Tensor, move: Move, out: Tensor) -> None:
+        """Write ``W_hat`` of one parameter into `out`, now or at the next flush."""
+        mode = _mode_for(weight, move, out, self._mode)
+        if mode != "foreach":
+            write: Callable[[Tensor, Move, Tensor], None] = write_plain if mode == "plain" else write_in_place
+            write(weight, move, out)
+            return
+        signature = _signature(weight, move)
+        if signature != self._signature or self._elements >= BLOCK_ELEMENTS:
+            self.flush()
+            self._signature = signature
+        self._block.append((weight, move, out))
+        self._elements += weight.numel()
+
+    def flush(self) -> None:
+        """Write what is still collected."""
+        if self._block:
+            weights, moves, outs = (list(column) for column in zip(*self._block, strict=True))
+            write_foreach(weights, moves, outs)
+        self._block, self._elements, self._signature = [], 0, None
+
+
+def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> Mode:
+    if wanted == "plain" or not _alike(weight, move, out):
+        return "plain"
+    if wanted == "auto":
+        wanted = "in_place" if weight.device.type == "cpu" else "foreach"
+    return "in_place" if wanted == "foreach" and not _all_numbers(move) else wanted
+
+
+def _alike(weight: Tensor, move: Move, out: Tensor) -> bool:
+    """Whether kernels may write straight into `out`: equal shape, dtype and device, and plain torch tensors."""
+    tensors = [out, *(t.value for t in move.terms), *(t.root for t in move.terms if t.root is not None)]
+    return all(
+        type(t) in (Tensor, torch.nn.Parameter)
+        and t.dtype == weight.dtype
+        and t.device == weight.device
+        and t.shape == weight.shape
+        for t in tensors
+    )
+
+
+def _all_numbers(move: Move) -> bool:
+    scalars = [move.keep, *(s for term in move.terms for s in (term.scale, term.root_divisor, term.eps))]
+    return not any(isinstance(s, Tensor) for s in scalars)
+
+
+def _signature(weight: Tensor, move: Move) -> tuple[object, ...]:
+    """What moves must share to be one block: foreach takes one `alpha` and one factor for the whole list."""
+    pattern = tuple("root" if term.root is not None else term.scale for term in move.terms)
+    return (weight.device, weight.dtype, move.keep, pattern)
+
+
+def _is_one(value: Scalar) -> bool:
+    return not isinstance(value, Tensor) and value == 1.0
+
+
+def _number(value: Scalar) -> float:
+    assert not isinstance(value, Tensor)
+    return value

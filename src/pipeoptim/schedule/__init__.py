@@ -1,0 +1,28 @@
+"""When things happen: action programs as plain data, checked, counted and drawn. Nothing here imports torch.
+
+One program per (order, depth, micro-batches) is read by three interpreters: the emulator, the distributed engine and
+the timeline that draws it. What a stage does, and how old its weights are when it does it, is therefore said once.
+"""
+
+from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.draw import to_svg, to_text
+from pipeoptim.schedule.orders import ORDERS, Order
+from pipeoptim.schedule.program import Program, count_gaps
+from pipeoptim.schedule.timeline import Span, bubble, timeline
+from pipeoptim.schedule.validate import validate, with_transfers
+
+__all__ = [
+    "ORDERS",
+    "Action",
+    "Kind",
+    "Order",
+    "Program",
+    "Span",
+    "bubble",
+    "count_gaps",
+    "timeline",
+    "to_svg",
+    "to_text",
+    "validate",
+    "with_transfers",
+]

@@ -1,0 +1,76 @@
+"""Start and end of every action when a forward takes ``t_forward`` and a backward ``t_backward``: the ideal schedule.
+
+This is what the drawings show and what a measured run is held against. Transfers and updates take no time here.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from pipeoptim.errors import PipeOptimError
+from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.program import Program
+
+
+class Span(NamedTuple):
+    """One action on the clock: stage ``k`` does ``action`` from ``start`` to ``end`` (units of the caller's times)."""
+
+    k: int
+    action: Action
+    start: float
+    end: float
+
+
+def timeline(program: Program, minibatches: int, t_forward: float = 1.0, t_backward: float = 2.0) -> list[Span]:
+    """When each action of a run happens, every stage working as early as its program and its neighbours allow.
+
+    Args:
+        program: what the stages do.
+        minibatches: how many mini-batches are fed before the drain.
+        t_forward, t_backward: duration of F and B of one micro-batch on every stage.
+
+    Returns:
+        All spans, sorted by start, then stage.
+
+    Raises:
+        PipeOptimError: the program deadlocks.
+
+    Example:
+        >>> [f"{s.k}:{s.action}@{s.start:g}" for s in timeline(Program("gpipe", 2), 1) if s.action.kind != "U"]
+        ['0:F0@0', '1:F0@1', '1:B0@2', '0:B0@4']
+    """
+    durations = {Kind.F: t_forward, Kind.B: t_backward, Kind.U: 0.0}
+    todo = [program.full(k, minibatches)[::-1] for k in range(program.depth)]
+    clock = [0.0] * program.depth
+    done: dict[tuple[int, Action], float] = {}
+    spans: list[Span] = []
+    while any(todo):
+        progressed = False
+        for k, queue in enumerate(todo):
+            while queue and (ready := _ready(k, queue[-1], program.depth, done)) is not None:
+                action = queue.pop()
+                start = max(clock[k], ready)
+                clock[k] = done[k, action] = start + durations[action.kind]
+                spans.append(Span(k, action, start, clock[k]))
+                progressed = True
+        if not progressed:
+            waiting = ", ".join(f"stage {k} at {queue[-1]}" for k, queue in enumerate(todo) if queue)
+            raise PipeOptimError(f"the program deadlocks: {waiting}")
+    return sorted(spans, key=lambda s: (s.start, s.k))
+
+
+def bubble(spans: list[Span]) -> float:
+    """Share of the stages' time spent idle between the first start and the last end, 0 .. 1."""
+    busy = sum(s.end - s.start for s in spans)
+    depth = 1 + max(s.k for s in spans)
+    length = max(s.end for s in spans) - min(s.start for s in spans)
+    return 1.0 - busy / (depth * length)
+
+
+def _ready(k: int, action: Action, depth: int, done: dict[tuple[int, Action], float]) -> float | None:
+    """When the neighbour's result that ``action`` needs is there; None while it is not."""
+    if action.kind is Kind.F and k > 0:
+        return done.get((k - 1, action))
+    if action.kind is Kind.B and k < depth - 1:
+        return done.get((k + 1, action))
+    return 0.0

@@ -1,0 +1,21 @@
+"""Which weights are in the module: the latest, predicted or stashed ones, and how a backward finds those it needs."""
+
+from pipeoptim.weights.layout import BufferSet, StorageLayout
+from pipeoptim.weights.saved import SavedWeights
+from pipeoptim.weights.sources import Latest, Numbered, Predicted, Source, Stashed
+from pipeoptim.weights.store import Held, StageWeights
+from pipeoptim.weights.swap import swapped
+
+__all__ = [
+    "BufferSet",
+    "Held",
+    "Latest",
+    "Numbered",
+    "Predicted",
+    "SavedWeights",
+    "Source",
+    "StageWeights",
+    "Stashed",
+    "StorageLayout",
+    "swapped",
+]

@@ -1,0 +1,82 @@
+"""Copies of a stage's weights that have the same layout in memory as the weights themselves.
+
+A copy is made per *storage*, not per parameter. Parameters that share one storage (views of a flat buffer, the weights of
+an ``nn.LSTM`` on a GPU) share one in the copy too, and any view of a weight that autograd keeps, such as ``weight.t()``, is
+found in every copy at the same offset and strides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Place(NamedTuple):
+    """Where a tensor lies: which storage of the stage, and the geometry inside it."""
+
+    storage: int
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+class BufferSet:
+    """One full copy of the weights of a stage.
+
+    Attributes:
+        tensors: a view for each parameter, in the order given to :class:`StorageLayout`.
+        bases: one tensor per storage.
+        table: storage address -> storage number.
+    """
+
+    __slots__ = ("bases", "table", "tensors")
+
+    def __init__(self, bases: Sequence[Tensor], places: Sequence[Place]) -> None:
+        self.bases = list(bases)
+        self.table = {base.untyped_storage().data_ptr(): n for n, base in enumerate(self.bases)}
+        self.tensors = [view(self.bases, place) for place in places]
+
+    def nbytes(self) -> int:
+        """Bytes of memory this copy occupies."""
+        return sum(base.untyped_storage().nbytes() for base in self.bases)
+
+
+class StorageLayout:
+    """The storages that hold ``params`` and the place of each parameter in them."""
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        numbers: dict[int, int] = {}
+        bases: list[Tensor] = []
+        self.places: list[Place] = []
+        for p in params:
+            storage = p.untyped_storage()
+            key = storage.data_ptr() or -id(p)
+            if key not in numbers:
+                numbers[key] = len(bases)
+                bases.append(_whole(p))
+            self.places.append(Place(numbers[key], p.size(), p.stride(), p.storage_offset(), p.dtype))
+        self.latest = BufferSet(bases, self.places)
+
+    def copy(self) -> BufferSet:
+        """A new copy, equal to the latest weights (what shares a storage with them but never changes included)."""
+        return BufferSet([base.clone() for base in self.latest.bases], self.places)
+
+
+def view(bases: Sequence[Tensor], place: Place) -> Tensor:
+    """The tensor at ``place`` in the storages that ``bases`` stand for."""
+    base = bases[place.storage]
+    if base.dtype is place.dtype:
+        return base.as_strided(place.size, place.stride, place.offset)
+    other = torch.empty(0, dtype=place.dtype, device=base.device)
+    return other.set_(base.untyped_storage(), place.offset, place.size, place.stride)  # type: ignore[no-any-return,call-overload]
+
+
+def _whole(p: Tensor) -> Tensor:
+    """The storage of ``p`` from end to end, as one detached flat tensor of its type."""
+    storage = p.untyped_storage()
+    flat = torch.empty(0, dtype=p.dtype, device=p.device)
+    return flat.set_(storage, 0, (storage.nbytes() // p.element_size(),), (1,))  # type: ignore[no-any-return,call-overload]

@@ -1,0 +1,56 @@
+"""What autograd keeps of the weights, by place instead of by value, so that a backward can run on other weights.
+
+While a forward runs, autograd saves weights and views of them (``weight.t()``). Under :class:`SavedWeights` a saved tensor
+that lies in a storage of the weights is replaced by its *place*; when the backward asks for it, the same view of the weights
+chosen for this backward is handed out. Nothing keeps the forward's copy alive, and views are exact, which a swap of
+pointers at backward time is not.
+
+What autograd computes *from* the weights and saves (the low-precision copy that autocast makes) is a value of the forward's
+weights and stays one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeoptim.errors import PipeOptimError
+from pipeoptim.weights.layout import Place, view
+
+
+class SavedWeights(torch.autograd.graph.saved_tensors_hooks):
+    """Hooks for the forward of one micro-batch. Set ``target`` to the weights of the backward before it runs.
+
+    Args:
+        table: storage address -> storage number, of the weights that the forward runs on.
+
+    Attributes:
+        target: one base tensor per storage of the weights that the backward shall see.
+    """
+
+    def __init__(self, table: Mapping[int, int]) -> None:
+        self.target: Sequence[Tensor] | None = None
+
+        def pack(tensor: Tensor) -> Any:
+            number = table.get(tensor.untyped_storage().data_ptr())
+            if number is None:
+                return tensor, tensor._version
+            return Place(number, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+
+        def unpack(packed: Any) -> Tensor:
+            if type(packed) is Place:
+                if self.target is None:
+                    raise PipeOptimError("a backward ran outside the pipeline: no weights were chosen for it")
+                return view(self.target, packed)
+            tensor, version = packed
+            if tensor._version != version:
+                raise RuntimeError(
+                    "one of the activations needed for gradient computation has been modified by an inplace operation: "
+                    f"{tuple(tensor.shape)} is at version {tensor._version}, expected version {version}"
+                )
+            return tensor  # type: ignore[no-any-return]
+
+        super().__init__(pack, unpack)

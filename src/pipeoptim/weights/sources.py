@@ -1,0 +1,89 @@
+"""Where the weights of a forward or a backward come from: the vocabulary in which methods are written.
+
+A source is small frozen data with one behaviour, :meth:`Source.acquire`. A method that needs another source defines a class
+of its own with that method; no engine code changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+if TYPE_CHECKING:
+    from pipeoptim.schedule import Program
+    from pipeoptim.weights.store import Held, StageWeights
+
+
+class Source:
+    """Chooses a set of weights for micro-batch ``i`` of a stage.
+
+    Attributes:
+        predicts: whether the stage needs a predictor for it.
+    """
+
+    predicts: ClassVar[bool] = False
+
+    def acquire(self, weights: StageWeights, i: int) -> Held:
+        """The weights for micro-batch ``i``; the caller releases them."""
+        raise NotImplementedError
+
+    def keep(self, weights: StageWeights, i: int) -> Held | None:
+        """Asked before an update, for the next forward ``i``: weights that it will need and the update would lose."""
+        return None
+
+    def steps_ahead(self, program: Program, k: int, i: int) -> int:
+        """How many updates ahead the weights for micro-batch ``i`` of stage ``k`` are predicted; 0 for none."""
+        return 0
+
+
+@dataclass(frozen=True)
+class Latest(Source):
+    """The newest weights W_t at the time of the action."""
+
+    def acquire(self, weights: StageWeights, i: int) -> Held:
+        return weights.latest()
+
+
+@dataclass(frozen=True)
+class Stashed(Source):
+    """Backward only: exactly the weights that the forward of the same micro-batch used."""
+
+    def acquire(self, weights: StageWeights, i: int) -> Held:
+        raise AssertionError("the weights of the forward are kept with the micro-batch, not acquired again")
+
+
+def counted_gap(program: Program, k: int, i: int) -> int:
+    """The version gap of micro-batch ``i`` on stage ``k``, counted in the action program."""
+    return program.gap(k, i)
+
+
+@dataclass(frozen=True)
+class Predicted(Source):
+    """W_hat(t+s), from the optimizer's update rule; s = ``steps(program, k, i)``, by default the counted version gap."""
+
+    steps: Callable[[Program, int, int], int] = counted_gap
+    predicts: ClassVar[bool] = True
+
+    def acquire(self, weights: StageWeights, i: int) -> Held:
+        return weights.predicted(self.steps_ahead(weights.program, weights.k, i))
+
+    def steps_ahead(self, program: Program, k: int, i: int) -> int:
+        return self.steps(program, k, i)
+
+
+@dataclass(frozen=True)
+class Numbered(Source):
+    """The weights of one chosen version: ``number(program, k, i)`` updates after the last (re)start.
+
+    ``number`` must not decrease from one micro-batch to the next, and must never be ahead of the stage.
+    """
+
+    number: Callable[[Program, int, int], int]
+
+    def acquire(self, weights: StageWeights, i: int) -> Held:
+        return weights.numbered(weights.restart + self.number(weights.program, weights.k, i))
+
+    def keep(self, weights: StageWeights, i: int) -> Held | None:
+        version = weights.restart + self.number(weights.program, weights.k, i)
+        return weights.numbered(version) if version <= weights.version else None

@@ -1,0 +1,154 @@
+"""The versions of one stage's weights that are alive: the latest, and the copies that in-flight micro-batches need.
+
+A copy is made as late as possible. A forward on the latest weights takes none; only when an update is about to overwrite
+weights that a micro-batch in flight must see again are they copied. Copies that nobody needs any more are used again, so the
+number of copies is the largest number that was ever needed at once.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from pipeoptim.schedule import Program
+from pipeoptim.weights.layout import BufferSet, StorageLayout
+
+
+class WeightPredictor(Protocol):
+    """What a stage asks for the weights of later versions (see :class:`pipeoptim.rules.Predictor`)."""
+
+    needs_previous: bool
+
+    def before_step(self, spare: Sequence[Tensor] | None) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def predict_into(self, out: Sequence[Tensor], steps: int) -> None: ...
+
+
+class Held:
+    """One set of weights in use: the latest in place (``copy`` is None) or a copy."""
+
+    __slots__ = ("copy", "key", "users")
+
+    def __init__(self, key: tuple[int, int], copy: BufferSet | None = None) -> None:
+        self.key = key  # (version, steps predicted)
+        self.copy = copy
+        self.users = 0
+
+
+class StageWeights:
+    """All live versions of the parameters that the optimizer of stage ``k`` moves.
+
+    Args:
+        params: the parameters, in the order of the optimizer's groups.
+        program, k: the action program and the stage, for gaps.
+        predictor: writes predicted weights; None where the method predicts nothing.
+
+    Attributes:
+        version: updates applied since the stage was made.
+        restart: the version at the last (re)start; micro-batches are counted from there.
+    """
+
+    def __init__(self, params: Sequence[Tensor], program: Program, k: int, predictor: WeightPredictor | None) -> None:
+        self.params = list(params)
+        self.program = program
+        self.k = k
+        self.predictor = predictor
+        self.layout = StorageLayout(self.params)
+        self.version = 0
+        self.restart = 0
+        self._held: dict[tuple[int, int], Held] = {}
+        self._free: list[BufferSet] = []
+        self._copies: list[BufferSet] = []
+
+    def latest(self) -> Held:
+        """The latest weights; they become a copy by themselves if somebody still holds them at the next update."""
+        return self._hold((self.version, 0))
+
+    def numbered(self, version: int) -> Held:
+        """The weights as they were at ``version``, which somebody must have held since."""
+        return self._hold((version, 0), must_exist=version != self.version)
+
+    def predicted(self, steps: int) -> Held:
+        """The weights predicted for ``steps`` updates after the latest; the latest themselves for 0."""
+        key = (self.version, steps)
+        if steps == 0 or self.predictor is None:  # no predictor: a stage without parameters
+            return self._hold((self.version, 0))
+        if key in self._held:
+            return self._hold(key)
+        self._drop_stale_predictions()
+        held = Held(key, self._take())
+        assert held.copy is not None
+        with torch.no_grad():
+            self.predictor.predict_into(held.copy.tensors, steps)
+        self._held[key] = held
+        held.users += 1
+        return held
+
+    def release(self, held: Held) -> None:
+        """Give back what :meth:`latest`, :meth:`numbered` or :meth:`predicted` returned."""
+        held.users -= 1
+        if held.users == 0 and held.key[1] == 0:
+            # A prediction stays until it is overwritten: micro-batches of one version share it.
+            self._forget(held)
+
+    def before_update(self) -> None:
+        """Copy the latest weights if they are held, and let the predictor note what it needs."""
+        held = self._held.get((self.version, 0))
+        if held is not None and held.copy is None:
+            held.copy = self._take()
+            with torch.no_grad():
+                for copy, latest in zip(held.copy.bases, self.layout.latest.bases, strict=True):
+                    copy.copy_(latest)
+        if self.predictor is not None:
+            self._drop_stale_predictions(everything=True)
+            if self.predictor.needs_previous and not self._free:
+                self._free.append(self._new())
+            self.predictor.before_step(self._free[-1].tensors if self._free else None)
+
+    def after_update(self) -> None:
+        """Count the update."""
+        self.version += 1
+        if self.predictor is not None:
+            self.predictor.after_step()
+
+    def tensors(self, held: Held) -> list[Tensor] | None:
+        """What :func:`~pipeoptim.weights.swap.swapped` puts into the module; None for the latest in place."""
+        return None if held.copy is None else held.copy.tensors
+
+    def buffers(self, held: Held) -> BufferSet:
+        """The memory of ``held``, for :class:`~pipeoptim.weights.saved.SavedWeights`."""
+        return self.layout.latest if held.copy is None else held.copy
+
+    def nbytes_of_copies(self) -> int:
+        """Bytes of all copies made so far, in use or free."""
+        return sum(copy.nbytes() for copy in self._copies)
+
+    def _hold(self, key: tuple[int, int], must_exist: bool = False) -> Held:
+        held = self._held.get(key)
+        if held is None:
+            assert not must_exist, f"stage {self.k}: version {key[0]} is gone, the latest is {self.version}"
+            held = self._held[key] = Held(key)
+        held.users += 1
+        return held
+
+    def _take(self) -> BufferSet:
+        return self._free.pop() if self._free else self._new()
+
+    def _new(self) -> BufferSet:
+        self._copies.append(self.layout.copy())
+        return self._copies[-1]
+
+    def _forget(self, held: Held) -> None:
+        del self._held[held.key]
+        if held.copy is not None:
+            self._free.append(held.copy)
+
+    def _drop_stale_predictions(self, everything: bool = False) -> None:
+        for held in [h for h in self._held.values() if h.users == 0]:
+            if everything or held.key[1] > 0:
+                self._forget(held)

@@ -1,0 +1,37 @@
+"""One stage of the runs that test_distributed compares with the emulator; writes its final state for every method."""
+
+import os
+import sys
+
+import case
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+
+import pipeoptim as po
+
+out, methods, cases = sys.argv[1], sys.argv[2].split(","), [tuple(c.split(":")) for c in sys.argv[3].split(",")]
+torch.set_num_threads(1)
+k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+dist.init_process_group("gloo")
+for method in methods:
+    for m, name in cases:
+        module = case.pieces(depth)[k]
+        opt = case.optimizer(name, module.parameters())
+        torch.manual_seed(3)
+        torch.rand(k)  # the user's own random numbers must not matter
+        stage = PipelineStage(module, k, depth, torch.device("cpu"))
+        pipe = po.Schedule(stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), timeout=60)
+        losses = []
+        for n, (x, y) in enumerate(case.batches()):
+            losses.append(pipe.step(*([x] if k == 0 else []), target=y if k == depth - 1 else None))
+            if n == 20:
+                pipe.drain()
+            if n in (25, 30):
+                x, y = x[:5], y[:5]
+                losses.append(pipe.eval_step(*([x] if k == 0 else []), target=y if k == depth - 1 else None, drain=n == 30))
+        pipe.drain()
+        pipe.close()
+        state = pipe.stage_state_dict(k)
+        torch.save({"state": state, "losses": losses, "version": pipe.version(k)}, f"{out}/{method}-{m}-{name}-{k}.pt")
+dist.destroy_process_group()

@@ -1,0 +1,34 @@
+"""Two stages that make the mistakes users make, and print what they are told."""
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch.distributed.pipelining import PipelineStage
+
+import pipeoptim as po
+
+torch.set_num_threads(1)
+k = int(os.environ["RANK"])
+dist.init_process_group("gloo")
+module = torch.nn.Linear(4, 4)
+opt = torch.optim.SGD(module.parameters(), lr=0.1)
+stage = PipelineStage(module, k, 2, torch.device("cpu"))
+loss_fn = torch.nn.functional.mse_loss
+
+
+def told(work):
+    try:
+        work()
+    except po.PipeOptimError as error:
+        print(error)
+
+
+pipe = po.Schedule(stage, opt, loss_fn, "gpipe", 3, timeout=30, seed=0)
+x = torch.ones(4, 4)
+told(lambda: pipe.step(x, target=x))
+told(lambda: po.Schedule(module, opt, loss_fn))
+dist.barrier()
+told(lambda: po.Schedule(stage, opt, loss_fn, "naive" if k else "pipeoptim", seed=0, timeout=30))
+dist.barrier()
+pipe.close()

@@ -1,0 +1,126 @@
+"""A naive oracle: keeps every version of every stage's weights in a list and looks the right ones up by number.
+
+Written without anything of the library. A stage is a few layers ``y = tanh(x W' + b)`` whose gradients are spelled out by hand,
+so that the activations of one set of weights can be combined with the weights of another, as an asynchronous pipeline does.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass
+class OracleStage:
+    weights: list  # version -> list of tensors [W1, b1, W2, b2, ...]
+    directions: list = field(default_factory=lambda: [None])  # version -> the step that led there, without lr
+    state: dict = field(default_factory=dict)
+
+
+def forward(weights, x):
+    kept = [x]
+    for w, b in zip(weights[::2], weights[1::2], strict=True):
+        x = torch.tanh(x @ w.T + b)
+        kept.append(x)
+    return x, kept
+
+
+def backward(weights, kept, g):
+    grads = []
+    for n in reversed(range(len(weights) // 2)):
+        g = g * (1 - kept[n + 1] ** 2)
+        grads = [g.T @ kept[n], g.sum(0), *grads]
+        g = g @ weights[2 * n]
+    return g, grads
+
+
+def mse_gradient(y, target):
+    return 2 * (y - target) / y.numel()
+
+
+class Rule:
+    """An optimizer written by hand: ``step`` returns the direction d with W <- W - lr d; ``ahead`` what is predicted."""
+
+    def __init__(self, name, lr=0.05, wd=0.0):
+        self.name, self.lr, self.wd = name, lr, wd
+
+    def step(self, stage, weights, grads):
+        t = stage.state["t"] = stage.state.get("t", 0) + 1
+        if self.name in ("sgd", "momentum"):
+            grads = [g + self.wd * w for g, w in zip(grads, weights, strict=True)]
+            if self.name == "sgd":
+                return grads
+            old = stage.state.get("m")
+            m = stage.state["m"] = grads if old is None else [0.9 * a + g for a, g in zip(old, grads, strict=True)]
+            return m
+        m = stage.state.get("m") or [torch.zeros_like(g) for g in grads]
+        v = stage.state.get("v") or [torch.zeros_like(g) for g in grads]
+        m = stage.state["m"] = [0.9 * a + 0.1 * g for a, g in zip(m, grads, strict=True)]
+        v = stage.state["v"] = [0.999 * a + 0.001 * g * g for a, g in zip(v, grads, strict=True)]
+        d = [(a / (1 - 0.9**t)) / ((b / (1 - 0.999**t)).sqrt() + 1e-8) for a, b in zip(m, v, strict=True)]
+        return [x + self.wd * w for x, w in zip(d, weights, strict=True)]
+
+    def torch(self, params):
+        if self.name == "sgd":
+            return torch.optim.SGD(params, lr=self.lr)
+        if self.name == "momentum":
+            return torch.optim.SGD(params, lr=self.lr, momentum=0.9, weight_decay=self.wd)
+        return torch.optim.AdamW(params, lr=self.lr, weight_decay=self.wd)
+
+    def ahead(self, stage, version):
+        """The direction predicted to continue from ``version``: the last step, with the decay of today's weights."""
+        d = stage.directions[version]
+        if d is None:
+            return [torch.zeros_like(w) for w in stage.weights[version]]
+        if self.name == "adamw":
+            before, now = stage.weights[version - 1], stage.weights[version]
+            return [x + self.wd * (w - b) for x, w, b in zip(d, now, before, strict=True)]
+        return d
+
+
+def train(initial, rule, segments, batches, m, forward_uses, backward_uses):
+    """Train a pipeline of ``len(initial)`` stages.
+
+    Args:
+        initial: per stage, its list of tensors.
+        segments: numbers of mini-batches between two drains.
+        batches: list of (x, y), one per mini-batch, in order.
+        forward_uses, backward_uses: (stage, at_forward, at_backward, gap) -> list of tensors.
+
+    Returns:
+        The stages, and the loss of every mini-batch.
+    """
+    depth = len(initial)
+    stages = [OracleStage([weights]) for weights in initial]
+    sums = [None] * depth
+    losses, fed = [], iter(batches)
+    for minibatches in segments:
+        start = len(stages[0].weights) - 1
+        for n in range(minibatches):
+            x_all, y_all = next(fed)
+            size = len(x_all) // m
+            loss = 0.0
+            for j in range(m):
+                i = n * m + j
+                x, y = x_all[j * size : (j + 1) * size], y_all[j * size : (j + 1) * size]
+                kept, uses = [], []
+                for k, stage in enumerate(stages):
+                    at_f = start + max(0, i - (depth - 1 - k)) // m
+                    at_b = start + n
+                    uses.append((stage, at_f, at_b, at_b - at_f))
+                    x, acts = forward(forward_uses(*uses[k]), x)
+                    kept.append(acts)
+                loss += float(((x - y) ** 2).mean()) / m
+                g = mse_gradient(x, y) / m
+                for k in reversed(range(depth)):
+                    g, grads = backward(backward_uses(*uses[k]), kept[k], g)
+                    sums[k] = grads if sums[k] is None else [a + b for a, b in zip(sums[k], grads, strict=True)]
+            losses.append(loss)
+            for k, stage in enumerate(stages):
+                now = stage.weights[-1]
+                d = rule.step(stage, now, sums[k])
+                stage.weights.append([w - rule.lr * x for w, x in zip(now, d, strict=True)])
+                stage.directions.append(d)
+                sums[k] = None
+    return stages, losses

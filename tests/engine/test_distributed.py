@@ -1,0 +1,97 @@
+"""Processes compute what the emulator computes, bit for bit; a dead stage ends the others; bad use is said."""
+
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import case
+import processes
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+import pipeoptim as po
+
+HERE = Path(__file__).parent
+
+
+def emulate(depth, method, m, name):
+    modules = case.pieces(depth)
+    opts = [case.optimizer(name, module.parameters()) for module in modules]
+    pipe = po.Emulator(modules, opts, case.loss_fn, method, m, schedulers=[case.scheduler(o) for o in opts], seed=3)
+    losses = []
+    for n, (x, y) in enumerate(case.batches()):
+        losses.append(pipe.step(x, target=y))
+        if n == 20:
+            pipe.drain()
+        if n in (25, 30):
+            losses.append(pipe.eval_step(x[:5], target=y[:5], drain=n == 30))
+    pipe.drain()
+    return pipe, losses
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
+    methods = sorted(po.METHODS)
+    cases = [("1", "adamw"), ("4", "sgd")]
+    processes.run(HERE / "equal_worker.py", depth, str(tmp_path), ",".join(methods), ",".join(":".join(c) for c in cases))
+    for method in methods:
+        for m, name in cases:
+            pipe, losses = emulate(depth, method, int(m), name)
+            for k in range(depth):
+                theirs = torch.load(tmp_path / f"{method}-{m}-{name}-{k}.pt", weights_only=True)
+                assert theirs["version"] == pipe.version(k) == case.UPDATES
+                ours = tree_leaves(pipe.stage_state_dict(k))
+                for a, b in zip(ours, tree_leaves(theirs["state"]), strict=True):
+                    same = torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
+                    assert same, f"{method}, M={m}, {name}: stage {k} differs"
+                if k == depth - 1:
+                    assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"]))
+
+
+@pytest.mark.parametrize("victim", [0, 1, 2])
+def test_a_killed_stage_ends_the_others_and_is_named(victim, tmp_path):
+    with processes.stages(HERE / "endless_worker.py", 3, "10") as started:
+        for p in started:
+            assert p.stdout.readline().strip() == "running"
+        started[victim].send_signal(signal.SIGKILL)
+        killed = time.monotonic()
+        for k, p in enumerate(started):
+            if k == victim:
+                continue
+            try:
+                _, err = p.communicate(timeout=12)
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"stage {k} still runs 12 s after stage {victim} was killed")
+            assert p.returncode not in (0, None)
+            assert f"stage {victim}" in err, err[-2000:]
+        assert time.monotonic() - killed < 10
+
+
+def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout():
+    with processes.stages(HERE / "endless_worker.py", 3, "3") as started:
+        for p in started:
+            assert p.stdout.readline().strip() == "running"
+        started[2].send_signal(signal.SIGSTOP)
+        frozen = time.monotonic()
+        for p in started[:2]:
+            _, err = p.communicate(timeout=12)
+            assert p.returncode == 1
+            assert "stage 2 gave no sign of life for 3 s" in err, err[-2000:]
+        assert 2 < time.monotonic() - frozen < 10
+        started[2].send_signal(signal.SIGCONT)
+
+
+def test_bad_use_is_refused_with_a_sentence():
+    outputs = processes.run(HERE / "misuse_worker.py", 2)
+    assert "only stage 0 takes them" in outputs[1]
+    assert "cannot be split into 3 equal micro-batches" in outputs[0]
+    assert "must be a torch.distributed.pipelining.PipelineStage" in outputs[0]
+    assert "give all the same" in outputs[0]
+    assert "give all the same" in outputs[1]
+
+
+def test_without_a_process_group():
+    with pytest.raises(po.ConfigError, match="start with torchrun"):
+        po.Schedule(None, None, case.loss_fn)
