@@ -9,7 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
-from pipeoptim.version import VERSION as __version__
+from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
     from pipeoptim.engine import Emulator, Schedule

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
@@ -38,7 +39,8 @@ class Schedule(Pipeline):
         optimizer: of this stage's parameters; None if it has none.
         loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; used on the last stage.
         method, microbatches, prediction: as in :class:`~pipeoptim.Emulator`; equal in all processes.
-        seed: of this stage's random numbers, by default torch's initial seed. The same in all processes draws what the emulator draws.
+        seed: of this stage's random numbers, by default torch's initial seed. With the same
+            seed in all processes they draw what the emulator draws.
         scheduler: of this stage's learning rate; advanced once per update.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
@@ -137,7 +139,8 @@ class Schedule(Pipeline):
         """
         if drain:
             self.drain()
-        return self._guard(lambda: self._evaluate(args, kwargs, target))
+        loss: Tensor | None = self._guard(lambda: self._evaluate(args, kwargs, target))
+        return loss
 
     def close(self) -> None:
         """Wait for the last sends and stop the watch. Call it once, after the last :meth:`drain`."""
@@ -152,9 +155,9 @@ class Schedule(Pipeline):
     def _run(self, actions: list[Action], first: int, feeds: list[Any], losses: list[Tensor]) -> None:
         for action in actions:
             if action.kind is Kind.F:
-                self._forward(action.index, feeds[action.index - first], losses)
+                self._forward(action.number, feeds[action.number - first], losses)
             elif action.kind is Kind.B:
-                self._backward(action.index)
+                self._backward(action.number)
             else:
                 self.worker.update()
 
@@ -205,7 +208,7 @@ class Schedule(Pipeline):
         """One group per direction, so that neither waits for the other; the watch; and a check that all agree."""
         global _made
         self._watch: Watch | None = None
-        store = dist.PrefixStore(f"pipeoptim/{_made}/{ranks[0]}", dist.distributed_c10d._get_default_store())
+        store = PrefixStore(f"pipeoptim/{_made}/{ranks[0]}", dist.distributed_c10d._get_default_store())
         _made += 1
         self._agree(store, settings, timeout)
         if liveness is not None and self.depth > 1:
@@ -214,7 +217,7 @@ class Schedule(Pipeline):
         groups = [
             dist.new_group(list(ranks), timeout=timedelta(seconds=timeout), use_local_synchronization=True) for _ in range(2)
         ]
-        waiting = self._watch.waiting if self._watch is not None else lambda peer: None
+        waiting = self._watch.waiting if self._watch is not None else _nobody_watches
 
         def end(direction: int, peer: int) -> tuple[Any, ...]:
             return groups[direction], peer, ranks[peer], self.device, timeout, waiting
@@ -226,7 +229,7 @@ class Schedule(Pipeline):
         self._from_next = None if last else Receiver(*end(1, self.k + 1), ahead=ahead)
         self._to_previous = None if first else Sender(*end(1, self.k - 1))
 
-    def _agree(self, store: dist.Store, settings: str, timeout: float) -> None:
+    def _agree(self, store: Store, settings: str, timeout: float) -> None:
         """All processes must run the same method with the same settings; find out before the first message."""
         keys = [f"settings/{k}" for k in range(self.depth)]
         store.set(keys[self.k], settings)
@@ -239,3 +242,7 @@ class Schedule(Pipeline):
             theirs = store.get(key).decode()
             if theirs != settings:
                 raise ConfigError(f"stage {self.k} was set up with {settings}, stage {k} with {theirs}; give all the same")
+
+
+def _nobody_watches(peer: int | None) -> None:
+    """What a link reports its waits to when the watch is off."""

@@ -141,7 +141,7 @@ class Emulator(Pipeline):
         return True
 
     def _act(self, k: int, action: Action, first: int, feeds: list[Any], losses: list[Tensor]) -> None:
-        worker, i = self._workers[k], action.index
+        worker, i = self._workers[k], action.number
         if action.kind is Kind.F:
             args, kwargs, target = feeds[i - first]
             if k > 0:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -186,7 +187,7 @@ class StageWorker:
         self.weights.before_update()
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values.
         if self.optimizer is not None:
-            with torch.autograd._unsafe_preserve_version_counter(tuple(self.weights.params)):
+            with _unsafe_preserve_version_counter(tuple(self.weights.params)):
                 self.optimizer.step()
         self.weights.after_update()
         if self.optimizer is not None:

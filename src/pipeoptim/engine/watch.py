@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import suppress
 
-from torch.distributed import Store
+from torch.distributed.distributed_c10d import Store
 
 _STORE_GONE = "the process that holds the store (stage 0, unless torchrun holds it)"
 _GRACE = 1.0  # seconds that the main thread has to fail by itself, with its own traceback

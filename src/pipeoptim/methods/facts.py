@@ -25,7 +25,7 @@ def copies(method: Method, depth: int, microbatches: int, k: int) -> int:
     """
     program = method.program(depth, microbatches)
     actions = program.full(k, 2 * depth + 2)
-    forwards = [a.index for a in actions if a.kind is Kind.F]
+    forwards = [a.number for a in actions if a.kind is Kind.F]
     version, most = 0, 0
     in_flight: dict[int, tuple[int, int]] = {}
     for position, (kind, i) in enumerate(actions):

@@ -23,7 +23,7 @@ class Action(NamedTuple):
 
     Attributes:
         kind: what is done.
-        index: the micro-batch, counted from 0 since the last (re)start; for ``U`` the mini-batch it consumes.
+        number: the micro-batch, counted from 0 since the last (re)start; for ``U`` the mini-batch it consumes.
 
     Example:
         >>> str(Action(Kind.F, 3))
@@ -31,7 +31,7 @@ class Action(NamedTuple):
     """
 
     kind: Kind
-    index: int
+    number: int
 
     def __str__(self) -> str:
-        return f"{self.kind.value}{self.index}"
+        return f"{self.kind.value}{self.number}"

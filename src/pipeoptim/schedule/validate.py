@@ -25,9 +25,9 @@ def with_transfers(actions: list[Action], k: int, depth: int) -> list[Action]:
         else:
             out.append(action)
             continue
-        out += [Action(before[1], action.index)] if before[0] else []
+        out += [Action(before[1], action.number)] if before[0] else []
         out.append(action)
-        out += [Action(after[1], action.index)] if after[0] else []
+        out += [Action(after[1], action.number)] if after[0] else []
     return out
 
 
@@ -56,8 +56,8 @@ def _check_stage(k: int, actions: list[Action], m: int, minibatches: int) -> Non
     for action in actions:
         needs = {
             Kind.F: [],
-            Kind.B: [Action(Kind.F, action.index)],
-            Kind.U: [Action(Kind.B, i) for i in range(action.index * m, (action.index + 1) * m)],
+            Kind.B: [Action(Kind.F, action.number)],
+            Kind.U: [Action(Kind.B, i) for i in range(action.number * m, (action.number + 1) * m)],
         }.get(action.kind)
         if needs is None:
             raise PipeOptimError(f"stage {k}: {action} is not an F, B or U")
@@ -75,7 +75,7 @@ def _check_stage(k: int, actions: list[Action], m: int, minibatches: int) -> Non
 
 
 def _check_channel(sender: list[Action], send: Kind, k: int, receiver: list[Action], recv: Kind, to: int) -> None:
-    sent = [a.index for a in sender if a.kind is send]
-    received = [a.index for a in receiver if a.kind is recv]
+    sent = [a.number for a in sender if a.kind is send]
+    received = [a.number for a in receiver if a.kind is recv]
     if sent != received:
         raise PipeOptimError(f"{send.value} of stage {k} {sent} does not match {recv.value} of stage {to} {received}")

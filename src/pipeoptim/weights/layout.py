@@ -58,7 +58,7 @@ class StorageLayout:
             if key not in numbers:
                 numbers[key] = len(bases)
                 bases.append(_whole(p))
-            self.places.append(Place(numbers[key], p.size(), p.stride(), p.storage_offset(), p.dtype))
+            self.places.append(Place(numbers[key], p.size(), p.stride(), int(p.storage_offset()), p.dtype))
         self.latest = BufferSet(bases, self.places)
 
     def copy(self) -> BufferSet:

@@ -38,7 +38,7 @@ class SavedWeights(torch.autograd.graph.saved_tensors_hooks):
             number = table.get(tensor.untyped_storage().data_ptr())
             if number is None:
                 return tensor, tensor._version
-            return Place(number, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+            return Place(number, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
         def unpack(packed: Any) -> Tensor:
             if type(packed) is Place:

@@ -20,7 +20,8 @@ from pipeoptim.weights.layout import BufferSet, StorageLayout
 class WeightPredictor(Protocol):
     """What a stage asks for the weights of later versions (see :class:`pipeoptim.rules.Predictor`)."""
 
-    needs_previous: bool
+    @property
+    def needs_previous(self) -> bool: ...
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None: ...
 
