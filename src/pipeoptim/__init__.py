@@ -14,7 +14,7 @@ from pipeoptim.version import __version__
 if TYPE_CHECKING:
     from pipeoptim.engine import Emulator, Schedule
     from pipeoptim.methods import METHODS, Method, get_method, register_method
-    from pipeoptim.rules import predict_weights
+    from pipeoptim.rules import predict_weights, register_rule, track
 
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
@@ -25,6 +25,8 @@ _LAZY = {
     "get_method": "pipeoptim.methods",
     "predict_weights": "pipeoptim.rules",
     "register_method": "pipeoptim.methods",
+    "register_rule": "pipeoptim.rules",
+    "track": "pipeoptim.rules",
 }
 
 __all__ = [
@@ -39,6 +41,8 @@ __all__ = [
     "get_method",
     "predict_weights",
     "register_method",
+    "register_rule",
+    "track",
 ]
 
 

@@ -83,7 +83,7 @@ def test_a_program_that_cannot_work_is_named():
 
         def step(self, k, depth, m, n):
             f, b, u = Action(Kind.F, n), Action(Kind.B, n), Action(Kind.U, n)
-            return [f, b, u] if n % 2 == 0 else [f, b, u]
+            return [f, b, u]
 
         def drain(self, k, depth, m, n):
             return []

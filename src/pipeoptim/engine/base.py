@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from pipeoptim.engine.stage import StageWorker
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
@@ -24,7 +27,8 @@ class Pipeline:
         self.depth, self.microbatches = depth, microbatches
         self._workers: dict[int, StageWorker] = {}
         self._steps = 0  # mini-batches fed since the last (re)start
-        self._stop = False
+        self._fed = 0  # mini-batches fed since the beginning of training
+        self._stop = self._stop_wanted = False
 
     @property
     def local_stages(self) -> list[int]:
@@ -62,11 +66,12 @@ class Pipeline:
             PipeOptimError: micro-batches are in flight; call :meth:`drain` first.
         """
         self._worker(k).load_state_dict(state)
+        self._fed = self._worker(k).weights.version
         self._steps = 0
 
     def request_stop(self) -> None:
         """Ask the run to stop: on stage 0, every stage sees :attr:`stop_requested` after the same next step."""
-        self._stop = True
+        self._stop_wanted = True  # takes effect at the next step, also when a signal handler calls this inside one
 
     @property
     def stop_requested(self) -> bool:
@@ -75,6 +80,24 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back what the pipeline holds outside the process. Nothing here; connections in ``Schedule``."""
+
+    def _synchronous(self) -> bool:
+        """Whether training is still in the part that the method wants synchronous; the same on every stage."""
+        self._fed += 1
+        return self._fed <= self.method.synchronous_updates
+
+    def _note_stop(self) -> None:
+        """Called on stage 0 before a mini-batch is fed, so that the whole mini-batch carries the same flag."""
+        self._stop = self._stop or self._stop_wanted
+
+    @staticmethod
+    def _mean(found: list[Tensor], losses: list[Tensor] | None) -> Tensor | None:
+        """The loss of a mini-batch from those of its micro-batches, which also go into the caller's list."""
+        if losses is not None:
+            losses[:] = found
+        if len(found) < 2:
+            return found[0] if found else None
+        return torch.stack(found).mean()
 
     def _restart(self) -> None:
         for worker in self._workers.values():

@@ -100,12 +100,13 @@ class Schedule(Pipeline):
 
     # -- what users call -------------------------------------------------------------------------------------------
 
-    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor | None:
+    def step(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Tensor | None:
         """Feed one mini-batch: F of its micro-batches, and the backwards that are due by then.
 
         Args:
             args: input of the model; stage 0 only.
             target: for ``loss_fn``; last stage only.
+            losses: a list that is filled with the loss of each micro-batch, as torch's schedules do; last stage only.
             kwargs: for this stage's module.
 
         Returns:
@@ -117,14 +118,16 @@ class Schedule(Pipeline):
         """
         if args and self.k > 0:
             raise ConfigError(f"stage {self.k} was given {len(args)} inputs; only stage 0 takes them, use keywords for others")
+        if self.k == 0:
+            self._note_stop()
         feeds = split((args, kwargs, target), self.microbatches, f"the inputs of stage {self.k}")
-        losses: list[Tensor] = []
+        found: list[Tensor] = []
         first = self._steps * self.microbatches
-        self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, losses))
+        self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, found))
         self._steps += 1
-        if not losses:
-            return None
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if self._synchronous():
+            self.drain()
+        return self._mean(found, losses)
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""

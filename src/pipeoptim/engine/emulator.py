@@ -86,22 +86,28 @@ class Emulator(Pipeline):
         self._activations: list[deque[Any]] = [deque() for _ in stages]
         self._gradients: list[deque[list[Tensor | None]]] = [deque() for _ in stages]
 
-    def step(self, *args: Any, target: Any = None, **kwargs: Any) -> Tensor:
+    def step(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Tensor:
         """Feed one mini-batch and return its loss (mean over micro-batches, detached).
 
         Args:
             args, kwargs: input of stage 0.
             target: given to ``loss_fn`` with the output of the last stage.
+            losses: a list that is filled with the loss of each micro-batch, as torch's schedules do.
 
         Raises:
             ConfigError: the batch cannot be split into M equal micro-batches, or the loss is not a scalar.
         """
+        self._note_stop()
         feeds = split((args, kwargs, target), self.microbatches, "the inputs")
-        losses: list[Tensor] = []
+        found: list[Tensor] = []
         first = self._steps * self.microbatches
-        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, losses)
+        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, found)
         self._steps += 1
-        return losses[0] if len(losses) == 1 else torch.stack(losses).mean()
+        if self._synchronous():
+            self.drain()
+        loss = self._mean(found, losses)
+        assert loss is not None
+        return loss
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""

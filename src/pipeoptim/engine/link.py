@@ -57,6 +57,7 @@ class Sender(_End):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._pending: deque[tuple[Any, Tensor]] = deque()
+        self._broken: StageFailure | None = None
 
     def send(self, tree: Any, flags: int = 0) -> None:
         """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind."""
@@ -83,6 +84,8 @@ class Sender(_End):
         while self._pending:
             work, _ = self._pending.popleft()
             self.wait(work)
+        if self._broken is not None:
+            raise self._broken
 
     def _block(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -91,10 +94,13 @@ class Sender(_End):
         while self._pending and (len(self._pending) > 8 or self._pending[0][0].is_completed()):
             work, _ = self._pending.popleft()
             self.wait(work)
+        if self._broken is not None:
+            raise self._broken
         try:
             self._pending.append((dist.isend(block, self.rank, group=self.group), block))
         except RuntimeError as error:
-            raise StageFailure(self._reason(error)) from error
+            # Raised with the next message: a script that ends without a drain leaves gradients that nobody waits for.
+            self._broken = StageFailure(self._reason(error))
 
 
 class Receiver(_End):

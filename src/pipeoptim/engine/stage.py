@@ -6,8 +6,8 @@ nothing of other stages: activations and gradients come in and go out as plain v
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,6 +24,7 @@ from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
 from pipeoptim.weights import Held, Latest, SavedWeights, StageWeights, Stashed, swapped
+from pipeoptim.weights.store import WeightPredictor
 
 LossFn = Callable[..., Tensor]
 
@@ -74,14 +75,14 @@ class StageWorker:
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
-        self.predictor = None
+        self.predictor: WeightPredictor | None = None
         if optimizer is not None and method.predicts_on(program, k):
-            self.predictor = Predictor(optimizer, kind=prediction, scheduler=scheduler)
+            own = method.predictor
+            self.predictor = own(optimizer, program, k) if own else Predictor(optimizer, kind=prediction, scheduler=scheduler)
         self.weights = StageWeights(params, program, k, self.predictor)
         self.random = StageRandom(seed, k, device or (params[0].device if params else torch.device("cpu")))
         self._flights: dict[int, Flight] = {}
         self._ready: tuple[int, Held] | None = None
-        self._kept: Held | None = None
         self._next_forward = 0
         self._copy_inputs: bool | None = None  # None: not known yet whether the module changes its inputs in place
 
@@ -112,10 +113,8 @@ class StageWorker:
         self._flights[i] = Flight(inputs, outputs, saved, held if stash else None)
         if not stash:
             self.weights.release(held)
-        if self._kept is not None:
-            self.weights.release(self._kept)
-            self._kept = None
         self._next_forward = i + 1
+        self._retain()
         return result.detach() if self.is_last else result
 
     def _hooks(self, i: int, held: Held) -> SavedWeights | None:
@@ -182,12 +181,11 @@ class StageWorker:
 
     def update(self) -> None:
         """U: one step of the optimizer, of the schedule of its learning rate, and of the version count."""
-        if self._kept is None:
-            self._kept = self.method.forward.keep(self.weights, self._next_forward)
+        self._retain()
         self.weights.before_update()
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values.
         if self.optimizer is not None:
-            with _unsafe_preserve_version_counter(tuple(self.weights.params)):
+            with _unsafe_preserve_version_counter(tuple(self.weights.params)), self._scaled_lr(self.optimizer):
                 self.optimizer.step()
         self.weights.after_update()
         if self.optimizer is not None:
@@ -195,14 +193,38 @@ class StageWorker:
         if self.scheduler is not None:
             self.scheduler.step()
 
+    @contextmanager
+    def _scaled_lr(self, optimizer: Optimizer) -> Iterator[None]:
+        """The learning rate that the method wants for this update; the user's own is back afterwards."""
+        scale = 1.0
+        if self.method.lr_scale is not None:
+            scale = self.method.lr_scale(self.program, self.k, self.weights.version)
+        if scale == 1.0:
+            yield
+            return
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * scale
+            yield
+        finally:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+
     def restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""
         assert not self._flights, f"stage {self.k} restarts with micro-batches {sorted(self._flights)} in flight"
-        for held in (self._kept, self._ready[1] if self._ready else None):
-            if held is not None:
-                self.weights.release(held)
-        self._kept, self._ready, self._next_forward = None, None, 0
+        if self._ready is not None:
+            self.weights.release(self._ready[1])
+        self._ready, self._next_forward = None, 0
+        self.weights.retain(self.weights.version + 1)
         self.weights.restart = self.weights.version
+
+    def _retain(self) -> None:
+        """Keep the versions that coming forwards will ask for by number."""
+        oldest = self.method.forward.oldest_needed(self.weights, self._next_forward)
+        if oldest is not None:
+            self.weights.retain(oldest)
 
     # -- evaluation and state ----------------------------------------------------------------------------------------
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 from pipeoptim.methods.method import Method
-from pipeoptim.schedule import Kind
-from pipeoptim.weights import Numbered, Stashed
+from pipeoptim.schedule import Action, Kind, Program
+from pipeoptim.weights import Numbered, Source, Stashed
+
+Key = tuple[int, int]
+"""One set of weights: updates applied, and updates predicted ahead."""
 
 
 def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int = 0) -> int:
@@ -12,49 +17,69 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
     return method.program(depth, microbatches).steady_gap(k, microbatch)
 
 
+@lru_cache(maxsize=1024)
 def copies(method: Method, depth: int, microbatches: int, k: int) -> int:
     """Copies of the weights that stage ``k`` holds at most, the latest included.
 
-    Counted by walking the action program and noting which sets of weights are in use at each action. A set is the latest
-    as it was after a number of updates, or a prediction from such a version.
+    Counted by walking the action program and noting which sets of weights are in use at each action.
 
     Example:
         >>> from pipeoptim.methods import get_method
         >>> [copies(get_method("pipedream"), 4, 1, k) for k in range(4)]
         [4, 3, 2, 1]
     """
-    program = method.program(depth, microbatches)
-    actions = program.full(k, 2 * depth + 2)
-    forwards = [a.number for a in actions if a.kind is Kind.F]
-    version, most = 0, 0
-    in_flight: dict[int, tuple[int, int]] = {}
-    for position, (kind, i) in enumerate(actions):
-        if kind is Kind.F:
-            forward = _key(method.forward, program, k, i, version)
-            if isinstance(method.backward, Stashed):
-                in_flight[i] = forward
-            most = max(most, _extra({*in_flight.values(), forward}, version))
-        elif kind is Kind.B:
-            backward = in_flight.get(i) or _key(method.backward, program, k, i, version)
-            most = max(most, _extra({*in_flight.values(), backward}, version))
-            in_flight.pop(i, None)
+    walk = _Walk(method, method.program(depth, microbatches), k)
+    for action in walk.program.full(k, minibatches=2 * depth + 2):
+        walk.act(action)
+    return walk.most
+
+
+class _Walk:
+    """Which sets of weights one stage uses as it goes through its program."""
+
+    def __init__(self, method: Method, program: Program, k: int) -> None:
+        self.method, self.program, self.k = method, program, k
+        self.version, self.next_forward, self.most = 0, 0, 1
+        self.stash: dict[int, Key] = {}  # of micro-batches in flight
+        self.shared: dict[Source, Key] = {}  # of mini-batches whose first micro-batch chose for all
+        self.kept: set[Key] = set()  # versions that coming forwards ask for by number
+
+    def act(self, action: Action) -> None:
+        i = action.number
+        if action.kind is Kind.F:
+            key = self._use(self.method.forward, i)
+            if isinstance(self.method.backward, Stashed):
+                self.stash[i] = key
+            self.next_forward = i + 1
+            self._retain()
+        elif action.kind is Kind.B:
+            if i not in self.stash:
+                self._use(self.method.backward, i)
+            self.stash.pop(i, None)
         else:
-            version += 1
-            upcoming = [f for f in forwards if f >= _forwards_done(actions[: position + 1])]
-            kept = {_key(method.forward, program, k, f, version) for f in upcoming[:1] if isinstance(method.forward, Numbered)}
-            most = max(most, _extra({*in_flight.values(), *kept}, version))
-    return 1 + most
+            self._retain()
+            self.version += 1
+            self._count()
 
+    def _retain(self) -> None:
+        if isinstance(self.method.forward, Numbered):
+            oldest = self._key(self.method.forward, self.next_forward)[0]
+            self.kept = {key for key in self.kept | {(self.version, 0)} if key[0] >= oldest}
 
-def _key(source: object, program: object, k: int, i: int, version: int) -> tuple[int, int]:
-    if isinstance(source, Numbered):
-        return source.number(program, k, i), 0  # type: ignore[arg-type]
-    return version, source.steps_ahead(program, k, i)  # type: ignore[attr-defined,no-any-return]
+    def _use(self, source: Source, i: int) -> Key:
+        key = self.shared.get(source) or self._key(source, i)
+        if source.once:
+            self.shared[source] = key
+        self._count(key)
+        if source.once and (i + 1) % self.program.microbatches == 0:
+            del self.shared[source]
+        return key
 
+    def _key(self, source: Source, i: int) -> Key:
+        if isinstance(source, Numbered):
+            return source.number(self.program, self.k, i), 0
+        return self.version, source.steps_ahead(self.program, self.k, i)
 
-def _forwards_done(actions: list) -> int:  # type: ignore[type-arg]
-    return sum(a.kind is Kind.F for a in actions)
-
-
-def _extra(keys: set[tuple[int, int]], version: int) -> int:
-    return len(keys - {(version, 0)})
+    def _count(self, *using: Key) -> None:
+        sets = {*self.stash.values(), *self.shared.values(), *self.kept, *using} - {(self.version, 0)}
+        self.most = max(self.most, 1 + len(sets))

@@ -1,7 +1,8 @@
 """PipeDream (Narayanan et al., SOSP 2019): weight stashing, so that the backward sees the weights its forward used."""
 
 from pipeoptim.methods.method import Method
-from pipeoptim.weights.sources import Latest, Stashed
+from pipeoptim.schedule import Program
+from pipeoptim.weights.sources import Latest, Numbered, Stashed
 
 METHOD = Method(
     name="pipedream",
@@ -10,5 +11,23 @@ METHOD = Method(
     backward=Stashed(),
     summary="latest weights in F, the same stashed ones in B; D-k copies",
     source="Narayanan et al., PipeDream, SOSP 2019 (arXiv 1806.03377), weight stashing",
-    deviations="Vertical sync, optional in the paper and absent from its public runtime, is off.",
+    deviations="Vertical sync is off; it is the method pipedream+vertical_sync.",
+)
+
+
+def version_at_entry(program: Program, k: int, i: int) -> int:
+    """Updates of stage 0 when it forwards micro-batch ``i``: the version that all stages use for it."""
+    return max(0, i - (program.depth - 1)) // program.microbatches
+
+
+VARIANTS = (
+    Method(
+        name="pipedream+vertical_sync",
+        order="async_1f1b",
+        forward=Numbered(version_at_entry),
+        backward=Stashed(),
+        summary="every stage uses the version that stage 0 had when the micro-batch entered",
+        source="Narayanan et al., PipeDream, SOSP 2019, section 3.3, vertical sync",
+        deviations="In the paper, absent from its public runtime; taken from the paper's description.",
+    ),
 )

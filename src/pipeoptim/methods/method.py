@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule import ORDERS, Program
 from pipeoptim.weights.sources import Source, Stashed
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer
+
+    from pipeoptim.weights.store import WeightPredictor
+
+
+@dataclass(frozen=True)
+class OwnOptimizer:
+    """The optimizer that belongs to a method: what ``pipeoptim train`` and ``compare`` use with it unless told otherwise.
+
+    Args:
+        name: a class of ``torch.optim``.
+        options: its arguments besides lr, for stage ``k`` of ``depth``.
+    """
+
+    name: str
+    options: Callable[[int, int], Mapping[str, Any]]
 
 
 @dataclass(frozen=True)
@@ -19,6 +39,11 @@ class Method:
         forward, backward: where the weights of F and B come from.
         summary: one line for tables.
         at_least_depth_microbatches: whether it is defined for M >= D only.
+        predictor: ``predictor(optimizer, program, k)`` makes what predicts weights; by default the update rule of the stage's
+            optimizer does.
+        lr_scale: factor on the learning rate of an update: ``lr_scale(program, k, version)``; None for 1.
+        synchronous_updates: how many updates at the start of training run with a drain after each.
+        optimizer: the optimizer that belongs to the method, if one does.
         source: where it was published.
         deviations: where this implementation differs from the source, and why.
 
@@ -26,6 +51,7 @@ class Method:
         ConfigError: the parts do not fit together.
 
     Example:
+        >>> from pipeoptim.weights import Latest, Stashed
         >>> Method("mine", order="async_1f1b", forward=Latest(), backward=Stashed(), summary="as PipeDream").name
         'mine'
     """
@@ -36,6 +62,10 @@ class Method:
     backward: Source
     summary: str
     at_least_depth_microbatches: bool = False
+    predictor: Callable[[Optimizer, Program, int], WeightPredictor] | None = None
+    lr_scale: Callable[[Program, int, int], float] | None = None
+    synchronous_updates: int = 0
+    optimizer: OwnOptimizer | None = None
     source: str = ""
     deviations: str = ""
 

@@ -1,4 +1,7 @@
-"""Finding methods: every module ``m_*.py`` of this package defines one as ``METHOD``, so a new method is one new file."""
+"""Finding methods: every module ``m_*.py`` of this package defines one as ``METHOD``, so a new method is one new file.
+
+``VARIANTS`` in the same file are further forms of it, named ``method+option``.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +56,9 @@ def _discover() -> None:
 
     for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
         if info.name.startswith("m_"):
-            register_method(importlib.import_module(f"pipeoptim.methods.{info.name}").METHOD)
+            module = importlib.import_module(f"pipeoptim.methods.{info.name}")
+            for method in (module.METHOD, *getattr(module, "VARIANTS", ())):
+                register_method(method)
 
 
 _discover()

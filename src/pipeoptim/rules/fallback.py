@@ -43,7 +43,7 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
             f"{type(optimizer).__name__} has no prediction rule, and a copy of it could not take a step "
             f"({reason!r}): the weights are used unpredicted. Call pipeoptim.track(optimizer) before its "
             "last step, or register_rule for it.",
-            stacklevel=3,
+            stacklevel=6,
         )
         return None
     return weights
@@ -53,7 +53,7 @@ def _copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     """A twin with its own parameters, gradients and state.
 
     Not copy.deepcopy: torch keeps only state and param groups there, while third-party optimizers have
-    attributes of their own. Left out are hooks, and a `step` that a scheduler bound to the original.
+    attributes of their own. Left out are hooks.
     """
     known: dict[int, Any] = {}
     weights: list[Tensor] = []
@@ -67,13 +67,16 @@ def _copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     for name, value in vars(optimizer).items():
         if name.endswith("_hooks") and isinstance(value, dict):
             twin.__dict__[name] = OrderedDict()
-        elif name != "step":
+        else:
             twin.__dict__[name] = copy.deepcopy(value, known)
     return twin, [weight.detach() for weight in weights]
 
 
 def _unhooked_step(cls: type[Any]) -> Any:
-    """`step` without the layer in which torch runs hooks, global ones included."""
+    """`step` of the class without the layer in which torch runs hooks, global ones included.
+
+    Not ``optimizer.step``: a scheduler puts a function there that is bound to the original.
+    """
     step = cls.step
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 

@@ -90,7 +90,8 @@ def _twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
             return type(value)(separate(item) for item in value)
         if isinstance(value, dict):
             own = value.copy()
-            own.update({key: separate(item) for key, item in value.items()})
+            for key, item in value.items():  # not update(): a Counter (MultiStepLR's milestones) would add
+                own[key] = separate(item)
             return own
         return _own(_shallow(value) if callable(value) else value)
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -80,14 +82,19 @@ def _predict_by_displacement(optimizer: Optimizer, weights: list[Tensor], steps:
     if known is None:
         known, known_at = next_weights_of_copy(optimizer), 1
     if known is None:
-        if optimizer.state:
+        if any(_has_stepped(state) for state in optimizer.state.values()):
             warnings.warn(
                 f"{type(optimizer).__name__} was not tracked and has no gradients: its last displacement "
                 "is unknown, and the weights are used unpredicted. Call pipeoptim.track(optimizer) before "
                 "its last step.",
-                stacklevel=3,
+                stacklevel=4,
             )
         copy_weights(weights, out)
         return
     for weight, other, buffer in zip(weights, known, out, strict=True):
         extrapolate(weight, other, known_at, steps, buffer)
+
+
+def _has_stepped(state: Any) -> bool:
+    """Whether this state comes from an update (some optimizers make theirs before the first, with a step count of 0)."""
+    return not isinstance(state, Mapping) or "step" not in state or float(state["step"]) > 0

@@ -63,6 +63,7 @@ def track(optimizer: Optimizer) -> Tracker:
 
     Example:
         >>> import torch
+        >>> from pipeoptim.rules import predict_weights
         >>> w = torch.nn.Parameter(torch.ones(1)); w.grad = torch.ones(1)
         >>> opt = torch.optim.SGD([w], lr=0.25)
         >>> with track(opt):

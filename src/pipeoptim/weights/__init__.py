@@ -2,7 +2,7 @@
 
 from pipeoptim.weights.layout import BufferSet, StorageLayout
 from pipeoptim.weights.saved import SavedWeights
-from pipeoptim.weights.sources import Latest, Numbered, Predicted, Source, Stashed
+from pipeoptim.weights.sources import Latest, Numbered, Predicted, PredictedOnce, Source, Stashed
 from pipeoptim.weights.store import Held, StageWeights
 from pipeoptim.weights.swap import swapped
 
@@ -12,6 +12,7 @@ __all__ = [
     "Latest",
     "Numbered",
     "Predicted",
+    "PredictedOnce",
     "SavedWeights",
     "Source",
     "StageWeights",

@@ -20,16 +20,18 @@ class Source:
 
     Attributes:
         predicts: whether the stage needs a predictor for it.
+        once: whether all micro-batches of a mini-batch share the set chosen for the first of them.
     """
 
     predicts: ClassVar[bool] = False
+    once: ClassVar[bool] = False
 
     def acquire(self, weights: StageWeights, i: int) -> Held:
         """The weights for micro-batch ``i``; the caller releases them."""
         raise NotImplementedError
 
-    def keep(self, weights: StageWeights, i: int) -> Held | None:
-        """Asked before an update, for the next forward ``i``: weights that it will need and the update would lose."""
+    def oldest_needed(self, weights: StageWeights, i: int) -> int | None:
+        """The oldest version that forward ``i`` and those after it ask for by number; None if they never do."""
         return None
 
     def steps_ahead(self, program: Program, k: int, i: int) -> int:
@@ -73,6 +75,22 @@ class Predicted(Source):
 
 
 @dataclass(frozen=True)
+class PredictedOnce(Predicted):
+    """One prediction per mini-batch, made by its first micro-batch (the bellwether) and used by all of them."""
+
+    once: ClassVar[bool] = True
+
+    def acquire(self, weights: StageWeights, i: int) -> Held:
+        n, j = divmod(i, weights.program.microbatches)
+        if j == 0:
+            weights.pin((self, n), weights.predicted(self.steps_ahead(weights.program, weights.k, i)))
+        held = weights.pinned((self, n))
+        if j == weights.program.microbatches - 1:
+            weights.unpin((self, n))
+        return held
+
+
+@dataclass(frozen=True)
 class Numbered(Source):
     """The weights of one chosen version: ``number(program, k, i)`` updates after the last (re)start.
 
@@ -84,6 +102,5 @@ class Numbered(Source):
     def acquire(self, weights: StageWeights, i: int) -> Held:
         return weights.numbered(weights.restart + self.number(weights.program, weights.k, i))
 
-    def keep(self, weights: StageWeights, i: int) -> Held | None:
-        version = weights.restart + self.number(weights.program, weights.k, i)
-        return weights.numbered(version) if version <= weights.version else None
+    def oldest_needed(self, weights: StageWeights, i: int) -> int | None:
+        return weights.restart + self.number(weights.program, weights.k, i)

@@ -7,8 +7,8 @@ number of copies is the largest number that was ever needed at once.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Hashable, Sequence
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -28,6 +28,10 @@ class WeightPredictor(Protocol):
     def after_step(self) -> None: ...
 
     def predict_into(self, out: Sequence[Tensor], steps: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 class Held:
@@ -63,6 +67,8 @@ class StageWeights:
         self.version = 0
         self.restart = 0
         self._held: dict[tuple[int, int], Held] = {}
+        self._pinned: dict[Hashable, Held] = {}
+        self._retained: dict[int, Held] = {}
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
 
@@ -89,6 +95,27 @@ class StageWeights:
         self._held[key] = held
         held.users += 1
         return held
+
+    def pin(self, tag: Hashable, held: Held) -> None:
+        """Keep ``held`` under ``tag`` until :meth:`unpin`; takes over the caller's hold on it."""
+        self._pinned[tag] = held
+
+    def pinned(self, tag: Hashable) -> Held:
+        """What is kept under ``tag``; the caller releases it."""
+        held = self._pinned[tag]
+        held.users += 1
+        return held
+
+    def unpin(self, tag: Hashable) -> None:
+        """Let go of what is kept under ``tag``."""
+        self.release(self._pinned.pop(tag))
+
+    def retain(self, oldest: int) -> None:
+        """Hold the latest version if it is ``oldest`` or newer, and let go of those that are older."""
+        if self.version >= oldest and self.version not in self._retained:
+            self._retained[self.version] = self.latest()
+        for version in [v for v in self._retained if v < oldest]:
+            self.release(self._retained.pop(version))
 
     def release(self, held: Held) -> None:
         """Give back what :meth:`latest`, :meth:`numbered` or :meth:`predicted` returned."""

@@ -1,0 +1,65 @@
+"""Run a benchmark's function on one process per stage, with a fixed number of threads each, and collect what it returns."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+from pipeoptim.errors import PipeOptimError
+
+
+def run_on_processes(target: str, options: dict[str, Any], processes: int, threads: int, timeout: float) -> list[Any]:
+    """Call ``module:function(**options)`` in ``processes`` processes that share a gloo group.
+
+    Returns:
+        What each returned, by rank; it must be JSON.
+
+    Raises:
+        PipeOptimError: a process failed or the time ran out; the others are stopped.
+    """
+    with tempfile.TemporaryDirectory(prefix="pipeoptim-bench-") as folder:
+        job = Path(folder) / "job.json"
+        job.write_text(json.dumps({"target": target, "options": options, "threads": threads}))
+        base = {
+            **os.environ,
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(_free_port()),
+            "WORLD_SIZE": str(processes),
+            "OMP_NUM_THREADS": str(threads),
+        }
+        command = [sys.executable, "-m", "pipeoptim.bench.worker", folder]
+        started = [subprocess.Popen(command, env={**base, "RANK": str(rank)}) for rank in range(processes)]
+        try:
+            _wait(started, time.monotonic() + timeout, timeout)
+        finally:
+            for process in started:
+                if process.poll() is None:
+                    process.kill()
+                process.wait()
+        return [json.loads((Path(folder) / f"result-{rank}.json").read_text()) for rank in range(processes)]
+
+
+def _wait(started: list[subprocess.Popen[bytes]], end: float, timeout: float) -> None:
+    while any(p.poll() is None for p in started):
+        failed = [rank for rank, p in enumerate(started) if p.poll() not in (None, 0)]
+        if failed:
+            raise PipeOptimError(f"process {failed[0]} of the benchmark ended with code {started[failed[0]].returncode}")
+        if time.monotonic() > end:
+            raise PipeOptimError(f"the benchmark did not end within {timeout:g} s")
+        time.sleep(0.05)
+    failed = [rank for rank, p in enumerate(started) if p.returncode != 0]
+    if failed:
+        raise PipeOptimError(f"process {failed[0]} of the benchmark ended with code {started[failed[0]].returncode}")
+
+
+def _free_port() -> int:
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])

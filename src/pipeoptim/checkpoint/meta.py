@@ -1,0 +1,102 @@
+"""What makes a folder a checkpoint: ``meta.json``, and files that are as long as it says and have the sums it says."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+META = "meta.json"
+FORMAT = 1
+
+
+class TornError(Exception):
+    """This folder is not a complete checkpoint; the message says why."""
+
+
+@dataclass(frozen=True)
+class Meta:
+    """Contents of ``meta.json``.
+
+    Args:
+        step: mini-batches that the run had done.
+        config: fingerprint of the configuration; another one cannot continue from here.
+        stages: depth.
+        files: name -> (bytes, SHA-256).
+        versions: of what wrote it; information only.
+    """
+
+    step: int
+    config: str
+    stages: int
+    files: dict[str, tuple[int, str]]
+    versions: dict[str, str]
+    format: int = FORMAT
+
+    def to_json(self) -> str:
+        """One JSON object, with a sum of its own."""
+        data = asdict(self)
+        return json.dumps({**data, "sha256": _own_sum(data)}, indent=2) + "\n"
+
+
+def _own_sum(data: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+def folder_name(step: int) -> str:
+    """Name of the folder of a checkpoint, e.g. ``step-000200``."""
+    return f"step-{step:06d}"
+
+
+def stage_file(k: int) -> str:
+    """Name of the file of stage ``k``."""
+    return f"stage-{k}.pt"
+
+
+def digest(path: Path) -> tuple[int, str]:
+    """Length in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        sums = hashlib.file_digest(file, "sha256")
+        return file.tell(), sums.hexdigest()
+
+
+def read_meta(folder: Path) -> Meta:
+    """The meta data of a checkpoint.
+
+    Raises:
+        TornError: missing or unreadable.
+    """
+    try:
+        data = json.loads((folder / META).read_text())
+        if data["format"] != FORMAT:
+            raise TornError(f"{META} has format {data['format']}, this version reads {FORMAT}")
+        if data.pop("sha256") != _own_sum(data):
+            raise TornError(f"{META} has another SHA-256 than what was written")
+        files = {name: (int(size), str(sums)) for name, (size, sums) in data.pop("files").items()}
+        meta = Meta(files=files, **data)
+        if sorted(files) != sorted(stage_file(k) for k in range(meta.stages)):
+            raise TornError(f"{META} lists {', '.join(files) or 'no files'} for {meta.stages} stages")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TornError(f"{META} cannot be read ({type(error).__name__}: {error})") from error
+    return meta
+
+
+def verify(folder: Path) -> Meta:
+    """The meta data of a checkpoint all of whose files are as written.
+
+    Raises:
+        TornError: a file is missing, or has another length or sum.
+    """
+    meta = read_meta(folder)
+    for name, (size, sums) in meta.files.items():
+        path = folder / name
+        if not path.is_file():
+            raise TornError(f"{name} is missing")
+        found_size, found_sums = digest(path)
+        if found_size != size:
+            raise TornError(f"{name} has {found_size} bytes, {size} were written")
+        if found_sums != sums:
+            raise TornError(f"{name} has another SHA-256 than what was written")
+    return meta

@@ -1,0 +1,1 @@
+"""One module per command: ``<name>.py`` defines the function ``<name>``. A new command is a new file here."""

@@ -1,0 +1,150 @@
+"""``pipeoptim train``: a recipe, changed by options, in a run directory."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from pipeoptim.config import TrainConfig
+from pipeoptim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeoptim.train.rundir import RunDir
+
+DEFAULT_RECIPE = "chars"
+
+#: What may be changed when a run is taken up again.
+ON_RESUME = ("engine", "steps", "eval_every")
+
+
+def train(
+    recipe: Annotated[
+        str | None, Option(help="What to train: chars (default), digits, or module:function of your own.")
+    ] = None,
+    method: Annotated[str | None, Option(help="Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")] = None,
+    stages: Annotated[int | None, Option(help="Depth: pieces that the model is cut into.")] = None,
+    microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; must divide the batch size.")] = None,
+    batch_size: Annotated[int | None, Option(help="Samples per mini-batch, that is, per update.")] = None,
+    optimizer: Annotated[
+        str | None, Option(help="adamw, sgd, ... (any of torch.optim), or module:Class. Give --lr as well.")
+    ] = None,
+    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    steps: Annotated[int | None, Option(help="Mini-batches to train on. With --resume: train a finished run further.")] = None,
+    seed: Annotated[int | None, Option(help="Of the initial weights, the data order and dropout.")] = None,
+    prediction: Annotated[str | None, Option(help="Weight prediction: refined, paper, decayed or displacement.")] = None,
+    engine: Annotated[
+        str | None, Option(help="emulator: all stages in this process. processes: one process per stage.")
+    ] = None,
+    eval_every: Annotated[int | None, Option(help="Steps between validations; 0: only at the end.")] = None,
+    checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints; 0: only at the end.")] = None,
+    threads: Annotated[int | None, Option(help="CPU threads of each process.")] = None,
+    name: Annotated[str | None, Option(help="Name of the run; by default <recipe>-<method>.")] = None,
+    out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
+    resume: Annotated[bool, Option("--resume", help="Continue the run of that name from its newest checkpoint.")] = False,
+    quiet: Annotated[bool, Option("--quiet", help="No progress and no summary.")] = False,
+) -> None:
+    """Train a model through a pipeline.
+
+    Without options: a character-level GPT learns Python from the source of Python's own standard library, on 4
+    stages emulated in this process. Nothing is downloaded. Everything ends up in runs/<name>/.
+
+    \b
+    Examples:
+      pipeoptim train
+          The default recipe.
+      pipeoptim train --engine processes
+          The same with one process per stage: same weights, faster.
+      pipeoptim train --method gpipe
+          The synchronous baseline, in runs/chars-gpipe.
+      pipeoptim train --microbatches 1 --lr 0.001 --name hard
+          Mini-batches are not split: the weights of stage 0 are 3 updates old.
+      pipeoptim train --recipe digits --stages 3 --optimizer sgd --lr 0.05
+          A convolutional net on handwritten digits.
+      pipeoptim train --resume --name chars-pipeoptim
+          Continue after Ctrl-C or a crash, bit for bit.
+
+    Ctrl-C saves and says how to continue; a second Ctrl-C aborts. Under torchrun (one process per stage), add
+    --engine processes.
+    """
+    from pipeoptim.train import run
+    from pipeoptim.train.rundir import RunDir
+
+    options = {
+        "method": method,
+        "stages": stages,
+        "microbatches": microbatches,
+        "batch_size": batch_size,
+        "steps": steps,
+        "seed": seed,
+        "prediction": prediction,
+        "engine": engine,
+        "eval_every": eval_every,
+        "checkpoint_every": checkpoint_every,
+        "threads": threads,
+    }
+    given = {key: value for key, value in options.items() if value is not None}
+    if resume:
+        directory = RunDir(out / (name or f"{recipe or DEFAULT_RECIPE}-{method or 'pipeoptim'}"))
+        config = _resumed(directory, given, recipe, optimizer, lr)
+    else:
+        config = _new(recipe or DEFAULT_RECIPE, given, optimizer, lr)
+        directory = RunDir(out / _checked(name or f"{config.recipe}-{config.method}"))
+    result = run(config, directory.path, resume=resume, progress=not quiet)
+    _report(result, config, directory, quiet)
+
+
+def _new(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float | None) -> TrainConfig:
+    """The recipe's configuration with what was given on the command line."""
+    from pipeoptim.train.recipes import get_recipe
+
+    config = replace(get_recipe(recipe), **given)
+    if optimizer is not None:
+        from pipeoptim.train.optimizers import switch
+
+        config = replace(config, optimizer=switch(config.optimizer, optimizer))
+    if lr is not None:
+        config = replace(config, optimizer=config.optimizer.with_options(lr=lr))
+    return config
+
+
+def _resumed(
+    directory: RunDir, given: dict[str, Any], recipe: str | None, optimizer: str | None, lr: float | None
+) -> TrainConfig:
+    """The run's own configuration. What was given must agree with it, but for what may change."""
+    config = directory.read_config()
+    fixed = {key: value for key, value in given.items() if key not in ON_RESUME}
+    fixed |= {"recipe": recipe} if recipe is not None else {}
+    pairs = [(key, value, getattr(config, key)) for key, value in fixed.items()]
+    pairs += [("optimizer", optimizer, config.optimizer.target)] if optimizer is not None else []
+    pairs += [("lr", lr, config.optimizer.options.get("lr"))] if lr is not None else []
+    for key, value, own in pairs:
+        if value != own:
+            option = "--" + key.replace("_", "-")
+            raise ConfigError(
+                f"{option} is {value}, but run {directory.path} was begun with {own}; leave {option} out when resuming"
+            )
+    return replace(config, **{key: value for key, value in given.items() if key in ON_RESUME})
+
+
+def _checked(name: str) -> str:
+    name = name.replace(":", ".")
+    if not name or name in (".", "..") or "/" in name or "\\" in name:
+        raise ConfigError(f"name is {name!r}, must be the name of one folder; choose where it goes with --out")
+    return name
+
+
+def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool) -> None:
+    import typer
+
+    from pipeoptim.telemetry.summary import print_summary
+    from pipeoptim.train.worker import reports
+
+    if not quiet and reports():
+        print_summary(result, config.steps, f"{config.method}, {config.stages} stages, engine {config.engine}")
+    if result.status == "stopped":
+        if reports():
+            print(f"stopped at step {result.step}; resume with: {directory.resume_command()}")
+        raise typer.Exit(130)

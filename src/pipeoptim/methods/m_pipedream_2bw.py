@@ -1,0 +1,29 @@
+"""PipeDream-2BW (Narayanan et al., ICML 2021): two versions of the weights, a delay of one update on every stage.
+
+``W(t+1) = W(t) - lr * g(W(t-1))``: mini-batch n runs on the newest version that all stages have when it enters.
+"""
+
+from pipeoptim.methods.method import Method
+from pipeoptim.schedule import Program
+from pipeoptim.weights.sources import Numbered, Stashed
+
+
+def one_behind(program: Program, k: int, i: int) -> int:
+    """The version of micro-batch ``i``'s mini-batch n: n - 1 in a pipeline, n on a single stage."""
+    first = i - i % program.microbatches
+    return max(0, first - (program.depth - 1)) // program.microbatches
+
+
+METHOD = Method(
+    name="pipedream_2bw",
+    order="async_1f1b",
+    forward=Numbered(one_behind),
+    backward=Stashed(),
+    at_least_depth_microbatches=True,
+    summary="double-buffered weights, a gap of one update everywhere; 2 copies, M >= D",
+    source="Narayanan et al., Memory-Efficient Pipeline-Parallel DNN Training, ICML 2021 (arXiv 2006.09503)",
+    deviations=(
+        "The public code skips gradient clipping and the overflow check under double buffering and does not swap the float32 "
+        "master weights; here the optimizer always updates the latest weights. At depth 1 there is no delay."
+    ),
+)

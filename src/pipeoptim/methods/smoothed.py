@@ -1,0 +1,128 @@
+"""Predictors that belong to a method instead of to the user's optimizer: they keep smoothed gradients of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pipeoptim.schedule import Program
+
+
+class Averages:
+    """Base: exponential averages per parameter, updated at each optimizer step, and a direction made of them.
+
+    ``W_hat = W - steps * lr * direction``, lr that of the parameter's group at the time of the prediction.
+    """
+
+    needs_previous: bool = False
+    names: tuple[str, ...] = ()
+
+    def __init__(self, optimizer: Optimizer, program: Program, k: int) -> None:
+        self.optimizer, self.program, self.k = optimizer, program, k
+        params = self._params()
+        self.state = {name: [torch.zeros_like(p, memory_format=torch.preserve_format) for p in params] for name in self.names}
+
+    def _params(self) -> list[Tensor]:
+        return [p.detach() for group in self.optimizer.param_groups for p in group["params"]]
+
+    def _gradients(self) -> list[Tensor | None]:
+        return [p.grad for group in self.optimizer.param_groups for p in group["params"]]
+
+    def before_step(self, spare: Sequence[Tensor] | None) -> None:
+        """Nothing: the averages are taken from the gradients, which are there after the step as well."""
+
+    def after_step(self) -> None:
+        """Take in the gradient of the update just made."""
+        with torch.no_grad():
+            for n, g in enumerate(self._gradients()):
+                if g is not None:
+                    self.absorb({name: self.state[name][n] for name in self.names}, g)
+
+    def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
+        """Write ``W - steps * lr * direction`` into ``out``."""
+        n = 0
+        for group in self.optimizer.param_groups:
+            for p in group["params"]:
+                direction = self.direction({name: self.state[name][n] for name in self.names})
+                torch.sub(p.detach(), direction * (group["lr"] * steps), out=out[n])
+                n += 1
+
+    def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
+        """Update the averages of one parameter."""
+        raise NotImplementedError
+
+    def direction(self, state: dict[str, Tensor]) -> Tensor:
+        """The direction of one parameter."""
+        raise NotImplementedError
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, as tensors."""
+        return {name: [t.clone() for t in tensors] for name, tensors in self.state.items()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state_dict`."""
+        for name, tensors in self.state.items():
+            for own, saved in zip(tensors, state[name], strict=True):
+                own.copy_(saved)
+
+
+class SmoothedGradient(Averages):
+    """SpecTrain: ``v = g v + (1 - g) grad``, direction v (arXiv 1809.02839; g = 0.9)."""
+
+    names = ("v",)
+    gamma = 0.9
+
+    def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
+        state["v"].mul_(self.gamma).add_(gradient, alpha=1 - self.gamma)
+
+    def direction(self, state: dict[str, Tensor]) -> Tensor:
+        return state["v"]
+
+
+class SmoothedAdam(Averages):
+    """XPipe: Adam's form with constant bias divisors, ``(v / (1-g)) / (sqrt(m / (1-l)) + eps)`` (arXiv 1911.04610)."""
+
+    names = ("v", "m")
+    gamma, lam, eps = 0.9, 0.999, 1e-8
+
+    def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
+        state["v"].mul_(self.gamma).add_(gradient, alpha=1 - self.gamma)
+        state["m"].mul_(self.lam).addcmul_(gradient, gradient, value=1 - self.lam)
+
+    def direction(self, state: dict[str, Tensor]) -> Tensor:
+        return (state["v"] / (1 - self.gamma)) / ((state["m"] / (1 - self.lam)).sqrt() + self.eps)
+
+
+class WeightDrift(Averages):
+    """PipeMare T2: ``delta = g delta + (1 - g) (W_new - W_old)``; looks back: ``W - steps * delta``.
+
+    ``g = decay ** (1 / tau)``, tau the stage's delay, so that all stages forget at the same pace measured in delays.
+    """
+
+    names = ("delta",)
+    needs_previous = True
+
+    def __init__(self, optimizer: Optimizer, program: Program, k: int, decay: float) -> None:
+        super().__init__(optimizer, program, k)
+        self.gamma = decay ** (1 / max(1, program.steady_gap(k)))
+        self._before: Sequence[Tensor] | None = None
+
+    def before_step(self, spare: Sequence[Tensor] | None) -> None:
+        assert spare is not None
+        self._before = spare
+        for copy, p in zip(spare, self._params(), strict=True):
+            copy.copy_(p)
+
+    def after_step(self) -> None:
+        assert self._before is not None
+        with torch.no_grad():
+            for delta, now, before in zip(self.state["delta"], self._params(), self._before, strict=True):
+                delta.mul_(self.gamma).add_(now - before, alpha=1 - self.gamma)
+
+    def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
+        for buffer, p, delta in zip(out, self._params(), self.state["delta"], strict=True):
+            torch.sub(p, delta, alpha=steps, out=buffer)

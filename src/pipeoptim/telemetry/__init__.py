@@ -1,0 +1,1 @@
+"""Seeing a run: ``metrics.jsonl``, a progress bar, a loss curve, a summary."""

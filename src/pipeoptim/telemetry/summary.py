@@ -1,0 +1,89 @@
+"""The end of a run in a few lines: figures, what each stage held, where everything is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Protocol
+
+from rich.console import Console
+from rich.table import Table
+
+
+class _Stage(Protocol):
+    @property
+    def stage(self) -> int: ...
+    @property
+    def parameters(self) -> int: ...
+    @property
+    def gap(self) -> int: ...
+    @property
+    def weight_copies(self) -> int: ...
+    @property
+    def weight_bytes(self) -> int: ...
+    @property
+    def updates(self) -> int: ...
+
+
+class _Result(Protocol):
+    @property
+    def run_dir(self) -> Path: ...
+    @property
+    def status(self) -> str: ...
+    @property
+    def step(self) -> int: ...
+    @property
+    def train_loss(self) -> float | None: ...
+    @property
+    def val_loss(self) -> float | None: ...
+    @property
+    def val_metrics(self) -> dict[str, float]: ...
+    @property
+    def samples_per_second(self) -> float | None: ...
+    @property
+    def seconds(self) -> float: ...
+    @property
+    def stages(self) -> tuple[_Stage, ...]: ...
+    @property
+    def data(self) -> str: ...
+    @property
+    def versions(self) -> dict[str, str]: ...
+
+
+def print_summary(result: _Result, steps: int, how: str, console: Console | None = None) -> None:
+    """Print ``result`` of a run of ``steps`` mini-batches; ``how`` names the method and the engine."""
+    console = console or Console(highlight=False)
+    figures = [f"train loss {result.train_loss:.4f} (mean of the last steps)"] if result.train_loss is not None else []
+    if result.val_loss is not None:
+        figures.append(f"validation loss {result.val_loss:.4f}")
+    figures += [f"{name.removeprefix('val_')} {value:.4g}" for name, value in result.val_metrics.items()]
+    speed = "" if result.samples_per_second is None else f", {result.samples_per_second:.1f} samples/s"
+    console.print(f"{result.status} at step {result.step} of {steps}: {', '.join(figures)}", soft_wrap=True)
+    console.print(f"{result.seconds:.1f} s{speed}; {how}", soft_wrap=True)
+    console.print(_stages(result.stages))
+    console.print(f"data: {result.data}", soft_wrap=True)
+    console.print("versions: " + ", ".join(f"{name} {value}" for name, value in result.versions.items()), soft_wrap=True)
+    for label, name in (("metrics", "metrics.jsonl"), ("curve", "loss.png"), ("checkpoints", "checkpoints")):
+        console.print(f"{label}: {result.run_dir / name}", soft_wrap=True)
+
+
+def _stages(stages: tuple[_Stage, ...]) -> Table:
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "weights", "gap", "copies", "held", "updates"):
+        table.add_column(name, justify="right")
+    for s in stages:
+        cells = (f"{s.parameters:,}", str(s.gap), str(s.weight_copies), _size(s.weight_bytes), f"{s.updates:,}")
+        table.add_row(str(s.stage), *cells)
+    return table
+
+
+def _size(count: float) -> str:
+    """Bytes for people.
+
+    >>> _size(1536), _size(3 * 2**20)
+    ('1.5 KiB', '3.0 MiB')
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,52 @@
+"""Running a training run: ``pipeoptim.train.run(config, run_dir)``, on either engine.
+
+Imports torch when it is called, not before: the command line must answer ``--help`` at once.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from pipeoptim.config import TrainConfig
+    from pipeoptim.train.result import RunResult
+
+__all__ = ["run"]
+
+
+def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress: bool = True) -> RunResult:
+    """Train as ``config`` says and leave everything in ``run_dir``.
+
+    Args:
+        config: the complete configuration; with ``engine="emulator"`` the run stays in this process.
+        run_dir: must not exist, unless ``resume``: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``,
+            ``result.json``, and ``logs/`` of the processes.
+        resume: continue from the newest complete checkpoint, bit for bit as a run that never stopped. ``config`` must be the
+            run's own; only engine, steps and how often it validates may differ.
+        progress: show a progress bar (a terminal) or lines (elsewhere) on stdout.
+
+    Raises:
+        ConfigError: the run is impossible; nothing was written.
+        StageFailure: a process failed; the message names its stage and how to resume.
+        PipeOptimError: the loss became NaN, or the run was aborted.
+
+    Example:
+        >>> from pipeoptim.config import Component, TrainConfig
+        >>> config = TrainConfig(
+        ...     "example",
+        ...     model=Component("pipeoptim_zoo.models.digits_cnn:digits_cnn", {"width": 4}),
+        ...     data=Component("pipeoptim_zoo.data.digits:digits"),
+        ...     optimizer=Component("adam", {"lr": 0.01}),
+        ...     stages=2,
+        ...     steps=3,
+        ... )
+        >>> import tempfile
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     result = run(config, folder + "/example", progress=False)
+        >>> result.status, result.step, [stage.updates for stage in result.stages]
+        ('finished', 3, [3, 3])
+    """
+    from pipeoptim.train import api
+
+    return api.run(config, run_dir, resume=resume, progress=progress)

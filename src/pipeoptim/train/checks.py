@@ -1,0 +1,67 @@
+"""Is this run possible? Checked before any work, in the order in which a user would want to hear it."""
+
+from __future__ import annotations
+
+import math
+
+from pipeoptim.config import ENGINES, TrainConfig
+from pipeoptim.errors import ConfigError
+from pipeoptim.train.names import unknown
+
+PREDICTIONS = ("refined", "paper", "decayed", "displacement")
+
+_AT_LEAST = {
+    "stages": 1,
+    "microbatches": 1,
+    "batch_size": 1,
+    "steps": 1,
+    "seed": 0,
+    "eval_every": 0,
+    "eval_batches": 1,
+    "checkpoint_every": 0,
+    "keep_checkpoints": 1,
+    "threads": 1,
+}
+
+
+def check(config: TrainConfig) -> None:
+    """Everything that can be told without building the model.
+
+    Raises:
+        ConfigError: one sentence with the value, the reason and the remedy.
+    """
+    for name, least in _AT_LEAST.items():
+        value = getattr(config, name)
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ConfigError(f"{name} is {value!r}, must be an integer of at least {least}")
+    if config.engine not in ENGINES:
+        raise unknown("engine", config.engine, ENGINES)
+    if config.prediction not in PREDICTIONS:
+        raise unknown("prediction", config.prediction, PREDICTIONS)
+    _check_microbatches(config)
+    _check_lr(config)
+    _check_method(config)
+
+
+def _check_microbatches(config: TrainConfig) -> None:
+    size, parts = config.batch_size, config.microbatches
+    if size % parts:
+        below, above = size - size % parts, size + parts - size % parts
+        choice = f"{below} or {above}" if below else f"{above}"
+        raise ConfigError(f"batch_size {size} cannot be split into {parts} equal micro-batches; set batch_size to {choice}")
+
+
+def _check_lr(config: TrainConfig) -> None:
+    lr = config.optimizer.options.get("lr")
+    if lr is None:
+        return
+    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
+        raise ConfigError(f"lr is {lr!r}, must be a finite number above 0, for example 0.001")
+
+
+def _check_method(config: TrainConfig) -> None:
+    from pipeoptim.methods import METHODS, get_method
+
+    if config.method not in METHODS:
+        raise unknown("method", config.method, METHODS)
+    get_method(config.method).program(config.stages, config.microbatches)

@@ -1,0 +1,49 @@
+"""Validation through the pipeline itself: the loss comes back from it, the metrics are taken where the loss is computed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pipeoptim.train.parts import Parts, Task
+from pipeoptim.train.pipes import Pipe
+
+
+class ObservedLoss:
+    """The task's loss; while ``observed`` is a list, the task's metrics of every call are appended to it."""
+
+    def __init__(self, task: Task) -> None:
+        self.task = task
+        self.observed: list[dict[str, float]] | None = None
+
+    def __call__(self, output: Any, target: Any) -> Tensor:
+        if self.observed is not None:
+            self.observed.append(self.task.metrics(output, target))
+        return self.task.loss(output, target)
+
+
+def evaluate(pipe: Pipe, parts: Parts, loss: ObservedLoss, drain: bool) -> tuple[float, dict[str, float]] | None:
+    """Mean loss and metrics over the validation batches; None where the last stage is not in this process.
+
+    With ``drain=False`` mini-batches stay in flight, so that validating does not change what is trained; each stage then
+    answers with the latest weights it has. Every process of the run must call it at the same step.
+    """
+    first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
+    loss.observed = []
+    losses: list[float] = []
+    if drain:
+        pipe.drain()
+    for x, y in parts.validation:
+        value = pipe.eval_step(*((x,) if first else ()), target=y if last else None, drain=False)
+        if value is not None:
+            losses.append(float(value))
+    observed, loss.observed = loss.observed, None
+    if not last:
+        return None
+    return _mean(losses), {name: _mean([row[name] for row in observed]) for name in (observed[0] if observed else {})}
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,177 @@
+"""Starting one process per stage with torch's elastic agent (what torchrun runs), and telling how they ended.
+
+Ctrl-C reaches the agent, which passes it on to the workers and waits for them: they stop cleanly and save. A second
+Ctrl-C makes it terminate them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from pipeoptim.config import TrainConfig
+from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.train.result import RunResult
+from pipeoptim.train.rundir import RunDir, Start
+from pipeoptim.train.signals import AbortedError
+
+#: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
+STOP_SECONDS = "120"
+
+
+class StageLogs(LogsSpecs):
+    """``<folder>/stage-<k>.out`` and ``.err``; only the last stage writes to the terminal (its progress bar)."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(log_dir=str(folder))
+        self.folder = folder
+
+    @property
+    def root_log_dir(self) -> str:
+        """Where they are."""
+        return str(self.folder)
+
+    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
+        """File names for the processes whose environments are ``envs``."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        outs = {k: str(self.folder / f"stage-{k}.out") for k in envs}
+        outs[max(envs)] = ""
+        errors = {k: str(self.folder / f"stage-{k}.error.json") for k in envs}
+        for k, env in envs.items():
+            env["TORCHELASTIC_ERROR_FILE"] = errors[k]
+        return LogsDest(stdouts=outs, stderrs={k: self.err(k) for k in envs}, error_files=errors)
+
+    def err(self, k: int) -> str:
+        """What stage ``k`` writes to stderr."""
+        return str(self.folder / f"stage-{k}.err")
+
+
+def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunResult:
+    """Run ``config`` from ``start`` in ``config.stages`` processes on this machine; returns when all have ended.
+
+    Raises:
+        StageFailure: a stage failed; the message names it, says why, and how to resume.
+        ConfigError: a stage found the configuration impossible.
+        AbortedError: aborted before it could save.
+    """
+    logs = StageLogs(_next_folder(run.logs))
+    settings = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=config.stages,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        logs_specs=logs,
+        local_addr="localhost",
+    )
+    arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
+    run.result.unlink(missing_ok=True)
+    with _environment(OMP_NUM_THREADS=str(config.threads)), _silent_agent(), _signals_restored():
+        try:
+            elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
+        except ChildFailedError as error:
+            raise _failure(error.failures, logs, run) from error
+        except SignalException as error:
+            if not run.result.exists():
+                raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}") from error
+    return RunResult.read(run.path)
+
+
+def _next_folder(logs: Path) -> Path:
+    return logs / f"launch-{1 + len(list(logs.glob('launch-*')))}"
+
+
+def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir) -> PipeOptimError:
+    """The error of the stage that failed first: not of those that the agent ended, or that failed because a peer had."""
+    told = {k: _reason(failure, logs.err(k)) for k, failure in failures.items()}
+
+    def order(k: int) -> tuple[bool, bool, int]:
+        return failures[k].exitcode == -signal.SIGTERM, told[k].startswith("StageFailure"), failures[k].timestamp
+
+    stage = min(failures, key=order)
+    kind, colon, text = told[stage].partition(": ")
+    if kind == "ConfigError":
+        return ConfigError(text)
+    reason = text if colon and kind in ("StageFailure", "DivergedError", "PipeOptimError") else told[stage]
+    return StageFailure(f"stage {stage} failed: {reason} (log: {logs.err(stage)}); {run.how_to_resume()}")
+
+
+def _reason(failure: ProcessFailure, log: str) -> str:
+    """One line. An exception left a file; a signal is in the exit code; the rest wrote a last line to its log."""
+    message: Any = failure.message
+    if isinstance(message, dict):
+        return _first_line(str(message.get("message", "")))
+    if failure.exitcode < 0:
+        return f"killed by {failure.signal_name()}"
+    try:
+        last = Path(log).read_text(errors="replace").strip().splitlines()[-1]
+    except (OSError, IndexError):
+        last = ""
+    return last or f"exit code {failure.exitcode}"
+
+
+def _first_line(text: str) -> str:
+    return (text.strip().splitlines() or ["no reason given"])[0]
+
+
+@contextmanager
+def _environment(**values: str) -> Iterator[None]:
+    """What the workers inherit."""
+    values = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": STOP_SECONDS, **values}
+    before = {name: os.environ.get(name) for name in [*values, "TORCHELASTIC_SIGNALS_TO_HANDLE"]}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
+
+
+@contextmanager
+def _silent_agent() -> Iterator[None]:
+    """The agent logs what it does to its workers; users get one sentence from us instead."""
+
+    loggers = [
+        logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")
+    ]
+    for logger in loggers:
+        logger.addFilter(_drop)
+    try:
+        yield
+    finally:
+        for logger in loggers:
+            logger.removeFilter(_drop)
+
+
+def _drop(_: logging.LogRecord) -> bool:
+    return False
+
+
+@contextmanager
+def _signals_restored() -> Iterator[None]:
+    """The agent installs signal handlers and leaves them; put the caller's back."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    before = {name: signal.getsignal(name) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in before.items():
+            if handler is not None and signal.getsignal(name) is not handler:
+                signal.signal(name, handler)

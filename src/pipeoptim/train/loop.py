@@ -1,0 +1,90 @@
+"""The training loop: the same for both engines, and on every process of a run.
+
+At a step where a checkpoint is due the pipeline drains, validates and saves, in this order; all processes decide alike,
+from the step number and from the stop flag that travels with the activations.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch.optim import Optimizer
+
+from pipeoptim.train.evaluate import ObservedLoss, evaluate
+from pipeoptim.train.parts import Parts
+from pipeoptim.train.pipes import Pipe
+from pipeoptim.train.recorder import Recorder
+from pipeoptim.train.signals import StopOnInterrupt
+
+
+@dataclass
+class Loop:
+    """One session of a run.
+
+    Args:
+        pipe: the engine.
+        optimizers: of the stages here.
+        loss: what ``pipe`` was given as its loss.
+        recorder: where the last stage is; None elsewhere.
+        save: writes a checkpoint of a drained pipeline, given the number of mini-batches done.
+        stop: set by Ctrl-C; counts where stage 0 is.
+    """
+
+    pipe: Pipe
+    parts: Parts
+    optimizers: dict[int, Optimizer]
+    loss: ObservedLoss
+    recorder: Recorder | None
+    save: Callable[[int], None]
+    stop: StopOnInterrupt
+    weight_bytes: dict[int, int]
+
+    def run(self, start: int) -> int:
+        """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all."""
+        config = self.parts.config
+        done = start
+        while done < config.steps:
+            self._step(done)
+            done += 1
+            last, stopped = done == config.steps, self.pipe.stop_requested
+            if stopped and not last and self.recorder:
+                self.recorder.note(f"stopping: saving step {done} (Ctrl-C again to abort)")
+            saves = last or stopped or _due(done, config.checkpoint_every)
+            if saves:
+                self._measure()
+                self.pipe.drain()
+            if last or _due(done, config.eval_every):
+                self._validate(done)
+            if saves:
+                self.save(done)
+            if stopped:
+                break
+        return done
+
+    def _step(self, step: int) -> None:
+        pipe, batch_size = self.pipe, self.parts.config.batch_size
+        first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
+        if first and self.stop.wanted:
+            pipe.request_stop()
+        lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
+        began = time.perf_counter()
+        x, y = self.parts.task.train_batch(step, batch_size) if first or last else (None, None)
+        value = pipe.step(*((x,) if first else ()), target=y if last else None)
+        if value is not None and self.recorder:
+            self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began)
+
+    def _validate(self, step: int) -> None:
+        figures = evaluate(self.pipe, self.parts, self.loss, drain=False)
+        if figures is not None and self.recorder:
+            self.recorder.validation(step, *figures)
+
+    def _measure(self) -> None:
+        """Bytes of weights in mid-flight, where copies exist that a drained pipeline may have given back."""
+        for k in self.pipe.local_stages:
+            self.weight_bytes[k] = max(self.weight_bytes.get(k, 0), self.pipe.weight_bytes(k))
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

@@ -1,0 +1,141 @@
+"""From a configuration to the parts of a run: data, stages, and makers of optimizers and schedulers.
+
+Every process builds the whole model from the same seed and keeps its own stage, so the initial weights are the same for
+any number of stages and for both engines.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.nn import Parameter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.config import TrainConfig
+from pipeoptim.errors import ConfigError
+from pipeoptim.train import lr_schedules, optimizers
+from pipeoptim.train.cut import cut
+from pipeoptim.train.targets import build
+
+
+class Task(Protocol):
+    """What a run needs of a data set. A batch is a function of (seed, step) alone: processes agree on it without talking."""
+
+    def train_batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]: ...
+    def validation_batches(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]: ...
+    def loss(self, output: Tensor, target: Tensor, /) -> Tensor: ...
+    def metrics(self, output: Tensor, target: Tensor, /) -> dict[str, float]: ...
+    def describe(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Everything that the engines are given."""
+
+    config: TrainConfig
+    task: Task
+    stages: Sequence[nn.Module]
+    optimizer: Callable[[Iterable[Parameter]], Optimizer]
+    scheduler: Callable[[Optimizer], LRScheduler]
+    validation: Sequence[tuple[Tensor, Tensor]]
+
+    def only(self, k: int) -> Parts:
+        """Without the weights of the other stages."""
+        return replace(self, stages=[stage if j == k else nn.Identity() for j, stage in enumerate(self.stages)])
+
+
+def build_parts(config: TrainConfig) -> Parts:
+    """Data and the model cut into stages, all checked.
+
+    Raises:
+        ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
+    """
+    optimizer = optimizers.factory(config.optimizer)
+    scheduler = lr_schedules.factory(config.lr_schedule, config.steps)
+    task: Task = build("data", config.data, seed=config.seed)
+    with seeded(config.seed):
+        model = build("model", config.model)
+    if not isinstance(model, nn.Module):
+        raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
+    stages = cut(model, config.stages)
+    return Parts(config, task, stages, optimizer, scheduler, _validation(task, config))
+
+
+def _validation(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
+    """Full batches, spread evenly over the validation set: its parts may differ (files of a text, classes in order).
+
+    A pipeline's buffers have one shape, so a smaller last batch is left out.
+    """
+
+    def full() -> Iterator[tuple[Tensor, Tensor]]:
+        return (pair for pair in task.validation_batches(config.batch_size) if len(pair[0]) == config.batch_size)
+
+    count = sum(1 for _ in full())
+    if not count:
+        raise ConfigError(
+            f"batch_size {config.batch_size} is more than the validation set of {task.describe()}; lower batch_size"
+        )
+    wanted = min(count, config.eval_batches)
+    chosen = {i * count // wanted for i in range(wanted)}
+    return [pair for i, pair in enumerate(full()) if i in chosen]
+
+
+def probe(parts: Parts) -> None:
+    """One example through the whole model, so that what does not fit is said before anything is written.
+
+    Raises:
+        ConfigError: model and data do not fit, the loss is not a scalar, or an optimizer or schedule refuses its options.
+    """
+    x, y = parts.task.train_batch(0, parts.config.batch_size)
+    for stage in parts.stages:
+        parts.scheduler(parts.optimizer(stage.parameters()))
+    try:
+        loss = _forward(parts, x[:1], y[:1])
+    except ConfigError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
+        reason = " ".join(str(error).split())
+        raise ConfigError(
+            f"model {parts.config.model.target} does not fit the data ({parts.task.describe()}): {reason}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() != 0:
+        shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
+        raise ConfigError(f"the loss of {parts.config.data.target} is {shape}, must be a scalar tensor; take its mean")
+
+
+def _forward(parts: Parts, x: Tensor, y: Tensor) -> Any:
+    modes = [(m, m.training) for stage in parts.stages for m in stage.modules()]
+    try:
+        with torch.no_grad(), seeded(parts.config.seed):
+            value: Any = x
+            for stage in parts.stages:
+                value = stage.eval()(*value) if isinstance(value, tuple) else stage.eval()(value)
+            return parts.task.loss(value, y)
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+@contextmanager
+def seeded(seed: int) -> Iterator[None]:
+    """torch's CPU random state set to ``seed``, restored at the end."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+@contextmanager
+def cpu_threads(count: int) -> Iterator[None]:
+    """torch's number of CPU threads, restored at the end. It is part of the result: sums depend on how they are split."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -1,0 +1,78 @@
+"""Making the engine of a run from its parts: the whole pipeline here, or the stage of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pipeoptim.train.parts import Parts
+
+
+class Pipe(Protocol):
+    """What a run uses of ``Emulator`` and ``Schedule``."""
+
+    @property
+    def depth(self) -> int: ...
+    @property
+    def local_stages(self) -> list[int]: ...
+    @property
+    def stop_requested(self) -> bool: ...
+    def step(self, *args: Any, target: Any = None) -> Tensor | None: ...
+    def drain(self) -> None: ...
+    def eval_step(self, *args: Any, target: Any = None, drain: bool = True) -> Tensor | None: ...
+    def version(self, k: int) -> int: ...
+    def version_gap(self, k: int) -> int: ...
+    def weight_copies(self, k: int) -> int: ...
+    def weight_bytes(self, k: int) -> int: ...
+    def stage_state_dict(self, k: int) -> dict[str, Any]: ...
+    def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None: ...
+    def request_stop(self) -> None: ...
+    def close(self) -> None: ...
+
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def emulator(parts: Parts, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
+    """All stages in this process, and their optimizers."""
+    from pipeoptim.engine import Emulator
+
+    optimizers = [parts.optimizer(stage.parameters()) for stage in parts.stages]
+    config = parts.config
+    pipe = Emulator(
+        parts.stages,
+        optimizers,
+        loss,
+        method=config.method,
+        microbatches=config.microbatches,
+        schedulers=[parts.scheduler(optimizer) for optimizer in optimizers],
+        prediction=config.prediction,
+        seed=config.seed,
+    )
+    return pipe, dict(enumerate(optimizers))
+
+
+def schedule(parts: Parts, k: int, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
+    """Stage ``k`` in this process, the others in the other processes of the default process group."""
+    import torch
+    from torch.distributed.pipelining import PipelineStage
+
+    from pipeoptim.engine import Schedule
+
+    config, module = parts.config, parts.stages[k]
+    optimizer = parts.optimizer(module.parameters())
+    stage = PipelineStage(module, k, config.stages, torch.device("cpu"))
+    pipe = Schedule(
+        stage,
+        optimizer,
+        loss,
+        method=config.method,
+        microbatches=config.microbatches,
+        scheduler=parts.scheduler(optimizer),
+        prediction=config.prediction,
+        seed=config.seed,
+    )
+    return pipe, {k: optimizer}

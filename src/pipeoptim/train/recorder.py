@@ -1,0 +1,65 @@
+"""The figures of a session, kept where the last stage is: rows to the metrics file, the same to the screen."""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+
+from pipeoptim.errors import PipeOptimError
+from pipeoptim.telemetry.metrics import MetricsFile
+from pipeoptim.telemetry.progress import ProgressView
+
+#: Mini-batches that a loss or a rate is averaged over.
+WINDOW = 20
+
+
+class DivergedError(PipeOptimError):
+    """The loss is not a finite number any more."""
+
+
+class Recorder:
+    """Writes the rows of a session and remembers what its result needs."""
+
+    def __init__(self, file: MetricsFile, view: ProgressView, batch_size: int) -> None:
+        self._file, self._view, self._batch_size = file, view, batch_size
+        self._losses: deque[float] = deque(maxlen=WINDOW)
+        self._times: deque[float] = deque(maxlen=WINDOW)
+        self._steps, self._seconds = 0, 0.0
+        self.val_loss: float | None = None
+        self.val_metrics: dict[str, float] = {}
+
+    def step(self, step: int, loss: float, lr: float, seconds: float) -> None:
+        """Mini-batch ``step`` (from 1) took ``seconds``.
+
+        Raises:
+            DivergedError: the loss is NaN or infinite.
+        """
+        if not math.isfinite(loss):
+            raise DivergedError(f"the loss is {loss} at step {step} with lr {lr:g}; lower --lr, or choose another method")
+        self._losses.append(loss)
+        self._times.append(seconds)
+        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        rate = self._batch_size * len(self._times) / max(1e-9, sum(self._times))
+        self._file.write(step=step, loss=loss, lr=lr, samples_per_second=round(rate, 2))
+        self._view.step(step, loss, rate)
+
+    def validation(self, step: int, loss: float, metrics: dict[str, float]) -> None:
+        """A validation after mini-batch ``step``. Figures that are not finite are left out of the row."""
+        named = {f"val_{name}": value for name, value in metrics.items() if math.isfinite(value)}
+        self._file.write(step=step, **({"val_loss": loss} if math.isfinite(loss) else {}), **named)
+        self._view.validation(step, loss)
+        self.val_loss, self.val_metrics = (loss if math.isfinite(loss) else None), named
+
+    def note(self, text: str) -> None:
+        """Show a line."""
+        self._view.note(text)
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean of the last losses."""
+        return sum(self._losses) / len(self._losses) if self._losses else None
+
+    @property
+    def samples_per_second(self) -> float | None:
+        """Over the whole session, validations and checkpoints not counted."""
+        return self._batch_size * self._steps / max(1e-9, self._seconds) if self._steps else None

@@ -1,0 +1,91 @@
+"""What a run gives back: final figures, and what each stage held. Written to ``result.json`` by the run itself."""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from pipeoptim.telemetry.metrics import Row, read_rows
+from pipeoptim.version import __version__
+
+
+@dataclass(frozen=True)
+class StageFacts:
+    """One stage at the end of a run.
+
+    Args:
+        stage: k.
+        parameters: how many weights it trains.
+        gap: version gap s of its first micro-batch, in steady state.
+        weight_copies: copies of its weights that the method promises to hold at most.
+        weight_bytes: bytes of memory that held weights, measured in mid-flight.
+        updates: its version t.
+    """
+
+    stage: int
+    parameters: int
+    gap: int
+    weight_copies: int
+    weight_bytes: int
+    updates: int
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run that ended well.
+
+    Args:
+        run_dir: its directory.
+        status: ``"finished"``, or ``"stopped"`` by Ctrl-C (saved, can be resumed).
+        step: mini-batches done in all.
+        train_loss: mean over the last (at most 20) mini-batches; None if this session did none.
+        val_loss, val_metrics: of the last validation of this session; None and {} if there was none.
+        samples_per_second: training only, without validations and checkpoints; None as train_loss.
+        seconds: of this session, validations and checkpoints included.
+        stages: what each held.
+        data: what it was trained on.
+        versions: of pipeoptim, torch and Python.
+    """
+
+    run_dir: Path
+    status: Literal["finished", "stopped"]
+    step: int
+    train_loss: float | None
+    val_loss: float | None
+    val_metrics: dict[str, float]
+    samples_per_second: float | None
+    seconds: float
+    stages: tuple[StageFacts, ...]
+    data: str
+    versions: dict[str, str]
+
+    def rows(self) -> list[Row]:
+        """All rows of ``metrics.jsonl``."""
+        return read_rows(self.run_dir / "metrics.jsonl")
+
+    def to_json(self) -> str:
+        """One JSON object; without the directory, which may be moved."""
+        data = asdict(self)
+        del data["run_dir"]
+        return json.dumps(data, indent=2, allow_nan=False) + "\n"
+
+    @classmethod
+    def read(cls, run_dir: Path) -> RunResult:
+        """What the last session of the run in ``run_dir`` wrote.
+
+        Raises:
+            OSError: it wrote nothing.
+        """
+        data: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
+        stages = tuple(StageFacts(**facts) for facts in data.pop("stages"))
+        return cls(run_dir=run_dir, stages=stages, **data)
+
+
+def versions() -> dict[str, str]:
+    """Of what computes."""
+    import torch
+
+    return {"pipeoptim": __version__, "torch": torch.__version__, "python": platform.python_version()}

@@ -1,0 +1,103 @@
+"""One session of a run on this process: load, train, save, report. Both engines come through here."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+from torch.optim import Optimizer
+
+from pipeoptim.checkpoint import load_stage, save
+from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
+from pipeoptim.telemetry.progress import ProgressView
+from pipeoptim.train.evaluate import ObservedLoss
+from pipeoptim.train.group import Group
+from pipeoptim.train.loop import Loop
+from pipeoptim.train.parts import Parts
+from pipeoptim.train.pipes import Pipe
+from pipeoptim.train.recorder import Recorder
+from pipeoptim.train.result import RunResult, StageFacts, versions
+from pipeoptim.train.rundir import RunDir, Start
+from pipeoptim.train.signals import StopOnInterrupt
+
+
+def run_session(
+    run: RunDir,
+    parts: Parts,
+    pipe: Pipe,
+    optimizers: dict[int, Optimizer],
+    loss: ObservedLoss,
+    group: Group,
+    start: Start,
+    stop: StopOnInterrupt,
+    quiet: bool,
+) -> RunResult:
+    """Train from ``start`` to the end or to a stop. Every process of ``group`` returns the same result."""
+    config = parts.config
+    if start.checkpoint is not None:
+        for k in pipe.local_stages:
+            pipe.load_stage_state_dict(k, load_stage(start.checkpoint, k))
+    began = time.monotonic()
+    with ExitStack() as stack:
+        recorder = None
+        if pipe.depth - 1 in pipe.local_stages:
+            truncate_after(run.metrics, start.step)
+            file = stack.enter_context(MetricsFile(run.metrics))
+            view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
+            recorder = Recorder(file, view, config.batch_size)
+
+        def save_all(step: int) -> None:
+            states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}
+            save(
+                run.checkpoints,
+                step,
+                states,
+                config=config.fingerprint(),
+                group=group,
+                keep=config.keep_checkpoints,
+                versions=versions(),
+            )
+
+        loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {})
+        done = loop.run(start.step)
+    result = _result(run, parts, pipe, loop, group, done, time.monotonic() - began)
+    if recorder is not None:
+        run.result.write_text(result.to_json())
+    group.barrier()
+    return result
+
+
+def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, done: int, seconds: float) -> RunResult:
+    figures: dict[str, Any] = {}
+    if loop.recorder is not None:
+        recorder = loop.recorder
+        figures = {
+            "train_loss": recorder.train_loss,
+            "val_loss": recorder.val_loss,
+            "val_metrics": recorder.val_metrics,
+            "samples_per_second": recorder.samples_per_second,
+            "seconds": seconds,
+        }
+    gathered = group.gather(([_facts(parts, pipe, k, loop.weight_bytes) for k in pipe.local_stages], figures))
+    stages = tuple(facts for part, _ in gathered for facts in part)
+    return RunResult(
+        run_dir=run.path,
+        status="finished" if done == parts.config.steps else "stopped",
+        step=done,
+        stages=stages,
+        data=parts.task.describe(),
+        versions=versions(),
+        **gathered[-1][1],
+    )
+
+
+def _facts(parts: Parts, pipe: Pipe, k: int, weight_bytes: dict[int, int]) -> StageFacts:
+    return StageFacts(
+        stage=k,
+        parameters=sum(p.numel() for p in parts.stages[k].parameters() if p.requires_grad),
+        gap=pipe.version_gap(k),
+        weight_copies=pipe.weight_copies(k),
+        weight_bytes=weight_bytes[k],
+        updates=pipe.version(k),
+    )

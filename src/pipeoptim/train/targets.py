@@ -1,0 +1,62 @@
+"""From ``"module:function"`` and options to an object, with errors that name the component."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from pipeoptim.config import Component
+from pipeoptim.errors import ConfigError
+
+
+def load(what: str, target: str) -> Callable[..., Any]:
+    """The callable that ``target`` ("module:function") names.
+
+    Raises:
+        ConfigError: no such module or attribute.
+    """
+    module, colon, name = target.partition(":")
+    if not (module and colon and name):
+        raise ConfigError(f"{what} {target!r} is not of the form 'module:function'")
+    try:
+        found = getattr(importlib.import_module(module), name)
+    except ImportError as error:
+        raise ConfigError(f"{what} {target!r} cannot be imported ({error}); install it, or correct the name") from error
+    except AttributeError as error:
+        raise ConfigError(f"{what} {target!r}: module {module} has no {name!r}; correct the name") from error
+    if not callable(found):
+        raise ConfigError(f"{what} {target!r} is a {type(found).__name__}, must be a function or class")
+    return found  # type: ignore[no-any-return]
+
+
+def accepts(function: Callable[..., Any], name: str) -> bool:
+    """Whether ``function`` can be given the keyword argument ``name``."""
+    try:
+        parameters = inspect.signature(function).parameters
+    except (TypeError, ValueError):
+        return False
+    return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def call(what: str, function: Callable[..., Any], target: str, *args: Any, **options: Any) -> Any:
+    """``function(*args, **options)``; what it refuses becomes a ConfigError that names the component."""
+    try:
+        return function(*args, **options)
+    except ConfigError:
+        raise
+    except (TypeError, ValueError, ImportError) as error:
+        given = ", ".join(f"{name}={value!r}" for name, value in options.items())
+        raise ConfigError(f"{what} {target}({given}) cannot be made: {_line(error)}") from error
+
+
+def build(what: str, component: Component, **defaults: Any) -> Any:
+    """The object that ``component`` describes; ``defaults`` are passed only where it has such arguments."""
+    function = load(what, component.target)
+    extra = {name: value for name, value in defaults.items() if accepts(function, name)}
+    return call(what, function, component.target, **{**extra, **component.options})
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

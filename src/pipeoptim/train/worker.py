@@ -1,0 +1,149 @@
+"""One process of a run, one stage: ``python -m pipeoptim.train.worker RUN_DIR``, started by the launcher.
+
+Under a torchrun of the user's own, every process is ``pipeoptim train`` itself and comes in through :func:`join`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from pipeoptim.train.signals import StopOnInterrupt
+
+if TYPE_CHECKING:
+    from pipeoptim.config import TrainConfig
+    from pipeoptim.train.result import RunResult
+    from pipeoptim.train.rundir import RunDir, Start
+
+
+def main(arguments: list[str], stop: StopOnInterrupt) -> None:
+    """Train the stage that the environment variable RANK says."""
+    from torch.distributed.elastic.multiprocessing.errors import record
+
+    from pipeoptim.train.rundir import RunDir
+
+    parser = argparse.ArgumentParser(prog="pipeoptim.train.worker")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--from", dest="checkpoint", default="")
+    parser.add_argument("--quiet", action="store_true")
+    options = parser.parse_args(arguments)
+    run = RunDir(options.run_dir)
+
+    def work() -> None:
+        with process_group():
+            train_stage(run, run.read_config(), start_at(options.checkpoint), stop, options.quiet)
+
+    record(work)()
+
+
+def start_at(checkpoint: str) -> Start:
+    """The start that a checkpoint's folder (or an empty string) means."""
+    from pipeoptim.checkpoint import read_meta
+    from pipeoptim.train.rundir import Start
+
+    return Start(read_meta(Path(checkpoint)).step, Path(checkpoint)) if checkpoint else Start()
+
+
+@contextmanager
+def process_group() -> Iterator[None]:
+    """The default process group, on gloo."""
+    import torch.distributed as dist
+
+    dist.init_process_group("gloo")
+    yield  # not destroyed after a failure: that could wait for a peer that is gone
+    dist.destroy_process_group()
+
+
+def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopOnInterrupt, quiet: bool) -> RunResult:
+    """Train this process's stage of ``config``; the process group exists."""
+    import torch.distributed as dist
+
+    from pipeoptim.train.evaluate import ObservedLoss
+    from pipeoptim.train.group import Distributed
+    from pipeoptim.train.parts import build_parts, cpu_threads
+    from pipeoptim.train.pipes import schedule
+    from pipeoptim.train.session import run_session
+
+    k = dist.get_rank()
+    with cpu_threads(config.threads):
+        parts = build_parts(config).only(k)
+        loss = ObservedLoss(parts.task)
+        pipe, optimizers = schedule(parts, k, loss)
+        result = run_session(run, parts, pipe, optimizers, loss, Distributed(), start, stop, quiet)
+        pipe.close()
+    return result
+
+
+def under_torchrun() -> bool:
+    """Whether torchrun (or another launcher that sets its variables) started this process as one of several."""
+    return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
+
+
+def reports() -> bool:
+    """Whether this process is the one that shows the result (the last stage's, which has the figures)."""
+    return not under_torchrun() or os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+
+
+def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: bool) -> RunResult:
+    """Train as one process of the user's own torchrun. Stage 0 makes or checks the run directory, for all.
+
+    Raises:
+        ConfigError: the number of processes is not the number of stages, or stage 0 refused the run.
+    """
+    import torch.distributed as dist
+
+    from pipeoptim.errors import ConfigError
+
+    world = int(os.environ["WORLD_SIZE"])
+    if world != config.stages:
+        raise ConfigError(f"torchrun started {world} processes, but stages is {config.stages}; start one process per stage")
+    with interruptible(StopOnInterrupt()) as stop, process_group():
+        answer: list[Start | str] = [""]
+        if dist.get_rank() == 0:
+            try:
+                answer = [prepare()]
+            except ConfigError as error:
+                answer = [str(error)]
+        dist.broadcast_object_list(answer)
+        if isinstance(answer[0], str):
+            raise ConfigError(answer[0])
+        return train_stage(run, config, answer[0], stop, quiet)
+
+
+@contextmanager
+def interruptible(stop: StopOnInterrupt) -> Iterator[StopOnInterrupt]:
+    """Stage 0 turns Ctrl-C into ``stop.wanted``; the others ignore it, since they hear it from stage 0."""
+    if os.environ.get("RANK") == "0":
+        with stop:
+            yield stop
+    else:
+        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        yield stop
+        signal.signal(signal.SIGINT, before)
+
+
+def end_with_parent() -> None:
+    """Do not outlive the launcher, even where it is killed without a chance to end its workers."""
+    parent = os.getppid()
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, name="pipeoptim-parent", daemon=True).start()
+
+
+if __name__ == "__main__":
+    with interruptible(StopOnInterrupt()) as asked:
+        end_with_parent()
+        print(f"stage {os.environ.get('RANK')}: process {os.getpid()}", file=sys.stderr, flush=True)
+        main(sys.argv[1:], asked)

@@ -1,0 +1,23 @@
+"""The examples in the docstrings run and print what they say."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+
+import pytest
+
+import pipeoptim.rules
+
+MODULES = ["pipeoptim.rules", *(f"pipeoptim.rules.{module.name}" for module in pkgutil.iter_modules(pipeoptim.rules.__path__))]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples(name: str) -> None:
+    assert doctest.testmod(importlib.import_module(name)).failed == 0
+
+
+def test_public_functions_have_examples() -> None:
+    for function in (pipeoptim.rules.predict_weights, pipeoptim.rules.track, pipeoptim.rules.register_rule):
+        assert ">>>" in (function.__doc__ or "")

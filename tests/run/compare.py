@@ -1,0 +1,52 @@
+"""Two runs are equal when their weights are, bit for bit, and everything else that the next step depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pipeoptim.checkpoint import find, load_stage
+from pipeoptim.telemetry.metrics import Row, read_rows
+
+
+def final_states(run: Path) -> tuple[int, list[dict[str, Any]]]:
+    """Step and stage states of the newest checkpoint."""
+    found = find(run / "checkpoints")
+    assert found.folder is not None
+    assert found.meta is not None
+    return found.meta.step, [load_stage(found.folder, k) for k in range(found.meta.stages)]
+
+
+def assert_same_state(one: Path, other: Path) -> None:
+    """Weights, optimizers, schedulers, random numbers, versions, predictors."""
+    step, states = final_states(one)
+    other_step, other_states = final_states(other)
+    assert step == other_step
+    assert len(states) == len(other_states)
+    for k, (state, other_state) in enumerate(zip(states, other_states, strict=True)):
+        assert_equal(state, other_state, f"stage {k}")
+
+
+def assert_equal(one: Any, other: Any, where: str) -> None:
+    """Nested plain data and tensors, bit for bit."""
+    if isinstance(one, torch.Tensor):
+        assert torch.equal(one, other), f"{where} differs"
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys(), where
+        for key in one:
+            assert_equal(one[key], other[key], f"{where}.{key}")
+    elif isinstance(one, list | tuple):
+        assert len(one) == len(other), where
+        for i, (a, b) in enumerate(zip(one, other, strict=True)):
+            assert_equal(a, b, f"{where}[{i}]")
+    else:
+        assert one == other, where
+
+
+def timeless(run: Path) -> list[Row]:
+    """The rows of metrics.jsonl without the speed."""
+    return [
+        {key: value for key, value in row.items() if key != "samples_per_second"} for row in read_rows(run / "metrics.jsonl")
+    ]

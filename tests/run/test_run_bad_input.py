@@ -1,0 +1,115 @@
+"""Input that cannot work: one line that says value, reason and remedy; exit code 2; nothing written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import processes
+import pytest
+
+from pipeoptim.cli.app import _run
+
+TINY = ["--recipe", "tiny:recipe"]
+
+#: Arguments, and what the line must say.
+CASES = {
+    "stages above blocks": ([*TINY, "--stages", "9"], ["stages is 9", "only 5 blocks", "at most 5"]),
+    "stages above blocks with weights": ([*TINY, "--stages", "5"], ["stages is 5", "only 4 of 5 blocks have parameters"]),
+    "stages of default recipe": (["--stages", "7"], ["stages is 7", "only 6 blocks"]),
+    "no stages": ([*TINY, "--stages", "0"], ["stages is 0", "at least 1"]),
+    "micro-batches do not divide": (
+        [*TINY, "--microbatches", "3"],
+        ["batch_size 8", "3 equal micro-batches", "set batch_size to 6 or 9"],
+    ),
+    "more micro-batches than samples": ([*TINY, "--microbatches", "16"], ["batch_size 8", "set batch_size to 16"]),
+    "no micro-batches": ([*TINY, "--microbatches", "0"], ["microbatches is 0"]),
+    "unknown method": ([*TINY, "--method", "pipoptim"], ["'pipoptim'", "did you mean 'pipeoptim'?", "known:", "pipedream"]),
+    "unknown optimizer": ([*TINY, "--optimizer", "adanw"], ["'adanw'", "did you mean 'adam", "known:", "sgd"]),
+    "impossible optimizer": ([*TINY, "--optimizer", "lbfgs"], ["'lbfgs'", "several times per update", "use adamw"]),
+    "unknown recipe": (["--recipe", "charz"], ["'charz'", "did you mean 'chars'?", "digits"]),
+    "recipe of no module": (["--recipe", "nowhere:recipe"], ["'nowhere:recipe'", "cannot be imported"]),
+    "recipe of no function": (["--recipe", "tiny:nothing"], ["'tiny:nothing'", "has no 'nothing'"]),
+    "recipe that returns no configuration": (["--recipe", "tiny:not_a_config"], ["returned a str", "TrainConfig"]),
+    "unknown prediction": ([*TINY, "--prediction", "papier"], ["'papier'", "did you mean 'paper'?"]),
+    "unknown engine": ([*TINY, "--engine", "process"], ["'process'", "did you mean 'processes'?"]),
+    "lr nan": ([*TINY, "--lr", "nan"], ["lr is nan", "finite number above 0"]),
+    "lr inf": ([*TINY, "--lr", "inf"], ["lr is inf"]),
+    "lr zero": ([*TINY, "--lr", "0"], ["lr is 0"]),
+    "lr negative": ([*TINY, "--lr", "-0.1"], ["lr is -0.1"]),
+    "lr no number": ([*TINY, "--lr", "fast"], ["--lr", "fast"]),
+    "no steps": ([*TINY, "--steps", "0"], ["steps is 0"]),
+    "negative steps": ([*TINY, "--steps", "-5"], ["steps is -5"]),
+    "warm-up longer than the run": ([*TINY, "--steps", "2"], ["warmup is 4", "at most 2"]),
+    "no batch": ([*TINY, "--batch-size", "0"], ["batch_size is 0"]),
+    "batch above validation set": ([*TINY, "--batch-size", "128"], ["batch_size 128", "lower batch_size"]),
+    "negative seed": ([*TINY, "--seed", "-1"], ["seed is -1"]),
+    "negative eval-every": ([*TINY, "--eval-every", "-1"], ["eval_every is -1"]),
+    "no threads": ([*TINY, "--threads", "0"], ["threads is 0"]),
+    "loss that is no scalar": (["--recipe", "tiny:vector_loss"], ["shape [1]", "must be a scalar", "mean"]),
+    "weights on two stages": (["--recipe", "tiny:tied_weights"], ["tied across stages", "untie"]),
+    "model and data": (["--recipe", "tiny:misfit"], ["does not fit the data"]),
+    "name that is a path": ([*TINY, "--name", "../x"], ["'../x'", "--out"]),
+    "resume of nothing": (["--resume", "--name", "nothing"], ["no run to resume", "--name"]),
+    "unknown option": (["--epochs", "3"], ["--epochs", "--help"]),
+}
+
+
+def complain(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
+    """The one line on stderr."""
+    assert _run(["train", *arguments]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    lines = captured.err.splitlines()
+    assert len(lines) == 1, captured.err
+    return lines[0]
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("engine", ["emulator", "processes"])
+def test_one_line_and_nothing_written(
+    case: str, engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    arguments, expected = CASES[case]
+    line = complain([*arguments, *([] if "--engine" in arguments else ["--engine", engine])], capsys)
+    for part in expected:
+        assert part in line
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_run_that_exists_is_not_overwritten(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    line = complain([*TINY, "--name", "mine"], capsys)
+    assert "runs/mine exists" in line
+    assert "--resume" in line
+    assert "--name" in line
+    assert list((tmp_path / "runs" / "mine").iterdir()) == []
+
+
+def test_run_directory_that_cannot_be_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("in the way")
+    line = complain([*TINY, "--out", str(tmp_path / "file"), "--name", "x"], capsys)
+    assert "cannot be made" in line
+
+
+def test_exit_code_reaches_the_shell(tmp_path: Path) -> None:
+    with processes.train(tmp_path, *TINY, "--lr", "nan") as command:
+        assert command.wait() == 2
+        assert command.err.startswith("pipeoptim: lr is nan")
+        assert not (tmp_path / "runs").exists()
+
+
+def test_loss_that_diverges_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert _run(["train", *TINY, "--optimizer", "sgd", "--lr", "1e38", "--quiet"]) == 1
+    error = capsys.readouterr().err
+    assert "the loss is" in error
+    assert "lower --lr" in error
+    assert len(error.splitlines()) == 1

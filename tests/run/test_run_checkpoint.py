@@ -1,0 +1,120 @@
+"""A checkpoint is complete or it is none: torn ones are found out, passed over and replaced."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from compare import assert_same_state, timeless
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeoptim.checkpoint import TornError, find, load_stage, save, verify
+from pipeoptim.cli.app import _run
+from pipeoptim.train import run
+from pipeoptim.train.group import OneProcess
+
+
+def write(root: Path, step: int, keep: int = 2) -> Path:
+    states = {k: {"w": torch.full((3,), float(step + k))} for k in range(2)}
+    return save(root, step, states, config="c", group=OneProcess(), keep=keep, versions={"torch": torch.__version__})
+
+
+def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
+    folder = write(tmp_path, 7)
+    assert folder.name == "step-000007"
+    meta = verify(folder)
+    assert (meta.step, meta.stages, meta.config) == (7, 2, "c")
+    assert load_stage(folder, 1)["w"].tolist() == [8.0] * 3
+
+
+def test_the_newest_are_kept(tmp_path: Path) -> None:
+    for step in (5, 10, 1_000_000, 2_000_000):
+        write(tmp_path, step)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-1000000", "step-2000000"]
+    found = find(tmp_path)
+    assert found.meta is not None
+    assert found.meta.step == 2_000_000
+
+
+def test_a_crash_while_writing_leaves_the_last_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 5)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda *_: (_ for _ in ()).throw(OSError("power cut")))
+        with pytest.raises(OSError, match="power cut"):
+            write(tmp_path, 10)
+    found = find(tmp_path)
+    assert found.meta is not None
+    assert (found.meta.step, found.torn) == (5, ())
+    write(tmp_path, 10)
+    assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000005", "step-000010"]
+
+
+@given(st.sampled_from(["meta.json", "stage-0.pt", "stage-1.pt"]), st.integers(0, 10**6), st.integers(1, 255))
+def test_any_changed_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, name: str, where: int, flip: int) -> None:
+    folder = write(tmp_path_factory.mktemp("flip"), 3)
+    good = verify(folder)
+    content = bytearray((folder / name).read_bytes())
+    content[where % len(content)] ^= flip
+    (folder / name).write_bytes(content)
+    if name == "meta.json":
+        try:
+            found = verify(folder)
+        except TornError:
+            return
+        assert found == good  # another kind of white space
+    else:
+        with pytest.raises(TornError, match=f"{name} has another SHA-256"):
+            verify(folder)
+
+
+def cut_short(folder: Path) -> None:
+    path = folder / "stage-1.pt"
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+TEARS: dict[str, tuple[Callable[[Path], object], str]] = {
+    "cut short": (cut_short, "bytes"),
+    "file missing": (lambda folder: (folder / "stage-0.pt").unlink(), "stage-0.pt is missing"),
+    "meta missing": (lambda folder: (folder / "meta.json").unlink(), "meta.json cannot be read"),
+    "meta half": (lambda folder: (folder / "meta.json").write_text('{"step": 24, "fi'), "meta.json cannot be read"),
+    "meta of no stages": (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json cannot be read"),
+    "empty": (lambda folder: [path.unlink() for path in folder.iterdir()], "meta.json cannot be read"),
+}
+
+
+@pytest.mark.parametrize("tear", TEARS)
+def test_resume_passes_over_a_torn_checkpoint(tear: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    where, (damage, reason) = tmp_path / "tiny", TEARS[tear]
+    run(tiny.recipe(), where, progress=False)
+    shutil.copytree(where, tmp_path / "whole")
+    damage(where / "checkpoints" / "step-000024")
+    result = run(tiny.recipe(), where, resume=True, progress=False)
+    error = capsys.readouterr().err
+    assert "step-000024 is torn" in error
+    assert reason in error
+    assert "resuming from step-000016" in error
+    assert result.step == 24
+    assert_same_state(where, tmp_path / "whole")
+    assert timeless(where) == timeless(tmp_path / "whole")
+
+
+def test_no_checkpoint_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(tiny.recipe(), "runs/tiny", progress=False)
+    before = (tmp_path / "runs/tiny/metrics.jsonl").read_text()
+    for folder in (tmp_path / "runs/tiny/checkpoints").iterdir():
+        cut_short(folder)
+    for removed in (False, True):
+        if removed:
+            shutil.rmtree(tmp_path / "runs/tiny/checkpoints")
+        assert _run(["train", "--resume", "--name", "tiny"]) == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1
+        assert ("no checkpoint in" if removed else "no complete checkpoint") in error
+        assert "another --name" in error
+    assert (tmp_path / "runs/tiny/metrics.jsonl").read_text() == before

@@ -1,0 +1,104 @@
+"""A configuration survives JSON; a recipe is complete and can run; names are found without being listed anywhere."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import fields, replace
+
+import pytest
+import tiny
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeoptim.config import NOT_IN_FINGERPRINT, Component, TrainConfig, recipe
+from pipeoptim.errors import ConfigError
+from pipeoptim.train.checks import _AT_LEAST, check
+from pipeoptim.train.parts import build_parts, probe
+from pipeoptim.train.recipes import get_recipe, recipes
+
+plain = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
+    lambda values: st.lists(values, max_size=3) | st.dictionaries(st.text(), values, max_size=3),
+    max_leaves=6,
+)
+components = st.builds(Component, st.text(), st.dictionaries(st.text(), plain, max_size=3))
+configs = st.builds(
+    TrainConfig, st.text(), components, components, components, components, steps=st.integers(), engine=st.text()
+)
+
+
+@given(configs)
+def test_json_round_trip(config: TrainConfig) -> None:
+    assert TrainConfig.from_json(config.to_json()) == config
+
+
+@pytest.mark.parametrize("name", [f.name for f in fields(TrainConfig)])
+def test_fingerprint_tells_runs_apart(name: str) -> None:
+    config = tiny.recipe()
+    value = getattr(config, name)
+    other = value.with_options(x=1) if isinstance(value, Component) else value + (1 if isinstance(value, int) else "x")
+    changed = replace(config, **{name: other})
+    assert (changed.fingerprint() == config.fingerprint()) == (name in NOT_IN_FINGERPRINT)
+
+
+def edited(**changes: object) -> str:
+    return json.dumps({**json.loads(tiny.recipe().to_json()), **changes})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("{", "not JSON"),
+        ("[]", "must be a JSON object"),
+        ("{}", "missing fields: data, model, optimizer, recipe"),
+        (edited(depth=3), "unknown fields: depth"),
+        (edited(steps="many"), "steps is 'many'"),
+        (edited(steps=True), "steps is True"),
+        (edited(steps=1.5), "steps is 1.5"),
+        (edited(model="gpt"), "model is 'gpt'"),
+        (edited(model={"target": "m:f", "option": {}}), "model is"),
+    ],
+)
+def test_json_that_is_no_configuration(text: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        TrainConfig.from_json(text)
+
+
+def test_options_must_fit_into_json() -> None:
+    for value in (float("nan"), object()):
+        with pytest.raises(ConfigError, match="does not fit into JSON"):
+            replace(tiny.recipe(), data=Component("tiny:Task", {"x": value})).to_json()
+
+
+def test_every_recipe_is_complete() -> None:
+    assert {"chars", "digits"} <= set(recipes())
+    for name, function in recipes().items():
+        config = get_recipe(name)
+        assert config.recipe == name
+        assert function.__doc__
+        assert TrainConfig.from_json(config.to_json()) == config
+        check(config)
+        probe(build_parts(config))
+
+
+def test_recipe_needs_a_docstring() -> None:
+    def silent() -> TrainConfig:
+        return tiny.recipe()
+
+    with pytest.raises(ConfigError, match="silent has no docstring"):
+        recipe(silent)
+
+
+@pytest.mark.parametrize("name", _AT_LEAST)
+def test_numbers_have_bounds(name: str) -> None:
+    for value in (_AT_LEAST[name] - 1, 2.5, True):
+        with pytest.raises(ConfigError, match=f"{name} is {value}"):
+            check(replace(tiny.recipe(), **{name: value}))
+
+
+def test_validation_batches_are_full_and_spread() -> None:
+    config = replace(tiny.recipe(), batch_size=4, eval_batches=3)  # 16 batches
+    chosen = build_parts(config).validation
+    everything = list(tiny.Task(0).validation_batches(4))
+    assert [[x.equal(x2) for x2, _ in everything].index(True) for x, _ in chosen] == [0, 5, 10]
+    assert len(build_parts(replace(config, eval_batches=99)).validation) == 16
