@@ -16,6 +16,45 @@ class OracleStage:
     weights: list  # version -> list of tensors [W1, b1, W2, b2, ...]
     directions: list = field(default_factory=lambda: [None])  # version -> the step that led there, without lr
     state: dict = field(default_factory=dict)
+    v: list = field(default_factory=list)  # version -> smoothed gradient, and so on
+    m: list = field(default_factory=list)
+    delta: list = field(default_factory=list)
+    gamma: float = 0.0  # of delta
+
+    def __post_init__(self):
+        zeros = [torch.zeros_like(w) for w in self.weights[0]]
+        self.v, self.m, self.delta = [zeros], [zeros], [zeros]
+
+    def note(self, grads, new):
+        """Append what the methods smooth, after an update by ``grads`` to the weights ``new``."""
+        old = self.weights[-1]
+        self.v.append([0.9 * a + 0.1 * g for a, g in zip(self.v[-1], grads, strict=True)])
+        self.m.append([0.999 * a + 0.001 * g * g for a, g in zip(self.m[-1], grads, strict=True)])
+        change = zip(self.delta[-1], new, old, strict=True)
+        self.delta.append([self.gamma * d + (1 - self.gamma) * (a - b) for d, a, b in change])
+        self.weights.append(new)
+
+
+@dataclass
+class Use:
+    """A micro-batch on a stage: which one, and how many updates the stage had at its F and at its B."""
+
+    stage: OracleStage
+    k: int
+    depth: int
+    micro: int
+    i: int
+    start: int  # updates at the last (re)start
+    at_f: int
+    at_b: int
+
+    @property
+    def gap(self):
+        return self.at_b - self.at_f
+
+
+def updates_before_forward(i, k, depth, m):
+    return max(0, i - (depth - 1 - k)) // m
 
 
 def forward(weights, x):
@@ -47,6 +86,8 @@ class Rule:
 
     def step(self, stage, weights, grads):
         t = stage.state["t"] = stage.state.get("t", 0) + 1
+        if self.name == "nadam":
+            return self.torch_step(stage, weights, grads)
         if self.name in ("sgd", "momentum"):
             grads = [g + self.wd * w for g, w in zip(grads, weights, strict=True)]
             if self.name == "sgd":
@@ -61,7 +102,20 @@ class Rule:
         d = [(a / (1 - 0.9**t)) / ((b / (1 - 0.999**t)).sqrt() + 1e-8) for a, b in zip(m, v, strict=True)]
         return [x + self.wd * w for x, w in zip(d, weights, strict=True)]
 
+    def torch_step(self, stage, weights, grads):
+        """The direction that torch's own optimizer goes, on copies; its weights are checked not to drift from ours."""
+        if "params" not in stage.state:
+            stage.state["params"] = [w.clone().requires_grad_() for w in weights]
+            stage.state["optimizer"] = self.torch(stage.state["params"])
+        for p, w, g in zip(stage.state["params"], weights, grads, strict=True):
+            p.data.copy_(w)
+            p.grad = g
+        stage.state["optimizer"].step()
+        return [(w - p.detach()) / self.lr for p, w in zip(stage.state["params"], weights, strict=True)]
+
     def torch(self, params):
+        if self.name == "nadam":
+            return torch.optim.NAdam(params, lr=self.lr, betas=(0.99, 0.999))
         if self.name == "sgd":
             return torch.optim.SGD(params, lr=self.lr)
         if self.name == "momentum":
@@ -79,20 +133,24 @@ class Rule:
         return d
 
 
-def train(initial, rule, segments, batches, m, forward_uses, backward_uses):
+def train(initial, rule, segments, batches, m, forward_uses, backward_uses, rate=lambda k, version: 1.0, gammas=None):
     """Train a pipeline of ``len(initial)`` stages.
 
     Args:
         initial: per stage, its list of tensors.
         segments: numbers of mini-batches between two drains.
         batches: list of (x, y), one per mini-batch, in order.
-        forward_uses, backward_uses: (stage, at_forward, at_backward, gap) -> list of tensors.
+        forward_uses, backward_uses: a :class:`Use` -> list of tensors.
+        rate: (k, version) -> factor on the learning rate of the next update.
+        gammas: per stage, how slowly the average of weight changes forgets.
 
     Returns:
         The stages, and the loss of every mini-batch.
     """
     depth = len(initial)
     stages = [OracleStage([weights]) for weights in initial]
+    for k, gamma in enumerate(gammas or []):
+        stages[k].gamma = gamma
     sums = [None] * depth
     losses, fed = [], iter(batches)
     for minibatches in segments:
@@ -106,21 +164,21 @@ def train(initial, rule, segments, batches, m, forward_uses, backward_uses):
                 x, y = x_all[j * size : (j + 1) * size], y_all[j * size : (j + 1) * size]
                 kept, uses = [], []
                 for k, stage in enumerate(stages):
-                    at_f = start + max(0, i - (depth - 1 - k)) // m
-                    at_b = start + n
-                    uses.append((stage, at_f, at_b, at_b - at_f))
-                    x, acts = forward(forward_uses(*uses[k]), x)
+                    at_f = start + updates_before_forward(i, k, depth, m)
+                    uses.append(Use(stage, k, depth, m, i, start, at_f, start + n))
+                    x, acts = forward(forward_uses(uses[k]), x)
                     kept.append(acts)
                 loss += float(((x - y) ** 2).mean()) / m
                 g = mse_gradient(x, y) / m
                 for k in reversed(range(depth)):
-                    g, grads = backward(backward_uses(*uses[k]), kept[k], g)
+                    g, grads = backward(backward_uses(uses[k]), kept[k], g)
                     sums[k] = grads if sums[k] is None else [a + b for a, b in zip(sums[k], grads, strict=True)]
             losses.append(loss)
             for k, stage in enumerate(stages):
                 now = stage.weights[-1]
+                lr = rule.lr * rate(k, len(stage.weights) - 1)
                 d = rule.step(stage, now, sums[k])
-                stage.weights.append([w - rule.lr * x for w, x in zip(now, d, strict=True)])
+                stage.note(sums[k], [w - lr * x for w, x in zip(now, d, strict=True)])
                 stage.directions.append(d)
                 sums[k] = None
     return stages, losses

@@ -20,44 +20,109 @@ class Layer(torch.nn.Module):
         return torch.tanh(self.linear(x))
 
 
-def latest_at_forward(stage, at_f, at_b, gap):
-    return stage.weights[at_f]
+def latest_at_forward(use):
+    return use.stage.weights[use.at_f]
 
 
-def latest_at_backward(stage, at_f, at_b, gap):
-    return stage.weights[at_b]
+def latest_at_backward(use):
+    return use.stage.weights[use.at_b]
+
+
+def ahead(weights, direction, by):
+    return [w - by * d for w, d in zip(weights, direction, strict=True)]
 
 
 def predictor(rule):
-    def predicted(stage, at_f, at_b, gap):
-        d = rule.ahead(stage, at_f)
-        return [w - rule.lr * gap * x for w, x in zip(stage.weights[at_f], d, strict=True)]
+    return lambda u: ahead(u.stage.weights[u.at_f], rule.ahead(u.stage, u.at_f), rule.lr * u.gap)
 
-    return predicted
+
+def double_buffered(u):
+    n = u.i // u.micro
+    return u.stage.weights[u.start + (n if u.depth == 1 else max(0, n - 1))]
+
+
+def entry_version(u):
+    return u.stage.weights[u.start + max(0, u.i - u.depth + 1) // u.micro]
+
+
+def in_updates(s, u):
+    """``s`` micro-batches ahead of the j-th of a mini-batch, counted in updates (once per mini-batch)."""
+    j = u.i % u.micro
+    return sum(q * u.micro + j < s for q in range(s))
+
+
+def spectrain(rule):
+    def f(u):
+        return ahead(u.stage.weights[u.at_f], u.stage.v[u.at_f], rule.lr * in_updates(u.k // 2 + u.depth - u.k - 1, u))
+
+    def b(u):
+        return ahead(u.stage.weights[u.at_b], u.stage.v[u.at_b], rule.lr * in_updates(u.k // 2, u))
+
+    return f, b
+
+
+def xpipe(rule):
+    def direction(stage, version):
+        pairs = zip(stage.v[version], stage.m[version], strict=True)
+        return [10 * v / ((1000 * m).sqrt() + 1e-8) for v, m in pairs]
+
+    def f(u):
+        first = u.i - u.i % u.micro
+        version = u.start + oracle.updates_before_forward(first, u.k, u.depth, u.micro)
+        s = round((u.depth + u.micro - u.k / 2 - 2) / u.micro) if u.depth > 1 else 0
+        return ahead(u.stage.weights[version], direction(u.stage, version), rule.lr * max(0, s))
+
+    def b(u):
+        s = (u.micro + u.k // 2 - 1) // u.micro
+        return ahead(u.stage.weights[u.at_b], direction(u.stage, u.at_b), rule.lr * s)
+
+    return f, b
+
+
+def looking_back(u):
+    return ahead(u.stage.weights[u.at_b], u.stage.delta[u.at_b], u.gap)
 
 
 def uses(method, rule):
     return {
         "naive": (latest_at_forward, latest_at_backward),
         "pipedream": (latest_at_forward, latest_at_forward),
+        "pipedream+vertical_sync": (entry_version, entry_version),
+        "pipedream_2bw": (double_buffered, double_buffered),
+        "spectrain": spectrain(rule),
+        "xpipe": xpipe(rule),
+        "pipemare": (latest_at_forward, looking_back),
+        "nesterov": (latest_at_forward, latest_at_forward),
+        "nesterov+no_stash": (latest_at_forward, latest_at_backward),
         "pipeoptim": (predictor(rule), latest_at_backward),
         "pipeoptim_stash": (predictor(rule), predictor(rule)),
+        "gpipe": (latest_at_backward, latest_at_backward),
+        "1f1b": (latest_at_backward, latest_at_backward),
     }[method]
 
 
-@pytest.mark.parametrize("method", ["naive", "pipedream", "pipeoptim", "pipeoptim_stash"])
+def delay(k, depth, m):
+    return max(1, -(-(depth - 1 - k) // m))
+
+
+RULES = [("sgd", 0.0), ("momentum", 0.0), ("momentum", 0.01), ("adamw", 0.0), ("adamw", 0.1)]
+
+
+@pytest.mark.parametrize("method", sorted(po.METHODS))
 @settings(max_examples=30)
 @given(
     depth=st.integers(1, 8),
     m=st.integers(1, 8),
     layers=st.integers(1, 2),
-    rule=st.sampled_from([("sgd", 0.0), ("momentum", 0.0), ("momentum", 0.01), ("adamw", 0.0), ("adamw", 0.1)]),
+    rule=st.sampled_from(RULES),
     drains=st.booleans(),
     seed=st.integers(0, 2**16),
 )
 def test_emulator_equals_the_oracle(method, depth, m, layers, rule, drains, seed):
     torch.manual_seed(seed)
-    rule = oracle.Rule(rule[0], wd=rule[1])
+    rule = oracle.Rule("nadam") if method.startswith("nesterov") else oracle.Rule(rule[0], wd=rule[1])
+    if po.METHODS[method].at_least_depth_microbatches:
+        m = max(m, depth)
     stages = [torch.nn.Sequential(*(Layer() for _ in range(layers))) for _ in range(depth)]
     initial = [[p.detach().clone() for p in s.parameters()] for s in stages]
     total = 3 * depth + 3
@@ -72,7 +137,11 @@ def test_emulator_equals_the_oracle(method, depth, m, layers, rule, drains, seed
             losses.append(pipe.step(x, target=y).item())
         pipe.drain()
 
-    expected, expected_losses = oracle.train(initial, rule, segments, batches, m, *uses(method, rule))
+    rate = lambda k, version: 1.0  # noqa: E731
+    if method == "pipemare":
+        rate = lambda k, version: delay(k, depth, m) ** -(1 - min(version / 1000, 1))  # noqa: E731
+    gammas = [0.135 ** (1 / delay(k, depth, m)) for k in range(depth)]
+    expected, expected_losses = oracle.train(initial, rule, segments, batches, m, *uses(method, rule), rate, gammas)
     assert losses == pytest.approx(expected_losses, abs=1e-10, rel=0)
     for k, stage in enumerate(stages):
         assert pipe.version(k) == total
@@ -92,3 +161,45 @@ def test_the_methods_differ_where_they_should():
         pipe.drain()
         finals[method] = tuple(torch.cat([p.detach().flatten() for p in stages[0].parameters()]).tolist())
     assert len(set(finals.values())) == len(finals)
+
+
+def test_pipedream_2bw_is_one_update_behind_on_every_stage():
+    """``W(t+1) = W(t) - lr * g(W(t-1))`` of the whole model, without any pipeline."""
+    torch.manual_seed(0)
+    depth = m = 4
+    stages = [Layer() for _ in range(depth)]
+    model = torch.nn.Sequential(*stages)
+    versions = [[p.detach().clone() for p in model.parameters()]]
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss, "pipedream_2bw", m)
+    batches = [(torch.randn(m, WIDTH).double(), torch.randn(m, WIDTH).double()) for _ in range(9)]
+    for x, y in batches:
+        pipe.step(x, target=y)
+    pipe.drain()
+    final = [p.detach().clone() for p in model.parameters()]
+    for n, (x, y) in enumerate(batches):
+        with torch.no_grad():
+            for p, w in zip(model.parameters(), versions[max(0, n - 1)], strict=True):
+                p.copy_(w)
+        grads = torch.autograd.grad(torch.nn.functional.mse_loss(model(x), y), list(model.parameters()))
+        versions.append([w - 0.1 * g for w, g in zip(versions[n], grads, strict=True)])
+    for a, b in zip(final, versions[-1], strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-12)
+
+
+def test_pipemare_t3_is_synchronous_at_first():
+    from pipeoptim.methods.m_pipemare import pipemare
+
+    def run(method, steps):
+        torch.manual_seed(0)
+        stages = [Layer() for _ in range(3)]
+        pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss, method)
+        g = torch.Generator().manual_seed(1)
+        for _ in range(steps):
+            x = torch.randn(2, WIDTH, generator=g, dtype=torch.float64)
+            pipe.step(x, target=x.flip(1))
+        return torch.cat([p.detach().flatten() for s in stages for p in s.parameters()])
+
+    t3 = pipemare(anneal_updates=0, correct=False, synchronous_updates=5)
+    assert t3.name == "pipemare+T3"
+    assert torch.equal(run(t3, 5), run("1f1b", 5))
+    assert not torch.equal(run(t3, 9), run("1f1b", 9))

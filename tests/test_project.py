@@ -1,0 +1,144 @@
+"""The project as a whole: its documents run, its tables are current, its wheel works, its imports run one way."""
+
+import ast
+import doctest
+import importlib
+import pkgutil
+import re
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+import pipeoptim
+import pipeoptim_zoo
+
+ROOT = Path(__file__).parents[1]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+# Each package may import those before it in its own row's reach: lower layers never import higher ones.
+LAYERS = [
+    {"errors", "version"},
+    {"schedule", "rules", "kernels"},
+    {"weights"},
+    {"methods"},
+    {"engine"},
+    {"checkpoint", "telemetry", "config", "testing"},
+    {"train", "bench"},
+    {"compare"},
+    {"cli"},
+]
+
+
+def run(*command, cwd=ROOT, timeout=240):
+    return subprocess.run(command, cwd=cwd, capture_output=True, text=True, timeout=timeout, check=False)
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda p: p.name)
+def test_python_in_documents_runs(path):
+    blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
+    for block in blocks:
+        exec(compile(block, str(path), "exec"), {})
+
+
+def test_links_in_documents_lead_somewhere():
+    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+        for link in re.findall(r"\]\((?!http)([^)#]+)\)", path.read_text()):
+            assert (path.parent / link).exists(), f"{path.name} links to {link}"
+
+
+def test_rendered_tables_and_drawings_are_current():
+    done = run(sys.executable, "benchmarks/render.py", "--check")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def modules():
+    for package in (pipeoptim, pipeoptim_zoo):
+        for info in pkgutil.walk_packages(package.__path__, package.__name__ + "."):
+            if not info.name.endswith(("__main__", "bench.worker", "train.worker")):
+                yield info.name
+
+
+@pytest.mark.parametrize("name", sorted(modules()))
+def test_docstrings_are_there_and_their_examples_run(name):
+    module = importlib.import_module(name)
+    assert module.__doc__, f"{name} does not say why it exists"
+    result = doctest.testmod(module)
+    assert result.failed == 0
+
+
+def test_the_wheel_works_from_an_empty_directory(tmp_path):
+    wheels, target, empty = tmp_path / "wheels", tmp_path / "target", tmp_path / "empty"
+    empty.mkdir()
+    done = run(sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", str(wheels))
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    (wheel,) = wheels.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        archive.extractall(target)
+        names = archive.namelist()
+    assert "pipeoptim/py.typed" in names
+    assert "pipeoptim_zoo/py.typed" in names
+    code = (
+        f"import sys; sys.path.insert(0, {str(target)!r})\n"
+        "import pipeoptim, pipeoptim_zoo\n"
+        "print(pipeoptim.__file__, sorted(pipeoptim.METHODS), pipeoptim.Emulator, pipeoptim.Schedule)"
+    )
+    done = run(sys.executable, "-c", code, cwd=empty)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith(str(target))
+
+
+def test_import_is_silent_and_help_needs_no_torch():
+    done = run(sys.executable, "-c", "import pipeoptim; pipeoptim.Emulator")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    code = (
+        "import sys; sys.argv = ['pipeoptim', '--help']\nimport atexit; atexit.register(lambda: print('torch' in sys.modules))"
+    )
+    done = run(sys.executable, "-c", code + "\nfrom pipeoptim.cli import main; main()")
+    assert done.stdout.strip().endswith("False")
+    assert "train" in done.stdout
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pipeoptim"):
+            if node.module == "pipeoptim":
+                yield from (f"pipeoptim.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name.startswith("pipeoptim"))
+
+
+def type_only(path):
+    """Modules imported for annotations only."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from (n.module for n in ast.walk(node) if isinstance(n, ast.ImportFrom) and n.module)
+
+
+def test_imports_run_one_way():
+    source = Path(pipeoptim.__path__[0])
+    level = {name: n for n, names in enumerate(LAYERS) for name in names}
+    for path in source.rglob("*.py"):
+        own = path.relative_to(source).parts[0].removesuffix(".py")
+        if own in ("__init__", "__main__"):
+            continue
+        assert own in level, f"{own} has no layer; add it to LAYERS"
+        skip = set(type_only(path))
+        for name in set(imported(path)) - skip:
+            assert not name.startswith("pipeoptim_zoo"), f"{path} imports the zoo"
+            other = name.split(".")[1] if "." in name else own
+            if other in level:
+                assert level[other] <= level[own], f"{path.relative_to(source)} imports {name}, which is a higher layer"
+
+
+def test_only_one_module_imports_torchs_pipelining():
+    source = Path(pipeoptim.__path__[0])
+    users = [
+        p.relative_to(source).as_posix() for p in source.rglob("*.py") if "torch.distributed.pipelining import" in p.read_text()
+    ]
+    assert users
+    assert set(users) - {"engine/upstream.py", "engine/distributed.py", "bench/throughput.py", "train/pipes.py"} == set()
