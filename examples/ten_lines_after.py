@@ -19,7 +19,7 @@ STEPS, BATCH, WIDTH = int(os.environ.get("STEPS", "300")), 64, 256
 
 def build_stage(k: int, depth: int) -> nn.Module:
     torch.manual_seed(0)
-    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU()) for _ in range(8)]
+    layers = [nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.Tanh()) for _ in range(8)]
     return nn.Sequential(*layers[k * 8 // depth : (k + 1) * 8 // depth])
 
 

@@ -16,6 +16,8 @@ k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 for method in methods:
     for m, name in cases:
+        if po.METHODS[method].at_least_depth_microbatches and int(m) < depth:
+            continue
         module = case.pieces(depth)[k]
         opt = case.optimizer(name, module.parameters())
         torch.manual_seed(3)

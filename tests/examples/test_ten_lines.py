@@ -22,9 +22,9 @@ def torchrun(script, steps):
 def test_both_scripts_run_and_learn():
     before, after = torchrun(BEFORE, 200), torchrun(AFTER, 200)
     assert len(before) == len(after) == 4
-    assert before[-1] < 0.7 * before[0]
-    assert after[-1] < 0.7 * after[0]
-    assert after[-1] < 1.3 * before[-1]
+    assert before[-1] < 0.8 * before[0]
+    assert after[-1] < 0.8 * after[0]
+    assert abs(after[-1] / before[-1] - 1) < 0.05
 
 
 def changed(text_before, text_after):
