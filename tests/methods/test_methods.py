@@ -1,0 +1,75 @@
+"""What the tables of the methods say, against the design's own table; and how a user's method gets in."""
+
+from dataclasses import replace
+
+import pytest
+
+import pipeoptim as po
+from pipeoptim.methods import Method, copies, gap, registry
+from pipeoptim.weights import Latest, Stashed
+
+DEPTH = 8
+
+
+@pytest.mark.parametrize("name", sorted(po.METHODS))
+def test_every_method_says_what_it_is_and_where_it_comes_from(name):
+    method = po.METHODS[name]
+    assert method.name == name
+    assert method.summary
+    assert method.source
+    assert method.program(DEPTH, DEPTH).depth == DEPTH
+
+
+@pytest.mark.parametrize(
+    ("name", "m", "expected"),
+    [
+        ("gpipe", 1, lambda k: 1),
+        ("1f1b", 4, lambda k: 1),
+        ("naive", 1, lambda k: 1),
+        ("pipedream", 1, lambda k: DEPTH - k),
+        ("pipedream_2bw", 8, lambda k: 2),
+        ("spectrain", 1, lambda k: 2),
+        ("xpipe", 8, lambda k: 3 if k >= 2 else 2),  # its s_b is 0 on the first two stages
+        ("nesterov", 1, lambda k: DEPTH - k),
+        ("pipeoptim", 1, lambda k: 2 if k < DEPTH - 1 else 1),
+        ("pipeoptim", 8, lambda k: 2 if k < DEPTH - 1 else 1),
+        ("pipeoptim_stash", 1, lambda k: DEPTH - k + 1 if k < DEPTH - 1 else 1),
+        ("pipedream+vertical_sync", 1, lambda k: DEPTH),
+    ],
+)
+def test_copies_of_the_weights_are_those_of_the_design(name, m, expected):
+    assert [copies(po.METHODS[name], DEPTH, m, k) for k in range(DEPTH)] == [expected(k) for k in range(DEPTH)]
+
+
+def test_gaps_are_those_of_the_design():
+    assert [gap(po.METHODS["pipeoptim"], DEPTH, 1, k) for k in range(DEPTH)] == [7, 6, 5, 4, 3, 2, 1, 0]
+    assert [gap(po.METHODS["pipeoptim"], DEPTH, 8, k) for k in range(DEPTH)] == [1] * 7 + [0]
+    assert [gap(po.METHODS["gpipe"], DEPTH, 8, k) for k in range(DEPTH)] == [0] * 8
+
+
+def test_spectrain_and_xpipe_predict_as_far_as_their_papers_say():
+    spectrain, xpipe = po.METHODS["spectrain"], po.METHODS["xpipe"]
+    one, four = spectrain.program(4, 1), xpipe.program(4, 4)
+    assert [spectrain.forward.steps_ahead(one, k, 9) for k in range(4)] == [3, 2, 2, 1]
+    assert [spectrain.backward.steps_ahead(one, k, 9) for k in range(4)] == [0, 0, 1, 1]
+    assert [xpipe.forward.steps_ahead(four, k, 8) for k in range(4)] == [2, 1, 1, 1]  # round of 1.5, 1.375, 1.25, 1.125
+    assert [xpipe.backward.steps_ahead(four, k, 8) for k in range(4)] == [0, 0, 1, 1]
+
+
+def test_a_method_of_ones_own_gets_in_by_name_once(monkeypatch):
+    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+    mine = Method("mine", order="async_1f1b", forward=Latest(), backward=Stashed(), summary="as PipeDream")
+    assert po.register_method(mine) is mine
+    assert po.get_method("mine") is mine
+    assert po.register_method(mine) is mine
+    with pytest.raises(po.ConfigError, match="exists already"):
+        po.register_method(replace(mine, summary="another"))
+
+
+def test_tables_that_cannot_work_are_refused():
+    with pytest.raises(po.ConfigError, match="known orders: async_1f1b"):
+        Method("mine", order="2f2b", forward=Latest(), backward=Latest(), summary="")
+    with pytest.raises(po.ConfigError, match="stashed forward"):
+        Method("mine", order="gpipe", forward=Stashed(), backward=Latest(), summary="")
+    with pytest.raises(po.ConfigError, match="depth is 8; set microbatches to 8"):
+        po.METHODS["pipedream_2bw"].program(8, 4)
