@@ -3,11 +3,11 @@
 import os
 import sys
 
-import case
 import torch
 import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
+import case
 import pipeoptim as po
 
 out, methods, cases = sys.argv[1], sys.argv[2].split(","), [tuple(c.split(":")) for c in sys.argv[3].split(",")]

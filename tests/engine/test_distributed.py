@@ -5,13 +5,13 @@ import subprocess
 import time
 from pathlib import Path
 
-import case
-import stage_processes
 import pytest
 import torch
 from torch.utils._pytree import tree_leaves
 
+import case
 import pipeoptim as po
+import stage_processes
 
 HERE = Path(__file__).parent
 

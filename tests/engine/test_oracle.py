@@ -1,11 +1,11 @@
 """The emulator against an oracle that keeps every past version in a list (float64, 1e-10), warm-up and drains included."""
 
-import oracle
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import oracle
 import pipeoptim as po
 
 WIDTH = 3

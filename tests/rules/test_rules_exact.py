@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, train, values_of, weights_of
 
 from pipeoptim.rules import REFUSED, RULES, predict_weights
+from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, train, values_of, weights_of
 
 TOLERANCE = 1e-10
 

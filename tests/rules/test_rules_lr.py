@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from rules_cases import BY_NAME, largest_difference, really_stepped, train, weights_of
 from torch.optim import lr_scheduler as S
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import predict_weights
 from pipeoptim.rules.lr import next_rates
+from rules_cases import BY_NAME, largest_difference, really_stepped, train, weights_of
 
 
 class Counting:

@@ -9,12 +9,12 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from rules_cases import BY_NAME, CASES, Case, Lion, largest_difference, set_random_grads, train, values_of, weights_of
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import RULES, Predictor, predict_weights
+from rules_cases import BY_NAME, CASES, Case, Lion, largest_difference, set_random_grads, train, values_of, weights_of
 
 
 def buffers(optimizer: Optimizer) -> list[Tensor]:

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from rules_cases import BY_NAME, Lion, largest_difference, really_stepped, set_random_grads, values_of, weights_of
 from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import RULES, Move, Predictor, Rule, Term, predict_weights, register_rule, track
 from pipeoptim.rules.track import _TRACKERS
+from rules_cases import BY_NAME, Lion, largest_difference, really_stepped, set_random_grads, values_of, weights_of
 
 
 def lion(**settings: Any) -> Lion:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import processes
 import pytest
 
+import processes
 from pipeoptim.cli.app import _run
 
 TINY = ["--recipe", "tiny:recipe"]

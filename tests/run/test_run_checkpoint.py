@@ -7,12 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
-from compare import assert_same_state, timeless
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
+from compare import assert_same_state, timeless
 from pipeoptim.checkpoint import TornError, find, load_stage, save, verify
 from pipeoptim.cli.app import _run
 from pipeoptim.train import run

@@ -8,11 +8,11 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-import processes
 import pytest
+
+import processes
 import tiny
 from compare import assert_same_state
-
 from pipeoptim import __version__
 from pipeoptim.cli.app import _run
 from pipeoptim.config import TrainConfig

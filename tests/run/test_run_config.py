@@ -6,10 +6,10 @@ import json
 from dataclasses import fields, replace
 
 import pytest
-import tiny
 from hypothesis import given
 from hypothesis import strategies as st
 
+import tiny
 from pipeoptim.config import NOT_IN_FINGERPRINT, Component, TrainConfig, recipe
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.checks import _AT_LEAST, check

@@ -5,13 +5,13 @@ from __future__ import annotations
 from itertools import combinations, pairwise
 
 import pytest
-import tiny
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 from torch.optim.lr_scheduler import StepLR
 
+import tiny
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import lr_schedules, optimizers

@@ -8,11 +8,11 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
-import processes
 import pytest
+
+import processes
 import tiny
 from compare import assert_same_state, final_states, timeless
-
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
