@@ -141,6 +141,29 @@ def smoothed_by_the_method(pipe):
 
 
 @pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("depth", "m"), [(1, 2), (4, 1), (4, 4), (5, 7)])
+def test_the_gap_counted_at_run_time_is_the_gap_promised(method, depth, m):
+    """Updates between F and B of each micro-batch, counted in the modules themselves as they run."""
+    if not fits(method, depth, m):
+        pytest.skip("needs more micro-batches")
+    stages = layers(depth)
+    pipe = po.Emulator(stages, momentum, loss_fn, method, m)
+    at_forward = [[] for _ in stages]
+    gaps = [[] for _ in stages]
+    for k, stage in enumerate(stages):
+        stage[0].register_forward_hook(lambda *_, k=k: at_forward[k].append(pipe.version(k)))
+        stage[0].register_full_backward_hook(lambda *_, k=k: gaps[k].append(pipe.version(k) - at_forward[k][len(gaps[k])]))
+    for x, y in data(3 * depth, batch=m):
+        x.requires_grad_()  # so that stage 0 has a backward hook to call
+        pipe.step(x, target=y)
+    pipe.drain()
+    for k in range(depth):
+        assert len(gaps[k]) == 3 * depth * m
+        assert gaps[k] == [pipe.program.gap(k, i) for i in range(3 * depth * m)]
+        assert gaps[k][-m:] == [pipe.version_gap(k, j) for j in range(m)]
+
+
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("depth", [1, 2, 3, 8])
 @pytest.mark.parametrize("m", [1, 2, 4, 8])
 def test_measured_copies_equal_the_promise(method, depth, m):

@@ -56,14 +56,48 @@ def test_spectrain_and_xpipe_predict_as_far_as_their_papers_say():
     assert [xpipe.backward.steps_ahead(four, k, 8) for k in range(4)] == [0, 0, 1, 1]
 
 
-def test_a_method_of_ones_own_gets_in_by_name_once(monkeypatch):
-    monkeypatch.setattr(registry, "_methods", dict(registry._methods))
+def test_a_method_of_ones_own_gets_in_by_name_once():
     mine = Method("mine", order="async_1f1b", forward=Latest(), backward=Stashed(), summary="as PipeDream")
-    assert po.register_method(mine) is mine
-    assert po.get_method("mine") is mine
-    assert po.register_method(mine) is mine
-    with pytest.raises(po.ConfigError, match="exists already"):
-        po.register_method(replace(mine, summary="another"))
+    try:
+        assert po.register_method(mine) is mine
+        assert po.get_method("mine") is mine
+        assert po.register_method(mine) is mine
+        with pytest.raises(po.ConfigError, match="exists already"):
+            po.register_method(replace(mine, summary="another"))
+    finally:
+        del registry._methods["mine"]
+
+
+def test_a_method_in_a_file_of_ones_own(tmp_path, monkeypatch):
+    file = tmp_path / "mine.py"
+    file.write_text(
+        "from pipeoptim.methods import Method\nfrom pipeoptim.weights import Latest\n"
+        "METHOD = Method('mine', order='gpipe', forward=Latest(), backward=Latest(), summary='as GPipe')\nOTHER = 3\n"
+    )
+    assert po.get_method(f"{file}:METHOD").name == "mine"
+    monkeypatch.syspath_prepend(tmp_path)
+    assert po.get_method("mine:METHOD").order == "gpipe"
+    for text, words in (
+        (f"{file}:OTHER", "is a int, must be a pipeoptim.Method"),
+        (f"{file}:NONE", "write module:NAME or file.py:NAME"),
+        (f"{tmp_path}/absent.py:METHOD", "cannot be loaded"),
+        ("no.such.module:METHOD", "cannot be loaded"),
+    ):
+        with pytest.raises(po.ConfigError, match=words):
+            po.get_method(text)
+
+
+def test_options_of_a_method():
+    assert po.get_method("pipemare(anneal_updates=0, correct=False)").lr_scale is None
+    for text, words in (
+        ("pipemare(1)", "cannot be read"),
+        ("pipemare(x=", "cannot be read"),
+        ("pipemare(speed=3)", "unexpected keyword argument 'speed'"),
+        ("gpipe(x=1)", "has no options"),
+        ("pipemarre(x=1)", "did you mean 'pipemare'"),
+    ):
+        with pytest.raises(po.ConfigError, match=words):
+            po.get_method(text)
 
 
 def test_tables_that_cannot_work_are_refused():

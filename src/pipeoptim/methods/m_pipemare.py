@@ -53,3 +53,5 @@ def pipemare(anneal_updates: int = 1000, decay: float = 0.135, correct: bool = T
 
 
 METHOD = pipemare()
+
+FACTORY = pipemare

@@ -1,14 +1,14 @@
 """Finding methods: every module ``m_*.py`` of this package defines one as ``METHOD``, so a new method is one new file.
 
-``VARIANTS`` in the same file are further forms of it, named ``method+option``.
+``VARIANTS`` in the same file are further forms of it, named ``method+option``; ``FACTORY`` is a function that makes the method
+with options of the user's.
 """
 
 from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Mapping
-from difflib import get_close_matches
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from pipeoptim.errors import ConfigError
@@ -18,6 +18,11 @@ _methods: dict[str, Method] = {}
 
 METHODS: Mapping[str, Method] = MappingProxyType(_methods)
 """name -> method, in alphabetical order of their files."""
+
+_factories: dict[str, Callable[..., Method]] = {}
+
+FACTORIES: Mapping[str, Callable[..., Method]] = MappingProxyType(_factories)
+"""name -> function that makes the method with other options."""
 
 
 def register_method(method: Method) -> Method:
@@ -32,25 +37,6 @@ def register_method(method: Method) -> Method:
     return method
 
 
-def get_method(method: str | Method) -> Method:
-    """The method of that name, or the one given.
-
-    Raises:
-        ConfigError: unknown name; the message lists the known ones.
-
-    Example:
-        >>> get_method("pipeoptim").order
-        'async_1f1b'
-    """
-    if isinstance(method, Method):
-        return method
-    if method not in _methods:
-        close = get_close_matches(str(method), _methods, n=1)
-        hint = f"did you mean {close[0]!r}? " if close else ""
-        raise ConfigError(f"unknown method {method!r}; {hint}known: {', '.join(sorted(_methods))}")
-    return _methods[method]
-
-
 def _discover() -> None:
     import pipeoptim.methods as package
 
@@ -59,6 +45,8 @@ def _discover() -> None:
             module = importlib.import_module(f"pipeoptim.methods.{info.name}")
             for method in (module.METHOD, *getattr(module, "VARIANTS", ())):
                 register_method(method)
+            if hasattr(module, "FACTORY"):
+                _factories[module.METHOD.name] = module.FACTORY
 
 
 _discover()

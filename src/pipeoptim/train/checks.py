@@ -14,7 +14,8 @@ _AT_LEAST = {
     "stages": 1,
     "microbatches": 1,
     "batch_size": 1,
-    "steps": 1,
+    "steps": 0,
+    "epochs": 0,
     "seed": 0,
     "eval_every": 0,
     "eval_batches": 1,
@@ -34,6 +35,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} is {value!r}, must be an integer of at least {least}")
+    if not config.steps and not config.epochs:
+        raise ConfigError("steps is 0, must be an integer of at least 1, or 0 where epochs says how long to train")
     if config.engine not in ENGINES:
         raise unknown("engine", config.engine, ENGINES)
     if config.prediction not in PREDICTIONS:
@@ -60,8 +63,6 @@ def _check_lr(config: TrainConfig) -> None:
 
 
 def _check_method(config: TrainConfig) -> None:
-    from pipeoptim.methods import METHODS, get_method
+    from pipeoptim.methods import get_method
 
-    if config.method not in METHODS:
-        raise unknown("method", config.method, METHODS)
     get_method(config.method).program(config.stages, config.microbatches)

@@ -1,0 +1,85 @@
+"""From what a user types to a method: a name, a name with options, or a method in a file of the user's own."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from difflib import get_close_matches
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods.method import Method
+from pipeoptim.methods.registry import FACTORIES, METHODS
+
+
+def get_method(method: str | Method) -> Method:
+    """The method that ``method`` stands for.
+
+    Args:
+        method: a name in ``METHODS``; a name with options, ``pipemare(synchronous_updates=100)``; ``module:NAME`` or
+            ``file.py:NAME``, a :class:`Method` of your own; or a method itself.
+
+    Raises:
+        ConfigError: there is no such method; the message lists the known ones.
+
+    Example:
+        >>> get_method("pipeoptim").order
+        'async_1f1b'
+        >>> get_method("pipemare(synchronous_updates=100)").synchronous_updates
+        100
+    """
+    return method if isinstance(method, Method) else _named(str(method))
+
+
+@lru_cache(maxsize=256)
+def _named(text: str) -> Method:
+    if text in METHODS:
+        return METHODS[text]
+    if "(" in text:
+        return _with_options(text)
+    if ":" in text:
+        return _from_file(text)
+    raise _unknown(text)
+
+
+def _unknown(text: str) -> ConfigError:
+    close = get_close_matches(text, METHODS, n=1)
+    hint = f"did you mean {close[0]!r}? " if close else ""
+    return ConfigError(f"unknown method {text!r}; {hint}known: {', '.join(sorted(METHODS))}")
+
+
+def _with_options(text: str) -> Method:
+    try:
+        call = ast.parse(text, mode="eval").body
+        assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
+        options: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
+    except (SyntaxError, ValueError, AssertionError):
+        raise ConfigError(f"method {text!r} cannot be read; write it as name(option=value, ...)") from None
+    name = call.func.id
+    if name not in FACTORIES:
+        raise _unknown(name) if name not in METHODS else ConfigError(f"method {name!r} has no options; leave out the brackets")
+    try:
+        return FACTORIES[name](**options)
+    except TypeError as error:
+        raise ConfigError(f"method {text!r}: {str(error).split(') ', 1)[-1]}") from None
+
+
+def _from_file(text: str) -> Method:
+    where, _, name = text.rpartition(":")
+    try:
+        if where.endswith(".py"):
+            spec = importlib.util.spec_from_file_location(f"pipeoptim_user_{Path(where).stem}", where)
+            assert spec is not None and spec.loader is not None
+            module = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(module)
+        else:
+            module = importlib.import_module(where)
+        found = getattr(module, name)
+    except (ImportError, OSError, AttributeError) as error:
+        raise ConfigError(f"method {text!r} cannot be loaded: {error}; write module:NAME or file.py:NAME") from None
+    if not isinstance(found, Method):
+        raise ConfigError(f"method {text!r} is a {type(found).__name__}, must be a pipeoptim.Method")
+    return found
