@@ -25,7 +25,7 @@ LAYERS = [
     {"weights"},
     {"methods"},
     {"engine"},
-    {"checkpoint", "telemetry", "config", "testing"},
+    {"checkpoint", "telemetry", "config", "testing", "partitioning"},
     {"train", "bench"},
     {"compare"},
     {"cli"},

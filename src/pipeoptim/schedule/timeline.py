@@ -5,6 +5,7 @@ This is what the drawings show and what a measured run is held against. Transfer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeoptim.errors import PipeOptimError
@@ -21,13 +22,16 @@ class Span(NamedTuple):
     end: float
 
 
-def timeline(program: Program, minibatches: int, t_forward: float = 1.0, t_backward: float = 2.0) -> list[Span]:
+Durations = float | Sequence[float]
+
+
+def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_backward: Durations = 2.0) -> list[Span]:
     """When each action of a run happens, every stage working as early as its program and its neighbours allow.
 
     Args:
         program: what the stages do.
         minibatches: how many mini-batches are fed before the drain.
-        t_forward, t_backward: duration of F and B of one micro-batch on every stage.
+        t_forward, t_backward: duration of F and B of one micro-batch, on every stage or one per stage.
 
     Returns:
         All spans, sorted by start, then stage.
@@ -39,7 +43,7 @@ def timeline(program: Program, minibatches: int, t_forward: float = 1.0, t_backw
         >>> [f"{s.k}:{s.action}@{s.start:g}" for s in timeline(Program("gpipe", 2), 1) if s.action.kind != "U"]
         ['0:F0@0', '1:F0@1', '1:B0@2', '0:B0@4']
     """
-    durations = {Kind.F: t_forward, Kind.B: t_backward, Kind.U: 0.0}
+    durations = {Kind.F: _each(t_forward, program), Kind.B: _each(t_backward, program), Kind.U: _each(0.0, program)}
     todo = [program.full(k, minibatches)[::-1] for k in range(program.depth)]
     clock = [0.0] * program.depth
     done: dict[tuple[int, Action], float] = {}
@@ -50,7 +54,7 @@ def timeline(program: Program, minibatches: int, t_forward: float = 1.0, t_backw
             while queue and (ready := _ready(k, queue[-1], program.depth, done)) is not None:
                 action = queue.pop()
                 start = max(clock[k], ready)
-                clock[k] = done[k, action] = start + durations[action.kind]
+                clock[k] = done[k, action] = start + durations[action.kind][k]
                 spans.append(Span(k, action, start, clock[k]))
                 progressed = True
         if not progressed:
@@ -65,6 +69,10 @@ def bubble(spans: list[Span]) -> float:
     depth = 1 + max(s.k for s in spans)
     length = max(s.end for s in spans) - min(s.start for s in spans)
     return 1.0 - busy / (depth * length)
+
+
+def _each(duration: Durations, program: Program) -> Sequence[float]:
+    return [duration] * program.depth if isinstance(duration, (int, float)) else duration
 
 
 def _ready(k: int, action: Action, depth: int, done: dict[tuple[int, Action], float]) -> float | None:

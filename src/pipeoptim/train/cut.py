@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
+from itertools import accumulate
+from math import inf
 from typing import Any
 
 from torch import nn
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.partitioning.balance import best_cut
 
 
 def balance(costs: Sequence[int], parts: int) -> list[int]:
     """Lengths of ``parts`` contiguous, non-empty pieces of ``costs`` with the least largest sum.
 
     Among those cuts, the one with the least sum of squares. Every piece has a cost above 0 (a stage without
-    parameters has nothing to optimize). Exact, by dynamic programming: O(parts * len(costs)^2).
+    parameters has nothing to optimize). Exact.
 
     Raises:
         ConfigError: there is no such cut.
@@ -29,50 +31,12 @@ def balance(costs: Sequence[int], parts: int) -> list[int]:
         raise ConfigError(
             f"stages is {parts}, but only {possible} of {len(costs)} blocks have parameters; set stages to 1..{possible}"
         )
-    ends = [0]
-    for cost in costs:
-        ends.append(ends[-1] + cost)
-    largest = _least_largest(ends, parts)
-    return _least_squares(ends, parts, largest)
+    ends = [0, *accumulate(costs)]
 
+    def cost(k: int, start: int, end: int) -> float:
+        return ends[end] - ends[start] or inf
 
-def _least_largest(ends: list[int], parts: int) -> int:
-    count = len(ends) - 1
-
-    @cache
-    def best(start: int, left: int) -> float:
-        if left == 1:
-            cost = ends[count] - ends[start]
-            return cost if cost > 0 else float("inf")
-        return min(
-            (
-                max(ends[e] - ends[start], best(e, left - 1))
-                for e in range(start + 1, count - left + 2)
-                if ends[e] > ends[start]
-            ),
-            default=float("inf"),
-        )
-
-    return int(best(0, parts))
-
-
-def _least_squares(ends: list[int], parts: int, largest: int) -> list[int]:
-    count = len(ends) - 1
-    nothing: tuple[float, tuple[int, ...]] = (float("inf"), ())
-
-    @cache
-    def best(start: int, left: int) -> tuple[float, tuple[int, ...]]:
-        if left == 0:
-            return (0.0, ()) if start == count else nothing
-        options = [nothing]
-        for end in range(start + 1, count - left + 2):
-            cost = ends[end] - ends[start]
-            if 0 < cost <= largest:
-                rest, lengths = best(end, left - 1)
-                options.append((cost * cost + rest, (end - start, *lengths)))
-        return min(options, key=lambda option: option[0])
-
-    return list(best(0, parts)[1])
+    return best_cut(len(costs), parts, cost)
 
 
 def cut(model: nn.Module, stages: int) -> list[nn.Module]:

@@ -1,0 +1,126 @@
+"""What every block costs on the device it will run on: seconds of F and B, bytes of activations and weights."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map
+
+from pipeoptim.engine.tree import as_args, differentiable
+
+
+@dataclass(frozen=True)
+class BlockCost:
+    """The cost of one block for one mini-batch.
+
+    Attributes:
+        name: of the block.
+        forward, backward: seconds.
+        output_bytes: of what it hands to the next block, which is what a cut behind it would send.
+        saved_bytes: of what autograd keeps from F to B, weights not counted.
+        weight_bytes: of its parameters.
+    """
+
+    name: str
+    forward: float
+    backward: float
+    output_bytes: int
+    saved_bytes: int
+    weight_bytes: int
+
+    @property
+    def seconds(self) -> float:
+        """Forward and backward."""
+        return self.forward + self.backward
+
+
+def profile(
+    blocks: Sequence[nn.Module], sample_args: tuple[Any, ...], names: Sequence[str], repeats: int = 5
+) -> list[BlockCost]:
+    """Run ``blocks`` one after the other, each ``repeats`` times, and take medians.
+
+    The blocks are left as they were: gradients are dropped, buffers and random state restored.
+
+    Args:
+        blocks: modules on the device to measure.
+        sample_args: input of the first, of the size that training will have.
+        names: of the blocks.
+        repeats: runs per block, after one that is not counted.
+    """
+    costs = []
+    value: Any = sample_args
+    state = torch.get_rng_state()
+    for name, block in zip(names, blocks, strict=True):
+        buffers = {key: b.detach().clone() for key, b in block.named_buffers()}
+        gradients = {p: p.grad for p in block.parameters()}
+        samples = [_once(block, value) for _ in range(repeats + 1)][1:]
+        with torch.no_grad():
+            for key, b in block.named_buffers():
+                b.copy_(buffers[key])
+        for p, gradient in gradients.items():
+            p.grad = gradient
+        output = samples[-1][2]
+        costs.append(
+            BlockCost(
+                name,
+                median(s[0] for s in samples),
+                median(s[1] for s in samples),
+                _bytes(output),
+                samples[-1][3],
+                sum(p.nbytes for p in block.parameters()),
+            )
+        )
+        value = as_args(output)
+    torch.set_rng_state(state)
+    return costs
+
+
+def _once(block: nn.Module, value: Any) -> tuple[float, float, Any, int]:
+    """Seconds of F, seconds of B, the detached output, and the bytes that autograd kept."""
+    args = tree_map(lambda t: _leaf(t) if isinstance(t, Tensor) else t, value)
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        block(*args)
+    _wait()
+    start = time.perf_counter()
+    output = block(*args)
+    _wait()
+    middle = time.perf_counter()
+    roots = differentiable(as_args(output))
+    if roots:
+        torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
+    _wait()
+    end = time.perf_counter()
+    return (
+        middle - start,
+        end - middle,
+        tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output),
+        sum(kept.values()),
+    )
+
+
+def _leaf(t: Tensor) -> Tensor:
+    return t.detach().clone().requires_grad_(t.is_floating_point())
+
+
+def _wait() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

@@ -1,0 +1,141 @@
+"""The cut is optimal (brute force agrees), respects limits and pins, and its stages compute what the model computes."""
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import pipeoptim as po
+from pipeoptim.partitioning import BlockCost, best_cut, best_replicas, partition, profile
+
+
+def cuts(blocks, parts):
+    for ends in itertools.combinations(range(1, blocks), parts - 1):
+        edges = [0, *ends, blocks]
+        yield [(k, a, b) for k, (a, b) in enumerate(itertools.pairwise(edges))]
+
+
+seconds_lists = st.lists(st.integers(1, 50), min_size=1, max_size=12)
+
+
+@settings(max_examples=150)
+@given(
+    seconds=seconds_lists, parts=st.integers(1, 4), speeds=st.lists(st.sampled_from([0.5, 1.0, 2.0]), min_size=4, max_size=4)
+)
+def test_the_cut_equals_brute_force(seconds, parts, speeds):
+    if parts > len(seconds):
+        return
+
+    def cost(k, start, end):
+        return sum(seconds[start:end]) / speeds[k]
+
+    lengths = best_cut(len(seconds), parts, cost)
+    edges = [0, *itertools.accumulate(lengths)]
+    ours = [cost(k, a, b) for k, (a, b) in enumerate(itertools.pairwise(edges))]
+    every = [[cost(*r) for r in cut] for cut in cuts(len(seconds), parts)]
+    best = min(max(c) for c in every)
+    assert max(ours) == best
+    assert sum(c * c for c in ours) == pytest.approx(min(sum(x * x for x in c) for c in every if max(c) == best))
+
+
+@settings(max_examples=40)
+@given(data=st.data(), blocks=st.integers(1, 5), devices=st.integers(1, 4), bandwidth=st.sampled_from([1.0, 10.0, 1e9]))
+def test_replicas_equal_brute_force(data, blocks, devices, bandwidth):
+    numbers = st.lists(st.integers(1, 30), min_size=blocks, max_size=blocks)
+    seconds, weights = data.draw(numbers), data.draw(numbers)
+
+    def time(start, end, m):
+        return max(sum(seconds[start:end]), 2 * (m - 1) / m * sum(weights[start:end]) / bandwidth) / m
+
+    best = math.inf
+    for parts in range(1, min(blocks, devices) + 1):
+        for cut in cuts(blocks, parts):
+            for replicas in itertools.product(range(1, devices + 1), repeat=parts):
+                if sum(replicas) == devices:
+                    best = min(best, max(time(a, b, m) for (_, a, b), m in zip(cut, replicas, strict=True)))
+    lengths, replicas = best_replicas(seconds, weights, devices, bandwidth)
+    edges = [0, *itertools.accumulate(lengths)]
+    assert sum(replicas) == devices
+    assert sum(lengths) == blocks
+    found = max(time(a, b, m) for (a, b), m in zip(itertools.pairwise(edges), replicas, strict=True))
+    assert found == pytest.approx(best)
+
+
+def block_costs(seconds, weights=None):
+    weights = weights or [1] * len(seconds)
+    return [BlockCost(str(n), s / 3, 2 * s / 3, 1, 0, w) for n, (s, w) in enumerate(zip(seconds, weights, strict=True))]
+
+
+def linears(n):
+    return nn.Sequential(*(nn.Linear(2, 2) for _ in range(n)))
+
+
+def test_faster_devices_get_more_and_pins_and_memory_hold():
+    model = linears(6)
+    assert partition(model, 2, costs=block_costs([1] * 6)).lengths == [3, 3]
+    assert partition(model, 2, costs=block_costs([1] * 6), speeds=[2, 1]).lengths == [4, 2]
+    assert partition(model, 2, costs=block_costs([1] * 6), pins=[1]).lengths == [1, 5]
+    heavy = block_costs([1] * 6, [100, 1, 1, 1, 1, 1])
+    assert partition(model, 2, costs=heavy, memory=[320, 10**9]).lengths == [3, 3]
+    assert partition(model, 2, costs=heavy, memory=[302, 10**9]).lengths == [1, 5]
+    with pytest.raises(po.ConfigError, match="cannot be cut into 2 stages under these limits"):
+        partition(model, 2, costs=heavy, memory=[10, 10])
+
+
+def test_memory_is_that_of_the_method():
+    model, costs = linears(4), block_costs([1] * 4, [1000] * 4)
+    assert partition(model, 4, costs=costs, method="pipedream").memory_bytes == [5000, 4000, 3000, 2000]
+    assert partition(model, 4, costs=costs, method="pipeoptim").memory_bytes == [3000, 3000, 3000, 2000]
+
+
+def test_stages_compute_what_the_model_computes_and_measuring_leaves_no_trace():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 8))
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    state = torch.get_rng_state()
+    x = torch.randn(16, 8)
+    torch.set_rng_state(state)
+    cut = partition(model, 3, (x,))
+    assert torch.equal(state, torch.get_rng_state())
+    assert all(p.grad is None for p in model.parameters())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    y = x
+    for stage in cut.stages:
+        y = stage.eval()(y)
+    assert torch.equal(y, model.eval()(x))
+    assert sum(cut.lengths) == 6
+    assert all(s > 0 for s in cut.seconds)
+    assert cut.to_text().count("stage") == 3
+
+
+def test_the_profile_counts_bytes():
+    (cost,) = profile([nn.Linear(8, 4)], (torch.ones(16, 8),), ["0 Linear"], repeats=1)
+    assert cost.weight_bytes == (8 * 4 + 4) * 4
+    assert cost.output_bytes == 16 * 4 * 4
+    assert cost.saved_bytes == 16 * 8 * 4  # the input, for the gradient of the weight
+    assert cost.seconds == cost.forward + cost.backward > 0
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"num_stages": 4}, r"use 1 \.\. 3"),
+        ({"num_stages": 2}, "pass one mini-batch as sample_args"),
+        ({"num_stages": 2, "costs": []}, "0 entries for 3 blocks"),
+        ({"num_stages": 2, "speeds": [1]}, "must be 2 positive numbers"),
+        ({"num_stages": 2, "pins": [0]}, "where a stage must begin"),
+        ({"num_stages": 2, "pins": [1, 2]}, "where a stage must begin"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence(options, words):
+    with pytest.raises(po.ConfigError, match=words):
+        partition(linears(3), **options)
+
+
+def test_a_model_that_cannot_be_sliced_is_refused():
+    with pytest.raises(po.ConfigError, match="pass an nn.Sequential or the list of its"):
+        partition(nn.Linear(2, 2), 1)
