@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeoptim.schedule import Program, timeline
+from pipeoptim.schedule import Kind, Program, timeline
 
 
 def seconds_per_minibatch(program: Program, stage_seconds: Sequence[float]) -> float:
@@ -22,6 +22,7 @@ def seconds_per_minibatch(program: Program, stage_seconds: Sequence[float]) -> f
     """
     forward = [s / 3 / program.microbatches for s in stage_seconds]
     backward = [2 * f for f in forward]
-    few, many = 2 * program.depth, 4 * program.depth
-    ends = [max(s.end for s in timeline(program, n, forward, backward)) for n in (few, many)]
-    return (ends[1] - ends[0]) / (many - few)
+    first, last = 2 * program.depth, 4 * program.depth  # after the warm-up, before the drain
+    spans = timeline(program, 6 * program.depth, forward, backward)
+    updates = {s.action.number: s.end for s in spans if s.k == 0 and s.action.kind is Kind.U}
+    return (updates[last] - updates[first]) / (last - first)
