@@ -1,4 +1,4 @@
-"""How close the engine comes to its limit: stages that wait instead of computing, so that the slowest stage's time is known.
+"""How close the engine comes to its limit: stages that wait instead of computing, so that their time is known.
 
 A stage emulates a device of fixed speed: the forward of a whole mini-batch takes t, the backward 2t, and a micro-batch its share
 of them. The limit of an asynchronous pipeline is one mini-batch per time of the slowest stage, so
@@ -128,7 +128,9 @@ def stage(**options: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(options: dict[str, Any], milliseconds: float, m: int, name: str, make: Callable[..., Any], ours: bool) -> dict[str, Any]:
+def _row(
+    options: dict[str, Any], milliseconds: float, m: int, name: str, make: Callable[..., Any], ours: bool
+) -> dict[str, Any]:
     k, depth = dist.get_rank(), dist.get_world_size()
     slow = 1.0 + (options["uneven"] if k == depth // 2 else 0.0)
     device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k)

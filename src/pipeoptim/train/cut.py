@@ -33,7 +33,7 @@ def balance(costs: Sequence[int], parts: int) -> list[int]:
         )
     ends = [0, *accumulate(costs)]
 
-    def cost(k: int, start: int, end: int) -> float:
+    def cost(k: int, start: int, end: int) -> float:  # noqa: ARG001
         return ends[end] - ends[start] or inf
 
     return best_cut(len(costs), parts, cost)
