@@ -12,18 +12,24 @@ from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
-    from pipeoptim.engine import Emulator, Schedule
+    from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, master_weights
     from pipeoptim.methods import METHODS, Method, get_method, register_method
+    from pipeoptim.partitioning import Partition, partition
     from pipeoptim.rules import predict_weights, register_rule, track
 
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
+    "Clip": "pipeoptim.engine",
     "Emulator": "pipeoptim.engine",
     "METHODS": "pipeoptim.methods",
     "Method": "pipeoptim.methods",
+    "PredictionError": "pipeoptim.engine",
     "Schedule": "pipeoptim.engine",
     "get_method": "pipeoptim.methods",
+    "master_weights": "pipeoptim.engine",
     "predict_weights": "pipeoptim.rules",
+    "Partition": "pipeoptim.partitioning",
+    "partition": "pipeoptim.partitioning",
     "register_method": "pipeoptim.methods",
     "register_rule": "pipeoptim.rules",
     "track": "pipeoptim.rules",
@@ -31,14 +37,19 @@ _LAZY = {
 
 __all__ = [
     "METHODS",
+    "Clip",
     "ConfigError",
     "Emulator",
     "Method",
+    "Partition",
     "PipeOptimError",
+    "PredictionError",
     "Schedule",
     "StageFailure",
     "__version__",
     "get_method",
+    "master_weights",
+    "partition",
     "predict_weights",
     "register_method",
     "register_rule",

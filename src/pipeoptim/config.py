@@ -18,9 +18,19 @@ __all__ = ["ENGINES", "Component", "Recipe", "TrainConfig", "recipe"]
 ENGINES = ("emulator", "processes")
 
 #: What may change between the two halves of a resumed run without changing what it computes.
-NOT_IN_FINGERPRINT = ("engine", "steps", "eval_every", "eval_batches", "keep_checkpoints")
+NOT_IN_FINGERPRINT = (
+    "engine",
+    "steps",
+    "epochs",
+    "eval_every",
+    "eval_batches",
+    "keep_checkpoints",
+    "monitor_every",
+    "tensorboard",
+)
 
-Recipe = Callable[[], "TrainConfig"]
+#: Called with nothing; with ``tiny=True`` where it has such an argument.
+Recipe = Callable[..., "TrainConfig"]
 _R = TypeVar("_R", bound=Recipe)
 
 
@@ -54,11 +64,13 @@ class TrainConfig:
         model: returns the model, an ``nn.Sequential`` (or another container with slicing).
         data: returns the task: batches, loss and metrics. It gets ``seed`` if it has such an argument.
         optimizer: short name (``"adamw"``) or ``"module:Class"``; one is made per stage.
-        lr_schedule: ``constant``, ``cosine``, ``step`` or ``"module:function"``; advances once per update.
+        lr_schedule: ``constant``, ``cosine``, ``milestones``, ``step`` or ``"module:function"``; advances once per update.
         method: a name in ``pipeoptim.METHODS``.
         prediction: kind of weight prediction, for methods that predict.
         stages: depth D. microbatches: M per mini-batch. batch_size: samples per mini-batch, a multiple of M.
-        steps: mini-batches to train on in all.
+        steps: mini-batches to train on in all; 0 for as many as ``epochs`` passes over the training examples have, which is
+            known when the data is read (the run's ``config.json`` has the number).
+        epochs: counts only where ``steps`` is 0.
         seed: of the initial weights, the data order and dropout.
         engine: ``"emulator"`` (all stages in this process) or ``"processes"`` (one process per stage).
         eval_every: steps between validations, 0 for one at the end only. eval_batches: how many batches each,
@@ -66,6 +78,10 @@ class TrainConfig:
         checkpoint_every: steps between checkpoints, 0 for one at the end only. The pipeline drains at each.
         keep_checkpoints: how many of the newest are kept.
         threads: CPU threads of each process.
+        clip: largest norm of the gradients, 0 for no clipping. clip_scope: whose norm, see :class:`pipeoptim.Clip`.
+        autocast: ``"bfloat16"``: forward and loss under ``torch.autocast``; ``""``: in the types of model and data.
+        monitor_every: steps between measurements of the prediction error, 0 for none.
+        tensorboard: also write the figures for TensorBoard, into the run's ``tensorboard`` folder.
 
     Example:
         >>> config = TrainConfig("mine", model=Component("m:f"), data=Component("d:f"), optimizer=Component("sgd"))
@@ -84,6 +100,7 @@ class TrainConfig:
     microbatches: int = 1
     batch_size: int = 32
     steps: int = 300
+    epochs: int = 0
     seed: int = 0
     engine: str = "emulator"
     eval_every: int = 50
@@ -91,6 +108,11 @@ class TrainConfig:
     checkpoint_every: int = 100
     keep_checkpoints: int = 2
     threads: int = 1
+    clip: float = 0.0
+    clip_scope: str = "global_delayed"
+    autocast: str = ""
+    monitor_every: int = 0
+    tensorboard: bool = False
 
     def to_json(self) -> str:
         """Indented JSON, keys in the order of the fields.
@@ -142,14 +164,19 @@ def _value(name: str, kind: str, value: Any) -> Any:
         if isinstance(value, dict) and set(value) <= {"target", "options"} and isinstance(value.get("target"), str):
             return Component(value["target"], dict(value.get("options") or {}))
         raise ConfigError(f'{name} is {value!r} in the configuration, must be {{"target": ..., "options": {{...}}}}')
-    wanted = {"str": str, "int": int}[kind]
-    if not isinstance(value, wanted) or isinstance(value, bool):
+    wanted = {"str": str, "int": int, "float": float, "bool": bool}[kind]
+    if kind == "float" and type(value) is int:
+        value = float(value)
+    if not isinstance(value, wanted) or (isinstance(value, bool) and kind != "bool"):
         raise ConfigError(f"{name} is {value!r} in the configuration, must be of type {kind}")
     return value
 
 
 def recipe(function: _R) -> _R:
-    """Mark a function as a recipe: it takes nothing, returns a complete :class:`TrainConfig`, and its name is what users type.
+    """Mark a function as a recipe: it returns a complete :class:`TrainConfig`, and its name is what users type.
+
+    It needs no argument. One that has an argument ``tiny: bool = False`` has a tiny form as well: the same kind of model,
+    optimizer and schedule, small enough for a minute on two cores and with data that need no download.
 
     The first line of its docstring is shown in lists. Recipes are found in every module of the packages named by the
     entry-point group ``pipeoptim.recipes``.

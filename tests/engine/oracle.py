@@ -133,7 +133,9 @@ class Rule:
         return d
 
 
-def train(initial, rule, segments, batches, m, forward_uses, backward_uses, rate=lambda k, version: 1.0, gammas=None):
+def train(
+    initial, rule, segments, batches, m, forward_uses, backward_uses, rate=lambda k, version: 1.0, gammas=None, clip=None
+):
     """Train a pipeline of ``len(initial)`` stages.
 
     Args:
@@ -143,6 +145,7 @@ def train(initial, rule, segments, batches, m, forward_uses, backward_uses, rate
         forward_uses, backward_uses: a :class:`Use` -> list of tensors.
         rate: (k, version) -> factor on the learning rate of the next update.
         gammas: per stage, how slowly the average of weight changes forgets.
+        clip: (t, gradients of all stages) -> those that update version t to t + 1.
 
     Returns:
         The stages, and the loss of every mini-batch.
@@ -174,6 +177,8 @@ def train(initial, rule, segments, batches, m, forward_uses, backward_uses, rate
                     g, grads = backward(backward_uses(uses[k]), kept[k], g)
                     sums[k] = grads if sums[k] is None else [a + b for a, b in zip(sums[k], grads, strict=True)]
             losses.append(loss)
+            if clip is not None:
+                sums = clip(start + n, sums)
             for k, stage in enumerate(stages):
                 now = stage.weights[-1]
                 lr = rule.lr * rate(k, len(stage.weights) - 1)

@@ -13,7 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.rules import RULES, Predictor, find_rule, predict_weights
-from pipeoptim.rules.drive import write_by_rule
+from pipeoptim.rules.drive import BY_RULE, items, write_by_rule
+from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.write import Mode
 from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, set_random_grads, train, values_of, weights_of
 
 KINDS = ("refined", "paper", "decayed", "displacement")
@@ -21,6 +23,15 @@ KINDS = ("refined", "paper", "decayed", "displacement")
 
 def offered(case: Case) -> tuple[str, ...]:
     return RULES[case.cls].kinds
+
+
+def by_rule(cls: type[Optimizer]) -> list[str]:
+    return [kind for kind in RULES[cls].kinds if kind in BY_RULE]
+
+
+def write(optimizer: Optimizer, steps: int, kind: str, out: list[Tensor], mode: Mode) -> None:
+    grads = [w.grad for w in weights_of(optimizer)]
+    write_by_rule(items(optimizer, kind), grads, next_rates(optimizer, None, steps), out, mode)
 
 
 def snapshot(optimizer: Optimizer) -> tuple[Any, ...]:
@@ -92,13 +103,10 @@ def test_fast_paths_equal_the_plain_path(case: Case, kind: str, updates: int, st
         kind = "refined"
     optimizer = case.make()
     train(optimizer, updates)
-    rule = find_rule(optimizer)
-    assert rule is not None
-    grads = [w.grad for w in weights_of(optimizer)]
     results = {}
     for mode in ("plain", "in_place", "foreach", "auto"):
         out = [torch.full_like(w, float("nan")) for w in values_of(optimizer)]
-        write_by_rule(rule, optimizer, grads, steps, kind, None, out, mode)
+        write(optimizer, steps, kind, out, mode)
         results[mode] = out
     scale = max(1.0, *(float(w.abs().max()) for w in results["plain"]))
     for mode in ("in_place", "foreach", "auto"):
@@ -109,13 +117,13 @@ def test_foreach_blocks_are_flushed_when_full(monkeypatch: pytest.MonkeyPatch) -
     optimizer = BY_NAME["adamw"].make()
     train(optimizer, 3)
     sizes: list[int] = []
-    from pipeoptim.rules import write
+    from pipeoptim.rules import write as writers
 
-    real = write.write_foreach
-    monkeypatch.setattr(write, "BLOCK_ELEMENTS", 13)
-    monkeypatch.setattr(write, "write_foreach", lambda w, m, o: (sizes.append(len(w)), real(w, m, o))[1])
+    real = writers.write_foreach
+    monkeypatch.setattr(writers, "BLOCK_ELEMENTS", 13)
+    monkeypatch.setattr(writers, "write_foreach", lambda w, m, o: (sizes.append(len(w)), real(w, m, o))[1])
     out = [torch.empty_like(w) for w in values_of(optimizer)]
-    write_by_rule(RULES[torch.optim.AdamW], optimizer, [None] * 3, 2, "refined", None, out, "foreach")
+    write(optimizer, 2, "refined", out, "foreach")
     assert sizes == [2, 1]  # 12 + 5 elements fill a block
     assert largest_difference(out, predict_weights(optimizer, 2)) < 1e-14
 
@@ -241,13 +249,13 @@ def test_param_groups_are_honoured(cls: type[Optimizer]) -> None:
             y.grad = x.grad.clone()
         for optimizer in (together, *apart):
             optimizer.step()
-    for kind in RULES[cls].kinds[:-1]:
+    for kind in by_rule(cls):
         got = predict_weights(together, 2, kind=kind)
         expected = [w for optimizer in apart for w in predict_weights(optimizer, 2, kind=kind)]
         assert same(got, expected)
         assert largest_difference(got, values_of(together)) > 1e-5
         blocks = [torch.empty_like(w) for w in got]
-        write_by_rule(RULES[cls], together, [w.grad for w in a], 2, kind, None, blocks, "foreach")
+        write(together, 2, kind, blocks, "foreach")
         assert largest_difference(blocks, got) < 1e-13
 
 
@@ -262,7 +270,7 @@ def test_weights_without_state_and_frozen_weights_stay(case: Case) -> None:
         optimizer.step()
     frozen_later.requires_grad_(False)
     frozen_later.grad = None
-    for kind in offered(case)[:-1]:
+    for kind in by_rule(case.cls):
         got = predict_weights(optimizer, 3, kind=kind)
         assert torch.equal(got[0], first)
         assert torch.equal(got[1], second)

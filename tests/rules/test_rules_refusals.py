@@ -13,7 +13,7 @@ from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import RULES, Move, Predictor, Rule, Term, predict_weights, register_rule, track
-from pipeoptim.rules.track import _TRACKERS
+from pipeoptim.rules.tracking import _TRACKERS
 from rules_cases import BY_NAME, Lion, largest_difference, really_stepped, set_random_grads, values_of, weights_of
 
 

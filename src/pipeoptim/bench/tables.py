@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record
 from pipeoptim.errors import PipeOptimError
 
@@ -17,6 +18,8 @@ _MARK = re.compile(r"<!-- table: (?P<file>[^ ]+) -->\n.*?<!-- end of table -->",
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: name, median, spread, and the ratio to the best contender that is not ours, if there is one."""
+    if record.benchmark == "predict":
+        return predict_columns(record)
     rivals = [row.median for row in record.rows if row.settings.get("ours") is False]
     head = ["", f"median {record.unit}", "lowest .. highest"] + (["times the best of torch"] if rivals else [])
     body = []

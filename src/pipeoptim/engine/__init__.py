@@ -1,7 +1,10 @@
 """Carrying actions out: all numerics in :mod:`.stage`, one process in :mod:`.emulator`, many in :mod:`.distributed`."""
 
+from pipeoptim.engine.clip import Clip
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
+from pipeoptim.engine.masters import master_weights
+from pipeoptim.engine.monitor import PredictionError
 from pipeoptim.engine.stage import StageWorker
 
-__all__ = ["Emulator", "Schedule", "StageWorker"]
+__all__ = ["Clip", "Emulator", "PredictionError", "Schedule", "StageWorker", "master_weights"]

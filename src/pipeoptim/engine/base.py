@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeoptim.engine.monitor import PredictionError
 from pipeoptim.engine.stage import StageWorker
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
@@ -50,6 +51,19 @@ class Pipeline:
     def weight_bytes(self, k: int) -> int:
         """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""
         return self._worker(k).weight_bytes()
+
+    def grad_norm(self, k: int) -> float | None:
+        """The norm that scaled the newest update of stage ``k``; None before the first, and without ``clip``."""
+        clipper = self._worker(k).clipper
+        return None if clipper is None or clipper.used is None else float(clipper.used)
+
+    def prediction_error(self, k: int) -> list[PredictionError]:
+        """The newest measurement of each parameter group of stage ``k``.
+
+        Empty without ``monitor``, before the first, and where nothing is predicted (``pipeoptim``'s last stage).
+        """
+        monitor = self._worker(k).monitor
+        return [] if monitor is None else monitor.figures()
 
     def stage_state_dict(self, k: int) -> dict[str, Any]:
         """All that stage ``k`` needs to continue bit for bit: tensors (not copied) and plain data.

@@ -9,13 +9,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.amp.grad_scaler import GradScaler
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.base import Pipeline
+from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.link import Receiver, Sender
+from pipeoptim.engine.norms import GatheredNorms
+from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn, StageWorker
 from pipeoptim.engine.tree import as_args, split
 from pipeoptim.engine.upstream import read_stage
@@ -42,6 +46,8 @@ class Schedule(Pipeline):
         seed: of this stage's random numbers, by default torch's initial seed. With the same
             seed in all processes they draw what the emulator draws.
         scheduler: of this stage's learning rate; advanced once per update.
+        clip, autocast, on_update, monitor: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes.
+        scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -69,6 +75,11 @@ class Schedule(Pipeline):
         scheduler: LRScheduler | None = None,
         prediction: str = "refined",
         seed: int | None = None,
+        clip: Clip | float | None = None,
+        autocast: torch.dtype | None = None,
+        scaler: GradScaler | None = None,
+        on_update: UpdateHook | None = None,
+        monitor: bool | int = False,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
@@ -78,6 +89,9 @@ class Schedule(Pipeline):
         super().__init__(method, place.depth, microbatches)
         self.k, self.device = place.k, place.device
         seed = torch.initial_seed() if seed is None else seed
+        options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor)
+        exchanges = options.clip is not None and options.clip.exchanges
+        norms = GatheredNorms(place.depth, timeout) if exchanges else None
         worker = StageWorker(
             place.module,
             optimizer,
@@ -89,14 +103,18 @@ class Schedule(Pipeline):
             prediction=prediction,
             seed=seed,
             device=self.device,
+            options=options,
+            norms=norms,
         )
         self.worker = self._workers[self.k] = worker
         self._connect(
             place.ranks,
             timeout,
             liveness_timeout,
-            f"method={self.method.name} microbatches={microbatches} prediction={prediction}",
+            f"method={self.method.name} microbatches={microbatches} prediction={prediction} {options.describe()}",
         )
+        if norms is not None:  # all processes have agreed by now that there is such a group
+            norms.connect(dist.new_group(list(place.ranks), backend="gloo", use_local_synchronization=True))
 
     # -- what users call -------------------------------------------------------------------------------------------
 
@@ -123,7 +141,7 @@ class Schedule(Pipeline):
         feeds = split((args, kwargs, target), self.microbatches, f"the inputs of stage {self.k}")
         found: list[Tensor] = []
         first = self._steps * self.microbatches
-        self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, found))
+        self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, found, self.program.flushes))
         self._steps += 1
         if self._synchronous():
             self.drain()
@@ -131,7 +149,7 @@ class Schedule(Pipeline):
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
-        self._guard(lambda: self._run(self.program.drain(self.k, self._steps), 0, [], []))
+        self._guard(lambda: self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True))
         self._restart()
 
     def eval_step(self, *args: Any, target: Any = None, drain: bool = True, **kwargs: Any) -> Tensor | None:
@@ -155,7 +173,7 @@ class Schedule(Pipeline):
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
-    def _run(self, actions: list[Action], first: int, feeds: list[Any], losses: list[Tensor]) -> None:
+    def _run(self, actions: list[Action], first: int, feeds: list[Any], losses: list[Tensor], settle: bool) -> None:
         for action in actions:
             if action.kind is Kind.F:
                 self._forward(action.number, feeds[action.number - first], losses)
@@ -163,6 +181,8 @@ class Schedule(Pipeline):
                 self._backward(action.number)
             else:
                 self.worker.update()
+        if settle:
+            self.worker.settle()
 
     def _forward(self, i: int, feed: Any, losses: list[Tensor]) -> None:
         args, kwargs, target = feed
@@ -170,17 +190,21 @@ class Schedule(Pipeline):
             self._from_previous.post()
             self.worker.prepare(i)  # predicts while the input is on its way
             args = as_args(self._take_activation())
+            self.worker.hear(self._from_previous.loss_scale)
         output = self.worker.forward(i, args, kwargs, target)
         if self._to_next is not None:
-            self._to_next.send(output, _STOP if self._stop else 0)
+            self._to_next.send(output, _STOP if self._stop else 0, self.worker.tell())
         else:
             losses.append(output)
 
     def _backward(self, i: int) -> None:
-        gradients = [] if self._from_next is None else self._from_next.take()
-        gradients = self.worker.backward(i, gradients)
+        if self._from_next is None:
+            gradients = self.worker.backward(i, [])
+        else:
+            gradients = self._from_next.take()
+            gradients = self.worker.backward(i, gradients, self._from_next.loss_scale)
         if self._to_previous is not None:
-            self._to_previous.send(gradients)
+            self._to_previous.send(gradients, loss_scale=self.worker.loss_scale)
 
     def _evaluate(self, args: Any, kwargs: dict[str, Any], target: Any) -> Tensor | None:
         if self._from_previous is not None:

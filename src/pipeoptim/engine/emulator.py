@@ -8,10 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.base import Pipeline
+from pipeoptim.engine.clip import Clip, as_clip
+from pipeoptim.engine.norms import NormBoard
+from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn, StageWorker
 from pipeoptim.engine.tree import as_args, split, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -38,6 +42,11 @@ class Emulator(Pipeline):
         schedulers: one learning-rate scheduler per stage, or a callable that makes one; advanced once per update.
         prediction: kind of prediction, see :func:`pipeoptim.predict_weights`.
         seed: of the stages' random numbers (dropout); by default torch's initial seed.
+        clip: gradient clipping, a :class:`~pipeoptim.Clip` or a largest norm per stage.
+        autocast: ``torch.bfloat16`` or ``torch.float16``: F and the loss run under ``torch.autocast``.
+        scaler: loss scaling for float16: one ``torch.amp.GradScaler`` per stage, or a callable that makes one.
+        on_update: ``on_update(k, version)``, called after every update of every stage; averages of weights go here.
+        monitor: measure the predictions made at every version (True) or every n-th; see :meth:`prediction_error`.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -63,6 +72,11 @@ class Emulator(Pipeline):
         schedulers: Sequence[LRScheduler] | SchedulerMaker | None = None,
         prediction: str = "refined",
         seed: int | None = None,
+        clip: Clip | float | None = None,
+        autocast: torch.dtype | None = None,
+        scaler: Sequence[GradScaler] | Callable[[], GradScaler] | None = None,
+        on_update: UpdateHook | None = None,
+        monitor: bool | int = False,
     ) -> None:
         stages = list(stages)
         if not stages:
@@ -70,7 +84,10 @@ class Emulator(Pipeline):
         super().__init__(method, len(stages), microbatches)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
+        scalers = _scalers(stages, scaler)
         seed = torch.initial_seed() if seed is None else seed
+        clip = as_clip(clip)
+        board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
         for k, module in enumerate(stages):
             self._workers[k] = StageWorker(
                 module,
@@ -82,9 +99,11 @@ class Emulator(Pipeline):
                 scheduler=rates[k],
                 prediction=prediction,
                 seed=seed,
+                options=StageOptions(clip, autocast, scalers[k], on_update, monitor),
+                norms=None if board is None else board.end(k),
             )
         self._activations: list[deque[Any]] = [deque() for _ in stages]
-        self._gradients: list[deque[list[Tensor | None]]] = [deque() for _ in stages]
+        self._gradients: list[deque[tuple[list[Tensor | None], float]]] = [deque() for _ in stages]
 
     def step(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Tensor:
         """Feed one mini-batch and return its loss (mean over micro-batches, detached).
@@ -111,7 +130,7 @@ class Emulator(Pipeline):
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
-        self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [])
+        self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
         self._restart()
 
     def eval_step(self, *args: Any, target: Any = None, drain: bool = True, **kwargs: Any) -> Tensor:
@@ -128,8 +147,8 @@ class Emulator(Pipeline):
         assert isinstance(value, Tensor)
         return value
 
-    def _run(self, todo: list[list[Action]], first: int, feeds: list[Any], losses: list[Tensor]) -> None:
-        """Let every stage act as far as it can, in turn, until all lists are done."""
+    def _run(self, todo: list[list[Action]], first: int, feeds: list[Any], losses: list[Tensor], settle: bool = False) -> None:
+        """Let every stage act as far as it can, in turn, until all lists are done; ``settle``: and no update waits."""
         queues = [deque(actions) for actions in todo]
         while any(queues):
             before = sum(map(len, queues))
@@ -138,8 +157,13 @@ class Emulator(Pipeline):
                     self._act(k, queue.popleft(), first, feeds, losses)
             if sum(map(len, queues)) == before:
                 raise PipeOptimError(f"the program deadlocks at {[str(q[0]) for q in queues if q]}")
+        if settle or self.program.flushes:
+            for worker in self._workers.values():
+                worker.settle()
 
     def _can(self, k: int, action: Action) -> bool:
+        if not self._workers[k].ready():
+            return False
         if action.kind is Kind.F:
             return k == 0 or bool(self._activations[k])
         if action.kind is Kind.B:
@@ -151,16 +175,19 @@ class Emulator(Pipeline):
         if action.kind is Kind.F:
             args, kwargs, target = feeds[i - first]
             if k > 0:
-                args, kwargs = as_args(self._activations[k].popleft()), {}
+                value, overflowed = self._activations[k].popleft()
+                worker.hear(overflowed)
+                args, kwargs = as_args(value), {}
             output = worker.forward(i, args, kwargs, target)
             if worker.is_last:
                 losses.append(output)
             else:
-                self._activations[k + 1].append(transferred(output))
+                self._activations[k + 1].append((transferred(output), worker.tell()))
         elif action.kind is Kind.B:
-            gradients = worker.backward(i, [] if worker.is_last else self._gradients[k].popleft())
+            received = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
+            gradients = worker.backward(i, *received)
             if k > 0:
-                self._gradients[k - 1].append(gradients)
+                self._gradients[k - 1].append((gradients, worker.loss_scale))
         else:
             worker.update()
 
@@ -178,3 +205,11 @@ def _one_each(what: str, stages: list[nn.Module], given: Any, argument: Callable
     if len(given) != len(stages):
         raise ConfigError(f"{what} has {len(given)} entries for {len(stages)} stages; give one per stage")
     return list(given)
+
+
+def _scalers(stages: list[nn.Module], given: Any) -> list[GradScaler | None]:
+    if isinstance(given, GradScaler):
+        raise ConfigError(
+            'scaler is one GradScaler, but each stage needs its own; pass scaler=lambda: torch.amp.GradScaler("cuda")'
+        )
+    return [given() for _ in stages] if callable(given) else _one_each("scaler", stages, given, lambda _: None)

@@ -6,6 +6,7 @@ nothing of other stages: activations and gradients come in and go out as plain v
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -17,7 +18,14 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.engine.clip import Clipper
+from pipeoptim.engine.masters import MasterPredictor, Masters, module_parameter
+from pipeoptim.engine.monitor import PredictionMonitor
+from pipeoptim.engine.norms import Norms
+from pipeoptim.engine.options import OFF, StageOptions
+from pipeoptim.engine.precision import computing
 from pipeoptim.engine.random import StageRandom
+from pipeoptim.engine.scaling import LossScale
 from pipeoptim.engine.tree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
@@ -52,6 +60,8 @@ class StageWorker:
         prediction: kind of prediction (see :func:`pipeoptim.predict_weights`).
         seed: of the whole run; each stage draws from its own stream.
         device: where the stage computes.
+        options: clipping, precision and what else a training loop may have.
+        norms: exchange of gradient norms with the other stages, where clipping needs it.
 
     Raises:
         ConfigError: optimizer and module do not belong together, or the optimizer needs a closure.
@@ -70,8 +80,10 @@ class StageWorker:
         prediction: str = "refined",
         seed: int = 0,
         device: torch.device | None = None,
+        options: StageOptions = OFF,
+        norms: Norms | None = None,
     ) -> None:
-        params = _optimized(module, optimizer, scheduler, k)
+        held, params = _optimized(module, optimizer, scheduler, k)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
@@ -79,8 +91,21 @@ class StageWorker:
         if optimizer is not None and method.predicts_on(program, k):
             own = method.predictor
             self.predictor = own(optimizer, program, k) if own else Predictor(optimizer, kind=prediction, scheduler=scheduler)
+        self.masters = Masters(held, params)
+        if self.predictor is not None and self.masters.pairs:
+            self.predictor = MasterPredictor(self.predictor, held)
         self.weights = StageWeights(params, program, k, self.predictor)
-        self.random = StageRandom(seed, k, device or (params[0].device if params else torch.device("cpu")))
+        self.device = device or (params[0].device if params else torch.device("cpu"))
+        self.random = StageRandom(seed, k, self.device)
+        self.options = options
+        self._held = held
+        self.clipper = Clipper(options.clip, held, program, norms) if options.clip is not None else None
+        scaler = options.scaler
+        self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
+        self.monitor: PredictionMonitor | None = None
+        if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
+            self.monitor = PredictionMonitor(_grouped(optimizer, params), k, int(options.monitor))
+        self._announced = False  # gradients of an update are complete and the update is not carried out yet
         self._flights: dict[int, Flight] = {}
         self._ready: tuple[int, Held] | None = None
         self._next_forward = 0
@@ -90,8 +115,12 @@ class StageWorker:
 
     def prepare(self, i: int) -> None:
         """Choose (and predict) the weights for F of micro-batch ``i``; may be called while its input is on its way."""
+        self.settle()
         if self._ready is None:
-            self._ready = (i, self.method.forward.acquire(self.weights, i))
+            held = self.method.forward.acquire(self.weights, i)
+            self._ready = (i, held)
+            if self.monitor is not None and held.copy is not None and held.key[1]:
+                self.monitor.predicted(*held.key, self.weights.params, held.copy.tensors)
 
     def forward(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any = None) -> Any:
         """F of micro-batch ``i``. Returns the output for the next stage, or the loss on the last stage."""
@@ -99,7 +128,7 @@ class StageWorker:
         assert self._ready is not None and self._ready[0] == i, f"F{i} out of order"
         held, self._ready = self._ready[1], None
         saved = self._hooks(i, held)
-        inputs = differentiable((args, kwargs))
+        inputs = differentiable(args) if self.k > 0 else []  # nobody waits for gradients of the user's own inputs
         try:
             with self.random.drawing():
                 result = self._run(held, saved, args, kwargs, target)
@@ -110,6 +139,8 @@ class StageWorker:
         outputs = [result / self.program.microbatches] if self.is_last else differentiable(as_args(result))
         if self.is_last and self.program.microbatches == 1:
             outputs = [result]
+        if self.is_last and self.scaling is not None:
+            outputs = [self.scaling.scale(i, outputs[0])]
         self._flights[i] = Flight(inputs, outputs, saved, held if stash else None)
         if not stash:
             self.weights.release(held)
@@ -128,7 +159,7 @@ class StageWorker:
     def _run(self, held: Held, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with swapped(self.weights.params, self.weights.tensors(held)):
-            with hooks:
+            with computing(self.device.type, self.options.autocast), hooks:
                 output = self._call_module(args, kwargs)
                 if self.is_last:
                     return check_loss(self.loss_fn(output, target))
@@ -157,15 +188,19 @@ class StageWorker:
 
     # -- backward and update -----------------------------------------------------------------------------------------
 
-    def backward(self, i: int, gradients: list[Tensor | None]) -> list[Tensor | None]:
+    def backward(self, i: int, gradients: list[Tensor | None], loss_scale: float = 0.0) -> list[Tensor | None]:
         """B of micro-batch ``i``.
 
         Args:
             gradients: one per differentiable output of the forward, None where there is none; ``[]`` on the last stage.
+            loss_scale: what they came with (see :attr:`loss_scale`).
 
         Returns:
             One per differentiable input, for the previous stage.
         """
+        self.settle()
+        if self.scaling is not None:
+            self.scaling.begin_backward(i, loss_scale)
         flight = self._flights.pop(i)
         held = flight.held or self.method.backward.acquire(self.weights, i)
         try:
@@ -174,24 +209,83 @@ class StageWorker:
             pairs = [(flight.outputs[0], None)] if self.is_last else list(zip(flight.outputs, gradients, strict=True))
             roots = [(out, grad) for out, grad in pairs if self.is_last or grad is not None]
             if roots and roots[0][0].requires_grad:
-                torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
+                with computing(self.device.type, None):  # recomputation runs the module again
+                    torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
+                self.masters.collect()
         finally:
             self.weights.release(held)
         return [x.grad for x in flight.inputs]
 
     def update(self) -> None:
-        """U: one step of the optimizer, of the schedule of its learning rate, and of the version count."""
+        """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
+
+        Where clipping waits for the other stages only the norm of the gradients is told here, and the rest is done by
+        :meth:`settle`, which the stage's next F or B calls.
+        """
+        if self.scaling is not None:
+            self.scaling.unscale(self._held)
+        if self.clipper is not None:
+            self.clipper.announce(self.weights.version)
+        self._announced = True
+        if self.clipper is None or not self.clipper.rule.waits or self.program.depth == 1:
+            self.settle()
+
+    def settle(self) -> None:
+        """Carry out an update that waits for the other stages, if there is one."""
+        if not self._announced:
+            return
+        skipped = not self._clip()
+        self._announced = False
         self._retain()
         self.weights.before_update()
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values.
-        if self.optimizer is not None:
+        if self.optimizer is not None and not skipped:
             with _unsafe_preserve_version_counter(tuple(self.weights.params)), self._scaled_lr(self.optimizer):
-                self.optimizer.step()
-        self.weights.after_update()
+                self.weights.update(self.optimizer.step, self._ahead())
+                self.masters.write_back()
+        if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
+            self.weights.update(_nothing)
+            self.weights.version += 1
+        else:
+            self.weights.after_update()
         if self.optimizer is not None:
             self.optimizer.zero_grad(set_to_none=True)
-        if self.scheduler is not None:
+        if self.scheduler is not None and not skipped:
             self.scheduler.step()
+        self._after_update()
+
+    def ready(self) -> bool:
+        """Whether :meth:`settle` would not wait for a stage whose turn is later (see the emulator)."""
+        return not self._announced or self.clipper is None or self.clipper.ready(self.weights.version)
+
+    def _clip(self) -> bool:
+        """Scale the gradients. Returns False where loss scaling finds that the update must be skipped."""
+        finite = self.scaling is None or self.scaling.finite
+        if self.clipper is None:
+            return finite
+        norm = self.clipper.norm(self.weights.version)
+        if self.scaling is not None and self.clipper.rule.waits and not math.isfinite(norm):
+            self.scaling.note(self.scaling.current)  # all stages find it, and all of them skip
+            self.scaling.finite = finite = False
+        if finite:
+            self.clipper.apply(norm)
+        return finite
+
+    def _after_update(self) -> None:
+        version = self.weights.version
+        if self.scaling is not None:
+            self.scaling.update()
+        if self.monitor is not None:
+            self.monitor.updated(version, self.weights.params)
+        if self.options.on_update is not None:
+            self.options.on_update(self.k, version)
+
+    def _ahead(self) -> int:
+        """The steps that the first predicting forward after this update will ask for; 0 if they are not known, or none does."""
+        if self.method.lr_scale is not None:  # the rates of this update are not those of the next
+            return 0
+        coming = range(self._next_forward, self._next_forward + self.program.microbatches)
+        return next(filter(None, (self.method.forward.steps_ahead(self.program, self.k, i) for i in coming)), 0)
 
     @contextmanager
     def _scaled_lr(self, optimizer: Optimizer) -> Iterator[None]:
@@ -219,12 +313,29 @@ class StageWorker:
         self._ready, self._next_forward = None, 0
         self.weights.retain(self.weights.version + 1)
         self.weights.restart = self.weights.version
+        self.weights.forget_predictions()
 
     def _retain(self) -> None:
         """Keep the versions that coming forwards will ask for by number."""
         oldest = self.method.forward.oldest_needed(self.weights, self._next_forward)
         if oldest is not None:
             self.weights.retain(oldest)
+
+    # -- loss scaling: what travels with the activations and with the gradients ---------------------------------------
+
+    @property
+    def loss_scale(self) -> float:
+        """The loss scale in the gradients that the newest backward returned; 0 without loss scaling."""
+        return 0.0 if self.scaling is None else self.scaling.current
+
+    def hear(self, overflowed: float) -> None:
+        """An activation came with the news that a loss scale was too large; 0: none was."""
+        if self.scaling is not None:
+            self.scaling.note(overflowed)
+
+    def tell(self) -> float:
+        """The news that goes on with the next activation."""
+        return 0.0 if self.scaling is None else self.scaling.tell()
 
     # -- evaluation and state ----------------------------------------------------------------------------------------
 
@@ -233,7 +344,7 @@ class StageWorker:
         training = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:
-            with torch.no_grad():
+            with torch.no_grad(), computing(self.device.type, self.options.autocast):
                 output = self.module(*args, **kwargs)
                 return check_loss(self.loss_fn(output, target)) if self.is_last else output
         finally:
@@ -243,12 +354,13 @@ class StageWorker:
     def weight_bytes(self) -> int:
         """Bytes of memory that hold weights of this stage: its parameters and every copy of them, each storage once."""
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.module.parameters()}
-        return sum(storages.values()) + self.weights.nbytes_of_copies()
+        extra = self.predictor.nbytes() if isinstance(self.predictor, MasterPredictor) else 0
+        return sum(storages.values()) + self.weights.nbytes_of_copies() + self.masters.nbytes() + extra
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit, as tensors and plain data. Only with nothing in flight."""
         self._only_at_rest("saved")
-        return {
+        state: dict[str, Any] = {
             "module": self.module.state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
@@ -256,6 +368,13 @@ class StageWorker:
             "version": self.weights.version,
             "predictor": None if self.predictor is None else self.predictor.state_dict(),
         }
+        if self.masters.pairs:
+            state["masters"] = self.masters.state_dict()
+        if self.clipper is not None:
+            state["clip"] = self.clipper.state_dict()
+        if self.scaling is not None:
+            state["scaling"] = self.scaling.state_dict()
+        return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Only with nothing in flight."""
@@ -269,14 +388,25 @@ class StageWorker:
         self.weights.version = state["version"]
         if self.predictor is not None and state["predictor"] is not None:
             self.predictor.load_state_dict(state["predictor"])
+        self.masters.load_state_dict(state.get("masters"))
+        if self.clipper is not None and "clip" in state:
+            self.clipper.load_state_dict(state["clip"])
+        if self.scaling is not None and "scaling" in state:
+            self.scaling.load_state_dict(state["scaling"])
+        if self.monitor is not None:
+            self.monitor.forget()
         self.restart()
 
     def _only_at_rest(self, what: str) -> None:
-        if self._flights:
+        if self._flights or self._announced:
             raise PipeOptimError(
                 f"the state of stage {self.k} cannot be {what} while {len(self._flights)} micro-batches are in flight; "
                 "call drain() first"
             )
+
+
+def _nothing() -> None:
+    """The step of an update that is skipped."""
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -291,18 +421,21 @@ def check_loss(loss: Any) -> Tensor:
     return loss
 
 
-def _optimized(module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int) -> list[nn.Parameter]:
-    """The parameters that ``optimizer`` moves, after checking that they are the module's."""
+def _optimized(
+    module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``optimizer`` holds, and the module's parameters that it moves (other ones for masters), after checks."""
     if optimizer is None:
         if any(p.requires_grad for p in module.parameters()):
             raise ConfigError(f"stage {k} has parameters to train but no optimizer; make one from stage.parameters()")
-        return []
+        return [], []
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("LBFGS calls the model again inside its step, which a pipeline cannot do; use another optimizer")
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
     own = {id(p) for p in module.parameters()}
-    params = [p for group in optimizer.param_groups for p in group["params"]]
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [module_parameter(p) for p in held]
     foreign = [tuple(p.shape) for p in params if id(p) not in own]
     if foreign:
         raise ConfigError(
@@ -312,7 +445,13 @@ def _optimized(module: nn.Module, optimizer: Optimizer | None, scheduler: LRSche
     forgotten = {id(p) for p in module.parameters() if p.requires_grad} - {id(p) for p in params}
     if forgotten and not params:
         raise ConfigError(f"the optimizer of stage {k} holds none of its parameters")
-    return params
+    return held, params
+
+
+def _grouped(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
+    """``params`` cut as the optimizer's groups are."""
+    rest = iter(params)
+    return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]
 
 
 __all__ = ["Flight", "LossFn", "StageWorker", "check_loss"]

@@ -7,6 +7,7 @@ shapes, types) is sent only when it changes; as long as it stays the same a mess
 from __future__ import annotations
 
 import json
+import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ class Header(NamedTuple):
         flags: bit 0: stop requested.
         following: 0, or the size of the message in a new format that follows this empty one.
         described: in a message in a new format, the length of its description; else 0.
+        scale: the bits of a float64: see :attr:`loss_scale`.
     """
 
     magic: int
@@ -37,6 +39,12 @@ class Header(NamedTuple):
     flags: int
     following: int
     described: int
+    scale: int
+
+    @property
+    def loss_scale(self) -> float:
+        """With gradients, the loss scale that is in them; with activations, one that was too large, or 0."""
+        return float(struct.unpack("<d", struct.pack("<q", self.scale))[0])
 
 
 @dataclass(frozen=True)
@@ -152,15 +160,18 @@ def _at(block: Tensor, start: int, slot: Slot) -> Tensor:
     return flat.as_strided(slot.shape, slot.stride, flat.storage_offset())
 
 
-def put_header(block: Tensor, sequence: int, flags: int, following: int = 0, described: int = 0) -> None:
+def put_header(
+    block: Tensor, sequence: int, flags: int, following: int = 0, described: int = 0, loss_scale: float = 0.0
+) -> None:
     """Write the header of a message."""
-    values = [_MAGIC, sequence, flags, following, described, 0, 0, 0]
+    (scale,) = struct.unpack("<q", struct.pack("<d", loss_scale))
+    values = [_MAGIC, sequence, flags, following, described, scale, 0, 0]
     block[:HEADER].view(torch.int64).copy_(torch.tensor(values, dtype=torch.int64))
 
 
 def get_header(block: Tensor) -> Header:
     """Read the header of a message; on a GPU this waits for it to arrive."""
-    return Header(*block[:HEADER].view(torch.int64).tolist()[:5])
+    return Header(*block[:HEADER].view(torch.int64).tolist()[:6])
 
 
 def is_ours(header: Header) -> bool:

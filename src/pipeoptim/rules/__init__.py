@@ -20,17 +20,19 @@ from pipeoptim.rules import (
     rprop,
     sgd,
 )
+from pipeoptim.rules.combined import CombinedOptimizer, muon_adamw
 from pipeoptim.rules.move import Ahead, Move, Scalar, Term
 from pipeoptim.rules.predict import predict_weights
 from pipeoptim.rules.predictor import Predictor
 from pipeoptim.rules.registry import KINDS, REFUSED, RULES, Rule, find_rule, register_rule
-from pipeoptim.rules.track import Tracker, track
+from pipeoptim.rules.tracking import Tracker, track
 
 __all__ = [
     "KINDS",
     "REFUSED",
     "RULES",
     "Ahead",
+    "CombinedOptimizer",
     "Move",
     "Predictor",
     "Rule",
@@ -38,6 +40,7 @@ __all__ = [
     "Term",
     "Tracker",
     "find_rule",
+    "muon_adamw",
     "predict_weights",
     "register_rule",
     "track",

@@ -18,6 +18,7 @@ from pipeoptim.rules.move import (
     steps_taken,
 )
 from pipeoptim.rules.registry import Rule, register_rule
+from pipeoptim.rules.steps import AdamStepper
 
 
 @register_rule(torch.optim.Adam, torch.optim.AdamW)
@@ -34,6 +35,7 @@ class AdamRule(Rule):
         "constant learning rate, up to decoupled decay, which uses W_t here and W_{t-1} there."
     )
     source = "arXiv 2312.00839, Table I (Adam, AdamW); denominator as in torch.optim.Adam; decayed: FTPipe (ATC'21)"
+    stepper = AdamStepper()
 
     def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
         """See the class."""

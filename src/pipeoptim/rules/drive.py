@@ -1,70 +1,122 @@
-"""Walks over the param groups of an optimizer, asks the rule where each weight goes, and has it written."""
+"""Walks over the parameters of an optimizer, asks the rule of each where it goes, and has it written."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.rules.checks import check_dense, check_group
-from pipeoptim.rules.lr import next_rates
-from pipeoptim.rules.move import Ahead, Group, State
-from pipeoptim.rules.registry import Rule
+from pipeoptim.rules.checks import check_dense, check_group, check_kind
+from pipeoptim.rules.combined import members
+from pipeoptim.rules.move import Ahead, Group, Scalar, State
+from pipeoptim.rules.registry import Rule, find_rule
 from pipeoptim.rules.write import Mode, Writer
+
+BY_RULE = ("refined", "paper", "decayed")
+"""Kinds for which a rule is asked; the others know nothing of the optimizer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One parameter, with what moves it.
+
+    Attributes:
+        kind: how it is predicted: of its param group, where that has an entry "prediction", else of the whole; "displacement"
+            where there is no rule.
+        group_number: place of its group among all groups.
+    """
+
+    weight: Tensor
+    optimizer: Optimizer
+    group: Group
+    group_number: int
+    rule: Rule | None
+    kind: str
+
+    @property
+    def state(self) -> State:
+        """What the optimizer remembers of this parameter; empty before its first update."""
+        state: State = self.optimizer.state.get(self.weight, {})
+        return state
+
+    @property
+    def needs_grad(self) -> bool:
+        """Whether its prediction needs the last gradient."""
+        return self.kind in BY_RULE and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
+
+
+def items(optimizer: Optimizer, kind: str) -> list[Item]:
+    """All parameters in param_groups order: the order of every list of weights in this package.
+
+    Raises:
+        ConfigError: an unknown kind, one that an optimizer does not offer, or an optimizer that cannot be predicted.
+    """
+    found: list[Item] = []
+    number = 0
+    for member in members(optimizer):
+        rule = find_rule(member)
+        for group in member.param_groups:
+            wanted = group.get("prediction", kind)
+            check_kind(wanted, rule, member)
+            check_group(group)
+            chosen = "displacement" if rule is None and wanted in BY_RULE else wanted
+            found += [Item(weight, member, group, number, rule, chosen) for weight in group["params"]]
+            number += 1
+    return found
 
 
 def parameters(optimizer: Optimizer) -> list[Tensor]:
-    """All parameters in param_groups order: the order of every list of weights in this package."""
+    """All parameters in param_groups order."""
     return [weight for group in optimizer.param_groups for weight in group["params"]]
+
+
+def rates_for(kind: str, rates: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
+    """The rates of the next updates as `kind` sees them: the paper knows of no schedule."""
+    return (rates[0],) * len(rates) if kind == "paper" else rates
 
 
 @torch.no_grad()
 def write_by_rule(
-    rule: Rule,
-    optimizer: Optimizer,
+    parts: Sequence[Item],
     grads: Sequence[Tensor | None],
-    steps: int,
-    kind: str,
-    scheduler: LRScheduler | None,
+    rates: Sequence[tuple[Scalar, ...]],
     out: Sequence[Tensor],
     mode: Mode = "auto",
 ) -> None:
-    """Write ``W_hat(t + steps)`` of every parameter into `out` (one buffer per parameter, param_groups order)."""
-    if len(out) != len(grads):
-        raise ConfigError(f"{len(out)} buffers for {len(grads)} parameters: pass one buffer per parameter")
-    rates = next_rates(optimizer, None if kind == "paper" else scheduler, steps)
-    pairs = iter(zip(grads, out, strict=True))
+    """Write ``W_hat(t+s)`` of every parameter into its buffer; those by displacement are left to the caller.
+
+    Args:
+        parts: from `items`.
+        grads: the last gradient of each, where it is known.
+        rates: for each param group the learning rates of the next s updates.
+        out: one buffer per parameter.
+        mode: how to compute it.
+    """
+    if len(out) != len(parts):
+        raise ConfigError(f"{len(out)} buffers for {len(parts)} parameters: pass one buffer per parameter")
     writer = Writer(mode)
-    for group, group_rates in zip(optimizer.param_groups, rates, strict=True):
-        check_group(group)
-        ahead = Ahead(kind, group_rates)
-        for weight in group["params"]:
-            grad, buffer = next(pairs)
-            _put(writer, rule, weight, optimizer.state.get(weight, {}), grad, group, ahead, buffer)
+    for item, grad, buffer in zip(parts, grads, out, strict=True):
+        if item.kind == "none":
+            buffer.copy_(item.weight)
+        elif item.kind != "displacement":
+            _put(writer, item, grad, Ahead(item.kind, rates_for(item.kind, rates[item.group_number])), buffer)
     writer.flush()
 
 
-def _put(
-    writer: Writer,
-    rule: Rule,
-    weight: Tensor,
-    state: State,
-    grad: Tensor | None,
-    group: Group,
-    ahead: Ahead,
-    out: Tensor,
-) -> None:
-    check_dense(weight, grad)
-    if not weight.requires_grad and grad is None:  # frozen: it had updates once, it gets none now
-        out.copy_(weight)
+def _put(writer: Writer, item: Item, grad: Tensor | None, ahead: Ahead, out: Tensor) -> None:
+    check_dense(item.weight, grad)
+    if not item.weight.requires_grad and grad is None:  # frozen: it had updates once, it gets none now
+        out.copy_(item.weight)
         return
-    weight, out = _real(weight.detach()), _real(out.detach())
-    move = rule.move(weight, _real_state(state), None if grad is None else _real(grad.detach()), group, ahead)
+    assert item.rule is not None
+    weight, out = _real(item.weight.detach()), _real(out.detach())
+    grad = None if grad is None else _real(grad.detach())
+    move = item.rule.move(weight, _real_state(item.state), grad, item.group, ahead)
     if move is None:
         out.copy_(weight)
     else:

@@ -12,6 +12,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.kernels import calls
+from pipeoptim.kernels.library import available
+from pipeoptim.kernels.memory import flat
 from pipeoptim.rules.drive import parameters
 
 
@@ -84,5 +87,10 @@ def _unhooked_step(cls: type[Any]) -> Any:
 @torch.no_grad()
 def copy_weights(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     """s = 0, or nothing known: the weights themselves, bit for bit."""
-    for weight, buffer in zip(weights, out, strict=True):
+    pairs = list(zip(weights, out, strict=True))
+    large = sum(weight.numel() for weight in weights) >= calls.STREAM_FROM
+    if large and all(flat(pair) for pair in pairs) and available():
+        calls.copy([weight for weight, _ in pairs], [buffer for _, buffer in pairs])
+        return
+    for weight, buffer in pairs:
         buffer.copy_(weight)

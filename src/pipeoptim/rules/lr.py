@@ -18,8 +18,10 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.rules.move import Scalar, scalar
 
 
-def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int) -> list[tuple[Scalar, ...]]:
+def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int, *, after: int = 0) -> list[tuple[Scalar, ...]]:
     """For each param group the learning rates of the next `steps` updates: lr_1 (the present one), lr_2, ... lr_s.
+
+    With `after`, those of the updates that come after that many others.
 
     Without a scheduler, and with ReduceLROnPlateau (which needs losses that are not known yet), the present
     rate is repeated. Past the end of a finite schedule (OneCycleLR raises there) the last rate is repeated.
@@ -33,9 +35,9 @@ def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int) 
     if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
         raise ConfigError(f"{type(scheduler).__name__} drives another optimizer: pass the scheduler made for this one")
     present = [scalar(group["lr"]) for group in optimizer.param_groups]
-    if scheduler is None or steps <= 1 or isinstance(scheduler, ReduceLROnPlateau):
+    if scheduler is None or steps + after <= 1 or isinstance(scheduler, ReduceLROnPlateau):
         return [(lr,) * steps for lr in present]
-    return _roll(optimizer, scheduler, steps)
+    return [rates[after:] for rates in _roll(optimizer, scheduler, steps + after)]
 
 
 def _roll(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[tuple[Scalar, ...]]:

@@ -11,11 +11,12 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.rules.checks import check_kind, check_steps
-from pipeoptim.rules.drive import parameters, write_by_rule
+from pipeoptim.rules.checks import check_steps
+from pipeoptim.rules.combined import members
+from pipeoptim.rules.drive import BY_RULE, Item, items, write_by_rule
 from pipeoptim.rules.fallback import copy_weights, extrapolate, next_weights_of_copy
-from pipeoptim.rules.registry import find_rule
-from pipeoptim.rules.track import tracked_previous
+from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.tracking import tracked_previous
 
 
 @torch.no_grad()
@@ -29,16 +30,15 @@ def predict_weights(
     torch's random numbers.
 
     Args:
-        optimizer: a torch optimizer, after its last step. SGD without momentum, and some others, keep no
-        direction in their
-            state: there the gradients of the last step must still be in ``p.grad``.
-        steps: version gap s >= 0, in updates. 0 returns the weights themselves, bit for bit. kind:
-        "refined" (every flag of the optimizer), "paper" (arXiv 2312.00839), "decayed" (zero gradients
-        ahead) or
-            "displacement" (``W_t + s (W_t - W_{t-1})``; call `track` before the last step).
+        optimizer: a torch optimizer, or a `CombinedOptimizer`, after its last step. SGD without momentum, and
+            some others, keep no direction in their state: there the gradients of the last step must still be
+            in ``p.grad``.
+        steps: version gap s >= 0, in updates. 0 returns the weights themselves, bit for bit.
+        kind: "refined" (every flag of the optimizer), "paper" (arXiv 2312.00839), "decayed" (zero gradients
+            ahead), "displacement" (``W_t + s (W_t - W_{t-1})``; call `track` before the last step), or "none".
+            A param group with an entry "prediction" uses that kind instead.
         scheduler: with it, "refined" and "decayed" use the rates of the next s updates instead of s times
-        the present one.
-            Call after ``scheduler.step()``.
+            the present one. Call after ``scheduler.step()``.
 
     Returns:
         One new tensor per parameter, in param_groups order, with its shape, dtype, device and memory
@@ -64,20 +64,26 @@ def predict_weights(
     (``RULES[cls].exact``).
     """
     check_steps(steps)
-    rule = find_rule(optimizer)
-    check_kind(kind, rule, optimizer)
-    weights = parameters(optimizer)
-    out = [torch.empty_like(weight.detach()) for weight in weights]
+    parts = items(optimizer, kind)
+    out = [torch.empty_like(item.weight.detach()) for item in parts]
     if steps == 0:
-        copy_weights(weights, out)
-    elif rule is None or kind == "displacement":
-        _predict_by_displacement(optimizer, weights, steps, out)
+        copy_weights([item.weight for item in parts], out)
+        return out
+    if any(item.kind in BY_RULE for item in parts) or scheduler is not None:
+        rates = next_rates(optimizer, scheduler, steps)
+        write_by_rule(parts, [item.weight.grad for item in parts], rates, out)
     else:
-        write_by_rule(rule, optimizer, [w.grad for w in weights], steps, kind, scheduler, out)
+        write_by_rule(parts, [None] * len(parts), [], out)
+    for member in members(optimizer):
+        _predict_by_displacement(member, parts, steps, out)
     return out
 
 
-def _predict_by_displacement(optimizer: Optimizer, weights: list[Tensor], steps: int, out: list[Tensor]) -> None:
+def _predict_by_displacement(optimizer: Optimizer, parts: list[Item], steps: int, out: list[Tensor]) -> None:
+    """Those parameters of `optimizer` that are predicted so."""
+    own = [(item, buffer) for item, buffer in zip(parts, out, strict=True) if item.optimizer is optimizer]
+    if not any(item.kind == "displacement" for item, _ in own):
+        return
     known, known_at = tracked_previous(optimizer), -1
     if known is None:
         known, known_at = next_weights_of_copy(optimizer), 1
@@ -89,10 +95,10 @@ def _predict_by_displacement(optimizer: Optimizer, weights: list[Tensor], steps:
                 "its last step.",
                 stacklevel=4,
             )
-        copy_weights(weights, out)
-        return
-    for weight, other, buffer in zip(weights, known, out, strict=True):
-        extrapolate(weight, other, known_at, steps, buffer)
+        known, known_at = [item.weight.detach() for item, _ in own], 1
+    for (item, buffer), other in zip(own, known, strict=True):
+        if item.kind == "displacement":
+            extrapolate(item.weight, other, known_at, steps, buffer)
 
 
 def _has_stepped(state: Any) -> bool:

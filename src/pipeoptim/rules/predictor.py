@@ -3,27 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
+import torch
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.rules.checks import check_group, check_kind, check_steps
-from pipeoptim.rules.drive import parameters, write_by_rule
+from pipeoptim.rules.checks import check_steps
+from pipeoptim.rules.drive import Item, items, parameters, write_by_rule
 from pipeoptim.rules.fallback import copy_weights, extrapolate
-from pipeoptim.rules.registry import find_rule
+from pipeoptim.rules.fused import could_fuse, step_and_predict
+from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.move import Scalar
 
 PREVIOUS = -1
 """Where the previous weights lie on the line ``W_t + h * (W_t - W_{t-1})``."""
+
+Buffers = list[Tensor | None]
 
 
 class Predictor:
     """Predicts the weights of one optimizer, update after update, without a third copy of them.
 
     Each update is ``before_step(spare)``, ``optimizer.step()``, ``after_step()``, then any number of
-    ``predict_into(out, s)``.
+    ``predict_into(out, s)``. Or, faster where it returns True, ``fused_step(out, s)``, ``after_step()``.
 
     With a rule it holds nothing but, where the rule needs them (`needs_grad`), references to the last
     gradients: the engine must then set ``p.grad = None`` and not zero it in place. By displacement
@@ -31,27 +36,36 @@ class Predictor:
     prediction is written over it.
 
     Args:
-        optimizer: a torch optimizer.
-        kind: see `predict_weights`.
+        optimizer: a torch optimizer, or a `CombinedOptimizer`.
+        kind: see `predict_weights`; a param group with an entry "prediction" uses that one instead.
         scheduler: the optimizer's scheduler; its future rates are used by the kinds "refined" and "decayed".
+        fused: "auto" lets `fused_step` work where it can; False switches it off, so that every update is
+            torch's own, bit for bit.
 
     Raises:
         ConfigError: as `predict_weights` does.
     """
 
-    def __init__(self, optimizer: Optimizer, *, kind: str = "refined", scheduler: LRScheduler | None = None) -> None:
-        self._rule = find_rule(optimizer)
-        check_kind(kind, self._rule, optimizer)
-        for group in optimizer.param_groups:
-            check_group(group)
+    def __init__(
+        self,
+        optimizer: Optimizer,
+        *,
+        kind: str = "refined",
+        scheduler: LRScheduler | None = None,
+        fused: Literal["auto", False] = "auto",
+    ) -> None:
         self.optimizer = optimizer
         self.kind = kind
         self.scheduler = scheduler
-        self._by_displacement = self._rule is None or kind == "displacement"
-        self._grads: list[Tensor | None] | None = None
-        self._known: Sequence[Tensor] | None = None  # buffers that hold W + h * d ...
+        self.fused = fused
+        self._made: list[Item] = []
+        self._made_for: list[tuple[Any, ...]] | None = None
+        self._items()  # refuses what cannot be predicted
+        self._grads: Buffers | None = None
+        self._known: Buffers | None = None  # by displacement: buffers that hold W + h * d ...
         self._known_at = PREVIOUS  # ... and their h
         self._adopt = False  # after a resume: drop our own copy as soon as the engine's buffer holds its content
+        self._fused_for: tuple[Any, ...] | None = None  # what the last fused prediction assumed
 
     @property
     def params(self) -> list[Tensor]:
@@ -61,29 +75,77 @@ class Predictor:
     @property
     def needs_grad(self) -> bool:
         """Whether gradients are kept from one update to the next, so that they must not be zeroed in place."""
-        return any(self._group_needs_grad(group) for group in self.optimizer.param_groups)
+        return any(item.needs_grad for item in self._items())
 
     @property
     def needs_previous(self) -> bool:
-        """Whether `before_step` writes the present weights into `spare`."""
-        return self._by_displacement
+        """Whether `before_step` writes present weights into `spare`."""
+        return any(item.kind == "displacement" for item in self._items())
 
-    def _group_needs_grad(self, group: Mapping[str, Any]) -> bool:
-        return not self._by_displacement and self._rule is not None and self._rule.needs_grad(group, self.kind)
+    def _items(self) -> list[Item]:
+        """As `items`, made anew only when the param groups are others than before."""
+        groups = self.optimizer.param_groups
+        made_for = [(id(group), id(group["params"]), len(group["params"]), group.get("prediction")) for group in groups]
+        if self._made_for != made_for:
+            self._made, self._made_for = items(self.optimizer, self.kind), made_for
+        return self._made
+
+    # -- an update -------------------------------------------------------------------------------------------------
+
+    @property
+    def fuses(self) -> bool:
+        """Whether `fused_step` can ever return True, so that a buffer is worth having ready."""
+        return self.fused == "auto" and could_fuse(self._items())
+
+    def fused_step(self, out: Sequence[Tensor], steps: int) -> bool:
+        """Step the optimizer and write ``W_hat(t + 1 + steps)`` into `out` in the same pass over memory.
+
+        Replaces ``before_step``, ``optimizer.step()`` and the first ``predict_into(out, steps)``; a scheduler is assumed to
+        step once right after. False, with nothing done, where torch's own step has to run (see `rules.fused`).
+        """
+        check_steps(steps)
+        if self.fused != "auto" or steps == 0:
+            return False
+        parts = self._items()
+        rates = next_rates(self.optimizer, self.scheduler, steps, after=1)
+        if not step_and_predict(self.optimizer, parts, rates, out):
+            return False
+        self._known_at, self._adopt = steps, False
+        self._known = None
+        if any(item.kind == "displacement" for item in parts):
+            self._known = [b if item.kind == "displacement" else None for item, b in zip(parts, out, strict=True)]
+        self._fused_for = self._circumstances(parts, rates)
+        return True
+
+    def still_holds(self, steps: int) -> bool:
+        """Whether the prediction of the last `fused_step` is what `predict_into` would write now.
+
+        It is not if someone changed learning rates, kinds or weights since: a callback between two mini-batches, say.
+        """
+        parts = self._items()
+        return self._fused_for == self._circumstances(parts, next_rates(self.optimizer, self.scheduler, steps))
+
+    def _circumstances(self, parts: Sequence[Item], rates: list[tuple[Scalar, ...]]) -> tuple[Any, ...]:
+        return rates, [(item.kind, item.weight._version) for item in parts]
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
         """Call just before ``optimizer.step()``. By displacement, fills `spare` with W_t; without one nothing is predicted."""
-        if not self._by_displacement:
+        parts = self._items()
+        if not any(item.kind == "displacement" for item in parts):
             return
-        self._known, self._known_at, self._adopt = None if spare is None else list(spare), PREVIOUS, False
+        self._known, self._known_at, self._adopt = None, PREVIOUS, False
         if spare is not None:
-            copy_weights(self.params, spare)
+            moved = [(i.weight, b) for i, b in zip(parts, spare, strict=True) if i.kind == "displacement"]
+            copy_weights([w for w, _ in moved], [b for _, b in moved])
+            self._known = [b if i.kind == "displacement" else None for i, b in zip(parts, spare, strict=True)]
 
     def after_step(self) -> None:
-        """Call just after ``optimizer.step()``, with the gradients still in place."""
-        if self.needs_grad:
-            groups = self.optimizer.param_groups
-            self._grads = [p.grad if self._group_needs_grad(group) else None for group in groups for p in group["params"]]
+        """Call just after the step, with the gradients still in place."""
+        parts = self._items()
+        if any(item.needs_grad for item in parts):
+            self._grads = [item.weight.grad if item.needs_grad else None for item in parts]
+
+    # -- predictions ---------------------------------------------------------------------------------------------------
 
     def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
         """Write ``W_hat(t + steps)`` into `out`: one buffer per parameter, none of them a parameter.
@@ -93,56 +155,70 @@ class Predictor:
         call rounds twice.
         """
         check_steps(steps)
-        weights = self.params
-        _check_buffers(weights, out)
-        if self._by_displacement:
-            self._extrapolate_into(weights, out, steps)
-        elif steps == 0:
-            copy_weights(weights, out)
-        else:
-            assert self._rule is not None
-            grads = self._grads if self._grads is not None else [None] * len(weights)
-            write_by_rule(self._rule, self.optimizer, grads, steps, self.kind, self.scheduler, out)
+        parts = self._items()
+        _check_buffers([item.weight for item in parts], out)
+        moved = [n for n, item in enumerate(parts) if item.kind == "displacement"]
+        if moved:
+            self._extrapolate_into([parts[n].weight for n in moved], [out[n] for n in moved], steps, moved)
+        if steps == 0:
+            rest = [n for n in range(len(parts)) if n not in set(moved)]
+            copy_weights([parts[n].weight for n in rest], [out[n] for n in rest])
+        elif len(moved) < len(parts):
+            rates = next_rates(self.optimizer, self.scheduler, steps)
+            write_by_rule(parts, self._grads if self._grads is not None else [None] * len(parts), rates, out)
 
-    def _extrapolate_into(self, weights: list[Tensor], out: Sequence[Tensor], steps: int) -> None:
-        known = self._known
-        if known is None:
+    def _extrapolate_into(self, weights: list[Tensor], out: list[Tensor], steps: int, numbers: list[int]) -> None:
+        """The parameters by displacement, whose places in all are `numbers`."""
+        known = None if self._known is None else [self._known[n] for n in numbers]
+        if known is None or any(tensor is None for tensor in known):
             copy_weights(weights, out)
             return
-        same = _same_buffers(known, out)
+        line = [tensor for tensor in known if tensor is not None]
+        same = _same_buffers(line, out)
         if steps == 0:
             if same:  # the direction would be lost; an engine uses W_t itself for s = 0, so this copy is a rare one
-                self._known = [tensor.detach().clone() for tensor in known]
+                self._know([tensor.detach().clone() for tensor in line], numbers)
             copy_weights(weights, out)
             return
-        for weight, tensor, buffer in zip(weights, known, out, strict=True):
+        for weight, tensor, buffer in zip(weights, line, out, strict=True):
             extrapolate(weight, tensor, self._known_at, steps, buffer)
         if same or self._adopt:
-            self._known, self._known_at, self._adopt = list(out), steps, False
+            self._know(out, numbers)
+            self._known_at, self._adopt = steps, False
+
+    def _know(self, tensors: list[Tensor], numbers: list[int]) -> None:
+        assert self._known is not None
+        for n, tensor in zip(numbers, tensors, strict=True):
+            self._known[n] = tensor
+
+    # -- state -----------------------------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
         """What a resume needs to predict the same bits: tensors (copies) and plain data only."""
         return {
-            "kind": self.kind,
-            "by_displacement": self._by_displacement,
+            "kinds": self._kinds(),
             "grads": _cloned(self._grads),
             "known": _cloned(self._known),
             "known_at": self._known_at,
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Take over `state_dict()` of a predictor of the same kind over the same parameters."""
-        if state["kind"] != self.kind or state["by_displacement"] != self._by_displacement:
+        """Take over `state_dict()` of a predictor of the same kinds over the same parameters."""
+        if state["kinds"] != self._kinds():
             raise ConfigError(
-                f"state of kind={state['kind']!r} cannot be loaded into kind={self.kind!r}: use the kind it was saved with"
+                f"state of prediction kinds {state['kinds']} cannot be loaded into {self._kinds()}: use those it was saved with"
             )
         self._grads = self._like_params(state["grads"])
-        known = self._like_params(state["known"])
-        self._known = None if known is None else [tensor for tensor in known if tensor is not None]
+        self._known = self._like_params(state["known"])
         self._known_at = int(state["known_at"])
         self._adopt = self._known is not None
+        self._fused_for = None
 
-    def _like_params(self, saved: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
+    def _kinds(self) -> list[str]:
+        """The kind of each param group that has parameters."""
+        return list({item.group_number: item.kind for item in self._items()}.values())
+
+    def _like_params(self, saved: Sequence[Tensor | None] | None) -> Buffers | None:
         """Copies of saved tensors on the devices of the parameters."""
         if saved is None:
             return None
@@ -152,10 +228,15 @@ class Predictor:
                 f"state of {len(saved)} parameters cannot be loaded into {len(weights)}: load it into the same stage"
             )
         pairs = zip(saved, weights, strict=True)
-        return [None if tensor is None else tensor.detach().to(weight.device, copy=True) for tensor, weight in pairs]
+        return [None if tensor is None else _copied(tensor, weight) for tensor, weight in pairs]
 
 
-def _cloned(tensors: Sequence[Tensor | None] | None) -> list[Tensor | None] | None:
+@torch.no_grad()
+def _copied(tensor: Tensor, weight: Tensor) -> Tensor:
+    return tensor.detach().to(weight.device, copy=True)
+
+
+def _cloned(tensors: Sequence[Tensor | None] | None) -> Buffers | None:
     return None if tensors is None else [None if t is None else t.detach().clone() for t in tensors]
 
 

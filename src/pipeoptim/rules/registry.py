@@ -12,14 +12,16 @@ from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.move import Ahead, Group, Move, State
+from pipeoptim.rules.steps import Stepper
 
 KINDS: dict[str, str] = {
     "refined": "W_t - (sum of the next s learning rates) * dW_t, with weight decay and every flag of the optimizer",
     "paper": "W_t - lr * s * dW_t exactly as in arXiv 2312.00839: no decoupled weight decay, no amsgrad, no schedule",
     "decayed": "the next s updates if every further gradient were zero: momentum fades",
     "displacement": "W_t + s * (W_t - W_{t-1}): knows nothing of the optimizer",
+    "none": "W_t: the weights as they are, unpredicted",
 }
-"""The kinds of prediction, with their meaning."""
+"""The kinds of prediction, with their meaning. A param group may choose its own: ``group["prediction"] = "paper"``."""
 
 
 class Rule(ABC):
@@ -33,6 +35,8 @@ class Rule(ABC):
     exact: ClassVar[str] = ""
     source: ClassVar[str] = ""
     no_decayed: ClassVar[str] = ""
+    stepper: ClassVar[Stepper | None] = None
+    """The optimizer's own step for a kernel that predicts in the same pass; None: torch's step, then a prediction."""
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, scalar
 from pipeoptim.rules.registry import Rule, register_rule
+from pipeoptim.rules.steps import SgdStepper
 
 
 @register_rule(torch.optim.SGD)
@@ -19,6 +20,7 @@ class SGDRule(Rule):
         "constant learning rate."
     )
     source = "arXiv 2312.00839, Table I (SGDM); momentum as in torch.optim.SGD; decayed: FTPipe (ATC'21) with Nesterov added"
+    stepper = SgdStepper()
 
     def needs_grad(self, group: Group, kind: str) -> bool:
         """Plain SGD has no other memory of its step; refined Nesterov adds the gradient to the buffer."""

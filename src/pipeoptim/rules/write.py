@@ -1,9 +1,9 @@
-"""The interpreters of a `Move`: three ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
+"""The interpreters of a `Move`: four ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
 
-`write_plain` is the formula as torch writes it, with temporaries: the reference. `write_in_place` uses
-`out` as its only scratch space (memory traffic is all that matters on a CPU). `write_foreach` launches one
-kernel per operation for many parameters (launches are what matters for small tensors on a GPU); it needs
-one temporary per block.
+`write_plain` is the formula as torch writes it, with temporaries: the reference. `write_by_kernel` is the
+whole formula in one pass over memory, in C, for float32 on a CPU. `write_in_place` serves the rest of what
+lies on a CPU; it uses `out` as its only scratch space. `write_foreach` launches one kernel per operation for
+many parameters (launches are what matters for small tensors on a GPU); it needs one temporary per block.
 """
 
 from __future__ import annotations
@@ -14,9 +14,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from pipeoptim.kernels import calls
+from pipeoptim.kernels.library import available
+from pipeoptim.kernels.memory import flat
 from pipeoptim.rules.move import Move, Scalar, Term
 
-Mode = Literal["auto", "plain", "in_place", "foreach"]
+Mode = Literal["auto", "plain", "in_place", "foreach", "kernel"]
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements per foreach block: bounds the temporaries (64 MiB of float32), far above what hides a launch."""
@@ -97,6 +100,21 @@ def write_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) 
         torch._foreach_addcdiv_(outs, values, denominators, [-_number(t.scale) * _number(t.root_divisor) for t in terms])
 
 
+def write_by_kernel(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
+    """Many parameters, each in one pass. All tensors are `flat` with their weight, all scalars numbers."""
+    calls.run_moves(
+        [
+            calls.Move(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
+            for weight, move, out in zip(weights, moves, outs, strict=True)
+        ]
+    )
+
+
+def _for_kernel(term: Term) -> calls.Term:
+    divisor = _number(term.root_divisor)
+    return calls.Term(term.value, _number(term.scale), term.root, 1.0 / divisor, _number(term.eps))
+
+
 class Writer:
     """Carries out moves as they come; collects those that can share kernels. Call `flush` at the end."""
 
@@ -109,11 +127,11 @@ class Writer:
     def put(self, weight: Tensor, move: Move, out: Tensor) -> None:
         """Write ``W_hat`` of one parameter into `out`, now or at the next flush."""
         mode = _mode_for(weight, move, out, self._mode)
-        if mode != "foreach":
+        if mode in ("plain", "in_place"):
             write: Callable[[Tensor, Move, Tensor], None] = write_plain if mode == "plain" else write_in_place
             write(weight, move, out)
             return
-        signature = _signature(weight, move)
+        signature = ("kernel",) if mode == "kernel" else _signature(weight, move)
         if signature != self._signature or self._elements >= BLOCK_ELEMENTS:
             self.flush()
             self._signature = signature
@@ -124,21 +142,32 @@ class Writer:
         """Write what is still collected."""
         if self._block:
             weights, moves, outs = (list(column) for column in zip(*self._block, strict=True))
-            write_foreach(weights, moves, outs)
+            write = write_by_kernel if self._signature == ("kernel",) else write_foreach
+            write(weights, moves, outs)
         self._block, self._elements, self._signature = [], 0, None
 
 
 def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> Mode:
+    if wanted in ("auto", "kernel") and _kernel_can(weight, move, out):
+        return "kernel"
     if wanted == "plain" or not _alike(weight, move, out):
         return "plain"
-    if wanted == "auto":
+    if wanted in ("auto", "kernel"):
         wanted = "in_place" if weight.device.type == "cpu" else "foreach"
     return "in_place" if wanted == "foreach" and not _all_numbers(move) else wanted
 
 
+def _kernel_can(weight: Tensor, move: Move, out: Tensor) -> bool:
+    return flat([weight, out, *_operands(move)]) and _all_numbers(move) and available()
+
+
+def _operands(move: Move) -> list[Tensor]:
+    return [*(t.value for t in move.terms), *(t.root for t in move.terms if t.root is not None)]
+
+
 def _alike(weight: Tensor, move: Move, out: Tensor) -> bool:
     """Whether kernels may write straight into `out`: equal shape, dtype and device, and plain torch tensors."""
-    tensors = [out, *(t.value for t in move.terms), *(t.root for t in move.terms if t.root is not None)]
+    tensors = [out, *_operands(move)]
     return all(
         type(t) in (Tensor, torch.nn.Parameter)
         and t.dtype == weight.dtype

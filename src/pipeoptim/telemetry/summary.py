@@ -22,6 +22,8 @@ class _Stage(Protocol):
     def weight_bytes(self) -> int: ...
     @property
     def updates(self) -> int: ...
+    @property
+    def prediction_error(self) -> float | None: ...
 
 
 class _Result(Protocol):
@@ -68,11 +70,13 @@ def print_summary(result: _Result, steps: int, how: str, console: Console | None
 
 def _stages(stages: tuple[_Stage, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
-    for name in ("stage", "weights", "gap", "copies", "held", "updates"):
+    measured = any(s.prediction_error is not None for s in stages)
+    for name in ("stage", "weights", "gap", "copies", "held", "updates", *(["prediction error"] if measured else [])):
         table.add_column(name, justify="right")
     for s in stages:
         cells = (f"{s.parameters:,}", str(s.gap), str(s.weight_copies), _size(s.weight_bytes), f"{s.updates:,}")
-        table.add_row(str(s.stage), *cells)
+        error = "-" if s.prediction_error is None else f"{s.prediction_error:.3f}"
+        table.add_row(str(s.stage), *cells, *([error] if measured else []))
     return table
 
 

@@ -50,7 +50,7 @@ def _emulated(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool)
         probe(parts)
         loss = ObservedLoss(parts.task)
         pipe, optimizers = emulator(parts, loss)
-        start = _start(config, directory, resume)
+        start = _start(parts.config, directory, resume)
         try:
             with StopOnInterrupt() as stop:
                 return run_session(directory, parts, pipe, optimizers, loss, OneProcess(), start, stop, quiet)
@@ -66,7 +66,7 @@ def _checked_start(config: TrainConfig, directory: RunDir, resume: bool) -> Star
         parts = build_parts(config)
         probe(parts)
         emulator(parts, parts.task.loss)
-        return _start(config, directory, resume)
+        return _start(parts.config, directory, resume)
 
 
 def _launched(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool) -> RunResult:

@@ -22,6 +22,7 @@ _AT_LEAST = {
     "checkpoint_every": 0,
     "keep_checkpoints": 1,
     "threads": 1,
+    "monitor_every": 0,
 }
 
 
@@ -44,6 +45,7 @@ def check(config: TrainConfig) -> None:
     _check_microbatches(config)
     _check_lr(config)
     _check_method(config)
+    _check_options(config)
 
 
 def _check_microbatches(config: TrainConfig) -> None:
@@ -66,3 +68,20 @@ def _check_method(config: TrainConfig) -> None:
     from pipeoptim.methods import get_method
 
     get_method(config.method).program(config.stages, config.microbatches)
+
+
+def _check_options(config: TrainConfig) -> None:
+    from pipeoptim.engine import Clip
+    from pipeoptim.methods import get_method
+
+    clip = config.clip
+    if isinstance(clip, bool) or not isinstance(clip, int | float) or not math.isfinite(clip) or clip < 0:
+        raise ConfigError(f"clip is {clip!r}, must be a finite number, for example 1.0, or 0 for no clipping")
+    if clip:
+        Clip(clip, config.clip_scope).check(get_method(config.method).program(config.stages, config.microbatches))
+    if config.autocast not in ("", "bfloat16"):
+        raise ConfigError(f"autocast is {config.autocast!r}, must be 'bfloat16', or '' for none")
+    if config.tensorboard:
+        from pipeoptim.telemetry.tensorboard import check_installed
+
+        check_installed()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, Protocol
 
+from pipeoptim.train.figures import Figures, LocalFigures, StoreFigures
+
 
 class Group(Protocol):
     """Processes of one run. Each holds one or more stages."""
@@ -21,6 +23,10 @@ class Group(Protocol):
         """The ``value`` of every process, in the order of the stages, on every process."""
         ...
 
+    def figures(self) -> Figures:
+        """A way for figures to come to the last stage's process."""
+        ...
+
 
 class OneProcess:
     """The group of an emulated run."""
@@ -33,6 +39,10 @@ class OneProcess:
     def gather(self, value: Any) -> list[Any]:
         """Just its own."""
         return [value]
+
+    def figures(self) -> Figures:
+        """They are there."""
+        return LocalFigures()
 
 
 class Distributed:
@@ -58,3 +68,9 @@ class Distributed:
         values: list[Any] = [None] * dist.get_world_size()
         dist.all_gather_object(values, value)
         return values
+
+    def figures(self) -> Figures:
+        """Through the store of the process group."""
+        import torch.distributed as dist
+
+        return StoreFigures(dist.get_rank(), dist.get_world_size())

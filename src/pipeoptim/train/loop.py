@@ -12,7 +12,9 @@ from dataclasses import dataclass
 
 from torch.optim import Optimizer
 
+from pipeoptim.telemetry import prediction
 from pipeoptim.train.evaluate import ObservedLoss, evaluate
+from pipeoptim.train.figures import Figures
 from pipeoptim.train.parts import Parts
 from pipeoptim.train.pipes import Pipe
 from pipeoptim.train.recorder import Recorder
@@ -30,6 +32,9 @@ class Loop:
         recorder: where the last stage is; None elsewhere.
         save: writes a checkpoint of a drained pipeline, given the number of mini-batches done.
         stop: set by Ctrl-C; counts where stage 0 is.
+        weight_bytes: filled with the bytes of weights that each stage held.
+        figures: brings measured prediction errors to the recorder.
+        errors: filled with the prediction errors of the stages here.
     """
 
     pipe: Pipe
@@ -40,6 +45,8 @@ class Loop:
     save: Callable[[int], None]
     stop: StopOnInterrupt
     weight_bytes: dict[int, int]
+    figures: Figures
+    errors: prediction.StageErrors
 
     def run(self, start: int) -> int:
         """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all."""
@@ -48,6 +55,8 @@ class Loop:
         while done < config.steps:
             self._step(done)
             done += 1
+            if _due(done, config.monitor_every):
+                self._monitor(done)
             last, stopped = done == config.steps, self.pipe.stop_requested
             if stopped and not last and self.recorder:
                 self.recorder.note(f"stopping: saving step {done} (Ctrl-C again to abort)")
@@ -58,6 +67,7 @@ class Loop:
             if last or _due(done, config.eval_every):
                 self._validate(done)
             if saves:
+                self._record_predictions(wait=True)
                 self.save(done)
             if stopped:
                 break
@@ -79,6 +89,18 @@ class Loop:
         figures = evaluate(self.pipe, self.parts, self.loss, drain=False)
         if figures is not None and self.recorder:
             self.recorder.validation(step, *figures)
+
+    def _monitor(self, step: int) -> None:
+        """Tell how good the stages' newest predictions were."""
+        measured = [row for k in self.pipe.local_stages for row in prediction.rows(self.pipe.prediction_error(k))]
+        self.errors.note(measured)
+        self.figures.post(step, measured)
+        self._record_predictions(wait=False)
+
+    def _record_predictions(self, wait: bool) -> None:
+        if self.recorder is not None:
+            for step, measured in self.figures.collect(wait):
+                self.recorder.prediction(step, measured)
 
     def _measure(self) -> None:
         """Bytes of weights in mid-flight, where copies exist that a drained pipeline may have given back."""

@@ -7,7 +7,7 @@ at different versions see exactly the rate of their own update.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.optim import Optimizer
@@ -55,7 +55,27 @@ def step(every: int, gamma: float = 0.1) -> Callable[[int], float]:
     return lambda t: float(gamma ** (t // every))
 
 
-SCHEDULES: dict[str, Callable[..., Callable[[int], float]]] = {"constant": constant, "cosine": cosine, "step": step}
+def milestones(steps: int, at: Sequence[int], of: int, gamma: float = 0.1) -> Callable[[int], float]:
+    """Times ``gamma`` at each of the points ``at`` of a run whose ``steps`` updates count as ``of``: epochs, or percent.
+
+    Update t is past point m where ``t * of >= m * steps``; whole numbers, so that it is exactly the first update of epoch m.
+
+    >>> f = milestones(steps=700, at=[40, 60], of=70)
+    >>> [round(f(t), 4) for t in (0, 399, 400, 599, 600)]
+    [1.0, 1.0, 0.1, 0.1, 0.01]
+    """
+    _check("of", of, 1, None)
+    for point in at:
+        _check("at", point, 0, of)
+    return lambda t: float(gamma ** sum(t * of >= point * steps for point in at))
+
+
+SCHEDULES: dict[str, Callable[..., Callable[[int], float]]] = {
+    "constant": constant,
+    "cosine": cosine,
+    "milestones": milestones,
+    "step": step,
+}
 
 
 def factory(component: Component, steps: int) -> Callable[[Optimizer], LRScheduler]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch.nn import Parameter
@@ -60,13 +60,26 @@ def switch(component: Component, name: str) -> Component:
     return Component(name, {**kept, **own})
 
 
-def factory(component: Component) -> Callable[[Iterable[Parameter]], Optimizer]:
-    """A function that makes the optimizer of one stage from its parameters. All options must be known to the class."""
+class Factory(Protocol):
+    """Makes the optimizer of stage ``k`` from its parameters."""
+
+    def __call__(self, parameters: Iterable[Parameter], k: int = 0, /) -> Optimizer: ...
+
+
+def factory(component: Component) -> Factory:
+    """A function that makes the optimizer of one stage from its parameters. All options must be known to the class.
+
+    An option ``{"by_stage": [...]}`` has a value for each stage.
+    """
     function, own = resolve(component.target)
 
-    def make(parameters: Iterable[Parameter]) -> Optimizer:
-        options = {**own, **component.options}
+    def make(parameters: Iterable[Parameter], k: int = 0) -> Optimizer:
+        options = {name: _of_stage(value, k) for name, value in {**own, **component.options}.items()}
         optimizer: Optimizer = call("optimizer", function, component.target, list(parameters), **options)
         return optimizer
 
     return make
+
+
+def _of_stage(value: Any, k: int) -> Any:
+    return value["by_stage"][k] if isinstance(value, dict) and "by_stage" in value else value

@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
-from torch.nn import Parameter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -41,7 +40,7 @@ class Parts:
     config: TrainConfig
     task: Task
     stages: Sequence[nn.Module]
-    optimizer: Callable[[Iterable[Parameter]], Optimizer]
+    optimizer: optimizers.Factory
     scheduler: Callable[[Optimizer], LRScheduler]
     validation: Sequence[tuple[Tensor, Tensor]]
 
@@ -57,14 +56,58 @@ def build_parts(config: TrainConfig) -> Parts:
         ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
     """
     optimizer = optimizers.factory(config.optimizer)
+    task = read_data(config)
+    config = with_steps(config, task)
+    _check_sizes(config, task)
     scheduler = lr_schedules.factory(config.lr_schedule, config.steps)
-    task: Task = build("data", config.data, seed=config.seed)
     with seeded(config.seed):
         model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
     stages = cut(model, config.stages)
     return Parts(config, task, stages, optimizer, scheduler, _validation(task, config))
+
+
+def read_data(config: TrainConfig) -> Task:
+    """The task of ``config``.
+
+    Raises:
+        ConfigError: it is unknown, refuses its options, or its files are not there.
+    """
+    task: Task = build("data", config.data, seed=config.seed)
+    return task
+
+
+def with_steps(config: TrainConfig, task: Task | None = None) -> TrainConfig:
+    """``config`` with its epochs counted in steps, ``steps = epochs * task.steps_per_epoch(batch_size)``, and ``epochs`` 0.
+
+    As it is where it has steps. A run does so itself; who needs ``config.steps`` before the run calls this.
+
+    Args:
+        task: its data; read where None and needed.
+
+    Raises:
+        ConfigError: as :func:`read_data`, or the data has no ``steps_per_epoch``.
+    """
+    if config.steps:
+        return replace(config, epochs=0)
+    task = task or read_data(config)
+    count = getattr(task, "steps_per_epoch", None)
+    if count is None:
+        raise ConfigError(
+            f"epochs is {config.epochs}, but the data ({task.describe()}) has no steps_per_epoch(batch_size); set steps"
+        )
+    return replace(config, steps=config.epochs * count(config.batch_size), epochs=0)
+
+
+def _check_sizes(config: TrainConfig, task: Task) -> None:
+    """A vocabulary or set of classes larger than the model's may show late, as an index error in the middle of a run."""
+    for name in ("vocab_size", "classes"):
+        has, needed = config.model.options.get(name), getattr(task, name, 0)
+        if isinstance(has, int) and has < needed:
+            raise ConfigError(
+                f"the model's {name} is {has}, but the data ({task.describe()}) has {needed}; raise it in the options of model"
+            )
 
 
 def _validation(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
@@ -93,8 +136,8 @@ def probe(parts: Parts) -> None:
         ConfigError: model and data do not fit, the loss is not a scalar, or an optimizer or schedule refuses its options.
     """
     x, y = parts.task.train_batch(0, parts.config.batch_size)
-    for stage in parts.stages:
-        parts.scheduler(parts.optimizer(stage.parameters()))
+    for k, stage in enumerate(parts.stages):
+        parts.scheduler(parts.optimizer(stage.parameters(), k))
     try:
         loss = _forward(parts, x[:1], y[:1])
     except ConfigError:

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.config import TrainConfig
 from pipeoptim.train.parts import Parts
+
+if TYPE_CHECKING:
+    from pipeoptim.engine import PredictionError
 
 
 class Pipe(Protocol):
@@ -29,6 +33,7 @@ class Pipe(Protocol):
     def weight_bytes(self, k: int) -> int: ...
     def stage_state_dict(self, k: int) -> dict[str, Any]: ...
     def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None: ...
+    def prediction_error(self, k: int) -> list[PredictionError]: ...
     def request_stop(self) -> None: ...
     def close(self) -> None: ...
 
@@ -36,11 +41,24 @@ class Pipe(Protocol):
 LossFn = Callable[[Any, Any], Tensor]
 
 
+def _options(config: TrainConfig) -> dict[str, Any]:
+    """What both engines are told alike."""
+    import torch
+
+    from pipeoptim.engine import Clip
+
+    return {
+        "clip": Clip(config.clip, config.clip_scope) if config.clip else None,
+        "autocast": getattr(torch, config.autocast) if config.autocast else None,
+        "monitor": config.monitor_every,
+    }
+
+
 def emulator(parts: Parts, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
     """All stages in this process, and their optimizers."""
     from pipeoptim.engine import Emulator
 
-    optimizers = [parts.optimizer(stage.parameters()) for stage in parts.stages]
+    optimizers = [parts.optimizer(stage.parameters(), k) for k, stage in enumerate(parts.stages)]
     config = parts.config
     pipe = Emulator(
         parts.stages,
@@ -51,6 +69,7 @@ def emulator(parts: Parts, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
         schedulers=[parts.scheduler(optimizer) for optimizer in optimizers],
         prediction=config.prediction,
         seed=config.seed,
+        **_options(config),
     )
     return pipe, dict(enumerate(optimizers))
 
@@ -63,7 +82,7 @@ def schedule(parts: Parts, k: int, loss: LossFn) -> tuple[Pipe, dict[int, Optimi
     from pipeoptim.engine import Schedule
 
     config, module = parts.config, parts.stages[k]
-    optimizer = parts.optimizer(module.parameters())
+    optimizer = parts.optimizer(module.parameters(), k)
     stage = PipelineStage(module, k, config.stages, torch.device("cpu"))
     pipe = Schedule(
         stage,
@@ -74,5 +93,6 @@ def schedule(parts: Parts, k: int, loss: LossFn) -> tuple[Pipe, dict[int, Optimi
         scheduler=parts.scheduler(optimizer),
         prediction=config.prediction,
         seed=config.seed,
+        **_options(config),
     )
     return pipe, {k: optimizer}

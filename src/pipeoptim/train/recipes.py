@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
+from dataclasses import replace
 from importlib.metadata import entry_points
 from types import ModuleType
 
 from pipeoptim.config import Recipe, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.names import unknown
-from pipeoptim.train.targets import load
+from pipeoptim.train.targets import accepts, load
 
 GROUP = "pipeoptim.recipes"
 
@@ -38,19 +39,49 @@ def _modules(package: str) -> list[ModuleType]:
     return [root, *(importlib.import_module(f"{package}.{name}") for name in names)]
 
 
-def get_recipe(name: str) -> TrainConfig:
-    """The configuration of recipe ``name``, or of ``"module:function"`` for one that is not registered.
+def get_recipe(name: str, tiny: bool = False) -> TrainConfig:
+    """The configuration of recipe ``name``: what ``pipeoptim train --recipe NAME [--tiny]`` starts from, and any other command
+    that takes these two options.
+
+    Args:
+        name: of a registered recipe, where ``-`` and ``_`` are the same, or ``"module:function"`` of another one.
+        tiny: its tiny form: a narrow model of the same kind on data that need no download, with the recipe's method, optimizer
+            and schedule; about a minute on two cores at most. Its name, ``config.recipe``, ends in ``-tiny``.
+
+    Returns:
+        A complete configuration; ``dataclasses.replace`` changes it. Its ``steps`` may be 0: then ``epochs`` say how long to
+        train, and the steps are counted when the run has read its data. ``replace(config, steps=100)`` overrules that.
 
     Raises:
-        ConfigError: unknown; the message lists the known ones.
+        ConfigError: unknown (the message lists the known ones), or without a tiny form.
+
+    Example:
+        >>> get_recipe("vgg16-cifar100").data.target, get_recipe("vgg16-cifar100", tiny=True).data.target
+        ('pipeoptim_zoo.data.cifar:cifar100', 'pipeoptim_zoo.data.digits:digits')
     """
-    if ":" in name:
-        config = load("recipe", name)()
-    else:
-        known = recipes()
-        if name not in known:
-            raise unknown("recipe", name, known, more=", or 'module:function' for a recipe of your own")
-        config = known[name]()
+    function = _find(name)
+    if tiny and not accepts(function, "tiny"):
+        raise ConfigError(f"recipe {name!r} has no tiny form; leave --tiny out, or give it an argument tiny: bool = False")
+    config = function(tiny=True) if tiny else function()
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"recipe {name!r} returned a {type(config).__name__}, must return a pipeoptim.config.TrainConfig")
-    return config
+    return replace(config, recipe=f"{config.recipe}-tiny") if tiny else config
+
+
+def full_name(name: str, tiny: bool) -> str:
+    """What a run of recipe ``name`` is called: as the function, with ``-tiny`` behind it for the tiny form.
+
+    >>> full_name("vgg16-cifar100", tiny=True)
+    'vgg16_cifar100-tiny'
+    """
+    return (name if ":" in name else name.replace("-", "_")) + ("-tiny" if tiny else "")
+
+
+def _find(name: str) -> Recipe:
+    if ":" in name:
+        return load("recipe", name)
+    known = recipes()
+    key = full_name(name, tiny=False)
+    if key not in known:
+        raise unknown("recipe", name, known, more=", or 'module:function' for a recipe of your own")
+    return known[key]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from typing import Any
 
 from pipeoptim.errors import PipeOptimError
 from pipeoptim.telemetry.metrics import MetricsFile
+from pipeoptim.telemetry.prediction import Changes, scalars
 from pipeoptim.telemetry.progress import ProgressView
+from pipeoptim.telemetry.tensorboard import Board
 
 #: Mini-batches that a loss or a rate is averaged over.
 WINDOW = 20
@@ -20,8 +23,9 @@ class DivergedError(PipeOptimError):
 class Recorder:
     """Writes the rows of a session and remembers what its result needs."""
 
-    def __init__(self, file: MetricsFile, view: ProgressView, batch_size: int) -> None:
-        self._file, self._view, self._batch_size = file, view, batch_size
+    def __init__(self, file: MetricsFile, view: ProgressView, batch_size: int, board: Board | None = None) -> None:
+        self._file, self._view, self._batch_size, self._board = file, view, batch_size, board
+        self._changes = Changes()
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._times: deque[float] = deque(maxlen=WINDOW)
         self._steps, self._seconds = 0, 0.0
@@ -42,6 +46,7 @@ class Recorder:
         rate = self._batch_size * len(self._times) / max(1e-9, sum(self._times))
         self._file.write(step=step, loss=loss, lr=lr, samples_per_second=round(rate, 2))
         self._view.step(step, loss, rate)
+        self._show(step, {"train/loss": loss, "train/lr": lr, "train/samples_per_second": rate})
 
     def validation(self, step: int, loss: float, metrics: dict[str, float]) -> None:
         """A validation after mini-batch ``step``. Figures that are not finite are left out of the row."""
@@ -49,6 +54,18 @@ class Recorder:
         self._file.write(step=step, **({"val_loss": loss} if math.isfinite(loss) else {}), **named)
         self._view.validation(step, loss)
         self.val_loss, self.val_metrics = (loss if math.isfinite(loss) else None), named
+        self._show(step, {"validation/loss": loss, **{f"validation/{k.removeprefix('val_')}": v for k, v in named.items()}})
+
+    def prediction(self, step: int, measured: list[dict[str, Any]]) -> None:
+        """The prediction errors of all stages, as they were after mini-batch ``step``."""
+        self._file.write(step=step, prediction=measured)
+        for sentence in self._changes.note(measured):
+            self._view.note(sentence)
+        self._show(step, scalars(measured))
+
+    def _show(self, step: int, values: dict[str, float]) -> None:
+        if self._board is not None:
+            self._board.scalars(step, values)
 
     def note(self, text: str) -> None:
         """Show a line."""

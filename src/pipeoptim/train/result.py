@@ -23,6 +23,7 @@ class StageFacts:
         weight_copies: copies of its weights that the method promises to hold at most.
         weight_bytes: bytes of memory that held weights, measured in mid-flight.
         updates: its version t.
+        prediction_error: mean relative error of its last measured predictions (1: as good as none); None if not measured.
     """
 
     stage: int
@@ -31,6 +32,7 @@ class StageFacts:
     weight_copies: int
     weight_bytes: int
     updates: int
+    prediction_error: float | None = None
 
 
 @dataclass(frozen=True)

@@ -45,6 +45,11 @@ class RunDir:
         return self.path / "result.json"
 
     @property
+    def tensorboard(self) -> Path:
+        """Figures for TensorBoard, if they were asked for."""
+        return self.path / "tensorboard"
+
+    @property
     def logs(self) -> Path:
         """What the processes of the stages print."""
         return self.path / "logs"

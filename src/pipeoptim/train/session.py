@@ -10,7 +10,9 @@ from torch.optim import Optimizer
 
 from pipeoptim.checkpoint import load_stage, save
 from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
+from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
+from pipeoptim.telemetry.tensorboard import Board
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import Group
 from pipeoptim.train.loop import Loop
@@ -45,7 +47,8 @@ def run_session(
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
-            recorder = Recorder(file, view, config.batch_size)
+            board = stack.enter_context(Board(run.tensorboard, start.step)) if config.tensorboard else None
+            recorder = Recorder(file, view, config.batch_size, board)
 
         def save_all(step: int) -> None:
             states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}
@@ -59,7 +62,7 @@ def run_session(
                 versions=versions(),
             )
 
-        loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {})
+        loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {}, group.figures(), StageErrors())
         done = loop.run(start.step)
     result = _result(run, parts, pipe, loop, group, done, time.monotonic() - began)
     if recorder is not None:
@@ -79,7 +82,7 @@ def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, don
             "samples_per_second": recorder.samples_per_second,
             "seconds": seconds,
         }
-    gathered = group.gather(([_facts(parts, pipe, k, loop.weight_bytes) for k in pipe.local_stages], figures))
+    gathered = group.gather(([_facts(parts, pipe, k, loop) for k in pipe.local_stages], figures))
     stages = tuple(facts for part, _ in gathered for facts in part)
     return RunResult(
         run_dir=run.path,
@@ -92,12 +95,13 @@ def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, don
     )
 
 
-def _facts(parts: Parts, pipe: Pipe, k: int, weight_bytes: dict[int, int]) -> StageFacts:
+def _facts(parts: Parts, pipe: Pipe, k: int, loop: Loop) -> StageFacts:
     return StageFacts(
         stage=k,
         parameters=sum(p.numel() for p in parts.stages[k].parameters() if p.requires_grad),
         gap=pipe.version_gap(k),
         weight_copies=pipe.weight_copies(k),
-        weight_bytes=weight_bytes[k],
+        weight_bytes=loop.weight_bytes[k],
         updates=pipe.version(k),
+        prediction_error=loop.errors.mean(k),
     )

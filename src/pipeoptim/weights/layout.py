@@ -13,6 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeoptim.kernels.pages import empty_like
+
 
 class Place(NamedTuple):
     """Where a tensor lies: which storage of the stage, and the geometry inside it."""
@@ -63,7 +65,7 @@ class StorageLayout:
 
     def copy(self) -> BufferSet:
         """A new copy, equal to the latest weights (what shares a storage with them but never changes included)."""
-        return BufferSet([base.clone() for base in self.latest.bases], self.places)
+        return BufferSet([empty_like(base).copy_(base) for base in self.latest.bases], self.places)
 
 
 def view(bases: Sequence[Tensor], place: Place) -> Tensor:

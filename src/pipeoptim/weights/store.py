@@ -7,8 +7,8 @@ number of copies is the largest number that was ever needed at once.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import Any, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -34,15 +34,33 @@ class WeightPredictor(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-class Held:
-    """One set of weights in use: the latest in place (``copy`` is None) or a copy."""
+@runtime_checkable
+class FusingPredictor(Protocol):
+    """A predictor that can also step the optimizer and predict in one pass over memory."""
 
-    __slots__ = ("copy", "key", "users")
+    @property
+    def fuses(self) -> bool: ...
+
+    def fused_step(self, out: Sequence[Tensor], steps: int) -> bool: ...
+
+    def still_holds(self, steps: int) -> bool: ...
+
+
+class Held:
+    """One set of weights in use: the latest in place (``copy`` is None) or a copy.
+
+    Attributes:
+        key: version, and steps predicted from there.
+        early: predicted by the update itself, and not used yet.
+    """
+
+    __slots__ = ("copy", "early", "key", "users")
 
     def __init__(self, key: tuple[int, int], copy: BufferSet | None = None) -> None:
-        self.key = key  # (version, steps predicted)
+        self.key = key
         self.copy = copy
         self.users = 0
+        self.early = False
 
 
 class StageWeights:
@@ -85,14 +103,15 @@ class StageWeights:
         key = (self.version, steps)
         if steps == 0 or self.predictor is None:  # no predictor: a stage without parameters
             return self._hold((self.version, 0))
-        if key in self._held:
+        held = self._held.get(key)
+        if held is not None and (not held.early or self._still_holds(steps)):
+            held.early = False
             return self._hold(key)
         self._drop_stale_predictions()
-        held = Held(key, self._take())
+        held = self._held[key] = Held(key, self._take())
         assert held.copy is not None
         with torch.no_grad():
             self.predictor.predict_into(held.copy.tensors, steps)
-        self._held[key] = held
         held.users += 1
         return held
 
@@ -125,7 +144,7 @@ class StageWeights:
             self._forget(held)
 
     def before_update(self) -> None:
-        """Copy the latest weights if they are held, and let the predictor note what it needs."""
+        """Copy the latest weights if they are held; free the predictions that nobody uses."""
         held = self._held.get((self.version, 0))
         if held is not None and held.copy is None:
             held.copy = self._take()
@@ -134,9 +153,37 @@ class StageWeights:
                     copy.copy_(latest)
         if self.predictor is not None:
             self._drop_stale_predictions(everything=True)
+
+    def update(self, step: Callable[[], object], ahead: int = 0) -> None:
+        """Let ``step`` overwrite the latest weights, and the predictor note what it needs; after :meth:`before_update`.
+
+        With ``ahead``, the number of steps that the coming forwards will ask to be predicted, step and prediction are done in
+        one pass over memory in place of ``step``, where the predictor can do that and a copy is free for it.
+        """
+        if self.predictor is None:
+            step()
+        elif not (ahead and self._free and self._update_and_predict(ahead)):
             if self.predictor.needs_previous and not self._free:
                 self._free.append(self._new())
             self.predictor.before_step(self._free[-1].tensors if self._free else None)
+            step()
+
+    def _update_and_predict(self, ahead: int) -> bool:
+        if not (isinstance(self.predictor, FusingPredictor) and self.predictor.fuses):
+            return False
+        copy = self._free[-1]
+        if not self.predictor.fused_step(copy.tensors, ahead):
+            return False
+        held = self._held[self.version + 1, ahead] = Held((self.version + 1, ahead), self._free.pop())
+        held.early = True
+        return True
+
+    def _still_holds(self, steps: int) -> bool:
+        return isinstance(self.predictor, FusingPredictor) and self.predictor.still_holds(steps)
+
+    def forget_predictions(self) -> None:
+        """Free the predictions that nobody uses: they were made for weights or a place in the order that are no more."""
+        self._drop_stale_predictions(everything=True)
 
     def after_update(self) -> None:
         """Count the update."""

@@ -18,13 +18,14 @@ def vgg16(
     width: float = 1.0,
     dropout: float = 0.5,
     batch_norm: bool = False,
+    hidden: int = 4096,
 ) -> Chain:
     """Sixteen weight layers in seventeen blocks, ``[B, 3, input_size, input_size]`` to ``[B, classes]``.
 
     138,357,544 parameters at 224 with 1000 classes (138,365,992 with ``batch_norm``, which is not in the
     paper).
     Deviation for 32 and 64: the classifier sees the 1x1 or 2x2 positions that are left (7x7 in the published
-    net).
+    net). ``hidden=0`` leaves out its two hidden layers (and dropout), as most nets for CIFAR do: fifteen blocks.
     Raises ConfigError for another size.
     """
     side = check_input_size(input_size) // 32 if input_size < 224 else 7
@@ -39,13 +40,11 @@ def vgg16(
             layers += [nn.MaxPool2d(2)] if number == count - 1 else []
             blocks.append(nn.Sequential(*layers))
             channels = outputs
-    hidden = scaled(4096, width)
-    return initialise(
-        Chain(
-            *blocks,
-            nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten()),
-            nn.Sequential(nn.Linear(channels * side * side, hidden), nn.ReLU(), nn.Dropout(dropout)),
-            nn.Sequential(nn.Linear(hidden, hidden), nn.ReLU(), nn.Dropout(dropout)),
-            nn.Linear(hidden, classes),
-        )
-    )
+    blocks.append(nn.Sequential(nn.AdaptiveAvgPool2d(side), nn.Flatten()))
+    features = channels * side * side
+    if hidden:
+        outputs = scaled(hidden, width)
+        for inputs in (features, outputs):
+            blocks.append(nn.Sequential(nn.Linear(inputs, outputs), nn.ReLU(), nn.Dropout(dropout)))
+        features = outputs
+    return initialise(Chain(*blocks, nn.Linear(features, classes)))

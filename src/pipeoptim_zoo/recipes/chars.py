@@ -6,15 +6,20 @@ pipeline is as full as with one. With ``--microbatches 1`` every mini-batch of s
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeoptim.config import Component, TrainConfig, recipe
 
 CONTEXT = 64
 
 
 @recipe
-def chars() -> TrainConfig:
-    """A character-level GPT (0.8 million weights, 4 stages) learns the source of Python's standard library."""
-    return TrainConfig(
+def chars(tiny: bool = False) -> TrainConfig:
+    """A character-level GPT (0.8 million weights, 4 stages) learns the source of Python's standard library.
+
+    Tiny: half the width and the context, 300 steps.
+    """
+    config = TrainConfig(
         recipe="chars",
         model=Component(
             "pipeoptim_zoo.models.gpt:gpt",
@@ -30,4 +35,15 @@ def chars() -> TrainConfig:
         eval_every=100,
         eval_batches=8,
         checkpoint_every=250,
+    )
+    if not tiny:
+        return config
+    return replace(
+        config,
+        model=config.model.with_options(width=64, context=32),
+        data=config.data.with_options(context=32, max_bytes=1_000_000),
+        lr_schedule=config.lr_schedule.with_options(warmup=25),
+        steps=300,
+        eval_every=60,
+        checkpoint_every=0,
     )

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from pipeoptim.config import Component, TrainConfig, recipe
 
 
 @recipe
-def digits() -> TrainConfig:
-    """A small convolutional net (4 stages) learns scikit-learn's handwritten digits."""
-    return TrainConfig(
+def digits(tiny: bool = False) -> TrainConfig:
+    """A small convolutional net (4 stages) learns scikit-learn's handwritten digits.
+
+    Tiny: a quarter of the steps.
+    """
+    config = TrainConfig(
         recipe="digits",
         model=Component("pipeoptim_zoo.models.digits_cnn:digits_cnn", {"width": 16, "classes": 10}),
         data=Component("pipeoptim_zoo.data.digits:digits"),
@@ -20,3 +25,4 @@ def digits() -> TrainConfig:
         eval_batches=11,
         checkpoint_every=100,
     )
+    return replace(config, steps=100, eval_every=25, checkpoint_every=0) if tiny else config

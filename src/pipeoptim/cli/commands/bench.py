@@ -47,6 +47,34 @@ def throughput(
     _report(measure(model, batch, optimizer, method, repeats=repeats, window=window), out)
 
 
+@bench.command()
+def predict(
+    weights: Annotated[float, Option(help="Number of weights, in the shapes of a GPT.")] = 100e6,
+    threads: Annotated[
+        list[int] | None, Option(help="Threads; may be given several times. By default 1 and all cores.")
+    ] = None,
+    repeats: Annotated[int, Option(help="Turns per contender; the median is reported.")] = 9,
+    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/predict.json"),
+) -> None:
+    """What a prediction adds to the step of every optimizer, beside the number of passes over memory that it needs.
+
+    Ratios to the fastest step that torch has for the optimizer: step and prediction in one pass (fused), one after the other,
+    and by the last displacement. Takes one to three minutes and 4 GB of memory.
+
+    Example:
+
+        pipeoptim bench predict --weights 20e6 --threads 1
+    """
+    from pipeoptim.bench.predict import measure
+    from pipeoptim.errors import ConfigError
+
+    if weights < 1e6 or min(threads or [1]) < 1 or repeats < 1:
+        raise ConfigError(
+            f"weights={weights:g}, threads={threads}, repeats={repeats}: at least a million weights, 1 thread and 1 repeat"
+        )
+    _report(measure(weights, threads, repeats), out)
+
+
 def _report(record: Record, out: Path) -> None:
     from rich.console import Console
     from rich.table import Table

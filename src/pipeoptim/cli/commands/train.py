@@ -17,13 +17,15 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "chars"
 
 #: What may be changed when a run is taken up again.
-ON_RESUME = ("engine", "steps", "eval_every")
+ON_RESUME = ("engine", "steps", "eval_every", "monitor_every", "tensorboard")
 
 
 def train(
     recipe: Annotated[
-        str | None, Option(help="What to train: chars (default), digits, or module:function of your own.")
+        str | None,
+        Option(help="What to train: chars (default), digits, vgg16-cifar100, ..., or module:function of your own."),
     ] = None,
+    tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form: a minute, and nothing to download.")] = False,
     method: Annotated[str | None, Option(help="Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")] = None,
     stages: Annotated[int | None, Option(help="Depth: pieces that the model is cut into.")] = None,
     microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; must divide the batch size.")] = None,
@@ -41,6 +43,17 @@ def train(
     eval_every: Annotated[int | None, Option(help="Steps between validations; 0: only at the end.")] = None,
     checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints; 0: only at the end.")] = None,
     threads: Annotated[int | None, Option(help="CPU threads of each process.")] = None,
+    clip: Annotated[float | None, Option(help="Largest norm of the gradients; 0: no clipping.")] = None,
+    clip_scope: Annotated[
+        str | None, Option(help="Whose norm: stage, global (waits for all stages) or global_delayed (default).")
+    ] = None,
+    autocast: Annotated[str | None, Option(help="bfloat16: compute forward and loss in it where torch.autocast does.")] = None,
+    monitor_every: Annotated[
+        int | None, Option(help="Steps between measurements of the prediction error, for metrics.jsonl and the summary.")
+    ] = None,
+    tensorboard: Annotated[
+        bool | None, Option("--tensorboard", help="Also write the figures to runs/<name>/tensorboard.")
+    ] = None,
     name: Annotated[str | None, Option(help="Name of the run; by default <recipe>-<method>.")] = None,
     out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[bool, Option("--resume", help="Continue the run of that name from its newest checkpoint.")] = False,
@@ -63,6 +76,8 @@ def train(
           Mini-batches are not split: the weights of stage 0 are 3 updates old.
       pipeoptim train --recipe digits --stages 3 --optimizer sgd --lr 0.05
           A convolutional net on handwritten digits.
+      pipeoptim train --recipe vgg16-cifar100 --tiny
+          A setting of the paper, small enough for a minute on two cores. Without --tiny it needs CIFAR-100 in data/.
       pipeoptim train --resume --name chars-pipeoptim
           Continue after Ctrl-C or a crash, bit for bit.
 
@@ -70,6 +85,7 @@ def train(
     --engine processes.
     """
     from pipeoptim.train import run
+    from pipeoptim.train.recipes import full_name, get_recipe
     from pipeoptim.train.rundir import RunDir
 
     options = {
@@ -84,23 +100,26 @@ def train(
         "eval_every": eval_every,
         "checkpoint_every": checkpoint_every,
         "threads": threads,
+        "clip": clip,
+        "clip_scope": clip_scope,
+        "autocast": autocast,
+        "monitor_every": monitor_every,
+        "tensorboard": tensorboard,
     }
     given = {key: value for key, value in options.items() if value is not None}
     if resume:
-        directory = RunDir(out / (name or f"{recipe or DEFAULT_RECIPE}-{method or 'pipeoptim'}"))
-        config = _resumed(directory, given, recipe, optimizer, lr)
+        directory = RunDir(out / _checked(name or f"{full_name(recipe or DEFAULT_RECIPE, tiny)}-{method or 'pipeoptim'}"))
+        config = _resumed(directory, given, full_name(recipe, tiny) if recipe else None, optimizer, lr)
     else:
-        config = _new(recipe or DEFAULT_RECIPE, given, optimizer, lr)
+        config = _new(get_recipe(recipe or DEFAULT_RECIPE, tiny), given, optimizer, lr)
         directory = RunDir(out / _checked(name or f"{config.recipe}-{config.method}"))
     result = run(config, directory.path, resume=resume, progress=not quiet)
     _report(result, config, directory, quiet)
 
 
-def _new(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float | None) -> TrainConfig:
+def _new(config: TrainConfig, given: dict[str, Any], optimizer: str | None, lr: float | None) -> TrainConfig:
     """The recipe's configuration with what was given on the command line."""
-    from pipeoptim.train.recipes import get_recipe
-
-    config = replace(get_recipe(recipe), **given)
+    config = replace(config, **given)
     if optimizer is not None:
         from pipeoptim.train.optimizers import switch
 
@@ -143,7 +162,7 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool) ->
     from pipeoptim.train.worker import reports
 
     if not quiet and reports():
-        print_summary(result, config.steps, f"{config.method}, {config.stages} stages, engine {config.engine}")
+        print_summary(result, directory.read_config().steps, f"{config.method}, {config.stages} stages, engine {config.engine}")
     if result.status == "stopped":
         if reports():
             print(f"stopped at step {result.step}; resume with: {directory.resume_command()}")

@@ -1,0 +1,264 @@
+"""What a prediction costs beside the step of its optimizer, for every rule: measured, and in passes over memory.
+
+Both move memory and compute next to nothing, so the figures are set against the speed of a plain copy measured in the same
+run. One pass reads or writes every weight once. The contenders take turns, repeat after repeat, on the same tensors; the
+step that all are compared with is the fastest that torch has for this optimizer (fused, foreach or one by one).
+"""
+
+from __future__ import annotations
+
+import inspect
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from pipeoptim.bench.record import Record, Row
+from pipeoptim.kernels import calls
+from pipeoptim.kernels.library import available
+from pipeoptim.kernels.pages import empty_like
+from pipeoptim.rules import RULES, Predictor
+from pipeoptim.weights import StorageLayout
+
+STEPS = 3
+SMALLER = 20_000_000
+DISPLACEMENT_PASSES = 5  # copy W before the step: 2; W_hat from both afterwards: 3
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One optimizer as people use it.
+
+    Attributes:
+        step: passes that its step needs at least: weights, gradient and states read, weights and states written.
+        predict: passes of a prediction of its own: what it reads, and the result.
+        fraction: of the number of weights asked for, where a step takes long.
+    """
+
+    name: str
+    options: dict[str, Any] = field(default_factory=dict)
+    step: int = 7
+    predict: int = 4
+    fraction: float = 1.0
+
+    @property
+    def optimizer(self) -> type[Optimizer]:
+        """The class."""
+        cls: type[Optimizer] = getattr(torch.optim, self.name.split()[0])
+        return cls
+
+
+SETTINGS = (
+    Setting("AdamW"),
+    Setting("Adam"),
+    Setting("SGD momentum", {"momentum": 0.9}, step=5, predict=3),
+    Setting("SGD", {}, step=3, predict=3),
+    Setting("SGD nesterov", {"momentum": 0.9, "nesterov": True}, step=5, predict=4),
+    Setting("NAdam", predict=5),
+    Setting("RAdam"),
+    Setting("Adamax"),
+    Setting("Adagrad", step=5),
+    Setting("Adadelta", predict=5),
+    Setting("RMSprop", step=5),
+    Setting("RMSprop momentum", {"momentum": 0.9}, predict=3),
+    Setting("Rprop", predict=5),
+    Setting("ASGD", step=3, predict=3),
+    Setting("Adafactor", step=3, predict=3),
+    Setting("Muon", step=5, predict=4, fraction=0.1),
+)
+LARGE = ("AdamW", "Adam", "SGD momentum")
+"""Measured at the full number of weights; the others at no more than SMALLER, for the sake of time."""
+
+
+def measure(weights: float = 100e6, threads: list[int] | None = None, repeats: int = 9, budget: float = 4.0) -> Record:
+    """Measure every rule.
+
+    Args:
+        weights: how many, in the shapes of a GPT.
+        threads: numbers of threads to measure with; by default 1 and all cores.
+        repeats: turns per contender.
+        budget: seconds per optimizer and number of threads, after which no more turns are taken (at least 3).
+    """
+    before = torch.get_num_threads()
+    counts = threads or sorted({1, before})
+    rows: list[Row] = []
+    try:
+        for count in counts:
+            torch.set_num_threads(count)
+            rows.append(_copy_row(int(weights), count, repeats))
+            for setting in _settings():
+                size = int(min(weights, weights if setting.name in LARGE else SMALLER) * setting.fraction)
+                rows += _Bench(setting, size).rows(count, repeats, budget)
+    finally:
+        torch.set_num_threads(before)
+    settings = {"weights": weights, "steps": STEPS, "threads": counts, "kernels": available(), "repeats": repeats}
+    return Record("predict", "ms", settings, rows)
+
+
+def _settings() -> list[Setting]:
+    missing = {cls.__name__ for cls in RULES if cls.__module__.startswith("torch.optim")} - {
+        s.name.split()[0] for s in SETTINGS
+    }
+    return [*SETTINGS, *map(Setting, sorted(missing))]
+
+
+def shapes(weights: int, width: int = 768) -> list[tuple[int, ...]]:
+    """Shapes of a GPT with about that many weights, a third of them in the embedding as in GPT-2.
+
+    Example:
+        >>> sum(torch.Size(s).numel() for s in shapes(100_000_000)) // 1_000_000
+        101
+    """
+    found: list[tuple[int, ...]] = [(min(50257, max(1, weights // 3 // width)), width), (width,), (width,)]
+    block: list[tuple[int, ...]] = [(width,), (width,), (3 * width, width), (3 * width,), (width, width), (width,)]
+    block += [(width,), (width,), (4 * width, width), (4 * width,), (width, 4 * width), (width,)]
+    size = sum(torch.Size(shape).numel() for shape in block)
+    return found + block * max(1, round(weights * 2 / 3 / size))
+
+
+class _Bench:
+    """One optimizer on one set of weights, and the contenders."""
+
+    def __init__(self, setting: Setting, weights: int) -> None:
+        self.setting = setting
+        wanted = [shape for shape in shapes(weights) if setting.name != "Muon" or len(shape) == 2]
+        if setting.name == "Muon":  # its cost is that of matrix products: a few square ones will do
+            wanted = [(768, 768)] * max(1, weights // 768**2)
+        torch.manual_seed(0)
+        self.params = [torch.nn.Parameter(torch.empty(shape).normal_(0, 0.02)) for shape in wanted]
+        for p in self.params:
+            p.grad = torch.empty_like(p).normal_(0, 0.02)
+        self.weights = sum(p.numel() for p in self.params)
+        self.optimizer = setting.optimizer(self.params, **setting.options)  # type: ignore[call-arg]
+        self.optimizer.step()
+        self.variant = self._fastest()
+        self.out = StorageLayout(self.params).copy().tensors
+
+    def _fastest(self) -> str:
+        """Which of torch's own ways to step is the fastest here; it stays switched on."""
+        accepted = inspect.signature(self.setting.optimizer).parameters
+        ways: dict[str, dict[str, Any]] = {"default": {}}
+        if "fused" in accepted:
+            ways["fused"] = {"fused": True, "foreach": False}
+        if "foreach" in accepted:
+            ways["foreach"] = {"fused": False, "foreach": True}
+            ways["one by one"] = {"fused": False, "foreach": False}
+        times: dict[str, float] = {}
+        for name, options in ways.items():
+            self._switch(options)
+            times[name] = min(_seconds(self.optimizer.step) for _ in range(3 if self.setting.name != "Muon" else 1))
+        best = min(times, key=lambda name: times[name])
+        self._switch(ways[best])
+        return best
+
+    def _switch(self, options: dict[str, Any]) -> None:
+        for group in self.optimizer.param_groups:
+            group.update({name: value for name, value in options.items() if name in group})
+
+    def contenders(self) -> dict[str, tuple[int, Callable[[], Any]]]:
+        """What is measured: name -> passes of the model, and the work."""
+        step, own = self.setting.step, self.setting.predict
+        rule = Predictor(self.optimizer, fused=False)
+        moved = Predictor(self.optimizer, kind="displacement", fused=False)
+        fused, moved_fused = Predictor(self.optimizer), Predictor(self.optimizer, kind="displacement")
+        found: dict[str, tuple[int, Callable[[], Any]]] = {
+            "step": (step, self.optimizer.step),
+            "step, then predict": (step + own, lambda: self._both(rule)),
+            "predict": (own, lambda: rule.predict_into(self.out, STEPS)),
+            "step, displacement": (step + DISPLACEMENT_PASSES, lambda: self._both(moved)),
+        }
+        if fused.fuses and fused.fused_step(self.out, STEPS):
+            found["fused step and predict"] = (step + 1, lambda: fused.fused_step(self.out, STEPS))
+            found["fused step and displacement"] = (step + 1, lambda: moved_fused.fused_step(self.out, STEPS))
+        return found
+
+    def _both(self, predictor: Predictor) -> None:
+        predictor.before_step(self.out)
+        self.optimizer.step()
+        predictor.after_step()
+        predictor.predict_into(self.out, STEPS)
+
+    def rows(self, threads: int, repeats: int, budget: float) -> list[Row]:
+        """One row per contender, with its ratio to torch's step."""
+        found = self.contenders()
+        samples: dict[str, list[float]] = {name: [] for name in found}
+        end = time.perf_counter() + budget
+        while len(samples["step"]) < 3 or (len(samples["step"]) < repeats and time.perf_counter() < end):
+            for name, (_, work) in found.items():
+                samples[name].append(1e3 * _seconds(work))
+        base = median(samples["step"])
+        rows = []
+        for name, (passes, _) in found.items():
+            middle = median(samples[name])
+            settings = {
+                "optimizer": self.setting.name,
+                "what": name,
+                "torch_step": self.variant,
+                "threads": threads,
+                "weights": self.weights,
+                "passes": passes,
+                "model_ratio": passes / self.setting.step,
+                "ratio": middle / base,
+                "gigabytes_per_second": 4e-6 * passes * self.weights / middle,
+            }
+            rows.append(Row(f"{self.setting.name}, {name}, threads {threads}", samples[name], settings))
+        return rows
+
+
+def _copy_row(weights: int, threads: int, repeats: int) -> Row:
+    """A copy of as many weights, the faster of torch's and ours: two passes."""
+    source = torch.zeros(weights)
+    target = empty_like(source).zero_()
+    ways: list[Callable[[], Any]] = [lambda: target.copy_(source)]
+    if available():
+        ways.append(lambda: calls.copy([source], [target]))
+    samples = min(([1e3 * _seconds(way) for _ in range(repeats)] for way in ways), key=median)
+    settings = {"what": "copy", "threads": threads, "weights": weights, "passes": 2}
+    settings["gigabytes_per_second"] = round(8e-6 * weights / median(samples), 1)
+    return Row(f"copy, threads {threads}", samples, settings)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    work()
+    return time.perf_counter() - start
+
+
+def columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: one line per optimizer and number of threads, ratios to torch's own fastest step."""
+    copies = {
+        row.settings["threads"]: row.settings["gigabytes_per_second"] for row in record.rows if row.settings["what"] == "copy"
+    }
+    head = ["optimizer", "threads", "million weights", "torch's step", "fused", "by passes", "step, then predict", "by passes"]
+    head += ["displacement", "by passes", "prediction alone"]
+    lines: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in record.rows:
+        if row.settings["what"] != "copy":
+            lines.setdefault((row.settings["optimizer"], row.settings["threads"]), {})[row.settings["what"]] = row
+    body = []
+    for (name, threads), rows in lines.items():
+        step, alone = rows["step"], rows["predict"]
+        speed = alone.settings["gigabytes_per_second"]
+        cells = [name, str(threads), f"{step.settings['weights'] / 1e6:.0f}"]
+        cells.append(f"{step.median:.3g} ms ({step.settings['torch_step']})")
+        cells += _ratios(rows.get("fused step and predict")) + _ratios(rows["step, then predict"])
+        displacement = min(
+            (rows[w] for w in ("fused step and displacement", "step, displacement") if w in rows),
+            key=lambda r: r.settings["ratio"],
+        )
+        cells += _ratios(displacement)
+        body.append([*cells, f"{speed:.0f} GB/s, {speed / copies[threads]:.0%} of a copy"])
+    return head, body
+
+
+def _ratios(row: Row | None) -> list[str]:
+    if row is None:
+        return ["", ""]
+    return [f"{row.settings['ratio']:.2f}", f"{row.settings['model_ratio']:.2f}"]
+
+
+__all__ = ["Setting", "columns", "measure", "shapes"]

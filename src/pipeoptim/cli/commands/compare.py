@@ -1,0 +1,180 @@
+"""``pipeoptim compare``: the same recipe under several methods, side by side."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
+
+from pipeoptim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeoptim.compare.summary import Comparison
+    from pipeoptim.config import TrainConfig
+
+#: Validations per run where neither the recipe nor --eval-every says otherwise: enough points for a curve.
+VALIDATIONS = 10
+
+
+def compare(
+    methods: Annotated[str, Option(help="Names with commas between them (see pipeoptim methods), or all.")] = "all",
+    recipe: Annotated[str, Option(help="What to train: chars, digits, or module:function of your own.")] = "chars",
+    stages: Annotated[int | None, Option(help="Depth: pieces that the model is cut into.")] = None,
+    microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; must divide the batch size.")] = None,
+    batch_size: Annotated[int | None, Option(help="Samples per mini-batch, that is, per update.")] = None,
+    steps: Annotated[int | None, Option(help="Mini-batches of each run.")] = None,
+    seeds: Annotated[str, Option(help="How many seeds (3), or which ones (0,1,2).")] = "1",
+    optimizer: Annotated[str | None, Option(help="adamw, sgd, ... (any of torch.optim). Give --lr as well.")] = None,
+    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    same_optimizer: Annotated[
+        bool, Option("--same-optimizer", help="Also for methods that bring their own (nesterov: NAdam).")
+    ] = False,
+    own_lr: Annotated[float | None, Option(help="Learning rate of optimizers that methods bring along.")] = None,
+    prediction: Annotated[str, Option(help="Weight prediction: paper, refined, decayed or displacement.")] = "paper",
+    engine: Annotated[
+        str, Option(help="emulator: a run in one process. processes: one process per stage, for real times.")
+    ] = "emulator",
+    target: Annotated[
+        float | None,
+        Option(help="Validation loss whose first crossing is timed; by default what the synchronous method reaches."),
+    ] = None,
+    eval_every: Annotated[int | None, Option(help="Steps between validations; by default ten per run.")] = None,
+    checkpoint_every: Annotated[
+        int, Option(help="Steps between checkpoints, for very long runs. The pipeline drains at each; 0: none.")
+    ] = 0,
+    jobs: Annotated[int | None, Option(help="Runs at the same time; by default as many as cores.")] = None,
+    tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form: small, and nothing to download.")] = False,
+    out: Annotated[Path | None, Option(help="Folder of the comparison; by default runs/compare-<recipe>.")] = None,
+    quiet: Annotated[bool, Option("--quiet", help="No progress and no table.")] = False,
+) -> None:
+    """Train one recipe with several methods and compare them.
+
+    Every method and seed is one run, in --out/runs/. Afterwards --out holds report.html (curves, table, schedules; open
+    it in a browser), summary.json and summary.csv. A run that diverges is a result. A method that is not defined for the
+    setting is left out, with the reason.
+
+    \b
+    Examples:
+      pipeoptim compare --steps 200
+          All methods on the default recipe.
+      pipeoptim compare --methods gpipe,pipedream,pipeoptim --recipe digits --seeds 3
+          Three methods, three seeds each: mean and spread.
+      pipeoptim compare --methods 1f1b,naive,pipeoptim --microbatches 1 --stages 6 --lr 0.001
+          The hard setting: mini-batches are not split, gaps grow with depth.
+      pipeoptim compare --methods 1f1b,pipeoptim --engine processes
+          One process per stage: loss against wall-clock time.
+
+    Ctrl-C stops; the same command again continues with the runs that are missing.
+    """
+    import os
+    import shlex
+    import sys
+
+    import typer
+
+    from pipeoptim.compare.api import compare as run_comparison
+    from pipeoptim.compare.report import write_report
+    from pipeoptim.compare.settings import Settings
+
+    given = {"stages": stages, "microbatches": microbatches, "batch_size": batch_size, "steps": steps, "eval_every": eval_every}
+    fixed = {"prediction": prediction, "engine": engine, "checkpoint_every": checkpoint_every}
+    config = _config(recipe, {k: v for k, v in given.items() if v is not None} | fixed, optimizer, lr, tiny)
+    settings = Settings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
+    folder = out or Path("runs") / f"compare-{recipe.replace(':', '.')}"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    at_once = jobs if jobs is not None else max(1, cores // (config.stages if engine == "processes" else 1))
+    try:
+        comparison = run_comparison(settings, folder, at_once, not quiet, shlex.join(["pipeoptim", *sys.argv[1:]]))
+    except KeyboardInterrupt as error:
+        print(f"stopped; finished runs are kept in {folder}. The same command again continues.", file=sys.stderr)
+        raise typer.Exit(130) from error
+    write_report(folder)
+    if not quiet:
+        show(comparison, folder)
+    failed = [o for o in comparison.outcomes if o.status == "failed"]
+    if failed:
+        runs = ", ".join(f"{o.method} seed {o.seed} ({o.reason})" for o in failed)
+        print(f"pipeoptim: {len(failed)} of {len(comparison.outcomes)} runs failed: {runs}", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+def _config(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float | None, tiny: bool) -> TrainConfig:
+    """The recipe's configuration with what was given; one thread per run, as many validations as a curve needs."""
+    from pipeoptim.compare.shorten import shortened
+    from pipeoptim.train.checks import check
+    from pipeoptim.train.optimizers import switch
+    from pipeoptim.train.parts import with_steps
+    from pipeoptim.train.recipes import get_recipe
+
+    config = replace(get_recipe(recipe, tiny), threads=1, **given)
+    check(config)
+    config = with_steps(config)
+    if "eval_every" not in given:
+        config = replace(config, eval_every=max(1, config.steps // VALIDATIONS))
+    if optimizer is not None:
+        config = replace(config, optimizer=switch(config.optimizer, optimizer))
+    if lr is not None:
+        config = replace(config, optimizer=config.optimizer.with_options(lr=lr))
+    return shortened(config)
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    from pipeoptim.methods import METHODS
+
+    parts = re.split(r",(?![^(]*\))", text)  # a comma between parentheses separates options of a method
+    names = tuple(dict.fromkeys(name.strip() for name in parts if name.strip()))
+    if not names:
+        raise ConfigError(f"methods is {text!r}, must be names with commas between them, or all; see pipeoptim methods")
+    return tuple(METHODS) if names == ("all",) else names
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    """``3`` is how many, ``0,1,2`` are which; ``0`` alone is the seed 0."""
+    try:
+        numbers = [int(part) for part in text.split(",") if part.strip()]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 0:
+        raise ConfigError(f"seeds is {text!r}, must be how many (3) or which ones (0,1,2)")
+    return tuple(range(max(1, numbers[0]))) if "," not in text else tuple(dict.fromkeys(numbers))
+
+
+def _positive(name: str, value: float | None) -> float | None:
+    import math
+
+    if value is not None and not (math.isfinite(value) and value > 0):
+        raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 0.001")
+    return value
+
+
+def show(comparison: Comparison, folder: Path) -> None:
+    """The table in the terminal, the notes below it, and where everything is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from pipeoptim.compare.table import columns, notes
+
+    console = Console(highlight=False)
+    head = columns(comparison)
+    config = comparison.settings.config
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for n, column in enumerate(head):
+        table.add_column(
+            column.heading, justify="left" if n == 0 or column.heading == "optimizer" else "right", overflow="fold"
+        )
+    for line in comparison.lines():
+        table.add_row(*(column.cell(line) for column in head))
+    console.print(
+        f"{config.recipe}: {config.stages} stages, {config.microbatches} micro-batches of {config.batch_size // config.microbatches}, "
+        f"{config.steps} steps, {config.optimizer.target} lr {config.optimizer.options.get('lr', 'default')}, "
+        f"{len(comparison.settings.seeds)} seed{'s' * (len(comparison.settings.seeds) > 1)}, prediction {config.prediction}",
+        soft_wrap=True,
+    )
+    console.print(table)
+    for note in notes(comparison):
+        console.print(f"- {note}", soft_wrap=True, markup=False)
+    for label, name in (("report", "report.html"), ("summary", "summary.json"), ("table", "summary.csv")):
+        console.print(f"{label}: {folder / name}", soft_wrap=True)

@@ -1,0 +1,77 @@
+"""``compare``: settings and a folder in, a comparison out. What ``pipeoptim compare`` calls, and scripts may."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from pipeoptim.compare.folder import Folder, write_text
+from pipeoptim.compare.outcome import is_done, read_outcome
+from pipeoptim.compare.plan import Plan, make_plan
+from pipeoptim.compare.pool import do_runs
+from pipeoptim.compare.progress import Progress
+from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.summary import Comparison, to_csv
+from pipeoptim.errors import ConfigError
+
+
+def compare(settings: Settings, out: Path, jobs: int = 1, progress: bool = True, command: str = "") -> Comparison:
+    """Do the runs of ``settings`` that ``out`` does not hold yet, ``jobs`` at a time; write the summaries.
+
+    Raises:
+        ConfigError: the comparison is impossible, or ``out`` holds another one; nothing was written.
+        KeyboardInterrupt: Ctrl-C; what is finished is kept, calling again continues.
+    """
+    from pipeoptim.bench.record import machine
+
+    if jobs < 1:
+        raise ConfigError(f"jobs is {jobs}, must be at least 1: how many runs go on at the same time")
+    folder, plan = Folder(out), make_plan(settings)
+    if not folder.about.exists():
+        _check(plan)
+    folder.begin(settings, command, machine())
+    todo = [run for run in plan.runs if not is_done(folder.run(run.name))]
+    with Progress(folder, len(plan.runs), len(plan.runs) - len(todo), settings.config.steps, quiet=not progress) as view:
+        do_runs(folder, todo, jobs, view)
+    return write_summaries(folder)
+
+
+def read(folder: Folder) -> Comparison:
+    """The comparison in ``folder``, as far as it has come.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    settings = folder.read_settings()
+    plan = make_plan(settings)
+    order = {name: n for n, name in enumerate(settings.methods)}
+    ended = [read_outcome(run, folder.run(run.name)) for run in plan.runs if (folder.run(run.name) / "outcome.json").exists()]
+    refused = {o.method: o.reason for o in ended if o.status == "refused"}
+    outcomes = [o for o in ended if o.status != "refused"]
+    outcomes.sort(key=lambda o: (order[o.method], settings.seeds.index(o.seed)))
+    return Comparison(settings, outcomes, {**plan.left_out, **refused})
+
+
+def write_summaries(folder: Folder) -> Comparison:
+    """``summary.json`` and ``summary.csv`` of what is there."""
+    comparison = read(folder)
+    entries = comparison.entries()
+    write_text(folder.summary, json.dumps(entries, indent=2, allow_nan=False) + "\n")
+    write_text(folder.table, to_csv(entries))
+    return comparison
+
+
+def _check(plan: Plan) -> None:
+    """Build the model once and make every optimizer, so that what cannot work is said before anything is written."""
+    from pipeoptim.train import optimizers
+    from pipeoptim.train.checks import check
+    from pipeoptim.train.parts import build_parts, cpu_threads, probe
+
+    for run in plan.runs:
+        check(run.config)
+    first = plan.runs[0].config
+    with cpu_threads(first.threads):
+        parts = build_parts(first)
+        for component in {run.config.optimizer.target: run.config.optimizer for run in plan.runs}.values():
+            probe(replace(parts, optimizer=optimizers.factory(component)))

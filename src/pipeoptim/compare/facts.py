@@ -1,0 +1,117 @@
+"""What follows from a method's table and its action program, for tables and pages. Nothing here is typed by hand."""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+import re
+from dataclasses import dataclass
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method, copies, gap, get_method
+from pipeoptim.schedule import ORDERS, Program, timeline
+from pipeoptim.weights import Source
+
+
+@dataclass(frozen=True)
+class Facts:
+    """A method at one depth and number of micro-batches; lists have one number per stage.
+
+    Args:
+        gaps: version gap of a mini-batch's first micro-batch in steady state, which is the largest.
+        copies: copies of the weights at most, the latest included.
+        ahead_forward, ahead_backward: updates that the weights of F and B are predicted ahead.
+        in_flight: micro-batches between F and B at most.
+        bubble: share of time idle in steady state, F taking one unit and B two.
+    """
+
+    gaps: tuple[int, ...]
+    copies: tuple[int, ...]
+    ahead_forward: tuple[int, ...]
+    ahead_backward: tuple[int, ...]
+    in_flight: tuple[int, ...]
+    bubble: float
+
+
+def facts(name: str, depth: int, microbatches: int) -> Facts:
+    """The facts of method ``name``.
+
+    Raises:
+        ConfigError: it is unknown, or not defined for this setting.
+
+    Example:
+        >>> facts("pipedream", 4, 1).copies, facts("pipeoptim", 4, 1).copies
+        ((4, 3, 2, 1), (2, 2, 2, 1))
+    """
+    method = get_method(name)
+    program = method.program(depth, microbatches)
+    first = depth * microbatches
+    stages = range(depth)
+    return Facts(
+        gaps=tuple(gap(method, depth, microbatches, k) for k in stages),
+        copies=tuple(copies(method, depth, microbatches, k) for k in stages),
+        ahead_forward=tuple(method.forward.steps_ahead(program, k, first) for k in stages),
+        ahead_backward=tuple(method.backward.steps_ahead(program, k, first) for k in stages),
+        in_flight=tuple(program.in_flight(k) for k in stages),
+        bubble=steady_bubble(program),
+    )
+
+
+def steady_bubble(program: Program) -> float:
+    """Idle share of one mini-batch's time once the pipeline is full.
+
+    >>> steady_bubble(Program("async_1f1b", 4)), round(steady_bubble(Program("gpipe", 4, 4)), 3)
+    (0.0, 0.429)
+    """
+    n = 2 * program.depth + 4
+    spans = timeline(program, n)
+    end = {mini: max(s.end for s in spans if s.action.number == mini and s.action.kind == "U") for mini in (n - 4, n - 2)}
+    window = end[n - 2] - end[n - 4]
+    busy = 2 * 3.0 * program.microbatches  # two mini-batches, F one unit and B two
+    return max(0.0, 1.0 - busy / window)
+
+
+def minibatches(program: Program) -> int:
+    """How many mini-batches a drawing needs to show filling, steady state and draining."""
+    return max(2, -(-(program.depth + 2) // program.microbatches))
+
+
+def refusal(name: str, depth: int, microbatches: int) -> str | None:
+    """Why the method is not defined for this setting; None if it is."""
+    try:
+        get_method(name).program(depth, microbatches)
+    except ConfigError as error:
+        return str(error)
+    return None
+
+
+def order_name(order: str) -> str:
+    """An order in words."""
+    flushes = "flushed after each mini-batch" if ORDERS[order].flushes else "never flushed"
+    return f"{order.replace('_', ' ')}, {flushes}"
+
+
+def weights_in_words(source: Source) -> str:
+    """Where weights come from, in one or two words, from the kind of source.
+
+    >>> weights_in_words(get_method("pipeoptim").forward), weights_in_words(get_method("pipedream").backward)
+    ('predicted', 'stashed')
+    """
+    words = re.sub(r"(?<!^)(?=[A-Z])", " ", type(source).__name__).lower()
+    return _WORDS.get(words, words)
+
+
+#: Kinds of source whose class name needs more words.
+_WORDS = {"numbered": "one version"}
+
+
+def explanation(method: Method) -> str:
+    """The docstring of the file that defines the method: what it does, with its formula; its summary where there is none."""
+    package = importlib.import_module("pipeoptim.methods")
+    for info in pkgutil.iter_modules(package.__path__):
+        if info.name.startswith("m_"):
+            module = importlib.import_module(f"pipeoptim.methods.{info.name}")
+            if any(m.name == method.name.split("(")[0] for m in (module.METHOD, *getattr(module, "VARIANTS", ()))):
+                paragraphs = (module.__doc__ or method.summary).strip().replace("``", "").split("\n\n")
+                return "\n\n".join(" ".join(text.split()) for text in paragraphs)
+    return method.summary

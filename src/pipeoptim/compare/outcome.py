@@ -1,0 +1,158 @@
+"""What one run left behind, read from its folder: how it ended, its curves, and its figures."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pipeoptim.compare.figures import Curve, tail_mean
+from pipeoptim.compare.plan import PlannedRun
+from pipeoptim.compare.worker import OUTCOME
+from pipeoptim.config import TrainConfig
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import copies, get_method
+from pipeoptim.telemetry.metrics import read_rows
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One run of a comparison, after it ended.
+
+    Args:
+        method, seed, optimizer: which run it is; ``optimizer`` is its short name with its options.
+        status: ``finished``, ``diverged``, ``refused`` or ``failed``. reason: why, where it is not ``finished``.
+        steps: mini-batches that it did.
+        train, validation: step and loss.
+        metrics: of the last validation.
+        seconds_per_step: mean time of a mini-batch, validations not counted. None where there are no figures.
+        samples_per_second: the same as a rate.
+        weight_bytes, weight_copies: the most that one stage held, measured, and what the method promises.
+        versions, data: of what computed, on what.
+    """
+
+    method: str
+    seed: int
+    optimizer: str
+    status: str
+    reason: str = ""
+    steps: int = 0
+    train: Curve = field(default_factory=Curve)
+    validation: Curve = field(default_factory=Curve)
+    metrics: dict[str, float] = field(default_factory=dict)
+    seconds_per_step: float | None = None
+    samples_per_second: float | None = None
+    weight_bytes: int | None = None
+    weight_copies: int = 1
+    versions: dict[str, str] = field(default_factory=dict)
+    data: str = ""
+
+    @property
+    def finished(self) -> bool:
+        """Whether it trained to its end on finite losses."""
+        return self.status == "finished"
+
+    @property
+    def train_loss(self) -> float | None:
+        """Mean over the last 5 % of the steps; None if it did not finish."""
+        return tail_mean(self.train.values) if self.finished else None
+
+    @property
+    def val_loss(self) -> float | None:
+        """Of the last validation; None if it did not finish."""
+        return self.validation.values[-1] if self.finished and self.validation.values else None
+
+
+def is_done(folder: Path) -> bool:
+    """Whether the run in ``folder`` has ended with a result, so that it is not repeated; a failure is no result."""
+    try:
+        status = json.loads((folder / OUTCOME).read_text())["status"]
+    except (OSError, json.JSONDecodeError, KeyError):
+        return False
+    return status in ("finished", "diverged", "refused")
+
+
+def read_outcome(run: PlannedRun, folder: Path) -> Outcome:
+    """How ``run`` in ``folder`` ended.
+
+    Raises:
+        OSError: it has not ended.
+    """
+    ended = json.loads((folder / OUTCOME).read_text())
+    return _read(run.config, folder, ended["status"], ended.get("reason", ""))
+
+
+def read_run(config: TrainConfig, folder: Path) -> Outcome:
+    """The run of ``pipeoptim train`` in ``folder``, as far as it has come.
+
+    Raises:
+        ConfigError: it has no figures.
+    """
+    run = _read(config, folder, "finished", "")
+    if not run.train.steps:
+        raise ConfigError(f"run {folder} has no figures yet (no rows in {folder / 'metrics.jsonl'}); train it first")
+    return run
+
+
+def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcome:
+    rows = read_rows(folder / "metrics.jsonl")
+    train = [row for row in rows if "loss" in row]
+    validation = [row for row in rows if "val_loss" in row]
+    last = validation[-1] if validation else {}
+    result = _result(folder)
+    rate = result.get("samples_per_second") or _rate(train)
+    stages = result.get("stages", [])
+    if (
+        status == "finished"
+        and any(row["step"] == config.steps for row in rows)
+        and not any("val_loss" in row for row in rows if row["step"] == config.steps)
+    ):
+        status, reason = "diverged", "the last validation loss is not a finite number"
+    return Outcome(
+        method=config.method,
+        seed=config.seed,
+        optimizer=describe_optimizer(config),
+        status=status,
+        reason=reason,
+        steps=max((row["step"] for row in rows), default=0),
+        train=Curve([row["step"] for row in train], [row["loss"] for row in train]),
+        validation=Curve([row["step"] for row in validation], [row["val_loss"] for row in validation]),
+        metrics={key: value for key, value in last.items() if key.startswith("val_") and key != "val_loss"},
+        seconds_per_step=config.batch_size / rate if rate else None,
+        samples_per_second=rate,
+        weight_bytes=max((stage["weight_bytes"] for stage in stages), default=None),
+        weight_copies=max(
+            copies(get_method(config.method), config.stages, config.microbatches, k) for k in range(config.stages)
+        ),
+        versions=result.get("versions", {}),
+        data=result.get("data", ""),
+    )
+
+
+def describe_optimizer(config: TrainConfig) -> str:
+    """Its name and its options but for the learning rate, which stands apart, as in ``adamw(weight_decay=0.01)``."""
+    component = config.optimizer
+    options = ", ".join(f"{key}={_short(value)}" for key, value in component.options.items() if key != "lr")
+    return f"{component.target}({options})" if options else component.target
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, dict) and "by_stage" in value:
+        return f"by stage {value['by_stage'][0]} .. {value['by_stage'][-1]}"
+    return str(value)
+
+
+def _result(folder: Path) -> dict[str, Any]:
+    try:
+        data: dict[str, Any] = json.loads((folder / "result.json").read_text())
+    except OSError:
+        return {}
+    return data
+
+
+def _rate(train: Sequence[dict[str, Any]]) -> float | None:
+    """Of a run without a result: the mean of the rates in its rows, each weighed with its time."""
+    rates = [row["samples_per_second"] for row in train if row.get("samples_per_second")]
+    return len(rates) / sum(1 / rate for rate in rates) if rates else None

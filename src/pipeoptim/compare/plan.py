@@ -1,0 +1,94 @@
+"""From settings to runs: which methods take part, with which optimizer, and why others do not."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeoptim.compare.settings import Settings
+from pipeoptim.config import Component, TrainConfig
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method, get_method
+
+#: Optimizers whose learning rates are on the same scale as NAdam's.
+ADAMS = ("adam", "adamw", "nadam", "radam", "amsgrad")
+
+#: For an optimizer that a method brings along, where the comparison's own says nothing about its scale.
+OWN_LR = 0.001
+
+
+@dataclass(frozen=True)
+class PlannedRun:
+    """One run of a comparison: its folder's name and its complete configuration."""
+
+    name: str
+    config: TrainConfig
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All runs, seed by seed, so that an interrupted comparison has whole seeds; and the methods left out, with reasons."""
+
+    runs: tuple[PlannedRun, ...]
+    left_out: Mapping[str, str]
+
+
+def make_plan(settings: Settings) -> Plan:
+    """The runs that ``settings`` mean.
+
+    Raises:
+        ConfigError: a method is unknown, or every one of them refuses the setting.
+    """
+    base, left_out = settings.config, {}
+    for name in settings.methods:
+        method = get_method(name)
+        try:
+            method.program(base.stages, base.microbatches)
+        except ConfigError as error:
+            left_out[name] = str(error)
+    if len(left_out) == len(settings.methods):
+        raise ConfigError(f"no method is left to compare: {next(iter(left_out.values()), 'name some with --methods')}")
+    taking_part = [name for name in settings.methods if name not in left_out]
+    return Plan(tuple(planned(settings, name, seed) for seed in settings.seeds for name in taking_part), left_out)
+
+
+def planned(settings: Settings, name: str, seed: int) -> PlannedRun:
+    """The run of the method called ``name`` (which may carry options) with ``seed``."""
+    method, config = get_method(name), replace(settings.config, method=name, seed=seed)
+    if method.optimizer is not None and not settings.same_optimizer:
+        config = replace(config, optimizer=own_optimizer(method, settings))
+    return PlannedRun(f"{_as_folder(name)}-seed{seed}", config)
+
+
+def _as_folder(name: str) -> str:
+    """``name`` without what a folder's name must not hold.
+
+    >>> _as_folder("pipemare(anneal_updates=100)")
+    'pipemare_anneal_updates_100'
+    """
+    return re.sub(r"[^\w.+-]+", "_", name).strip("_.")
+
+
+def own_optimizer(method: Method, settings: Settings) -> Component:
+    """The optimizer that ``method`` brings along; an option that is not the same on every stage is given by stage."""
+    own, base = method.optimizer, settings.config
+    assert own is not None
+    stages = [dict(own.options(k, base.stages)) for k in range(base.stages)]
+    options: dict[str, Any] = {key: _one_or_all([stage[key] for stage in stages]) for key in stages[0]}
+    return Component(own.name.lower(), {"lr": own_lr(settings), **options})
+
+
+def own_lr(settings: Settings) -> float:
+    """Learning rate of an optimizer that a method brings along."""
+    if settings.own_lr is not None:
+        return settings.own_lr
+    base = settings.config.optimizer
+    lr = base.options.get("lr")
+    return float(lr) if lr is not None and base.target.lower() in ADAMS else OWN_LR
+
+
+def _one_or_all(values: list[Any]) -> Any:
+    plain = [list(value) if isinstance(value, tuple) else value for value in values]
+    return plain[0] if all(value == plain[0] for value in plain) else {"by_stage": plain}

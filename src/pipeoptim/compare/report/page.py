@@ -1,0 +1,44 @@
+"""Putting a page together: the parts, the style, the script and plotly.js, all in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from html import escape
+from importlib.resources import files
+from typing import Any
+
+from pipeoptim.version import __version__
+
+#: The browser itself refuses whatever this page might fetch.
+POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
+
+
+def page(title: str, body: Sequence[str], data: dict[str, Any]) -> str:
+    """A complete HTML document."""
+    from plotly.offline import get_plotlyjs
+
+    static = files("pipeoptim.compare.report")
+    style, script = ((static / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{POLICY}">
+<title>{escape(title)}</title>
+<style>{style}</style>
+</head>
+<body>
+<main>
+{"".join(body)}
+<footer class="quiet">pipeoptim {escape(__version__)}. This page is complete: it fetches nothing.</footer>
+</main>
+<script type="application/json" id="data">{text}</script>
+<script>{get_plotlyjs()}</script>
+<script>{script}</script>
+</body>
+</html>
+"""

@@ -1,0 +1,57 @@
+"""From a folder to its ``report.html``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeoptim.compare.api import write_summaries
+from pipeoptim.compare.folder import Folder, write_text
+from pipeoptim.compare.outcome import read_run
+from pipeoptim.compare.report import parts
+from pipeoptim.compare.report.page import page
+from pipeoptim.compare.report.series import axis_top, chart_data, comparison_series, run_series
+from pipeoptim.train.rundir import RunDir
+
+
+def write_report(path: Path) -> Path:
+    """Render the comparison in ``path`` anew from its runs, with its summaries.
+
+    Raises:
+        ConfigError: there is no comparison.
+    """
+    folder = Folder(path)
+    about, comparison = folder.read_about(), write_summaries(folder)
+    config = comparison.settings.config
+    series = comparison_series(comparison)
+    body = [
+        parts.headline(comparison),
+        parts.charts(series, config),
+        parts.table(comparison),
+        parts.notes(comparison),
+        parts.methods(comparison.settings.methods, config, series),
+        parts.setup(config, about["machine"], about["command"], comparison),
+    ]
+    title = f"{config.recipe}: methods compared"
+    write_text(folder.report, page(title, body, chart_data(series, axis_top(series))))
+    return folder.report
+
+
+def write_run_report(path: Path) -> Path:
+    """Render the curves and facts of the one run in ``path``.
+
+    Raises:
+        ConfigError: there is no run, or it has no figures yet.
+    """
+    config = RunDir(path).read_config()
+    run = read_run(config, path)
+    series = run_series(run)
+    body = [
+        parts.run_headline(run, config),
+        parts.charts(series, config),
+        parts.stages(path),
+        parts.methods((config.method,), config, []),
+        parts.setup(config, {}, "", None, run.versions, run.data),
+    ]
+    out = path / "report.html"
+    write_text(out, page(f"{path.resolve().name}: {config.method}", body, chart_data(series, axis_top(series))))
+    return out

@@ -1,0 +1,26 @@
+"""Fitting a learning-rate schedule to a run that is shorter than its recipe: its warm-up must not outlast it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from pipeoptim.config import TrainConfig
+
+#: The largest part of a run that may be warm-up before it is shortened.
+PART = 4
+
+
+def shortened(config: TrainConfig) -> TrainConfig:
+    """``config`` with a warm-up of at most a quarter of the steps.
+
+    Example:
+        >>> from pipeoptim.config import Component
+        >>> parts = {name: Component("m:f") for name in ("model", "data", "optimizer")}
+        >>> config = TrainConfig("mine", **parts, lr_schedule=Component("cosine", {"warmup": 50}), steps=100)
+        >>> shortened(config).lr_schedule.options
+        {'warmup': 25}
+    """
+    warmup = config.lr_schedule.options.get("warmup")
+    if not isinstance(warmup, int) or warmup * PART <= config.steps:
+        return config
+    return replace(config, lr_schedule=config.lr_schedule.with_options(warmup=max(0, config.steps // PART)))

@@ -1,0 +1,177 @@
+"""Gradient clipping in a pipeline: which norm decides, and what is known when.
+
+Synchronous training clips by the norm of the gradient of the whole model. In a pipeline no stage has the whole gradient, and
+in one that never flushes the stages update at different times, so there is a choice to make; :class:`Clip` names it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+
+from pipeoptim.engine.norms import Norms
+from pipeoptim.errors import ConfigError
+from pipeoptim.schedule import Program
+
+SCOPES = ("stage", "global", "global_delayed")
+
+
+@dataclass(frozen=True)
+class Clip:
+    """Scale the gradients of an update by ``min(1, max_norm / (norm + 1e-6))``, 2-norm, as ``clip_grad_norm_`` does.
+
+    Args:
+        max_norm: above 0; ``float("inf")`` measures without clipping.
+        scope: whose norm:
+
+            - ``"stage"``: of the stage's own gradients. Costs no communication; each stage has a limit of its own.
+            - ``"global"``: of all stages' gradients of the same mini-batch, as without a pipeline. U(n) of every stage waits
+              until all stages have done B(n); one float64 per stage is exchanged. Nothing is waited for longer than needed:
+              U(n) is carried out just before the stage's next F or B.
+            - ``"global_delayed"``: of all stages' gradients of mini-batch ``n - d``, ``d = ceil(D/M)``, or the stage's own
+              norm of mini-batch n where that is larger (it is a lower bound of the global one, and all that is known in the
+              first d updates). Nobody waits: F of stage 0 that U(n) depends on comes after B(n - d) of stage 0, so every
+              stage has contributed to the norm before it is used.
+
+    Raises:
+        ConfigError: another scope, or a norm that is not above 0.
+
+    Why ``"global"`` cannot deadlock: let U(n) be the oldest update that waits. It needs B(n) of every stage. In the program of
+    stage j, every F and B before and including B(n) needs, of other stages, F and B that stand before their own U(n) (an F
+    of stage j that precedes B(n) precedes U(n-1) on stage j-1; B(n) of stage j+1 precedes its U(n)), and updates older than n,
+    which by choice of n do not wait. So every B(n) is carried out.
+
+    Why it needs ``M >= D-1`` where nothing flushes: the last stage's first F of mini-batch n+1 comes after its U(n), hence
+    after B(n) of stage 0, before which stage 0 runs D-1 forwards of later micro-batches. With fewer micro-batches these belong
+    to mini-batches that have not been fed when ``step(n+1)`` must return its loss.
+
+    Example:
+        >>> Clip(1.0, "global")
+        Clip(max_norm=1.0, scope='global')
+    """
+
+    max_norm: float
+    scope: str = "stage"
+
+    def __post_init__(self) -> None:
+        if self.scope not in SCOPES:
+            raise ConfigError(f"scope of clipping is {self.scope!r}, must be one of {', '.join(SCOPES)}")
+        if isinstance(self.max_norm, bool) or not isinstance(self.max_norm, int | float) or not self.max_norm > 0:
+            raise ConfigError(f"max_norm is {self.max_norm!r}, must be a number above 0, for example 1.0")
+
+    @property
+    def exchanges(self) -> bool:
+        """Whether stages tell each other their norms."""
+        return self.scope != "stage"
+
+    @property
+    def waits(self) -> bool:
+        """Whether an update waits for the other stages."""
+        return self.scope == "global"
+
+    def delay(self, program: Program) -> int:
+        """By how many updates the global norm is older than the gradients that it scales; 0 where it is not."""
+        return max(1, -(-program.depth // program.microbatches)) if self.scope == "global_delayed" else 0
+
+    def check(self, program: Program) -> None:
+        """Raises ConfigError where the exact norm cannot be had in time."""
+        if self.waits and not program.flushes and program.microbatches < program.depth - 1:
+            raise ConfigError(
+                f"clipping by the exact global norm needs microbatches >= depth - 1 in a pipeline that never flushes: "
+                f"microbatches is {program.microbatches}, depth is {program.depth}; set microbatches to {program.depth - 1} or "
+                "more, use scope 'global_delayed' or 'stage', or a method that flushes"
+            )
+
+
+def as_clip(value: Clip | float | None) -> Clip | None:
+    """``clip=1.0`` is short for ``clip=Clip(1.0)``."""
+    return value if value is None or isinstance(value, Clip) else Clip(value)
+
+
+class Clipper:
+    """Carries out a :class:`Clip` on one stage.
+
+    Args:
+        clip: what to do.
+        params: what the optimizer holds.
+        program: of the pipeline.
+        norms: the exchange with the other stages; None for scope "stage".
+
+    Attributes:
+        used: the norm that scaled the newest update; None before the first.
+    """
+
+    def __init__(self, clip: Clip, params: Sequence[Tensor], program: Program, norms: Norms | None) -> None:
+        clip.check(program)
+        assert (norms is not None) == clip.exchanges
+        self.rule, self.params, self.norms = clip, list(params), norms
+        self.delay = clip.delay(program)
+        self.used: Tensor | float | None = None
+        self._own: Tensor = torch.tensor(0.0)
+        self._posted: deque[int] = deque()  # versions whose global norm was not taken yet
+        self._known: dict[int, float] = {}  # version -> its global norm
+
+    def announce(self, version: int) -> None:
+        """The gradients of the update after ``version`` are complete: take their norm and tell it."""
+        self._own = get_total_norm([p.grad for p in self.params if p.grad is not None])
+        if self.norms is not None:
+            self.norms.post(version, float(self._own))
+            self._posted.append(version)
+
+    def ready(self, version: int) -> bool:
+        """Whether :meth:`apply` would not wait for a stage that cannot act meanwhile (the emulator's stages take turns)."""
+        return not self.rule.waits or self.norms is None or self.norms.ready(version)
+
+    def norm(self, version: int) -> Tensor | float:
+        """The norm that decides about the update after ``version``; for scope "global" the same on every stage."""
+        self._take(version - self.delay)
+        if self.norms is None:
+            return self._own
+        known = self._known.pop(version - self.delay, math.nan)
+        if self.rule.waits:
+            return known
+        own = float(self._own)
+        return max(own, known) if math.isfinite(known) else own
+
+    def apply(self, norm: Tensor | float) -> None:
+        """Scale the gradients."""
+        self.used = norm
+        if not isinstance(norm, Tensor):
+            norm = torch.tensor(norm, dtype=self._own.dtype, device=self._own.device)
+        clip_grads_with_norm_(self.params, self.rule.max_norm, norm)
+
+    def _take(self, newest: int) -> None:
+        """Take the global norms up to that of version ``newest``."""
+        while self._posted and self._posted[0] <= newest and self.norms is not None:
+            version = self._posted.popleft()
+            self._known[version] = total(self.norms.take(version))
+
+    def state_dict(self) -> dict[str, Any]:
+        """Norms that coming updates use."""
+        if self._posted:
+            self._take(self._posted[-1])
+        return {"versions": list(self._known), "norms": list(self._known.values())}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take over :meth:`state_dict`."""
+        self._posted.clear()
+        self._known = dict(zip(state["versions"], state["norms"], strict=True))
+
+
+def total(norms: Sequence[float]) -> float:
+    """The norm of a vector from the norms of its parts: float64, in the order of the stages, so that all get the same bits.
+
+    >>> total([3.0, 4.0])
+    5.0
+    """
+    return math.sqrt(sum(norm * norm for norm in norms))
+
+
+__all__ = ["SCOPES", "Clip", "Clipper", "as_clip", "total"]

@@ -1,0 +1,224 @@
+/* Steps of optimizers and predictions of weights, each in one pass over memory.
+ *
+ * Every entry point takes an array of jobs (one per parameter) and a number of threads. Jobs are cut into chunks that
+ * threads take in turn, so a thread that is held up does not hold up the others. All arithmetic is elementwise and the same
+ * in the middle of a tensor and at its ends: results do not depend on threads, chunks or alignment. Compile without
+ * contraction to fused multiply-adds, or the same formula in two functions may round differently.
+ */
+#include "vector.h"
+#include <stdlib.h>
+
+#define CHUNK 65536 /* floats per piece of work */
+#define SPAN 1024   /* floats per page of memory: the hardware's prefetchers stop at its end */
+#define INLINE static inline __attribute__((always_inline))
+
+enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3 };
+
+struct factor { float scale, inverse; };
+
+struct adam {
+    int64_t n;
+    float *w;
+    const float *g;
+    float *m, *v, *out;
+    const struct factor *factors; /* BY_TERMS: what each term multiplies, and its 1/divisor of the root */
+    int32_t form, streamed, count, unused;
+    float sign, coupled, b1, b1c, b2, b2c, decay, rate, inverse, eps; /* the step */
+    float lose, scale, ahead, padding;                                /* the prediction */
+};
+
+struct sgd {
+    int64_t n;
+    float *w;
+    const float *g;
+    float *b, *out; /* b: NULL without momentum */
+    int32_t form, streamed;
+    float sign, coupled, mu, damp, along_g, along_b, lr; /* the step */
+    float lose, from_g, from_b, ahead, padding;          /* the prediction */
+};
+
+struct term {
+    const float *value, *root; /* root: NULL for a linear term */
+    float scale, inverse, eps, padding;
+};
+
+struct move {
+    int64_t n;
+    const float *w;
+    float *out;
+    const struct term *terms;
+    int32_t count, streamed;
+    float lose, padding;
+};
+
+/* -- arithmetic of one vector -------------------------------------------------------------------------------------------- */
+
+INLINE vec quotient(vec value, vec square, float inverse, float eps) { return value / (root(square) * inverse + eps); }
+
+/* `w` less its decay; untouched bit for bit, infinities included, where there is none. */
+INLINE vec less(vec w, float part) { return part == 0 ? w : w - w * part; }
+
+INLINE vec adam_step(const struct adam *a, int form, vec g, vec *m, vec *v, vec *w) {
+    vec old = *w;
+    g = g * a->sign + old * a->coupled;
+    *m = *m * a->b1 + g * a->b1c;
+    *v = *v * a->b2 + g * g * a->b2c;
+    vec q = quotient(*m, *v, a->inverse, a->eps);
+    vec now = *w = less(old, a->decay) - q * a->rate;
+    if (form == BY_DISPLACEMENT) return now + (now - old) * a->ahead;
+    vec out = less(now, a->lose);
+    if (form == BY_RULE) return out - q * a->scale;
+    for (int32_t k = 0; k < a->count; k++) out = out - quotient(*m, *v, a->factors[k].inverse, a->eps) * a->factors[k].scale;
+    return out;
+}
+
+INLINE vec sgd_step(const struct sgd *a, int form, int momentum, vec g, vec *b, vec *w) {
+    vec old = *w, d = g * a->sign + old * a->coupled, along = d;
+    if (momentum) {
+        *b = *b * a->mu + d * a->damp;
+        along = d * a->along_g + *b * a->along_b;
+    }
+    vec now = *w = old - along * a->lr;
+    if (form == BY_DISPLACEMENT) return now + (now - old) * a->ahead;
+    vec out = less(now, a->lose) - g * a->from_g;
+    return momentum ? out - *b * a->from_b : out;
+}
+
+INLINE vec moved(const struct move *a, int64_t i, int64_t part) {
+    vec w = part ? load_part(a->w + i, part, 0) : load(a->w + i), out = less(w, a->lose);
+    for (int32_t k = 0; k < a->count; k++) {
+        const struct term *t = a->terms + k;
+        vec value = part ? load_part(t->value + i, part, 0) : load(t->value + i);
+        if (t->root) value = quotient(value, part ? load_part(t->root + i, part, 1) : load(t->root + i), t->inverse, t->eps);
+        out = out - value * t->scale;
+    }
+    return out;
+}
+
+/* -- one range of one job -------------------------------------------------------------------------------------------------- */
+
+INLINE void put(float *p, vec x, int64_t part, int streamed) {
+    if (part) store_part(p, x, part);
+    else if (streamed) stream(p, x);
+    else store(p, x);
+}
+
+INLINE void adam_at(const struct adam *a, int64_t i, int64_t part, int form, int streamed) {
+    vec g = part ? load_part(a->g + i, part, 0) : load(a->g + i), m = part ? load_part(a->m + i, part, 0) : load(a->m + i);
+    vec v = part ? load_part(a->v + i, part, 1) : load(a->v + i), w = part ? load_part(a->w + i, part, 0) : load(a->w + i);
+    vec out = adam_step(a, form, g, &m, &v, &w);
+    put(a->m + i, m, part, 0);
+    put(a->v + i, v, part, 0);
+    put(a->w + i, w, part, 0);
+    if (form) put(a->out + i, out, part, streamed);
+}
+
+INLINE void sgd_at(const struct sgd *a, int64_t i, int64_t part, int form, int momentum, int streamed) {
+    vec g = part ? load_part(a->g + i, part, 0) : load(a->g + i), w = part ? load_part(a->w + i, part, 0) : load(a->w + i);
+    vec b = !momentum ? all(0) : part ? load_part(a->b + i, part, 0) : load(a->b + i);
+    vec out = sgd_step(a, form, momentum, g, &b, &w);
+    if (momentum) put(a->b + i, b, part, 0);
+    put(a->w + i, w, part, 0);
+    if (form) put(a->out + i, out, part, streamed);
+}
+
+INLINE void touch(const float *p, int64_t i) {
+    __builtin_prefetch(p + i + SPAN);
+    __builtin_prefetch(p + i + SPAN + 16);
+}
+
+/* Walk from `i` to `end`: a part up to the first aligned address of `out`, whole vectors page by page, and the last part. */
+#define WALK(AT, TOUCH, out, streamed)                                                                                        \
+    do {                                                                                                                      \
+        int64_t head = (streamed) ? before_aligned((out) + i, end - i) : 0;                                                   \
+        if (head) { int64_t part = head; AT; i += head; }                                                                     \
+        while (i + LANES <= end) {                                                                                            \
+            int64_t stop = i + SPAN < end ? i + SPAN : end;                                                                   \
+            if (i + SPAN + 32 < end) { TOUCH; }                                                                               \
+            for (; i + LANES <= stop; i += LANES) { const int64_t part = 0; AT; }                                             \
+        }                                                                                                                     \
+        if (i < end) { int64_t part = end - i; AT; }                                                                          \
+    } while (0)
+
+#define ADAM(form, streamed)                                                                                                  \
+    WALK(adam_at(a, i, part, form, streamed), (touch(a->g, i), touch(a->m, i), touch(a->v, i), touch(a->w, i)), a->out, streamed)
+
+/* A copy of the job: the compiler sees that nothing written through its pointers changes it. */
+static void adam_range(const struct adam *job, int64_t i, int64_t end) {
+    const struct adam copy = *job, *a = &copy;
+    int streamed = CAN_STREAM && a->streamed;
+    switch (a->form) {
+    case NO_PREDICTION: ADAM(NO_PREDICTION, 0); break;
+    case BY_RULE: if (streamed) ADAM(BY_RULE, 1); else ADAM(BY_RULE, 0); break;
+    case BY_DISPLACEMENT: if (streamed) ADAM(BY_DISPLACEMENT, 1); else ADAM(BY_DISPLACEMENT, 0); break;
+    default: ADAM(BY_TERMS, 0);
+    }
+}
+
+#define SGD(form, momentum, streamed)                                                                                         \
+    WALK(sgd_at(a, i, part, form, momentum, streamed), (touch(a->g, i), touch(a->w, i)), a->out, streamed)
+#define SGD_EITHER(form, streamed)                                                                                            \
+    do { if (a->b) SGD(form, 1, streamed); else SGD(form, 0, streamed); } while (0)
+
+static void sgd_range(const struct sgd *job, int64_t i, int64_t end) {
+    const struct sgd copy = *job, *a = &copy;
+    int streamed = CAN_STREAM && a->streamed;
+    switch (a->form) {
+    case NO_PREDICTION: SGD_EITHER(NO_PREDICTION, 0); break;
+    case BY_RULE: if (streamed) SGD_EITHER(BY_RULE, 1); else SGD_EITHER(BY_RULE, 0); break;
+    default: if (streamed) SGD_EITHER(BY_DISPLACEMENT, 1); else SGD_EITHER(BY_DISPLACEMENT, 0);
+    }
+}
+
+#define MOVE(streamed) WALK(put(a->out + i, moved(a, i, part), part, streamed), (void)0, a->out, streamed)
+
+static void move_range(const struct move *job, int64_t i, int64_t end) {
+    struct term one;
+    struct move known = *job, *a = &known;
+    int streamed = CAN_STREAM && job->streamed;
+    if (job->count == 1) { /* the usual case: let the compiler see what it is */
+        one = job->terms[0];
+        a->terms = &one;
+        a->count = 1;
+        if (one.root) { if (streamed) MOVE(1); else MOVE(0); }
+        else { one.root = NULL; if (streamed) MOVE(1); else MOVE(0); }
+        return;
+    }
+    if (streamed) MOVE(1); else MOVE(0);
+}
+
+/* -- all jobs ------------------------------------------------------------------------------------------------------------- */
+
+#define ENTRY(name, type)                                                                                                     \
+    int name(int64_t count, const struct type *jobs, int32_t threads) {                                                       \
+        int64_t *first = malloc((size_t)(count + 1) * sizeof *first), total = 0;                                              \
+        if (!first) return 1;                                                                                                 \
+        first[0] = 0;                                                                                                         \
+        for (int64_t j = 0; j < count; j++) {                                                                                 \
+            first[j + 1] = first[j] + (jobs[j].n + CHUNK - 1) / CHUNK;                                                        \
+            total += jobs[j].n;                                                                                               \
+        }                                                                                                                     \
+        if (total < CHUNK) threads = 1; /* waking threads would take longer */                                               \
+        _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                                         \
+        {                                                                                                                     \
+            int64_t j = 0; /* chunks come in rising order, so this only moves forward */                                     \
+            _Pragma("omp for schedule(dynamic, 1)")                                                                           \
+            for (int64_t c = 0; c < first[count]; c++) {                                                                      \
+                while (first[j + 1] <= c) j++;                                                                                \
+                int64_t i = (c - first[j]) * CHUNK, end = i + CHUNK < jobs[j].n ? i + CHUNK : jobs[j].n;                      \
+                type##_range(jobs + j, i, end);                                                                               \
+            }                                                                                                                 \
+            fence();                                                                                                          \
+        }                                                                                                                     \
+        free(first);                                                                                                          \
+        return 0;                                                                                                             \
+    }
+
+ENTRY(pipeoptim_adam, adam)
+ENTRY(pipeoptim_sgd, sgd)
+ENTRY(pipeoptim_move, move)
+
+/* The sizes of the structures, so that the caller can check that it packs the same. */
+void pipeoptim_sizes(int64_t *sizes) {
+    sizes[0] = sizeof(struct adam), sizes[1] = sizeof(struct sgd), sizes[2] = sizeof(struct move), sizes[3] = sizeof(struct term);
+}

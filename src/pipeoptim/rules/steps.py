@@ -1,0 +1,130 @@
+"""What an optimizer itself does in a step, as a job for a kernel that predicts in the same pass over memory.
+
+Only where the step is plain enough and common enough to be worth it: Adam, AdamW and SGD. A stepper belongs to a rule
+(`Rule.stepper`); everything it does not cover runs torch's own step, followed by a prediction of its own.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from pipeoptim.kernels import calls
+from pipeoptim.rules.move import Group, Move, Scalar, State, scalar, square_root
+
+
+class Stepper(ABC):
+    """The step of one optimizer family."""
+
+    @abstractmethod
+    def covers(self, group: Group) -> bool:
+        """Whether the kernel has every option that is switched on in this param group."""
+
+    @abstractmethod
+    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
+        """What the step reads and writes besides weight and gradient; None before torch's own step has made it."""
+
+    @abstractmethod
+    def how(self, group: Group, t: float, ahead: calls.Ahead) -> Any:
+        """The numbers of step t (counted from 1), and those of the prediction after it."""
+
+    @abstractmethod
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor) -> Any:
+        """The step of one parameter."""
+
+    @abstractmethod
+    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+        """The terms of the rule's move, as `calls.Ahead` has them."""
+
+    @abstractmethod
+    def run(self, jobs: Sequence[Any]) -> None:
+        """Carry the jobs out."""
+
+
+class AdamStepper(Stepper):
+    """Adam and AdamW without amsgrad."""
+
+    def covers(self, group: Group) -> bool:
+        numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
+        return not (group["amsgrad"] or group["capturable"] or group["differentiable"]) and _are_numbers(numbers)
+
+    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
+        return [state["exp_avg"], state["exp_avg_sq"]] if "exp_avg" in state else None
+
+    def how(self, group: Group, t: float, ahead: calls.Ahead) -> calls.AdamHow:
+        lr, decay = _number(group["lr"]), _number(group["weight_decay"])
+        beta1, beta2 = (_number(beta) for beta in group["betas"])
+        decoupled = bool(group.get("decoupled_weight_decay", False))
+        return calls.AdamHow(
+            b1=beta1,
+            b2=beta2,
+            rate=lr / (1 - beta1**t),
+            inverse=1.0 / _number(square_root(1 - beta2**t)),
+            eps=_number(group["eps"]),
+            sign=-1.0 if group["maximize"] else 1.0,
+            coupled=0.0 if decoupled else decay,
+            decay=lr * decay if decoupled else 0.0,
+            ahead=ahead,
+        )
+
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor) -> calls.Adam:
+        return calls.Adam(how, weight, grad, state["exp_avg"], state["exp_avg_sq"], out)
+
+    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+        assert all(t.value is state["exp_avg"] and t.root is state["exp_avg_sq"] for t in move.terms)
+        return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
+
+    def run(self, jobs: Sequence[calls.Adam]) -> None:
+        calls.run_adam(jobs)
+
+
+class SgdStepper(Stepper):
+    """SGD with every option."""
+
+    def covers(self, group: Group) -> bool:
+        numbers = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
+        return not group["differentiable"] and _are_numbers(numbers)
+
+    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
+        if _number(group["momentum"]) == 0:
+            return []
+        buffer = state.get("momentum_buffer")
+        return None if buffer is None else [buffer]
+
+    def how(self, group: Group, t: float, ahead: calls.Ahead) -> calls.SgdHow:
+        mu = _number(group["momentum"])
+        return calls.SgdHow(
+            lr=_number(group["lr"]),
+            mu=mu,
+            damp=1.0 - _number(group["dampening"]),
+            along=(1.0, mu) if group["nesterov"] else (0.0, 1.0),
+            sign=-1.0 if group["maximize"] else 1.0,
+            coupled=_number(group["weight_decay"]),
+            ahead=ahead,
+        )
+
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor) -> calls.Sgd:
+        return calls.Sgd(how, weight, grad, state["momentum_buffer"] if how.mu else None, out)
+
+    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+        assert all(t.root is None for t in move.terms)
+        from_g = [_number(t.scale) for t in move.terms if t.value is grad]
+        from_b = [_number(t.scale) for t in move.terms if t.value is not grad]
+        return ((sum(from_g), sum(from_b)),)
+
+    def run(self, jobs: Sequence[calls.Sgd]) -> None:
+        calls.run_sgd(jobs)
+
+
+def _are_numbers(values: Sequence[Any]) -> bool:
+    """Whether none lies on an accelerator, where reading it would wait."""
+    return not any(isinstance(value, Tensor) and value.device.type != "cpu" for value in values)
+
+
+def _number(value: Any) -> float:
+    read: Scalar = scalar(value)
+    assert not isinstance(read, Tensor)
+    return read

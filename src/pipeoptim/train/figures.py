@@ -1,0 +1,72 @@
+"""How the figures that each stage measures come to the one process that writes them down, without anybody waiting.
+
+Each process leaves its rows in the store of the process group; the last stage's process collects the steps that are complete.
+A gather would stop the pipeline: the last stage is several mini-batches behind the first.
+"""
+
+from __future__ import annotations
+
+import json
+from datetime import timedelta
+from typing import Any, Protocol
+
+Rows = list[dict[str, Any]]
+
+
+class Figures(Protocol):
+    """The rows of some steps, on their way to the last stage's process."""
+
+    def post(self, step: int, rows: Rows) -> None:
+        """Leave the rows of this process's stages for ``step``; every process does, with increasing steps."""
+        ...
+
+    def collect(self, wait: bool) -> list[tuple[int, Rows]]:
+        """On the last stage: the steps that are complete by now, in order; with ``wait`` all that it posted itself."""
+        ...
+
+
+class LocalFigures:
+    """Of a run that is one process."""
+
+    def __init__(self) -> None:
+        self._posted: list[tuple[int, Rows]] = []
+
+    def post(self, step: int, rows: Rows) -> None:
+        self._posted.append((step, rows))
+
+    def collect(self, wait: bool) -> list[tuple[int, Rows]]:
+        found, self._posted = self._posted, []
+        return found
+
+
+class StoreFigures:
+    """Between processes, through the store of the default process group.
+
+    Args:
+        k, depth: the stage of this process, of how many.
+    """
+
+    def __init__(self, k: int, depth: int) -> None:
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        self.k, self.depth = k, depth
+        self._store = PrefixStore("pipeoptim/figures", _get_default_store())
+        self._due: list[int] = []
+
+    def post(self, step: int, rows: Rows) -> None:
+        self._store.set(f"{step}/{self.k}", json.dumps(rows))
+        self._due.append(step)
+
+    def collect(self, wait: bool) -> list[tuple[int, Rows]]:
+        found = []
+        while self._due:
+            keys = [f"{self._due[0]}/{k}" for k in range(self.depth)]
+            if wait:
+                self._store.wait(keys, timedelta(seconds=300))
+            elif not self._store.check(keys):
+                break
+            rows = [row for key in keys for row in json.loads(self._store.get(key))]
+            found.append((self._due.pop(0), rows))
+            for key in keys:
+                self._store.delete_key(key)
+        return found
