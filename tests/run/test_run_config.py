@@ -36,7 +36,7 @@ def test_json_round_trip(config: TrainConfig) -> None:
 def test_fingerprint_tells_runs_apart(name: str) -> None:
     config = tiny.recipe()
     value = getattr(config, name)
-    other = value.with_options(x=1) if isinstance(value, Component) else value + (1 if isinstance(value, int) else "x")
+    other = value.with_options(x=1) if isinstance(value, Component) else value + (1 if isinstance(value, int | float) else "x")
     changed = replace(config, **{name: other})
     assert (changed.fingerprint() == config.fingerprint()) == (name in NOT_IN_FINGERPRINT)
 
