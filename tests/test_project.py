@@ -141,4 +141,5 @@ def test_only_one_module_imports_torchs_pipelining():
         p.relative_to(source).as_posix() for p in source.rglob("*.py") if "torch.distributed.pipelining import" in p.read_text()
     ]
     assert users
-    assert set(users) - {"engine/upstream.py", "engine/distributed.py", "bench/throughput.py", "train/pipes.py"} == set()
+    outside = {name for name in users if not name.startswith("bench/")}  # benchmarks run torch's own schedules
+    assert outside == {"engine/upstream.py", "engine/distributed.py", "train/pipes.py"}

@@ -73,7 +73,7 @@ def steady_bubble(program: Program) -> float:
 
 def minibatches(program: Program) -> int:
     """How many mini-batches a drawing needs to show filling, steady state and draining."""
-    return max(2, -(-(program.depth + 2) // program.microbatches))
+    return 2 if program.flushes else max(2, -(-(program.depth + 2) // program.microbatches))
 
 
 def refusal(name: str, depth: int, microbatches: int) -> str | None:

@@ -14,7 +14,10 @@ from pipeoptim.compare.worker import OUTCOME
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method
-from pipeoptim.telemetry.metrics import read_rows
+from pipeoptim.telemetry.metrics import Row, read_rows
+
+#: A run that ends above so many times the loss of its first step has lost what it knew, though its loss is a number.
+LOST = 2.0
 
 
 @dataclass(frozen=True)
@@ -104,28 +107,23 @@ def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcom
     result = _result(folder)
     rate = result.get("samples_per_second") or _rate(train)
     stages = result.get("stages", [])
-    if (
-        status == "finished"
-        and any(row["step"] == config.steps for row in rows)
-        and not any("val_loss" in row for row in rows if row["step"] == config.steps)
-    ):
-        status, reason = "diverged", "the last validation loss is not a finite number"
+    if status == "finished" and (lost := _lost(rows, train, last, config.steps)):
+        status, reason = "diverged", lost
+    method, stages_of = get_method(config.method), range(config.stages)
     return Outcome(
         method=config.method,
         seed=config.seed,
         optimizer=describe_optimizer(config),
         status=status,
         reason=reason,
-        steps=max((row["step"] for row in rows), default=0),
+        steps=max((row.get("step", 0) for row in rows), default=0),
         train=Curve([row["step"] for row in train], [row["loss"] for row in train]),
         validation=Curve([row["step"] for row in validation], [row["val_loss"] for row in validation]),
         metrics={key: value for key, value in last.items() if key.startswith("val_") and key != "val_loss"},
         seconds_per_step=config.batch_size / rate if rate else None,
         samples_per_second=rate,
         weight_bytes=max((stage["weight_bytes"] for stage in stages), default=None),
-        weight_copies=max(
-            copies(get_method(config.method), config.stages, config.microbatches, k) for k in range(config.stages)
-        ),
+        weight_copies=max(copies(method, config.stages, config.microbatches, k) for k in stages_of),
         versions=result.get("versions", {}),
         data=result.get("data", ""),
     )
@@ -142,6 +140,16 @@ def _short(value: Any) -> str:
     if isinstance(value, dict) and "by_stage" in value:
         return f"by stage {value['by_stage'][0]} .. {value['by_stage'][-1]}"
     return str(value)
+
+
+def _lost(rows: Sequence[Row], train: Sequence[Row], last: Row, steps: int) -> str:
+    """Why a run that came to its end has diverged all the same; nothing if it has not."""
+    at_end = [row for row in rows if row.get("step") == steps]
+    if at_end and not any("val_loss" in row for row in at_end):
+        return "the last validation loss is not a finite number"
+    if train and last and last["val_loss"] > LOST * train[0]["loss"]:
+        return f"it ended at validation loss {last['val_loss']:.4g}, having begun at {train[0]['loss']:.4g}"
+    return ""
 
 
 def _result(folder: Path) -> dict[str, Any]:

@@ -52,7 +52,9 @@ class Comparison:
         return default_target(o.val_loss for o in self.of(self.synchronous or ""))
 
     def _val(self, method: str | None) -> Spread | None:
-        return Spread.of(o.val_loss for o in self.of(method or ""))
+        """Over all seeds; None where one has no loss, because those that are left would flatter."""
+        outcomes = self.of(method or "")
+        return Spread.of(o.val_loss for o in outcomes) if all(o.finished for o in outcomes) else None
 
     def share(self, loss: float | None) -> float | None:
         """Share of the gap between the uncorrected and the synchronous method that a validation loss closes."""

@@ -34,11 +34,17 @@ def columns(comparison: Comparison) -> list[Column]:
     several = len({line.optimizer for line in comparison.lines()}) > 1
     found = [
         Column("method", "name, as after --methods", lambda line: line.method),
+        Column("val. loss", "of the last validation", lambda line: _loss(line, line.val_loss), _mean("val_loss")),
+        Column(
+            "gap closed",
+            f"share of what {comparison.uncorrected} loses against {comparison.synchronous} in validation loss",
+            lambda line: _share(line.share),
+            lambda line: line.share,
+        ),
+        *metrics,
         Column(
             "train loss", "mean over the last 5 % of the steps", lambda line: _loss(line, line.train_loss), _mean("train_loss")
         ),
-        Column("val. loss", "of the last validation", lambda line: _loss(line, line.val_loss), _mean("val_loss")),
-        *metrics,
         Column(
             "steps to target",
             f"first validation at or below {target:.4g}" if target is not None else "",
@@ -46,10 +52,16 @@ def columns(comparison: Comparison) -> list[Column]:
             _mean("steps_to_target"),
         ),
         Column(
-            "time to target",
-            "those steps times the mean time of a step, s" + ("" if processes else "; all stages on one core"),
-            lambda line: _seconds(line.seconds_to_target, line.runs),
-            _mean("seconds_to_target"),
+            "copies",
+            "of the weights, the most of any stage",
+            lambda line: str(line.weight_copies),
+            lambda line: line.weight_copies,
+        ),
+        Column(
+            "weight memory",
+            "bytes of weights in mid-flight, measured; the most of any stage",
+            lambda line: size(line.weight_bytes),
+            lambda line: line.weight_bytes,
         ),
         Column(
             "samples/s",
@@ -59,22 +71,10 @@ def columns(comparison: Comparison) -> list[Column]:
             _mean("samples_per_second"),
         ),
         Column(
-            "weight memory",
-            "bytes of weights in mid-flight, measured; the most of any stage",
-            lambda line: size(line.weight_bytes),
-            lambda line: line.weight_bytes,
-        ),
-        Column(
-            "copies",
-            "of the weights, the most of any stage",
-            lambda line: str(line.weight_copies),
-            lambda line: line.weight_copies,
-        ),
-        Column(
-            "gap closed",
-            f"share of what {comparison.uncorrected} loses against {comparison.synchronous} in validation loss",
-            lambda line: _share(line.share),
-            lambda line: line.share,
+            "time to target",
+            "those steps times the mean time of a step, s" + ("" if processes else "; all stages on one core"),
+            lambda line: _seconds(line.seconds_to_target, line.runs),
+            _mean("seconds_to_target"),
         ),
     ]
     if several:
@@ -83,10 +83,29 @@ def columns(comparison: Comparison) -> list[Column]:
     return [column for column in found if any(column.cell(line) not in (NONE, "") for line in lines)]
 
 
+#: What a narrow terminal does without, first to last.
+SPARE = ("time to target", "samples/s", "optimizer", "steps to target", "weight memory", "train loss")
+
+
+def fitting(found: Sequence[Column], lines: Sequence[Line], width: int) -> tuple[list[Column], list[str]]:
+    """The columns that fit into ``width`` characters, two between them, and the headings of those that do not."""
+
+    def total(columns: Sequence[Column]) -> int:
+        return sum(2 + max(len(c.heading), *(len(c.cell(line)) for line in lines)) for c in columns) if lines else 0
+
+    kept, dropped = list(found), list[str]()
+    for heading in SPARE:
+        if total(kept) <= width:
+            break
+        dropped += [c.heading for c in kept if c.heading == heading]
+        kept = [c for c in kept if c.heading != heading]
+    return kept, dropped
+
+
 def _metric(name: str) -> Column:
     def cell(line: Line) -> str:
         value = line.metrics.get(name)
-        return NONE if value is None else f"{value.mean:.4f}" + (f" ± {value.deviation:.4f}" if value.count > 1 else "")
+        return NONE if value is None else f"{value.mean:.4f}" + (f" ±{value.deviation:.4f}" if value.count > 1 else "")
 
     def key(line: Line) -> float | None:
         value = line.metrics.get(name)
@@ -110,7 +129,7 @@ def _share(value: float | None) -> str:
 
 
 def _loss(line: Line, value: Spread | None) -> str:
-    text = "" if value is None else f"{value.mean:.4f}" + (f" ± {value.deviation:.4f}" if value.count > 1 else "")
+    text = "" if value is None else f"{value.mean:.4f}" + (f" ±{value.deviation:.4f}" if value.count > 1 else "")
     if line.diverged:
         return f"{text} ({line.diverged} of {line.runs} diverged)".strip() if text else "diverged"
     return text or NONE

@@ -17,7 +17,12 @@ from torch import Tensor
 
 COORDINATES = 4096  # per parameter group and stage
 TENSORS = 16  # of a group that coordinates are taken from: each one costs a kernel call
+RUN = 16  # neighbouring elements of a tensor that are taken together
 WINDOW = 20  # measurements that the warning averages over
+
+
+class PredictionWarning(UserWarning):
+    """A stage's weight prediction is worse than none."""
 
 
 @dataclass(frozen=True)
@@ -111,14 +116,14 @@ class PredictionMonitor:
 
     @torch.no_grad()
     def _sample(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        empty = torch.empty(0)
+        empty = torch.empty(0, device=tensors[0].device) if tensors else torch.empty(0)
         taken = [[_wide(tensors[n].take(where)) for n, where in sample] for sample in self._samples]
         return [parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty for parts in taken]
 
     def _read(self) -> None:
         version, steps, table = self._found.popleft()
         for n, row in enumerate(table.tolist()):
-            error, cosine, scale = (value if math.isfinite(value) else None for value in row)
+            error, cosine, scale = _figures(row)
             self._judge(n, error, version)
             self._figures[n] = PredictionError(self.k, n, version, steps, error, cosine, scale, self._worse[n])
 
@@ -137,6 +142,7 @@ class PredictionMonitor:
                 f"the weight prediction of stage {self.k}, parameter group {n}, is worse than none: relative error {mean:.2f} "
                 f"over the {WINDOW} measurements up to version {version}; lower the learning rate, use more micro-batches, or "
                 "another prediction",
+                PredictionWarning,
                 stacklevel=2,
             )
         elif mean < 1:
@@ -154,18 +160,17 @@ def _choose(sizes: Sequence[int], coordinates: int, tensors: int, generator: tor
     chosen = []
     for n in possible:
         count = sizes[n] if everything <= coordinates else max(1, sizes[n] * coordinates // everything)
-        where = (
-            torch.randperm(sizes[n], generator=generator)[:count]
-            if sizes[n] <= 4 * count
-            else _draw(sizes[n], count, generator)
-        )
-        chosen.append((n, where.sort().values))
+        chosen.append((n, _draw(sizes[n], count, generator)))
     return chosen
 
 
 def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
-    """``count`` elements of a tensor too large to be shuffled; a few may come twice."""
-    return torch.randint(size, (count,), generator=generator)
+    """About ``count`` of ``size`` elements: all, or runs as long as a cache line, since it is the fetches that cost time."""
+    if count >= size:
+        return torch.arange(size)
+    run = min(RUN, count)
+    starts = torch.randint(size // run, (count // run,), generator=generator).sort().values * run
+    return (starts.unsqueeze(1) + torch.arange(run)).flatten()
 
 
 def _wide(values: Tensor) -> Tensor:
@@ -173,9 +178,21 @@ def _wide(values: Tensor) -> Tensor:
 
 
 def _compare(before: Tensor, predicted: Tensor, now: Tensor) -> Tensor:
-    """Relative error, cosine and best scale; not finite where they mean nothing."""
-    expected, real = predicted - before, now - before
-    together = expected @ real
-    expected2, real2 = expected @ expected, real @ real
-    error = predicted - now
-    return torch.stack([(error @ error / real2).sqrt(), together / (expected2 * real2).sqrt(), together / expected2])
+    """The products of the predicted and the real displacement with each other: all that the figures need."""
+    both = torch.stack([predicted - before, now - before]).double()
+    return both @ both.T
+
+
+def _figures(products: list[list[float]]) -> tuple[float | None, float | None, float | None]:
+    """Relative error, cosine and best scale from :func:`_compare`; None where they mean nothing.
+
+    >>> _figures([[1.0, 2.0], [2.0, 4.0]])
+    (0.5, 1.0, 2.0)
+    """
+    (expected, together), (_, real) = products
+    if not math.isfinite(expected + real):
+        return None, None, None
+    error = math.sqrt(max(0.0, expected - 2 * together + real) / real) if real else None
+    if not expected:
+        return error, None, None
+    return error, (together / math.sqrt(expected * real) if real else None), together / expected

@@ -55,12 +55,13 @@ struct move {
 
 INLINE vec quotient(vec value, vec square, float inverse, float eps) { return value / (root(square) * inverse + eps); }
 
-/* `w` less its decay; untouched bit for bit, infinities included, where there is none. */
+/* Without decay everything stays as it is bit for bit, and a weight that is infinite brings no NaN. */
 INLINE vec less(vec w, float part) { return part == 0 ? w : w - w * part; }
+INLINE vec more(vec g, vec w, float part) { return part == 0 ? g : g + w * part; }
 
 INLINE vec adam_step(const struct adam *a, int form, vec g, vec *m, vec *v, vec *w) {
     vec old = *w;
-    g = g * a->sign + old * a->coupled;
+    g = more(g * a->sign, old, a->coupled);
     *m = *m * a->b1 + g * a->b1c;
     *v = *v * a->b2 + g * g * a->b2c;
     vec q = quotient(*m, *v, a->inverse, a->eps);
@@ -73,7 +74,7 @@ INLINE vec adam_step(const struct adam *a, int form, vec g, vec *m, vec *v, vec 
 }
 
 INLINE vec sgd_step(const struct sgd *a, int form, int momentum, vec g, vec *b, vec *w) {
-    vec old = *w, d = g * a->sign + old * a->coupled, along = d;
+    vec old = *w, d = more(g * a->sign, old, a->coupled), along = d;
     if (momentum) {
         *b = *b * a->mu + d * a->damp;
         along = d * a->along_g + *b * a->along_b;

@@ -123,6 +123,7 @@ def muon_adamw(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
     momentum: float = 0.95,
+    prediction: str | None = "displacement",
 ) -> Optimizer:
     """Muon for the matrices and AdamW for everything else (biases, norms; use it on a stage's parameters).
 
@@ -133,6 +134,8 @@ def muon_adamw(
         weight_decay: of both, decoupled.
         betas: of AdamW.
         momentum: of Muon.
+        prediction: kind of prediction for the matrices; None for that of the run. Muon's rule repeats its matrix products,
+            which cost as much as the step; the last displacement is the same at a constant learning rate, and nearly free.
 
     Example:
         >>> import torch
@@ -145,8 +148,9 @@ def muon_adamw(
     made: list[Optimizer] = []
     if matrices:
         rate = lr if muon_lr is None else muon_lr
+        group: dict[str, Any] = {"params": matrices} | ({} if prediction is None else {"prediction": prediction})
         made.append(
-            torch.optim.Muon(matrices, lr=rate, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
+            torch.optim.Muon([group], lr=rate, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")
         )
     if rest:
         made.append(torch.optim.AdamW(rest, lr=lr, weight_decay=weight_decay, betas=betas))

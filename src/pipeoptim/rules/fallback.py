@@ -38,9 +38,9 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
         return None
     devices = {w.device for w in parameters(optimizer) if w.device.type == "cuda"}
     try:
-        twin, weights = _copy_of(optimizer)
+        twin, weights = copy_of(optimizer)
         with torch.random.fork_rng(devices=list(devices)):
-            _unhooked_step(type(optimizer))(twin)
+            unhooked_step(type(optimizer))(twin)
     except Exception as reason:  # third-party code: anything may happen in it
         warnings.warn(
             f"{type(optimizer).__name__} has no prediction rule, and a copy of it could not take a step "
@@ -52,7 +52,7 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
     return weights
 
 
-def _copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
+def copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     """A twin with its own parameters, gradients and state.
 
     Not copy.deepcopy: torch keeps only state and param groups there, while third-party optimizers have
@@ -75,7 +75,7 @@ def _copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     return twin, [weight.detach() for weight in weights]
 
 
-def _unhooked_step(cls: type[Any]) -> Any:
+def unhooked_step(cls: type[Any]) -> Any:
     """`step` of the class without the layer in which torch runs hooks, global ones included.
 
     Not ``optimizer.step``: a scheduler puts a function there that is bound to the original.

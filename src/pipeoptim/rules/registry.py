@@ -5,23 +5,64 @@ from __future__ import annotations
 import inspect
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, ClassVar, TypeVar
 
 from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.rules.combined import CombinedOptimizer
 from pipeoptim.rules.move import Ahead, Group, Move, State
 from pipeoptim.rules.steps import Stepper
 
-KINDS: dict[str, str] = {
-    "refined": "W_t - (sum of the next s learning rates) * dW_t, with weight decay and every flag of the optimizer",
-    "paper": "W_t - lr * s * dW_t exactly as in arXiv 2312.00839: no decoupled weight decay, no amsgrad, no schedule",
-    "decayed": "the next s updates if every further gradient were zero: momentum fades",
-    "displacement": "W_t + s * (W_t - W_{t-1}): knows nothing of the optimizer",
-    "none": "W_t: the weights as they are, unpredicted",
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of prediction.
+
+    Attributes:
+        formula: what it computes.
+        exact: where it equals what the optimizer will do; each rule says more (`Rule.exact`).
+        lr_order, steps_order: powers of lr and of s with which its error grows elsewhere, for gradients that change smoothly
+            with the weights, at a constant learning rate and without decoupled weight decay. With independent noise in the
+            gradients every kind is of order 1 in lr.
+    """
+
+    formula: str
+    exact: str
+    lr_order: int
+    steps_order: int
+
+
+KINDS: dict[str, Kind] = {
+    "refined": Kind(
+        "W_t - (sum of the next s learning rates) * dW_t, with weight decay and every flag of the optimizer",
+        "a direction that stays: a constant gradient, once moments have settled; any schedule that the scheduler knows",
+        2,
+        2,
+    ),
+    "paper": Kind(
+        "W_t - lr * s * dW_t exactly as in arXiv 2312.00839: no decoupled weight decay, no amsgrad, no schedule",
+        "a direction and a learning rate that stay, no decoupled decay; with either of those of order 1 in lr",
+        2,
+        2,
+    ),
+    "decayed": Kind(
+        "the next s updates if every further gradient were zero: momentum fades",
+        "gradients that are zero from now on; for others it stops short by what they would add",
+        1,
+        1,
+    ),
+    "displacement": Kind(
+        "W_t + s * (W_t - W_{t-1}): knows nothing of the optimizer",
+        "a last displacement that repeats itself",
+        2,
+        2,
+    ),
+    "none": Kind("W_t: the weights as they are, unpredicted", "weights that stay", 1, 1),
 }
-"""The kinds of prediction, with their meaning. A param group may choose its own: ``group["prediction"] = "paper"``."""
+"""The kinds of prediction. A param group may choose its own: ``group["prediction"] = "paper"``."""
 
 
 class Rule(ABC):
@@ -112,6 +153,8 @@ def find_rule(optimizer: Optimizer) -> Rule | None:
     cls = type(optimizer)
     if not hasattr(optimizer, "param_groups") or not hasattr(cls, "step"):
         raise ConfigError(f"{cls.__name__} is not an optimizer: pass a torch.optim.Optimizer (it needs param_groups and step)")
+    if isinstance(optimizer, CombinedOptimizer):
+        raise ConfigError(f"{cls.__name__} consists of several optimizers: ask for the rule of each of its `optimizers`")
     for base in cls.__mro__:
         if base not in RULES and base not in REFUSED:
             continue

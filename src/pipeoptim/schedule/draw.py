@@ -9,7 +9,7 @@ from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.timeline import Span, timeline
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
-_UNIT, _ROW, _LEFT, _TOP = 26, 30, 64, 24
+_UNIT, _ROW, _LEFT, _TOP, _LEGEND = 26, 30, 64, 24, 380
 
 
 def to_text(program: Program, minibatches: int, width: int | None = None) -> str:
@@ -58,7 +58,7 @@ def to_svg(program: Program, minibatches: int, title: str = "") -> str:
     """
     spans = timeline(program, minibatches)
     length = max(s.end for s in spans)
-    width, height = _LEFT + _UNIT * length + 12, _TOP + _ROW * program.depth + 26
+    width, height = max(_LEFT + _UNIT * length + 12, _LEGEND), _TOP + _ROW * program.depth + 26
     name = escape(title or f"{program.order}, {program.depth} stages, {program.microbatches} micro-batches")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" '

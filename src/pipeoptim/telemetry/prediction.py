@@ -19,8 +19,9 @@ WINDOW = 20  # measurements that a stage's figure is the mean of
 def rows(errors: Iterable[PredictionError]) -> list[dict[str, Any]]:
     """One plain dictionary per measurement, six digits; figures that mean nothing are None.
 
-    >>> rows([PredictionError(1, 0, version=7, steps=2, relative_error=0.12345678, cosine=None, best_scale=1.0)])[0]
-    {'stage': 1, 'group': 0, 'version': 7, 'steps': 2, 'relative_error': 0.123457, 'cosine': None, 'best_scale': 1.0, 'worse': False}
+    >>> (row,) = rows([PredictionError(1, 0, version=7, steps=2, relative_error=0.12345678, cosine=None, best_scale=1.0)])
+    >>> row["stage"], row["relative_error"], row["cosine"]
+    (1, 0.123457, None)
     """
     return [{name: _short(value) for name, value in asdict(error).items()} for error in errors]
 
@@ -86,7 +87,6 @@ class Changes:
             if row["worse"] != (key in self._worse):
                 self._worse ^= {key}
                 what = "worse than none" if row["worse"] else "better than none again"
-                told.append(
-                    f"stage {key[0]}, parameter group {key[1]}: the weight prediction is {what} (version {row['version']})"
-                )
+                where = f"stage {key[0]}, parameter group {key[1]}"
+                told.append(f"{where}: the weight prediction is {what} (version {row['version']})")
         return told

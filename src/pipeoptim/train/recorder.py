@@ -57,7 +57,9 @@ class Recorder:
         self._show(step, {"validation/loss": loss, **{f"validation/{k.removeprefix('val_')}": v for k, v in named.items()}})
 
     def prediction(self, step: int, measured: list[dict[str, Any]]) -> None:
-        """The prediction errors of all stages, as they were after mini-batch ``step``."""
+        """The prediction errors of all stages, as they were after mini-batch ``step``; no row where there are none."""
+        if not measured:
+            return
         self._file.write(step=step, prediction=measured)
         for sentence in self._changes.note(measured):
             self._view.note(sentence)

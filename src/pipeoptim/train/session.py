@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import time
+import warnings
 from contextlib import ExitStack
 from typing import Any
 
 from torch.optim import Optimizer
 
 from pipeoptim.checkpoint import load_stage, save
+from pipeoptim.engine import PredictionWarning
 from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
@@ -42,6 +44,8 @@ def run_session(
             pipe.load_stage_state_dict(k, load_stage(start.checkpoint, k))
     began = time.monotonic()
     with ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.simplefilter("ignore", PredictionWarning)  # the recorder says it, also for stages in other processes
         recorder = None
         if pipe.depth - 1 in pipe.local_stages:
             truncate_after(run.metrics, start.step)

@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 #: Validations per run where neither the recipe nor --eval-every says otherwise: enough points for a curve.
 VALIDATIONS = 10
 
+#: Columns of text where the table does not go to a terminal.
+WIDTH_OF_FILES = 160
+
 
 def compare(
     methods: Annotated[str, Option(help="Names with commas between them (see pipeoptim methods), or all.")] = "all",
@@ -83,7 +86,7 @@ def compare(
     fixed = {"prediction": prediction, "engine": engine, "checkpoint_every": checkpoint_every}
     config = _config(recipe, {k: v for k, v in given.items() if v is not None} | fixed, optimizer, lr, tiny)
     settings = Settings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
-    folder = out or Path("runs") / f"compare-{recipe.replace(':', '.')}"
+    folder = out or Path("runs") / f"compare-{config.recipe.replace(':', '.').replace('/', '.')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = jobs if jobs is not None else max(1, cores // (config.stages if engine == "processes" else 1))
     try:
@@ -152,28 +155,32 @@ def _positive(name: str, value: float | None) -> float | None:
 
 def show(comparison: Comparison, folder: Path) -> None:
     """The table in the terminal, the notes below it, and where everything is."""
+    import os
+
     from rich.console import Console
     from rich.table import Table
 
-    from pipeoptim.compare.table import columns, notes
+    from pipeoptim.compare.table import columns, fitting, notes
 
     console = Console(highlight=False)
-    head = columns(comparison)
-    config = comparison.settings.config
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for n, column in enumerate(head):
-        table.add_column(
-            column.heading, justify="left" if n == 0 or column.heading == "optimizer" else "right", overflow="fold"
-        )
-    for line in comparison.lines():
-        table.add_row(*(column.cell(line) for column in head))
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDTH_OF_FILES
+    config, seeds = comparison.settings.config, len(comparison.settings.seeds)
     console.print(
-        f"{config.recipe}: {config.stages} stages, {config.microbatches} micro-batches of {config.batch_size // config.microbatches}, "
-        f"{config.steps} steps, {config.optimizer.target} lr {config.optimizer.options.get('lr', 'default')}, "
-        f"{len(comparison.settings.seeds)} seed{'s' * (len(comparison.settings.seeds) > 1)}, prediction {config.prediction}",
+        f"{config.recipe}: {config.stages} stages, {config.microbatches} micro-batches of "
+        f"{config.batch_size // config.microbatches}, {config.steps} steps, {config.optimizer.target} "
+        f"lr {config.optimizer.options.get('lr', 'default')}, {seeds} seed{'s' * (seeds > 1)}, prediction {config.prediction}",
         soft_wrap=True,
     )
+    head, dropped = fitting(columns(comparison), comparison.lines(), console.width)
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for n, column in enumerate(head):
+        table.add_column(column.heading, justify="left" if n == 0 or column.heading == "optimizer" else "right", no_wrap=True)
+    for line in comparison.lines():
+        table.add_row(*(column.cell(line) for column in head))
     console.print(table)
+    if dropped:
+        console.print(f"no room for {', '.join(dropped)}: see the report", soft_wrap=True)
     for note in notes(comparison):
         console.print(f"- {note}", soft_wrap=True, markup=False)
     for label, name in (("report", "report.html"), ("summary", "summary.json"), ("table", "summary.csv")):

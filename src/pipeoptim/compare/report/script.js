@@ -1,6 +1,6 @@
 "use strict";
 (() => {
-  const { series, range } = JSON.parse(document.getElementById("data").textContent);
+  const { series, range, last } = JSON.parse(document.getElementById("data").textContent);
   const charts = ["train", "validation"];
   const chips = [...document.querySelectorAll(".chip")];
   const dark = matchMedia("(prefers-color-scheme: dark)");
@@ -51,7 +51,7 @@
       paper_bgcolor: "rgba(0,0,0,0)",
       plot_bgcolor: "rgba(0,0,0,0)",
       font: { family: "system-ui, sans-serif", size: 12, color: css("--quiet") },
-      xaxis: { ...lines, title: { text: axis() === "seconds" ? "training time, s" : "step (mini-batches)" }, rangemode: "tozero" },
+      xaxis: { ...lines, title: { text: axis() === "seconds" ? "training time, s" : "step (mini-batches)" }, range: axis() === "seconds" ? undefined : [0, last * 1.02], rangemode: "tozero" },
       yaxis: { ...lines, range: range ?? undefined, title: { text: "" } },
       hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 } },
       hovermode: "closest",

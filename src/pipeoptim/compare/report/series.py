@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from statistics import median
 from typing import Any
 
 from pipeoptim.compare.figures import Curve, smooth
@@ -18,7 +19,7 @@ POINTS = 150
 HUES, GREYS = 10, 2
 
 #: Part of a run whose steep beginning may be above the top of the chart.
-BEGINNING = 0.1
+BEGINNING = 0.2
 
 
 @dataclass
@@ -64,7 +65,7 @@ def comparison_series(comparison: Comparison) -> list[Series]:
 
 def run_series(run: Outcome) -> list[Series]:
     """Of a single run: its smoothed losses, and every one of them faintly."""
-    one = _series(run.method, "--hue-1", "solid", [run], timed=True)
+    one = _series(run.method, *_looks([run.method])[run.method], [run], timed=True)
     thin = _thin(len(run.train.steps))
     values = [run.train.values[i] for i in thin]
     one.faint = Band([run.train.steps[i] for i in thin], values, values, values)
@@ -86,21 +87,22 @@ def _series(name: str, colour: str, dash: str, outcomes: Sequence[Outcome], time
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Colour and dash of each method: grey for synchronous ones, a hue for each other, dashed for variants of one."""
+    """Colour and dash of each method, the same on every page: grey for synchronous ones, a hue for each other, dashed for its
+    variants."""
     looks: dict[str, tuple[str, str]] = {}
-    hues: dict[str, int] = {}
+    families: list[str] = []
     greys = 0
-    known = [name for name in METHODS if name in names or any(n.startswith(name + "(") for n in names)]
-    for name in [*known, *(n for n in names if n not in known)]:
+    for name in [*METHODS, *(n for n in names if n not in METHODS)]:
         family = name.split("+")[0].split("(")[0]
         if get_method(name).program(1, 1).flushes:
-            looks[name] = (f"--grey-{greys % GREYS}", ("solid", "dot")[greys % 2])
+            looks[name] = (f"--grey-{greys % GREYS}", ("solid", "dot")[greys // GREYS % 2])
             greys += 1
             continue
-        if family not in hues:
-            hues[family] = len(hues)
-        same = sum(colour == f"--hue-{hues[family] % HUES}" for colour, _ in looks.values())
-        looks[name] = (f"--hue-{hues[family] % HUES}", ("solid", "dash", "dot", "dashdot")[same % 4])
+        if family not in families:
+            families.append(family)
+        colour = f"--hue-{families.index(family) % HUES}"
+        same = sum(other == colour for other, _ in looks.values())
+        looks[name] = (colour, ("solid", "dash", "dot", "dashdot")[same % 4])
     return looks
 
 
@@ -135,22 +137,26 @@ def _rounded(value: float) -> float:
 
 
 def axis_top(series: Sequence[Series]) -> float | None:
-    """The top of the loss axis: the highest loss after the first tenth of a run, so that the ends can be told apart."""
-    after = [
-        value
-        for one in series
-        for band in (one.train, one.validation)
-        for x, value in zip(band.x, band.high, strict=True)
-        if x >= BEGINNING * band.x[-1]
-    ]
-    return max(after) if after else None
+    """The top of the loss axis, so that the ends of the curves can be told apart.
+
+    It shows every end, and what most curves do after the first tenth of the run; the spike of one may lie above.
+    """
+    bands = [band for one in series for band in (one.train, one.validation) if band.x]
+    if not bands:
+        return None
+    highest = [max(v for x, v in zip(b.x, b.mean, strict=True) if x >= BEGINNING * b.x[-1]) for b in bands]
+    return max(1.25 * median(highest), *(band.high[-1] for band in bands))
 
 
 def chart_data(series: Sequence[Series], top: float | None) -> dict[str, Any]:
     """What the page's script reads."""
     lowest = [v for one in series for band in (one.train, one.validation) for v in band.low]
     bottom = min(lowest) if lowest else None
+    ends: list[float] | None
     if top is not None and bottom is not None:
         margin = 0.04 * (top - bottom)
-        return {"series": [asdict(one) for one in series], "range": [bottom - margin, top + margin]}
-    return {"series": [asdict(one) for one in series], "range": None}
+        ends = [bottom - margin, top + margin]
+    else:
+        ends = None
+    last = max((band.x[-1] for one in series for band in (one.train, one.validation) if band.x), default=1)
+    return {"series": [asdict(one) for one in series], "range": ends, "last": last}

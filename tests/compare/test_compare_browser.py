@@ -1,0 +1,166 @@
+"""The page in a real browser, opened from the disk: it draws, fetches nothing, says nothing on the console, fits every screen."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from compare_cases import recipe, write_comparison, write_run
+from pipeoptim.compare.report import write_report, write_run_report
+
+BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable"))), None)
+DRIVER = shutil.which("chromedriver")
+
+pytestmark = pytest.mark.skipif(not (BROWSER and DRIVER), reason="no chromium and chromedriver here")
+
+LOSSES: dict[str, dict[int, Any]] = {
+    "1f1b": {0: [2.0, 1.0, 0.9], 1: [2.1, 1.1, 1.0]},
+    "naive": {0: [2.5, 2.0, 1.9], 1: [2.4, 2.2, 2.0]},
+    "pipeoptim": {0: [2.3, 1.4, 1.3], 1: [2.2, 1.5, 1.2]},
+    "pipedream+vertical_sync": {0: [2.5, 2.3, 2.2], 1: "diverged"},
+    "pipemare(anneal_updates=1000, decay=0.135, synchronous_updates=10)": {0: [2.2, 1.7, 1.5], 1: [2.2, 1.6, 1.5]},
+}
+SIZES = [(1280, 900), (390, 844)]
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    from selenium import webdriver
+    from selenium.webdriver.chrome.options import Options
+    from selenium.webdriver.chrome.service import Service
+
+    options = Options()
+    options.binary_location = str(BROWSER)
+    for argument in ("--headless=new", "--no-sandbox", "--disable-dev-shm-usage", "--disable-gpu"):
+        options.add_argument(argument)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(str(DRIVER)))
+    driver.set_page_load_timeout(60)
+    yield driver
+    driver.quit()
+
+
+@pytest.fixture(scope="module")
+def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder, _ = write_comparison(tmp_path_factory.mktemp("page") / "c", LOSSES, steps=60, engine="processes")
+    return write_report(folder.path)
+
+
+def show(browser: Any, page: Path, size: tuple[int, int] = SIZES[0], scheme: str = "light") -> None:
+    """Open ``page`` at a size, in light or dark, with an empty log."""
+    browser.get("about:blank")
+    browser.get_log("browser"), browser.get_log("performance")
+    metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": size[0] < 500}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+    browser.get(page.as_uri())
+
+
+def lines_drawn(browser: Any, chart: str) -> int:
+    """Visible means: lines with a width, bands' edges have none."""
+    return int(
+        browser.execute_script(
+            "return [...document.querySelectorAll(`#${arguments[0]} .scatterlayer path.js-line`)]"
+            ".filter(p => p.getTotalLength() > 10 && parseFloat(getComputedStyle(p).strokeWidth) > 0).length",
+            chart,
+        )
+    )
+
+
+def test_draws_and_is_silent(browser: Any, report: Path) -> None:
+    show(browser, report)
+    assert lines_drawn(browser, "validation") == len(LOSSES)
+    assert lines_drawn(browser, "train") == len(LOSSES) + 1, "one seed diverged and has a line of its own"
+    bands = "return document.querySelectorAll('#validation .scatterlayer .fills path, #validation .fills path').length"
+    assert browser.execute_script(bands) >= 4
+    assert len(browser.find_elements("css selector", "table.sortable tbody tr")) == len(LOSSES)
+    assert len(browser.find_elements("css selector", "figure.schedule svg")) == 2
+    assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+    messages = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    requests = [m["params"]["request"]["url"] for m in messages if m["method"] == "Network.requestWillBeSent"]
+    assert {url.split(":")[0] for url in requests} <= {"file", "data", "blob"}, requests
+    assert [url for url in requests if url.startswith("file")] == [report.as_uri()]
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: str(size[0]))
+def test_fits_and_is_legible(browser: Any, report: Path, size: tuple[int, int], scheme: str) -> None:
+    show(browser, report, size, scheme)
+    assert browser.execute_script("return matchMedia('(prefers-color-scheme: dark)').matches") == (scheme == "dark")
+    assert browser.execute_script("return document.documentElement.scrollWidth") <= size[0]
+    wide = browser.execute_script(
+        "return [...document.querySelectorAll('main *')].filter(e => !e.closest('.scroll') && !e.closest('.chart')"
+        " && e.getBoundingClientRect().right > innerWidth + 1).map(e => e.outerHTML.slice(0, 80))"
+    )
+    assert wide == []
+    for selector in ("body", ".quiet", "td", ".chip"):
+        assert contrast(browser, selector) >= 4.5, selector
+    ticks = browser.execute_script("return getComputedStyle(document.querySelector('#train .xtick text')).fill")
+    assert ticks == browser.execute_script("return getComputedStyle(document.querySelector('.quiet')).color"), "charts follow"
+
+
+def contrast(browser: Any, selector: str) -> float:
+    """Contrast of a text with the paper below it (WCAG 2, relative luminance)."""
+    colours = browser.execute_script(
+        "return [getComputedStyle(document.querySelector(arguments[0])).color, getComputedStyle(document.body).backgroundColor]",
+        selector,
+    )
+    light = sorted(map(luminance, colours))
+    return (light[1] + 0.05) / (light[0] + 0.05)
+
+
+def luminance(colour: str) -> float:
+    numbers = [int(part) / 255 for part in colour.split("(")[1].rstrip(")").split(",")[:3]]
+    linear = [c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in numbers]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def test_switches(browser: Any, report: Path) -> None:
+    show(browser, report)
+    chips = browser.find_elements("css selector", ".chip")
+    assert [chip.text for chip in chips] == list(LOSSES)
+    chips[1].click()
+    assert chips[1].get_attribute("aria-pressed") == "false" and lines_drawn(browser, "validation") == len(LOSSES) - 1
+    chips[1].click()
+    assert lines_drawn(browser, "validation") == len(LOSSES)
+    from selenium.webdriver import ActionChains
+
+    ActionChains(browser).double_click(chips[2]).perform()
+    assert [chip.get_attribute("aria-pressed") for chip in chips] == ["false", "false", "true", "false", "false"]
+    ActionChains(browser).double_click(chips[2]).perform()
+    assert {chip.get_attribute("aria-pressed") for chip in chips} == {"true"}
+
+
+def test_wall_clock_axis(browser: Any, report: Path) -> None:
+    """60 steps of 8 samples at 80 samples/s take 6 seconds."""
+    show(browser, report)
+    title = "return document.querySelector('#validation .xtitle').textContent"
+    last = "const x = document.querySelector('#validation').data.map(t => t.x.at(-1)); return Math.max(...x)"
+    assert "step" in browser.execute_script(title) and browser.execute_script(last) == 60
+    browser.find_element("css selector", "input[value=seconds]").click()
+    assert "time" in browser.execute_script(title) and browser.execute_script(last) == pytest.approx(6.0)
+
+
+def test_table_sorts(browser: Any, report: Path) -> None:
+    show(browser, report)
+    heads = browser.find_elements("css selector", "table.sortable thead th")
+    column = next(n for n, head in enumerate(heads) if head.text == "val. loss")
+    orders = []
+    for _ in range(2):
+        heads[column].find_element("css selector", "button").click()
+        orders.append([row.text.split()[0] for row in browser.find_elements("css selector", "table.sortable tbody tr")])
+    assert heads[column].get_attribute("aria-sort") == "descending"
+    assert orders[0] == list(reversed(orders[1])) and orders[0][0] == "1f1b"
+
+
+def test_page_of_one_run(browser: Any, tmp_path: Path) -> None:
+    write_run(tmp_path / "r", recipe(), [2.0, 1.5, 1.0, 0.9])
+    show(browser, write_run_report(tmp_path / "r"))
+    assert lines_drawn(browser, "train") == 2 and lines_drawn(browser, "validation") == 1
+    assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []
