@@ -1,11 +1,10 @@
-"""Compare all methods at depths 4 and 8, on two small recipes, under three optimizers, in both regimes.
+"""Compare all methods at depths 4 and 8, on the two embedded recipes, under three optimizers, in both regimes.
 
     python benchmarks/compare_all.py [--jobs 2] [--seeds 3] [--work runs/compare_all]
 
 Regimes: M = 1 (every mini-batch updates: a stage's weights move up to D-1 times between F and B) and M = D (at most once).
-The learning rate of each optimizer is the best of a few for synchronous training with seed 0, the same for all methods; AdamW and
-SGD run at a quarter of it as well, because a lower rate is what one would turn to first where staleness hurts. Continues where it
-was stopped. Writes benchmarks/results/compare-<recipe>.json after every comparison; benchmarks/render_results.py makes
+The learning rate of each optimizer is the best of a few for synchronous training with seed 0, the same for all methods. Continues
+where it was stopped. Writes benchmarks/results/compare-<recipe>.json after every comparison; benchmarks/render_results.py makes
 docs/results.md of them.
 """
 
@@ -41,19 +40,14 @@ class Choice:
 
     component: Component
     rates: tuple[float, ...]
-    shares: tuple[str, ...] = ("best",)
-
-
-#: What of the best learning rate is used.
-SHARES = {"best": 1.0, "quarter": 0.25}
 
 
 OPTIMIZERS = {
-    "adamw": Choice(Component("adamw", {"weight_decay": 0.01}), (1e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2), ("best", "quarter")),
-    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8), ("best", "quarter")),
-    "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (3e-4, 1e-3, 3e-3, 6e-3, 1.2e-2)),
+    "adamw": Choice(Component("adamw", {"weight_decay": 0.01}), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
+    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
+    "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (3e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
 }
-RECIPES = {"small_digits": compare_models.small_digits, "small_chars": compare_models.small_chars}
+RECIPES = {"digits": compare_models.digits, "chars": compare_models.chars}
 
 
 def methods(optimizer: str, steps: int) -> tuple[str, ...]:
@@ -89,7 +83,7 @@ def settings(base: TrainConfig, seeds: int) -> Iterator[tuple[str, Settings]]:
             yield f"D{depth}-M{m}", Settings(config, methods(base.optimizer.target, base.steps), tuple(range(seeds)))
 
 
-def record(done: Comparison, share: str, rates: dict[str, float | None]) -> dict[str, Any]:
+def record(done: Comparison, rates: dict[str, float | None]) -> dict[str, Any]:
     """What a table and a figure need of one comparison."""
     config = done.settings.config
     return {
@@ -97,7 +91,6 @@ def record(done: Comparison, share: str, rates: dict[str, float | None]) -> dict
         "microbatches": config.microbatches,
         "optimizer": config.optimizer.target,
         "lr": config.optimizer.options["lr"],
-        "lr_is": share,
         "lr_tried": rates,
         "seeds": len(done.settings.seeds),
         "target": done.target,
@@ -147,14 +140,12 @@ def main() -> None:
         for name, choice in OPTIMIZERS.items():
             work = options.work / recipe / name
             rate, rates = best_rate(base, choice, options.jobs, work)
-            for share in choice.shares:
-                lr = rate * SHARES[share]
-                tuned = replace(base, optimizer=choice.component.with_options(lr=lr))
-                for label, setting in settings(tuned, options.seeds):
-                    done = compare(setting, work / f"lr-{lr:g}-{label}", options.jobs, progress=False)
-                    records.append(record(done, share, rates))
-                    write(recipe, base, records)
-                    print(f"{time.monotonic() - began:6.0f} s  {recipe} {name} lr {lr:g} {label}", flush=True)
+            tuned = replace(base, optimizer=choice.component.with_options(lr=rate))
+            for label, setting in settings(tuned, options.seeds):
+                done = compare(setting, work / f"lr-{rate:g}-{label}", options.jobs, progress=False)
+                records.append(record(done, rates))
+                write(recipe, base, records)
+                print(f"{time.monotonic() - began:6.0f} s  {recipe} {name} lr {rate:g} {label}", flush=True)
 
 
 if __name__ == "__main__":

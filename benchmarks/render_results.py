@@ -3,8 +3,8 @@
     python benchmarks/render_results.py            writes them
     python benchmarks/render_results.py --check    says whether the page is up to date, and changes nothing
 
-The page is prose with marks. ``<!-- comparison: small_chars D4 M1 -->`` is followed by that table, and
-``<!-- number: small_chars adamw D4 M1 pipeoptim share -->`` by one number (share, loss, lr, diverged or accuracy): no figure is
+The page is prose with marks. ``<!-- comparison: chars D4 M1 -->`` is followed by that table, and
+``<!-- number: chars adamw D4 M1 pipeoptim share -->`` by one number (share, loss, lr, diverged or accuracy): no figure is
 typed by hand. ``adamw/quarter`` is AdamW at a quarter of its best learning rate.
 """
 
@@ -36,9 +36,8 @@ def load() -> dict[str, dict[str, Any]]:
 
 
 def found(data: dict[str, Any], depth: int, m: int) -> dict[str, dict[str, Any]]:
-    """``adamw``, ``adamw/quarter``, ... -> comparison, at one depth and number of micro-batches."""
-    here = [c for c in data["comparisons"] if (c["stages"], c["microbatches"]) == (depth, m)]
-    return {c["optimizer"] + ("" if c["lr_is"] == "best" else f"/{c['lr_is']}"): c for c in here}
+    """Optimizer -> comparison, at one depth and number of micro-batches."""
+    return {c["optimizer"]: c for c in data["comparisons"] if (c["stages"], c["microbatches"]) == (depth, m)}
 
 
 def line(comparison: dict[str, Any], method: str) -> dict[str, Any] | None:
