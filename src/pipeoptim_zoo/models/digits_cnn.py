@@ -21,7 +21,7 @@ def _conv(inputs: int, outputs: int, stride: int = 1) -> nn.Sequential:
 
 
 def digits_cnn(width: int = 32, classes: int = 10) -> nn.Sequential:
-    """Ten blocks from ``[B, 1, 8, 8]`` (float32) to logits ``[B, classes]``; channels width to 4 width.
+    """Eleven blocks, eight with weights, from ``[B, 1, 8, 8]`` (float32) to logits ``[B, classes]``; channels width to 4 width.
 
     >>> import torch
     >>> tuple(digits_cnn(width=8)(torch.zeros(2, 1, 8, 8)).shape)
@@ -34,6 +34,7 @@ def digits_cnn(width: int = 32, classes: int = 10) -> nn.Sequential:
         _conv(2 * width, 2 * width),
         nn.Dropout2d(0.05),
         _conv(2 * width, 4 * width, stride=2),
+        _conv(4 * width, 4 * width),
         _conv(4 * width, 4 * width),
         nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         nn.Dropout(0.1),
