@@ -12,7 +12,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
-    from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, master_weights
+    from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, Whole, master_weights
     from pipeoptim.methods import METHODS, Method, get_method, register_method
     from pipeoptim.partitioning import Partition, partition
     from pipeoptim.rules import predict_weights, register_rule, track
@@ -25,6 +25,7 @@ _LAZY = {
     "Method": "pipeoptim.methods",
     "PredictionError": "pipeoptim.engine",
     "Schedule": "pipeoptim.engine",
+    "Whole": "pipeoptim.engine",
     "get_method": "pipeoptim.methods",
     "master_weights": "pipeoptim.engine",
     "predict_weights": "pipeoptim.rules",
@@ -46,6 +47,7 @@ __all__ = [
     "PredictionError",
     "Schedule",
     "StageFailure",
+    "Whole",
     "__version__",
     "get_method",
     "master_weights",

@@ -160,19 +160,19 @@ def train(
         start = len(stages[0].weights) - 1
         for n in range(minibatches):
             x_all, y_all = next(fed)
-            size = len(x_all) // m
             loss = 0.0
-            for j in range(m):
-                i = n * m + j
-                x, y = x_all[j * size : (j + 1) * size], y_all[j * size : (j + 1) * size]
+            for j, (x, y) in enumerate(zip(x_all.tensor_split(m), y_all.tensor_split(m), strict=True)):
+                i, share = n * m + j, len(x) / len(x_all)
+                if not share:
+                    continue
                 kept, uses = [], []
                 for k, stage in enumerate(stages):
                     at_f = start + updates_before_forward(i, k, depth, m)
                     uses.append(Use(stage, k, depth, m, i, start, at_f, start + n))
                     x, acts = forward(forward_uses(uses[k]), x)
                     kept.append(acts)
-                loss += float(((x - y) ** 2).mean()) / m
-                g = mse_gradient(x, y) / m
+                loss += float(((x - y) ** 2).mean()) * share
+                g = mse_gradient(x, y) * share
                 for k in reversed(range(depth)):
                     g, grads = backward(backward_uses(uses[k]), kept[k], g)
                     sums[k] = grads if sums[k] is None else [a + b for a, b in zip(sums[k], grads, strict=True)]

@@ -7,10 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeoptim.engine.feed import Cutter
 from pipeoptim.engine.monitor import PredictionError
 from pipeoptim.engine.stage import StageWorker
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
+
+Counted = tuple[Tensor, float | None]
+"""The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
 
 
 class Pipeline:
@@ -22,10 +26,10 @@ class Pipeline:
         program: the action program of all stages.
     """
 
-    def __init__(self, method: str | Method, depth: int, microbatches: int) -> None:
+    def __init__(self, method: str | Method, depth: int, microbatches: int, cutter: Cutter) -> None:
         self.method = get_method(method)
         self.program = self.method.program(depth, microbatches)
-        self.depth, self.microbatches = depth, microbatches
+        self.depth, self.microbatches, self._cutter = depth, microbatches, cutter
         self._workers: dict[int, StageWorker] = {}
         self._steps = 0  # mini-batches fed since the last (re)start
         self._fed = 0  # mini-batches fed since the beginning of training
@@ -105,13 +109,16 @@ class Pipeline:
         self._stop = self._stop or self._stop_wanted
 
     @staticmethod
-    def _mean(found: list[Tensor], losses: list[Tensor] | None) -> Tensor | None:
+    def _mean(found: list[Counted], losses: list[Tensor] | None) -> Tensor | None:
         """The loss of a mini-batch from those of its micro-batches, which also go into the caller's list."""
         if losses is not None:
-            losses[:] = found
+            losses[:] = [loss for loss, _ in found]
         if len(found) < 2:
-            return found[0] if found else None
-        return torch.stack(found).mean()
+            return found[0][0] if found else None
+        if all(share is None for _, share in found):
+            return torch.stack([loss for loss, _ in found]).mean()
+        shares = [1 / len(found) if share is None else share for _, share in found]
+        return torch.stack([loss * share for (loss, _), share in zip(found, shares, strict=True) if share]).sum()
 
     def _restart(self) -> None:
         for worker in self._workers.values():

@@ -15,13 +15,14 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.base import Pipeline
+from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
+from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
 from pipeoptim.engine.link import Receiver, Sender
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn, StageWorker
-from pipeoptim.engine.tree import as_args, split
+from pipeoptim.engine.tree import as_args
 from pipeoptim.engine.upstream import read_stage
 from pipeoptim.engine.watch import Watch
 from pipeoptim.errors import ConfigError, StageFailure
@@ -48,6 +49,7 @@ class Schedule(Pipeline):
         scheduler: of this stage's learning rate; advanced once per update.
         clip, autocast, on_update, monitor: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes.
         scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
+        uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -80,13 +82,15 @@ class Schedule(Pipeline):
         scaler: GradScaler | None = None,
         on_update: UpdateHook | None = None,
         monitor: bool | int = False,
+        uneven: bool = False,
+        weigh: Weigh | None = None,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
         place = read_stage(stage)
-        super().__init__(method, place.depth, microbatches)
+        super().__init__(method, place.depth, microbatches, Cutter(microbatches, uneven, weigh))
         self.k, self.device = place.k, place.device
         seed = torch.initial_seed() if seed is None else seed
         options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor)
@@ -111,14 +115,21 @@ class Schedule(Pipeline):
             place.ranks,
             timeout,
             liveness_timeout,
-            f"method={self.method.name} microbatches={microbatches} prediction={prediction} {options.describe()}",
+            f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} {options.describe()}",
         )
         if norms is not None:  # all processes have agreed by now that there is such a group
             norms.connect(dist.new_group(list(place.ranks), backend="gloo", use_local_synchronization=True))
 
     # -- what users call -------------------------------------------------------------------------------------------
 
-    def step(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Tensor | None:
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        stage_kwargs: StageKwargs | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
         """Feed one mini-batch: F of its micro-batches, and the backwards that are due by then.
 
         Args:
@@ -126,6 +137,8 @@ class Schedule(Pipeline):
             target: for ``loss_fn``; last stage only.
             losses: a list that is filled with the loss of each micro-batch, as torch's schedules do; last stage only.
             kwargs: for this stage's module.
+            stage_kwargs: those of every stage, ``{2: {"mask": mask}}``, so that all processes can make the same call; only
+                this stage's are used.
 
         Returns:
             The mini-batch's loss, detached, on the last stage; None on the others.
@@ -138,8 +151,8 @@ class Schedule(Pipeline):
             raise ConfigError(f"stage {self.k} was given {len(args)} inputs; only stage 0 takes them, use keywords for others")
         if self.k == 0:
             self._note_stop()
-        feeds = split((args, kwargs, target), self.microbatches, f"the inputs of stage {self.k}")
-        found: list[Tensor] = []
+        feeds = self._cut(self._cutter, args, kwargs, stage_kwargs, target)
+        found: list[Counted] = []
         first = self._steps * self.microbatches
         self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, found, self.program.flushes))
         self._steps += 1
@@ -152,7 +165,9 @@ class Schedule(Pipeline):
         self._guard(lambda: self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True))
         self._restart()
 
-    def eval_step(self, *args: Any, target: Any = None, drain: bool = True, **kwargs: Any) -> Tensor | None:
+    def eval_step(
+        self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
+    ) -> Tensor | None:
         """Loss on the latest weights, in eval mode and without gradient; on the last stage, None on the others.
 
         Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
@@ -160,7 +175,8 @@ class Schedule(Pipeline):
         """
         if drain:
             self.drain()
-        loss: Tensor | None = self._guard(lambda: self._evaluate(args, kwargs, target))
+        (feed,) = self._cut(Cutter(1), args, kwargs, stage_kwargs, target)
+        loss: Tensor | None = self._guard(lambda: self._evaluate(feed))
         return loss
 
     def close(self) -> None:
@@ -171,9 +187,15 @@ class Schedule(Pipeline):
         if self._watch is not None:
             self._watch.close()
 
+    def _cut(
+        self, cutter: Cutter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
+    ) -> list[Feed]:
+        mine = merge_kwargs(self.depth, kwargs, self.k, stage_kwargs).get(self.k)
+        return cutter.cut(f"the inputs of stage {self.k}", args, {self.k: mine} if mine else {}, target)
+
     # -- actions -----------------------------------------------------------------------------------------------------
 
-    def _run(self, actions: list[Action], first: int, feeds: list[Any], losses: list[Tensor], settle: bool) -> None:
+    def _run(self, actions: list[Action], first: int, feeds: list[Feed], losses: list[Counted], settle: bool) -> None:
         for action in actions:
             if action.kind is Kind.F:
                 self._forward(action.number, feeds[action.number - first], losses)
@@ -184,18 +206,19 @@ class Schedule(Pipeline):
         if settle:
             self.worker.settle()
 
-    def _forward(self, i: int, feed: Any, losses: list[Tensor]) -> None:
-        args, kwargs, target = feed
+    def _forward(self, i: int, feed: Feed, losses: list[Counted]) -> None:
+        args, part = feed.args, feed.part
         if self._from_previous is not None:
             self._from_previous.post()
             self.worker.prepare(i)  # predicts while the input is on its way
             args = as_args(self._take_activation())
+            part = Part(*self._from_previous.part)
             self.worker.hear(self._from_previous.loss_scale)
-        output = self.worker.forward(i, args, kwargs, target)
+        output, share = self.worker.forward_part(i, args, feed, part, self._cutter)
         if self._to_next is not None:
-            self._to_next.send(output, _STOP if self._stop else 0, self.worker.tell())
-        else:
-            losses.append(output)
+            self._to_next.send(output, _STOP if self._stop else 0, self.worker.tell(), part)
+        elif not part.empty:
+            losses.append((output, share))
 
     def _backward(self, i: int) -> None:
         if self._from_next is None:
@@ -206,10 +229,11 @@ class Schedule(Pipeline):
         if self._to_previous is not None:
             self._to_previous.send(gradients, loss_scale=self.worker.loss_scale)
 
-    def _evaluate(self, args: Any, kwargs: dict[str, Any], target: Any) -> Tensor | None:
+    def _evaluate(self, feed: Feed) -> Tensor | None:
+        args = feed.args
         if self._from_previous is not None:
             args = as_args(self._take_activation())
-        output = self.worker.evaluate(args, kwargs, target)
+        output = self.worker.evaluate(args, feed.kwargs.get(self.k, {}), feed.target)
         if self._to_next is not None:
             self._to_next.send(output, _STOP if self._stop else 0)
             return None

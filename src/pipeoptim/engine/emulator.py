@@ -12,12 +12,13 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.base import Pipeline
+from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
+from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
 from pipeoptim.engine.norms import NormBoard
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn, StageWorker
-from pipeoptim.engine.tree import as_args, split, transferred
+from pipeoptim.engine.tree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
@@ -47,6 +48,10 @@ class Emulator(Pipeline):
         scaler: loss scaling for float16: one ``torch.amp.GradScaler`` per stage, or a callable that makes one.
         on_update: ``on_update(k, version)``, called after every update of every stage; averages of weights go here.
         monitor: measure the predictions made at every version (True) or every n-th; see :meth:`prediction_error`.
+        uneven: a batch that M does not divide is cut into micro-batches that differ by one row, each counting by its share of
+            the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.
+        weigh: ``weigh(target) -> number``: a micro-batch's loss counts by its share of these numbers. For losses that are a mean
+            over something else than rows, for instance ``lambda target: (target != -100).sum()``.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -77,11 +82,13 @@ class Emulator(Pipeline):
         scaler: Sequence[GradScaler] | Callable[[], GradScaler] | None = None,
         on_update: UpdateHook | None = None,
         monitor: bool | int = False,
+        uneven: bool = False,
+        weigh: Weigh | None = None,
     ) -> None:
         stages = list(stages)
         if not stages:
             raise ConfigError("stages is empty; give at least one module")
-        super().__init__(method, len(stages), microbatches)
+        super().__init__(method, len(stages), microbatches, Cutter(microbatches, uneven, weigh))
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)
@@ -102,23 +109,31 @@ class Emulator(Pipeline):
                 options=StageOptions(clip, autocast, scalers[k], on_update, monitor),
                 norms=None if board is None else board.end(k),
             )
-        self._activations: list[deque[Any]] = [deque() for _ in stages]
+        self._activations: list[deque[tuple[Any, float, Part]]] = [deque() for _ in stages]
         self._gradients: list[deque[tuple[list[Tensor | None], float]]] = [deque() for _ in stages]
 
-    def step(self, *args: Any, target: Any = None, losses: list[Tensor] | None = None, **kwargs: Any) -> Tensor:
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        stage_kwargs: StageKwargs | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
         """Feed one mini-batch and return its loss (mean over micro-batches, detached).
 
         Args:
             args, kwargs: input of stage 0.
             target: given to ``loss_fn`` with the output of the last stage.
             losses: a list that is filled with the loss of each micro-batch, as torch's schedules do.
+            stage_kwargs: keyword arguments of any stage: ``{2: {"mask": mask}}``.
 
         Raises:
             ConfigError: the batch cannot be split into M equal micro-batches, or the loss is not a scalar.
         """
         self._note_stop()
-        feeds = split((args, kwargs, target), self.microbatches, "the inputs")
-        found: list[Tensor] = []
+        feeds = self._cutter.cut("the inputs", args, merge_kwargs(self.depth, kwargs, 0, stage_kwargs), target)
+        found: list[Counted] = []
         first = self._steps * self.microbatches
         self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, found)
         self._steps += 1
@@ -133,7 +148,9 @@ class Emulator(Pipeline):
         self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
         self._restart()
 
-    def eval_step(self, *args: Any, target: Any = None, drain: bool = True, **kwargs: Any) -> Tensor:
+    def eval_step(
+        self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
+    ) -> Tensor:
         """Loss on the latest weights, in eval mode and without gradient.
 
         Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
@@ -141,13 +158,17 @@ class Emulator(Pipeline):
         """
         if drain:
             self.drain()
-        value: Any = args
+        (feed,) = Cutter(1).cut("the inputs", args, merge_kwargs(self.depth, kwargs, 0, stage_kwargs), target)
+        value: Any = feed.args
         for k, worker in self._workers.items():
-            value = worker.evaluate(value if k == 0 else as_args(transferred(value)), kwargs if k == 0 else {}, target)
+            inputs = value if k == 0 else as_args(transferred(value))
+            value = worker.evaluate(inputs, feed.kwargs.get(k, {}), feed.target)
         assert isinstance(value, Tensor)
         return value
 
-    def _run(self, todo: list[list[Action]], first: int, feeds: list[Any], losses: list[Tensor], settle: bool = False) -> None:
+    def _run(
+        self, todo: list[list[Action]], first: int, feeds: list[Feed], losses: list[Counted], settle: bool = False
+    ) -> None:
         """Let every stage act as far as it can, in turn, until all lists are done; ``settle``: and no update waits."""
         queues = [deque(actions) for actions in todo]
         while any(queues):
@@ -170,19 +191,10 @@ class Emulator(Pipeline):
             return k == self.depth - 1 or bool(self._gradients[k])
         return True
 
-    def _act(self, k: int, action: Action, first: int, feeds: list[Any], losses: list[Tensor]) -> None:
+    def _act(self, k: int, action: Action, first: int, feeds: list[Feed], losses: list[Counted]) -> None:
         worker, i = self._workers[k], action.number
         if action.kind is Kind.F:
-            args, kwargs, target = feeds[i - first]
-            if k > 0:
-                value, overflowed = self._activations[k].popleft()
-                worker.hear(overflowed)
-                args, kwargs = as_args(value), {}
-            output = worker.forward(i, args, kwargs, target)
-            if worker.is_last:
-                losses.append(output)
-            else:
-                self._activations[k + 1].append((transferred(output), worker.tell()))
+            self._forward(k, i, feeds[i - first], losses)
         elif action.kind is Kind.B:
             received = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
             gradients = worker.backward(i, *received)
@@ -190,6 +202,18 @@ class Emulator(Pipeline):
                 self._gradients[k - 1].append((gradients, worker.loss_scale))
         else:
             worker.update()
+
+    def _forward(self, k: int, i: int, feed: Feed, losses: list[Counted]) -> None:
+        worker, args, part = self._workers[k], feed.args, feed.part
+        if k > 0:
+            value, overflowed, part = self._activations[k].popleft()
+            worker.hear(overflowed)
+            args = as_args(value)
+        output, share = worker.forward_part(i, args, feed, part, self._cutter)
+        if not worker.is_last:
+            self._activations[k + 1].append((transferred(output), worker.tell(), part))
+        elif not part.empty:
+            losses.append((output, share))
 
 
 def _one_each(what: str, stages: list[nn.Module], given: Any, argument: Callable[[nn.Module], Any]) -> list[Any]:

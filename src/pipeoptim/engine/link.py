@@ -59,10 +59,10 @@ class Sender(_End):
         self._pending: deque[tuple[Any, Tensor]] = deque()
         self._broken: StageFailure | None = None
 
-    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0) -> None:
+    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, part: tuple[int, int] = (0, 0)) -> None:
         """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind.
 
-        ``flags`` and ``loss_scale`` travel in the header (see :class:`~pipeoptim.engine.wire.Header`).
+        ``flags``, ``loss_scale`` and ``part`` travel in the header (see :class:`~pipeoptim.engine.wire.Header`).
         """
         form, tensors = wire.format_of(tree)
         if form != self.format:
@@ -72,12 +72,12 @@ class Sender(_End):
             notice = self._block(self.size)
             wire.put_header(notice, self.sequence, flags, following=block.numel())
             self._start(notice)
-            wire.put_header(block, self.sequence, flags, described=len(text), loss_scale=loss_scale)
+            wire.put_header(block, self.sequence, flags, described=len(text), loss_scale=loss_scale, part=part)
             block[wire.HEADER : wire.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
             self.format, self.size = form, form.size
         else:
             block, start = self._block(self.size), wire.HEADER
-            wire.put_header(block, self.sequence, flags, loss_scale=loss_scale)
+            wire.put_header(block, self.sequence, flags, loss_scale=loss_scale, part=part)
         wire.write(block, start, form, tensors)
         self._start(block)
         self.sequence += 1
@@ -112,7 +112,7 @@ class Receiver(_End):
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
         self.ahead = ahead
-        self.flags, self.loss_scale = 0, 0.0
+        self.flags, self.loss_scale, self.part = 0, 0.0, (0, 0)
         self._posted: tuple[Any, Tensor] | None = None
 
     def post(self) -> None:
@@ -138,7 +138,7 @@ class Receiver(_End):
             self.size = self.format.size
         assert self.format is not None
         self.sequence += 1
-        self.flags, self.loss_scale = header.flags, header.loss_scale
+        self.flags, self.loss_scale, self.part = header.flags, header.loss_scale, (header.rows, header.of)
         if self.ahead:
             self.post()
         return wire.read(block, start, self.format)

@@ -19,6 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.clip import Clipper
+from pipeoptim.engine.feed import Cutter, Feed, Part
 from pipeoptim.engine.masters import MasterPredictor, Masters, module_parameter
 from pipeoptim.engine.monitor import PredictionMonitor
 from pipeoptim.engine.norms import Norms
@@ -122,11 +123,14 @@ class StageWorker:
             if self.monitor is not None and held.copy is not None and held.key[1]:
                 self.monitor.predicted(*held.key, self.weights.params, held.copy.tensors)
 
-    def forward(self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any = None) -> Any:
-        """F of micro-batch ``i``. Returns the output for the next stage, or the loss on the last stage."""
-        self.prepare(i)
-        assert self._ready is not None and self._ready[0] == i, f"F{i} out of order"
-        held, self._ready = self._ready[1], None
+    def forward(
+        self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any = None, share: float | None = None
+    ) -> Any:
+        """F of micro-batch ``i``. Returns the output for the next stage, or the loss on the last stage.
+
+        ``share``: how much of the mini-batch's loss this is; None for 1/M.
+        """
+        held = self._weights_for(i)
         saved = self._hooks(i, held)
         inputs = differentiable(args) if self.k > 0 else []  # nobody waits for gradients of the user's own inputs
         try:
@@ -135,18 +139,47 @@ class StageWorker:
         except BaseException:
             self.weights.release(held)
             raise
-        stash = isinstance(self.method.backward, Stashed)
-        outputs = [result / self.program.microbatches] if self.is_last else differentiable(as_args(result))
-        if self.is_last and self.program.microbatches == 1:
-            outputs = [result]
-        if self.is_last and self.scaling is not None:
-            outputs = [self.scaling.scale(i, outputs[0])]
-        self._flights[i] = Flight(inputs, outputs, saved, held if stash else None)
-        if not stash:
-            self.weights.release(held)
+        outputs = self._roots(i, result, share) if self.is_last else differentiable(as_args(result))
+        self._keep(i, Flight(inputs, outputs, saved, held))
+        return result.detach() if self.is_last else result
+
+    def forward_part(self, i: int, args: tuple[Any, ...], feed: Feed, part: Part, cutter: Cutter) -> tuple[Any, float | None]:
+        """F of micro-batch ``i``, which is ``part`` of its mini-batch: the output, None if it is empty, and its share of the loss."""
+        if part.empty:
+            self.skip(i)
+            return None, 0.0
+        share = cutter.share(feed, part) if self.is_last else None
+        return self.forward(i, args, feed.kwargs.get(self.k, {}), feed.target, share), share
+
+    def skip(self, i: int) -> None:
+        """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""
+        self._keep(i, Flight([], [], None, self._weights_for(i)))
+
+    def _weights_for(self, i: int) -> Held:
+        self.prepare(i)
+        assert self._ready is not None and self._ready[0] == i, f"F{i} out of order"
+        held, self._ready = self._ready[1], None
+        return held
+
+    def _keep(self, i: int, flight: Flight) -> None:
+        """Note what the backward of micro-batch ``i`` needs; let go of its forward's weights unless they are stashed."""
+        if flight.held is not None and not isinstance(self.method.backward, Stashed):
+            self.weights.release(flight.held)
+            flight.held = None
+        self._flights[i] = flight
         self._next_forward = i + 1
         self._retain()
-        return result.detach() if self.is_last else result
+
+    def _roots(self, i: int, loss: Tensor, share: float | None) -> list[Tensor]:
+        """What the backward starts from: the loss times its share; nothing where that is 0, for 0 times a mean of nothing is NaN."""
+        m = self.program.microbatches
+        if share is not None:
+            loss = loss * share
+        elif m > 1:
+            loss = loss / m
+        if self.scaling is not None:
+            loss = self.scaling.scale(i, loss)
+        return [] if share == 0 else [loss]
 
     def _hooks(self, i: int, held: Held) -> SavedWeights | None:
         """None where autograd's own saved tensors will hold the right weights when the backward runs."""
@@ -206,7 +239,9 @@ class StageWorker:
         try:
             if flight.saved is not None:
                 flight.saved.target = self.weights.buffers(held).bases
-            pairs = [(flight.outputs[0], None)] if self.is_last else list(zip(flight.outputs, gradients, strict=True))
+            pairs = (
+                [(out, None) for out in flight.outputs] if self.is_last else list(zip(flight.outputs, gradients, strict=True))
+            )
             roots = [(out, grad) for out, grad in pairs if self.is_last or grad is not None]
             if roots and roots[0][0].requires_grad:
                 with computing(self.device.type, None):  # recomputation runs the module again

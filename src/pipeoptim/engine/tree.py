@@ -1,4 +1,4 @@
-"""What passes between stages: nested tensors, None and plain values, split in micro-batches, cut from the graph, copied."""
+"""What passes between stages: nested tensors, None and plain values, cut from the graph, copied."""
 
 from __future__ import annotations
 
@@ -6,33 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
-
-from pipeoptim.errors import ConfigError
-
-
-def split(tree: Any, m: int, what: str) -> list[Any]:
-    """``m`` equal slices of every tensor in ``tree`` along dimension 0; other values are repeated.
-
-    Raises:
-        ConfigError: a tensor has no dimension 0, or its length is not a multiple of ``m``.
-    """
-    if m == 1:
-        return [tree]
-    leaves, spec = tree_flatten(tree)
-    columns = [_slices(leaf, m, what) if isinstance(leaf, Tensor) else [leaf] * m for leaf in leaves]
-    return [tree_unflatten([column[i] for column in columns], spec) for i in range(m)]
-
-
-def _slices(tensor: Tensor, m: int, what: str) -> list[Tensor]:
-    if tensor.dim() == 0:
-        raise ConfigError(f"a tensor in {what} has no batch dimension; it cannot be split into {m} micro-batches")
-    if tensor.shape[0] % m:
-        raise ConfigError(
-            f"the batch of {tensor.shape[0]} in {what} cannot be split into {m} equal micro-batches; "
-            f"use a batch size that is a multiple of {m}, or other microbatches"
-        )
-    return list(tensor.chunk(m)) if tensor.shape[0] else [tensor] * m
+from torch.utils._pytree import tree_flatten, tree_map
 
 
 def as_args(output: Any) -> tuple[Any, ...]:

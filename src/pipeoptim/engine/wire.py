@@ -23,7 +23,7 @@ _MAGIC = 0x50697065_4F707431
 
 
 class Header(NamedTuple):
-    """The first eight 64-bit integers of a message.
+    """The eight 64-bit integers of a message.
 
     Attributes:
         magic: tells a message from noise.
@@ -32,6 +32,7 @@ class Header(NamedTuple):
         following: 0, or the size of the message in a new format that follows this empty one.
         described: in a message in a new format, the length of its description; else 0.
         scale: the bits of a float64: see :attr:`loss_scale`.
+        rows, of: with activations, which part of its mini-batch the micro-batch is.
     """
 
     magic: int
@@ -40,6 +41,8 @@ class Header(NamedTuple):
     following: int
     described: int
     scale: int
+    rows: int
+    of: int
 
     @property
     def loss_scale(self) -> float:
@@ -161,17 +164,23 @@ def _at(block: Tensor, start: int, slot: Slot) -> Tensor:
 
 
 def put_header(
-    block: Tensor, sequence: int, flags: int, following: int = 0, described: int = 0, loss_scale: float = 0.0
+    block: Tensor,
+    sequence: int,
+    flags: int,
+    following: int = 0,
+    described: int = 0,
+    loss_scale: float = 0.0,
+    part: tuple[int, int] = (0, 0),
 ) -> None:
     """Write the header of a message."""
     (scale,) = struct.unpack("<q", struct.pack("<d", loss_scale))
-    values = [_MAGIC, sequence, flags, following, described, scale, 0, 0]
+    values = [_MAGIC, sequence, flags, following, described, scale, *part]
     block[:HEADER].view(torch.int64).copy_(torch.tensor(values, dtype=torch.int64))
 
 
 def get_header(block: Tensor) -> Header:
     """Read the header of a message; on a GPU this waits for it to arrive."""
-    return Header(*block[:HEADER].view(torch.int64).tolist()[:6])
+    return Header(*block[:HEADER].view(torch.int64).tolist())
 
 
 def is_ours(header: Header) -> bool:

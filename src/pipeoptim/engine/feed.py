@@ -1,0 +1,185 @@
+"""What a user feeds into a pipeline, cut into micro-batches: equal slices, or uneven ones that count by their share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from pipeoptim.errors import ConfigError
+
+StageKwargs = Mapping[int, Mapping[str, Any]]
+Weigh = Callable[[Any], Any]
+
+
+@dataclass(frozen=True)
+class Whole:
+    """Marks an input that every micro-batch gets as it is, instead of a slice of it: a table, an attention mask of (T, T).
+
+    Args:
+        value: anything; the module sees it without the mark.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> mask = torch.ones(6, 6).tril()
+        >>> stage_kwargs = {1: {"mask": po.Whole(mask)}}  # pipe.step(x, target=y, stage_kwargs=stage_kwargs)
+    """
+
+    value: Any
+
+
+class Part(NamedTuple):
+    """How much of its mini-batch a micro-batch is: ``rows`` of ``of`` rows; (0, 0) where nothing says so."""
+
+    rows: int
+    of: int
+
+    @property
+    def empty(self) -> bool:
+        """Whether there is nothing to compute: more micro-batches than rows."""
+        return self.rows == 0 and self.of > 0
+
+
+NOTHING = Part(0, 0)
+
+
+class Feed(NamedTuple):
+    """One micro-batch as the user gave it.
+
+    Attributes:
+        args: of stage 0.
+        kwargs: of every stage that is given some.
+        target: of the loss.
+        part: its part of the inputs.
+        target_part: its part of the target, (0, 0) where nobody asks.
+        weight: its share of the loss, where the user's function gave one.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[int, dict[str, Any]]
+    target: Any
+    part: Part
+    target_part: Part
+    weight: float | None
+
+
+@dataclass(frozen=True)
+class Cutter:
+    """Cuts mini-batches into M micro-batches.
+
+    Args:
+        m: how many.
+        uneven: sizes may differ by one row, as ``torch.tensor_split`` does, and each counts by its share of the rows. Without
+            it, a batch that ``m`` does not divide is an error.
+        weigh: ``weigh(target) -> number``: a micro-batch counts by its share of these, instead of by rows. For losses that
+            are a mean over something else, such as the tokens that are not padding.
+    """
+
+    m: int
+    uneven: bool = False
+    weigh: Weigh | None = None
+
+    def cut(self, what: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[Feed]:
+        """The micro-batches of a mini-batch.
+
+        Raises:
+            ConfigError: a tensor has no dimension 0, or they cannot be cut alike.
+        """
+        inputs = split((args, kwargs), self.m, what, self.uneven)
+        targets = split(target, self.m, f"target of {what}", self.uneven)
+        parts = _parts((args, kwargs), self.m, what)
+        wanted = _parts(target, self.m, f"target of {what}") if self.uneven else [NOTHING] * self.m
+        weights = self._weights(targets)
+        return [Feed(*i, *rest) for i, *rest in zip(inputs, targets, parts, wanted, weights, strict=True)]
+
+    def _weights(self, targets: list[Any]) -> Sequence[float | None]:
+        if self.weigh is None or all(target is None for target in targets):  # no target here: not the last stage
+            return [None] * self.m
+        weights = [float(self.weigh(target)) for target in targets]
+        total = sum(weights)
+        if not total > 0 or min(weights) < 0:
+            raise ConfigError(
+                f"weigh returned {weights} for the {self.m} micro-batches; they must be at least 0, and one above"
+            )
+        return [weight / total for weight in weights]
+
+    def share(self, feed: Feed, part: Part) -> float | None:
+        """The share of the loss with which ``feed`` counts, ``part`` of the inputs of stage 0; None for exactly 1/M.
+
+        Raises:
+            ConfigError: the target was cut in other shares than the inputs.
+        """
+        if feed.weight is not None:
+            return feed.weight
+        theirs = feed.target_part
+        if theirs.of and theirs.rows * part.of != part.rows * theirs.of:
+            raise ConfigError(
+                f"a micro-batch has {part.rows} of the {part.of} rows of the input, but {theirs.rows} of {theirs.of} of the target; "
+                "give a target with one row for each row of the input"
+            )
+        return None if part.of == part.rows * self.m else part.rows / part.of
+
+
+def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: StageKwargs | None) -> dict[int, dict[str, Any]]:
+    """Keyword arguments per stage: ``kwargs`` are those of stage ``k``.
+
+    Raises:
+        ConfigError: a stage that does not exist, or a keyword given twice.
+    """
+    every = {stage: dict(own) for stage, own in (stage_kwargs or {}).items()}
+    unknown = [stage for stage in every if not (isinstance(stage, int) and 0 <= stage < depth)]
+    if unknown:
+        raise ConfigError(f"stage_kwargs names stage {unknown[0]!r}; stages 0 .. {depth - 1} exist")
+    twice = sorted(set(kwargs) & set(every.get(k, ())))
+    if twice:
+        raise ConfigError(f"the keyword {twice[0]!r} of stage {k} is given twice, directly and in stage_kwargs; give it once")
+    if kwargs:
+        every[k] = {**every.get(k, {}), **kwargs}
+    return every
+
+
+def split(tree: Any, m: int, what: str, uneven: bool = False) -> list[Any]:
+    """``m`` slices of every tensor in ``tree`` along dimension 0; other values, and what is marked as whole, are repeated.
+
+    Raises:
+        ConfigError: a tensor has no dimension 0, or its length is not a multiple of ``m`` and they may not be uneven.
+    """
+    leaves, spec = tree_flatten(tree)
+    if m == 1 and not any(type(leaf) is Whole for leaf in leaves):
+        return [tree]
+    columns = [_slices(leaf, m, what, uneven) for leaf in leaves]
+    return [tree_unflatten([column[i] for column in columns], spec) for i in range(m)]
+
+
+def _slices(leaf: Any, m: int, what: str, uneven: bool) -> Sequence[Any]:
+    if isinstance(leaf, Whole):
+        return [leaf.value] * m
+    if m == 1 or not isinstance(leaf, Tensor):
+        return [leaf] * m
+    if leaf.dim() == 0:
+        raise ConfigError(
+            f"a tensor in {what} has no batch dimension; it cannot be split into {m} micro-batches. "
+            "Wrap it in pipeoptim.Whole if all of them shall get it"
+        )
+    rows = leaf.shape[0]
+    if rows % m and not uneven:
+        raise ConfigError(
+            f"the batch of {rows} in {what} cannot be split into {m} equal micro-batches; use a batch size that is a multiple "
+            f"of {m}, other microbatches, or uneven=True"
+        )
+    return leaf.tensor_split(m) if rows else [leaf] * m
+
+
+def _parts(tree: Any, m: int, what: str) -> list[Part]:
+    """The part that each micro-batch is, from the tensors' common number of rows."""
+    sizes = {leaf.shape[0] for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.dim()} if m > 1 else set()
+    if len(sizes) > 1:
+        raise ConfigError(
+            f"tensors in {what} have {' and '.join(map(str, sorted(sizes)))} rows, so their slices would not belong together; "
+            "wrap what all micro-batches shall get whole in pipeoptim.Whole"
+        )
+    rows = sizes.pop() if sizes else 0
+    return [Part((rows + m - 1 - i) // m, rows) for i in range(m)]
