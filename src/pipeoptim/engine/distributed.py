@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
+from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
@@ -21,6 +22,8 @@ from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_
 from pipeoptim.engine.link import Receiver, Sender
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
+from pipeoptim.engine.reduction import ALONE
+from pipeoptim.engine.replicas import ReplicaSet, read_replicas
 from pipeoptim.engine.stage import LossFn, StageWorker
 from pipeoptim.engine.tree import as_args
 from pipeoptim.engine.upstream import read_stage
@@ -48,6 +51,8 @@ class Schedule(Pipeline):
             seed in all processes they draw what the emulator draws.
         scheduler: of this stage's learning rate; advanced once per update.
         clip, autocast, on_update, monitor: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes.
+        replicas: the processes that hold the same stage and train on other samples, as a process group or a dimension of a
+            DeviceMesh; gradients become their mean before each update (see docs/layouts.md).
         scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         timeout: seconds to wait for a neighbour's message before giving up.
@@ -84,6 +89,7 @@ class Schedule(Pipeline):
         monitor: bool | int = False,
         uneven: bool = False,
         weigh: Weigh | None = None,
+        replicas: dist.ProcessGroup | DeviceMesh | None = None,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
@@ -96,6 +102,12 @@ class Schedule(Pipeline):
         options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor)
         exchanges = options.clip is not None and options.clip.exchanges
         norms = GatheredNorms(place.depth, timeout) if exchanges else None
+        copies = read_replicas(replicas, place.module)
+        settings = (
+            f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
+            f"{options.describe()} replicas={copies.count}"
+        )
+        self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings) if copies.count > 1 else None
         worker = StageWorker(
             place.module,
             optimizer,
@@ -109,13 +121,14 @@ class Schedule(Pipeline):
             device=self.device,
             options=options,
             norms=norms,
+            reduction=ALONE if self._replicas is None else self._replicas.reduction(place.module, optimizer),
         )
         self.worker = self._workers[self.k] = worker
         self._connect(
             place.ranks,
             timeout,
             liveness_timeout,
-            f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} {options.describe()}",
+            settings,
         )
         if norms is not None:  # all processes have agreed by now that there is such a group
             norms.connect(dist.new_group(list(place.ranks), backend="gloo", use_local_synchronization=True))
@@ -150,7 +163,7 @@ class Schedule(Pipeline):
         if args and self.k > 0:
             raise ConfigError(f"stage {self.k} was given {len(args)} inputs; only stage 0 takes them, use keywords for others")
         if self.k == 0:
-            self._note_stop()
+            self._guard(self._note_stop)
         feeds = self._cut(self._cutter, args, kwargs, stage_kwargs, target)
         found: list[Counted] = []
         first = self._steps * self.microbatches
@@ -186,6 +199,36 @@ class Schedule(Pipeline):
                 self._guard(link.flush)
         if self._watch is not None:
             self._watch.close()
+        if self._replicas is not None:
+            self._replicas.close()
+
+    def stage_state_dict(self, k: int) -> dict[str, Any]:
+        """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.base.Pipeline.stage_state_dict>`.
+
+        With ``replicas`` all of them call it, and it holds the random numbers of all, so that saving one of them is enough.
+        """
+        state = super().stage_state_dict(k)
+        if self._replicas is not None:
+            state["random"] = {**state["random"], "replicas": self._replicas.gather(state["random"])}
+        return state
+
+    def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
+        """As :meth:`Pipeline.load_stage_state_dict <pipeoptim.engine.base.Pipeline.load_stage_state_dict>`.
+
+        Each replica takes its own random numbers from it; one that the state does not know draws new ones.
+        """
+        everyone = state["random"].get("replicas")
+        if self._replicas is not None and everyone is not None and self._replicas.replicas.index < len(everyone):
+            state = {**state, "random": everyone[self._replicas.replicas.index]}
+        elif self._replicas is not None and self._replicas.replicas.index > 0:
+            state = {**state, "random": self.worker.random.state_dict()}
+        super().load_stage_state_dict(k, state)
+
+    def _note_stop(self) -> None:
+        if self._replicas is None:
+            super()._note_stop()
+        else:
+            self._stop = self._replicas.agree_to_stop(self._stop_wanted) or self._stop
 
     def _cut(
         self, cutter: Cutter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
@@ -259,12 +302,16 @@ class Schedule(Pipeline):
         """One group per direction, so that neither waits for the other; the watch; and a check that all agree."""
         global _made
         self._watch: Watch | None = None
-        store = PrefixStore(f"pipeoptim/{_made}/{ranks[0]}", dist.distributed_c10d._get_default_store())
+        everywhere = PrefixStore(f"pipeoptim/{_made}", dist.distributed_c10d._get_default_store())
+        store = PrefixStore(str(ranks[0]), everywhere)
         _made += 1
         self._agree(store, settings, timeout)
         if liveness is not None and self.depth > 1:
             clone = getattr(store, "clone", None)  # a connection of its own: the watch must not wait behind others
             self._watch = Watch(clone() if clone is not None else store, self.k, self.depth, liveness)
+        if liveness is not None and self._replicas is not None:
+            clone = getattr(everywhere, "clone", None)
+            self._replicas.watch(clone() if clone is not None else everywhere, liveness)
         groups = [
             dist.new_group(list(ranks), timeout=timedelta(seconds=timeout), use_local_synchronization=True) for _ in range(2)
         ]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 _STRIDE = 1_000_003  # keeps the seeds of the stages of neighbouring user seeds apart
+_REPLICA_STRIDE = 7_368_787_000_003  # and those of the replicas
 
 
 class StageRandom:
@@ -22,11 +23,12 @@ class StageRandom:
         seed: of the whole run; the same on every stage.
         k: the stage.
         device: where the stage computes.
+        replica: which of the stage's replicas, 0 where there is one.
     """
 
-    def __init__(self, seed: int, k: int, device: torch.device) -> None:
+    def __init__(self, seed: int, k: int, device: torch.device, replica: int = 0) -> None:
         self.device = device if device.type == "cuda" else None
-        own = (seed + _STRIDE * (k + 1)) % 2**63
+        own = (seed + _STRIDE * (k + 1) + _REPLICA_STRIDE * replica) % 2**63
         self.cpu = torch.Generator().manual_seed(own).get_state()
         self.cuda = torch.Generator(device).manual_seed(own).get_state() if self.device is not None else None
 

@@ -26,6 +26,7 @@ from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.options import OFF, StageOptions
 from pipeoptim.engine.precision import computing
 from pipeoptim.engine.random import StageRandom
+from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.scaling import LossScale
 from pipeoptim.engine.tree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -63,6 +64,7 @@ class StageWorker:
         device: where the stage computes.
         options: clipping, precision and what else a training loop may have.
         norms: exchange of gradient norms with the other stages, where clipping needs it.
+        reduction: makes gradients the mean over the replicas of this stage.
 
     Raises:
         ConfigError: optimizer and module do not belong together, or the optimizer needs a closure.
@@ -83,6 +85,7 @@ class StageWorker:
         device: torch.device | None = None,
         options: StageOptions = OFF,
         norms: Norms | None = None,
+        reduction: Reduction = ALONE,
     ) -> None:
         held, params = _optimized(module, optimizer, scheduler, k)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
@@ -97,7 +100,8 @@ class StageWorker:
             self.predictor = MasterPredictor(self.predictor, held)
         self.weights = StageWeights(params, program, k, self.predictor)
         self.device = device or (params[0].device if params else torch.device("cpu"))
-        self.random = StageRandom(seed, k, self.device)
+        self.random = StageRandom(seed, k, self.device, reduction.index)
+        self.reduction = reduction
         self.options = options
         self._held = held
         self.clipper = Clipper(options.clip, held, program, norms) if options.clip is not None else None
@@ -106,7 +110,8 @@ class StageWorker:
         self.monitor: PredictionMonitor | None = None
         if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
             self.monitor = PredictionMonitor(_grouped(optimizer, params), k, int(options.monitor))
-        self._announced = False  # gradients of an update are complete and the update is not carried out yet
+        self._announced = False  # the backwards of an update are done and the update is not carried out yet
+        self._complete = False  # and its gradients are final but for clipping
         self._flights: dict[int, Flight] = {}
         self._ready: tuple[int, Held] | None = None
         self._next_forward = 0
@@ -191,7 +196,7 @@ class StageWorker:
 
     def _run(self, held: Held, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
-        with swapped(self.weights.params, self.weights.tensors(held)):
+        with swapped(self.weights.params, self.weights.tensors(held)), self.reduction.forwarding():
             with computing(self.device.type, self.options.autocast), hooks:
                 output = self._call_module(args, kwargs)
                 if self.is_last:
@@ -243,6 +248,7 @@ class StageWorker:
                 [(out, None) for out in flight.outputs] if self.is_last else list(zip(flight.outputs, gradients, strict=True))
             )
             roots = [(out, grad) for out, grad in pairs if self.is_last or grad is not None]
+            self.reduction.before_backward((i + 1) % self.program.microbatches == 0, flight.outputs)
             if roots and roots[0][0].requires_grad:
                 with computing(self.device.type, None):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
@@ -254,23 +260,33 @@ class StageWorker:
     def update(self) -> None:
         """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
 
-        Where clipping waits for the other stages only the norm of the gradients is told here, and the rest is done by
-        :meth:`settle`, which the stage's next F or B calls.
+        Where it waits for other processes (replicas, or other stages when clipping by the global norm) only its part in the
+        exchange is begun here, and the rest is done by :meth:`settle`, which the stage's next F or B calls.
         """
+        self.reduction.start()
+        self._announced = True
+        if self.clipper is not None and self.clipper.rule.waits and self.program.depth > 1:
+            self._complete_gradients()  # the other stages wait for our norm
+        elif not self.reduction.deferred:
+            self.settle()
+
+    def _complete_gradients(self) -> None:
+        """Gradients become what clipping starts from: the mean over the replicas, without loss scale."""
+        self.reduction.finish()
         if self.scaling is not None:
             self.scaling.unscale(self._held)
         if self.clipper is not None:
             self.clipper.announce(self.weights.version)
-        self._announced = True
-        if self.clipper is None or not self.clipper.rule.waits or self.program.depth == 1:
-            self.settle()
+        self._complete = True
 
     def settle(self) -> None:
-        """Carry out an update that waits for the other stages, if there is one."""
+        """Carry out an update that waits for other processes, if there is one."""
         if not self._announced:
             return
+        if not self._complete:
+            self._complete_gradients()
         skipped = not self._clip()
-        self._announced = False
+        self._announced = self._complete = False
         self._retain()
         self.weights.before_update()
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values.
@@ -380,7 +396,7 @@ class StageWorker:
         self.module.eval()
         try:
             with torch.no_grad(), computing(self.device.type, self.options.autocast):
-                output = self.module(*args, **kwargs)
+                output = self.reduction.bare(self.module)(*args, **kwargs)
                 return check_loss(self.loss_fn(output, target)) if self.is_last else output
         finally:
             for m, mode in training.items():
@@ -396,7 +412,7 @@ class StageWorker:
         """Everything a resumed run needs to continue bit for bit, as tensors and plain data. Only with nothing in flight."""
         self._only_at_rest("saved")
         state: dict[str, Any] = {
-            "module": self.module.state_dict(),
+            "module": self.reduction.bare(self.module).state_dict(),
             "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
             "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
             "random": self.random.state_dict(),
@@ -414,7 +430,7 @@ class StageWorker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Only with nothing in flight."""
         self._only_at_rest("loaded")
-        self.module.load_state_dict(state["module"])
+        self.reduction.bare(self.module).load_state_dict(state["module"])
         if self.optimizer is not None:
             self.optimizer.load_state_dict(state["optimizer"])
         if self.scheduler is not None and state["scheduler"] is not None:

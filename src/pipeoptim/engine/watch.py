@@ -27,10 +27,11 @@ class Watch:
         store: shared key-value store of the pipeline's processes.
         k, depth: this stage of how many.
         timeout: seconds without a beat after which a stage counts as dead.
+        name: how messages call number ``k``.
     """
 
-    def __init__(self, store: Store, k: int, depth: int, timeout: float) -> None:
-        self.store, self.k, self.depth, self.timeout = store, k, depth, timeout
+    def __init__(self, store: Store, k: int, depth: int, timeout: float, name: str = "stage {}") -> None:
+        self.store, self.k, self.depth, self.timeout, self.name = store, k, depth, timeout, name
         self.waiting_for: int | None = None
         self.waiting_since = 0.0
         self._stop = threading.Event()
@@ -85,11 +86,11 @@ class Watch:
             beat = self.store.get(key).decode() if self.store.check([key]) else ""
             if beat == "gone":
                 if self.waiting_for == j and self._since(self.waiting_since):
-                    return f"stage {j}, which has ended,"
+                    return f"{self.name.format(j)}, which has ended,"
             elif beat != seen:
                 self._last[j] = (beat, now)
             elif self._since(when):
-                return f"stage {j}"
+                return self.name.format(j)
         return None
 
     def _since(self, when: float) -> bool:
@@ -99,7 +100,7 @@ class Watch:
         message = self.cause(f"{dead} gave no sign of life for {self.timeout:g} s")
         if self._stop.wait(_GRACE):
             return
-        print(f"pipeoptim: stage {self.k} ends: {message}", file=sys.stderr, flush=True)
+        print(f"pipeoptim: {self.name.format(self.k)} ends: {message}", file=sys.stderr, flush=True)
         os._exit(1)
 
     def _set(self, what: str, value: str) -> None:

@@ -1,0 +1,234 @@
+"""The mean of the gradients over the replicas of a stage, before its update and overlapped with its backward.
+
+A *replica* is a copy of the whole pipeline that trains on other samples. Nothing here knows of other stages, and nothing in
+the order of work changes, so version gaps are those of one pipeline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+
+BUCKET_BYTES = 25 * 2**20
+"""Gradients are reduced in buckets of about this size, as ``DistributedDataParallel`` does."""
+
+
+class Reduction(Protocol):
+    """How the gradients of a stage become the mean over its replicas. The stage calls these at fixed points.
+
+    Attributes:
+        index: which replica this is.
+        deferred: whether there is something to gain in carrying out an update as late as its weights allow.
+    """
+
+    index: int
+    deferred: bool
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """The user's own module in what may be a wrapper: evaluated and saved."""
+        ...
+
+    def forwarding(self) -> AbstractContextManager[Any]:
+        """What the stage's forward runs in."""
+        ...
+
+    def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
+        """B of a micro-batch begins; ``last``: of its mini-batch."""
+        ...
+
+    def start(self) -> None:
+        """All gradients of the mini-batch are there; does not wait."""
+        ...
+
+    def finish(self) -> None:
+        """Wait until the gradients are the mean over the replicas."""
+        ...
+
+
+class Alone:
+    """A stage without replicas."""
+
+    index = 0
+    deferred = False
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """The module."""
+        return module
+
+    def forwarding(self) -> AbstractContextManager[Any]:
+        """Nothing to do."""
+        return nullcontext()
+
+    def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
+        """Nothing to do."""
+
+    def start(self) -> None:
+        """Nothing to do."""
+
+    def finish(self) -> None:
+        """Nothing to do."""
+
+
+ALONE = Alone()
+
+
+class MeanGradients(Alone):
+    """All-reduces gradients in buckets, each as soon as the last micro-batch's backward has written all of it.
+
+    A parameter that got no gradient on this replica takes part with zeros; it keeps None where no replica had one, so that
+    optimizers skip it everywhere. Buckets start in one fixed order, so replicas whose graphs differ agree all the same.
+
+    Args:
+        params: what the optimizer holds.
+        group: a group of the replicas that nobody else uses.
+        index: which replica this is.
+        timeout: to wait for the others.
+        during_backward: whether gradients arrive in ``params`` themselves during the backward (masters get theirs later).
+    """
+
+    deferred = True
+
+    def __init__(
+        self, params: Sequence[Tensor], group: dist.ProcessGroup, index: int, timeout: timedelta, during_backward: bool = True
+    ) -> None:
+        self.group, self.index, self.timeout = group, index, timeout
+        self.buckets = _buckets([p for p in params if p.requires_grad])
+        self._place = {p: n for n, bucket in enumerate(self.buckets) for p in bucket.params}
+        self._missing: list[set[Tensor]] = []  # per bucket, in a last backward: parameters whose gradient is still to come
+        self._next = len(self.buckets)  # buckets before this one have been started
+        self._counting = False
+        if during_backward:
+            for p in self._place:
+                p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+
+    def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
+        """From now on each gradient that arrives is final, if ``last``."""
+        self._counting = last
+        if last:
+            self._missing = [set(bucket.params) for bucket in self.buckets]
+            self._next = 0
+
+    def _arrived(self, p: Tensor) -> None:
+        if not self._counting:
+            return
+        if self._place[p] < self._next:
+            raise PipeOptimError(
+                f"a gradient of shape {tuple(p.shape)} changed after its mean over the replicas was begun; use "
+                "checkpoint(..., use_reentrant=False), or use each weight in one checkpointed part only"
+            )
+        self._missing[self._place[p]].discard(p)
+        while self._next < len(self.buckets) and not self._missing[self._next]:
+            self._reduce(self._next)
+
+    def start(self) -> None:
+        """Reduce what has not been started yet."""
+        self._counting = False
+        while self._next < len(self.buckets):
+            self._reduce(self._next)
+
+    def _reduce(self, n: int) -> None:
+        try:
+            self.buckets[n].reduce(self.group)
+        except RuntimeError as error:
+            raise failure(error) from error
+        self._next = n + 1
+
+    def finish(self) -> None:
+        """Wait for all buckets, and write the means into the gradients."""
+        for bucket in self.buckets:
+            try:
+                bucket.finish(self.timeout)
+            except RuntimeError as error:
+                raise failure(error) from error
+
+
+class ByDDP(Alone):
+    """The stage's module is wrapped in ``DistributedDataParallel``, whose own buckets and hooks do the work.
+
+    Forwards run under ``no_sync``, because several of them come before one backward; the reducer is armed just before the
+    last backward of a mini-batch, and that backward ends with the mean in place.
+
+    Raises:
+        ConfigError: the wrapper was told that the graph is static, which it can only learn in its own forward.
+    """
+
+    def __init__(self, module: DistributedDataParallel, index: int) -> None:
+        if module.static_graph:
+            raise ConfigError(
+                "DistributedDataParallel(static_graph=True) counts on one backward per forward, which no pipeline has; "
+                "leave static_graph out, or give the bare module and replicas="
+            )
+        self.module: DistributedDataParallel = module
+        self.index = index
+
+    def bare(self, module: nn.Module) -> nn.Module:
+        """What is wrapped."""
+        return self.module.module  # type: ignore[no-any-return]
+
+    def forwarding(self) -> AbstractContextManager[Any]:
+        """No exchange, neither of gradients nor of buffers."""
+        return self.module.no_sync()  # type: ignore[no-any-return]
+
+    def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
+        """Arm the reducer."""
+        if last:
+            self.module.reducer.prepare_for_backward(list(outputs))
+
+
+class _Bucket:
+    """Parameters of one device and type whose gradients travel together."""
+
+    def __init__(self, params: list[Tensor]) -> None:
+        self.params = params
+        self._work: Any = None
+        self._sum: Tensor | None = None
+        self._there: tuple[list[bool], Tensor] = ([], torch.empty(0))
+
+    def reduce(self, group: dist.ProcessGroup) -> None:
+        """Start the all-reduce. Behind the gradients travels, for each of them, whether it is there."""
+        first = self.params[0]
+        found = [p.grad is not None for p in self.params]
+        if found != self._there[0]:
+            self._there = found, torch.tensor(found, dtype=first.dtype, device=first.device)
+        grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        self._sum = torch.cat([*(g.detach().reshape(-1) for g in grads), self._there[1]]).div_(group.size())
+        self._work = dist.all_reduce(self._sum, group=group, async_op=True)
+
+    def finish(self, timeout: timedelta) -> None:
+        """Write the means back."""
+        assert self._sum is not None
+        self._work.wait(timeout)
+        *means, there = self._sum.split([*(p.numel() for p in self.params), len(self.params)])  # type: ignore[no-untyped-call]
+        for n, (p, mean) in enumerate(zip(self.params, means, strict=True)):
+            if p.grad is not None:
+                p.grad.copy_(mean.view_as(p))
+            elif there[n] > 0:
+                p.grad = mean.view_as(p).clone()
+        self._work = self._sum = None
+
+
+def _buckets(params: list[Tensor]) -> list[_Bucket]:
+    """In the order in which a backward reaches them: the last parameters first."""
+    full: list[list[Tensor]] = []
+    open_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for p in reversed(params):
+        bucket = open_.setdefault((p.device, p.dtype), [])
+        bucket.append(p)
+        if sum(q.numel() * q.element_size() for q in bucket) >= BUCKET_BYTES:
+            full.append(open_.pop((p.device, p.dtype)))
+    return [_Bucket(bucket) for bucket in [*full, *open_.values()]]
+
+
+def failure(error: RuntimeError) -> StageFailure:
+    """What a broken or overdue exchange between replicas means."""
+    first = (str(error).splitlines() or ["no reason given"])[0][:160]
+    return StageFailure(f"a replica of this stage died or does not answer ({first})")

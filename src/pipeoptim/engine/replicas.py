@@ -1,0 +1,154 @@
+"""The replicas of one stage: who they are, that they agree, start equal, stop together and see each other die."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim import Optimizer
+
+from pipeoptim.engine.masters import module_parameter
+from pipeoptim.engine.reduction import ByDDP, MeanGradients, Reduction, failure
+from pipeoptim.engine.watch import Watch
+from pipeoptim.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Replicas:
+    """The processes that hold the same stage.
+
+    Attributes:
+        ranks: their global ranks; the weights of the first are those that all start from.
+        index: which of them this process is.
+    """
+
+    ranks: tuple[int, ...] = (0,)
+    index: int = 0
+
+    @property
+    def count(self) -> int:
+        """How many there are."""
+        return len(self.ranks)
+
+
+def read_replicas(given: dist.ProcessGroup | DeviceMesh | None, module: nn.Module) -> Replicas:
+    """Whom ``replicas=`` names, or a wrapper of the module that knows its replicas.
+
+    Raises:
+        ConfigError: neither a process group nor a device mesh, this process is not in it, or the wrapper knows others.
+    """
+    wrapped = module.process_group if isinstance(module, DistributedDataParallel) else None
+    if given is None:
+        given = wrapped
+    if given is None:
+        return Replicas()
+    ranks = _ranks(given)
+    if wrapped is not None and _ranks(wrapped) != ranks:
+        raise ConfigError(f"replicas holds the ranks {ranks}, DistributedDataParallel {_ranks(wrapped)}; leave replicas out")
+    own = dist.get_rank()
+    if own not in ranks:
+        raise ConfigError(f"replicas holds the ranks {ranks}, but not this process ({own}); give the group of this stage")
+    return Replicas(ranks, ranks.index(own))
+
+
+def _ranks(given: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
+    if isinstance(given, DeviceMesh):
+        return tuple(int(rank) for rank in given.mesh.flatten())
+    if isinstance(given, dist.ProcessGroup):
+        return tuple(dist.get_process_group_ranks(given))
+    raise ConfigError(
+        f"replicas is a {type(given).__name__}, must be the process group of the processes that hold the same stage, "
+        'or that dimension of a DeviceMesh: mesh["data"]'
+    )
+
+
+class ReplicaSet:
+    """The ties of this process to the other replicas of stage ``k``.
+
+    Args:
+        replicas: who they are; at least two.
+        k, depth: the stage, of how many.
+        timeout: seconds to wait for them.
+        settings: what all of them must have been given alike.
+
+    Raises:
+        ConfigError: they hold another stage, or were given other settings.
+    """
+
+    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, settings: str) -> None:
+        self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
+        self.control = dist.new_group(list(replicas.ranks), self.timeout, "gloo", use_local_synchronization=True)
+        self._votes: deque[tuple[Any, Tensor]] = deque()
+        self._watch: Watch | None = None
+        place = f"stage {k} of {depth}"
+        for rank, (theirs, given) in zip(replicas.ranks, self.gather((place, settings)), strict=True):
+            if theirs != place:
+                raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
+            if given != settings:
+                raise ConfigError(f"{place} was set up with {settings}, its replica on rank {rank} with {given}")
+
+    def watch(self, store: Store, liveness: float) -> None:
+        """End this process when another replica gives no sign of life for ``liveness`` seconds."""
+        prefix = PrefixStore(f"replicas/{self.k}", store)
+        count = self.replicas.count
+        self._watch = Watch(prefix, self.replicas.index, count, liveness, f"replica {{}} of stage {self.k}")
+
+    def gather(self, value: Any) -> list[Any]:
+        """The values of all replicas, in their order. All of them call this."""
+        values: list[Any] = [None] * self.replicas.count
+        try:
+            dist.all_gather_object(values, value, group=self.control)
+        except RuntimeError as error:
+            raise failure(error) from error
+        return values
+
+    def reduction(self, module: nn.Module, optimizer: Optimizer | None) -> Reduction:
+        """What averages the gradients of this stage; from here on all replicas have the weights of the first."""
+        held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+        mastered = any(module_parameter(p) is not p for p in held)
+        if isinstance(module, DistributedDataParallel):
+            if mastered:
+                raise ConfigError(
+                    "DistributedDataParallel cannot average the gradients of master weights; give the bare module and replicas="
+                )
+            return ByDDP(module, self.replicas.index)
+        ranks = self.replicas.ranks
+        group = dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
+        same_start([*module.parameters(), *module.buffers(), *(held if mastered else [])], group, ranks[0])
+        return MeanGradients(held, group, self.replicas.index, self.timeout, during_backward=not mastered)
+
+    def agree_to_stop(self, wanted: bool) -> bool:
+        """Whether any replica wanted to stop some mini-batches ago; the same answer on all of them at the same mini-batch."""
+        vote = torch.tensor([int(wanted)])
+        try:
+            self._votes.append((dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True), vote))
+            if len(self._votes) <= self.depth:
+                return False
+            work, vote = self._votes.popleft()
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            raise failure(error) from error
+        return bool(vote.item())
+
+    def close(self) -> None:
+        """Stop the watch."""
+        if self._watch is not None:
+            self._watch.close()
+
+
+def same_start(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
+    """Give every replica the values of the process with global rank ``source``."""
+    with torch.no_grad():
+        for tensor in tensors:
+            value = tensor.detach().contiguous()
+            dist.broadcast(value, source, group=group)
+            tensor.copy_(value)
