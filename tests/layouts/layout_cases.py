@@ -103,5 +103,10 @@ def plain() -> list[Case]:
     ]
 
 
+def wrapped() -> list[Case]:
+    """What can differ when torch's wrapper averages: micro-batches, other backward weights, clipping, odd modules."""
+    return [*(Case(m=m) for m in (1, 2)), Case("pipedream"), Case("spectrain", 2), Case(clip=CLIPS[1], m=2), *ODD]
+
+
 def two_buffers(method: str) -> bool:
     return po.METHODS[method].at_least_depth_microbatches

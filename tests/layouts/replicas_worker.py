@@ -1,6 +1,5 @@
 """One process of 2 stages x 2 replicas: runs the cases of layout_cases and writes what this process ends with."""
 
-import os
 import sys
 from dataclasses import replace
 
@@ -60,8 +59,91 @@ def equal_case(case):
     return {"module": state["module"], "losses": losses, "gaps": [pipe.version_gap(k, i) for i in range(case.m)]}
 
 
-todo = {"plain": cases.plain(), "ddp": [replace(c, wrap="ddp") for c in cases.plain()]}
+def noisy():
+    torch.manual_seed(k)
+    return nn.Sequential(nn.Dropout(0.3), nn.Linear(cases.WIDTH, cases.WIDTH), nn.BatchNorm1d(cases.WIDTH), nn.Tanh()).double()
+
+
+def resumed():
+    """Six mini-batches in one go; and four, a state that only the first replica saves, and two more."""
+    found, batches = {}, list(cases.batches())[:6]
+    for name, stop in (("whole", 6), ("halves", 4)):
+        module = noisy()
+        pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+        for n, (x, y) in enumerate(batches):
+            if n == stop:
+                pipe.drain()
+                state, path = pipe.stage_state_dict(k), f"{out}/saved-{k}.pt"
+                if replica == 0:
+                    torch.save(state, path)
+                dist.barrier()
+                pipe.close()
+                module = noisy()
+                pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+                pipe.load_stage_state_dict(k, torch.load(path, weights_only=True))
+            elif n == 4:
+                pipe.drain()
+            feed(pipe, x, y)
+        pipe.drain()
+        pipe.close()
+        found[name] = pipe.stage_state_dict(k)
+    return found
+
+
+def stopped():
+    """Replica 1 asks for a stop while it is fed its third mini-batch; how many each process was fed."""
+    module = noisy()
+    pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+    fed = 0
+    for x, y in [*cases.batches()] * 2:
+        if fed == 2 and first and replica == 1:
+            pipe.request_stop()
+        feed(pipe, x, y)
+        fed += 1
+        if pipe.stop_requested:
+            break
+    pipe.drain()
+    pipe.close()
+    return fed
+
+
+def order_of_work():
+    """When the means were begun, and when the backward of the first layer ended."""
+    log, module = [], cases.module(cases.Case(), k)
+    pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+    plain, finish = reduction.MeanGradients._reduce, reduction.MeanGradients.finish
+    reduction.MeanGradients._reduce = lambda self, n: (log.append(f"mean {n}"), plain(self, n))[1]
+    reduction.MeanGradients.finish = lambda self: (log.append("finish"), finish(self))[1]
+    module[0].weight.register_post_accumulate_grad_hook(lambda _: log.append("first layer"))
+    module.register_forward_pre_hook(lambda *_: log.append("forward"))
+    for x, y in list(cases.batches())[:3]:
+        feed(pipe, x, y)
+    pipe.drain()
+    pipe.close()
+    reduction.MeanGradients._reduce, reduction.MeanGradients.finish = plain, finish
+    return log
+
+
+def refusals():
+    words, module = [], cases.module(cases.Case(), k)
+    for options in ({"replicas": mesh["pipe"]}, {"replicas": "two"}, {"replicas": mesh["data"], "clip": 1.0 + replica}):
+        try:
+            schedule(module, torch.optim.AdamW(module.parameters()), **options)
+        except po.ConfigError as error:
+            words.append(str(error))
+    return words
+
+
+def extras():
+    found = {"resumed": resumed(), "stopped": stopped(), "order": order_of_work(), "refusals": refusals()}
+    torch.save(found, f"{out}/extras-{k}-{replica}.pt")
+
+
+todo = {"plain": cases.plain(), "ddp": [replace(c, wrap="ddp") for c in cases.wrapped()]}
 for name in which.split(","):
+    if name == "extras":
+        extras()
+        continue
     for case in todo[name]:
         torch.save(equal_case(case), f"{out}/{case.name()}-{k}-{replica}.pt")
 dist.destroy_process_group()

@@ -1,16 +1,31 @@
 """2 stages x 2 replicas on 4 processes equal 2 stages with the doubled batch, whoever averages the gradients."""
 
+import signal
+import subprocess
 import sys
 from dataclasses import replace
+from itertools import product
 from pathlib import Path
 
+import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 import layout_cases as cases
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "engine"))
 import stage_processes  # noqa: E402
+
+PROCESSES = list(product(range(cases.DEPTH), range(cases.REPLICAS)))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """What 4 processes wrote, all cases in one start."""
+    path = tmp_path_factory.mktemp("replicas")
+    stage_processes.run(HERE / "replicas_worker.py", len(PROCESSES), str(path), "plain,ddp,extras", timeout=400)
+    return path
 
 
 def check_equal(folder, case):
@@ -26,8 +41,70 @@ def check_equal(folder, case):
     torch.testing.assert_close(found, losses, rtol=0, atol=1e-10)
 
 
-def test_replicas_equal_the_doubled_batch(tmp_path):
-    stage_processes.run(HERE / "replicas_worker.py", cases.DEPTH * cases.REPLICAS, str(tmp_path), "plain,ddp")
-    for case in cases.plain():
-        check_equal(tmp_path, case)
-        check_equal(tmp_path, replace(case, wrap="ddp"))
+@pytest.mark.parametrize("case", cases.plain(), ids=cases.Case.name)
+def test_replicas_equal_the_doubled_batch(folder, case):
+    check_equal(folder, case)
+
+
+@pytest.mark.parametrize("case", cases.wrapped(), ids=cases.Case.name)
+def test_stages_wrapped_in_ddp_equal_the_doubled_batch(folder, case):
+    check_equal(folder, replace(case, wrap="ddp"))
+
+
+def extras(folder, what):
+    return {p: torch.load(folder / f"extras-{p[0]}-{p[1]}.pt", weights_only=True)[what] for p in PROCESSES}
+
+
+def test_dropout_and_batchnorm_are_each_replicas_own(folder):
+    runs = extras(folder, "resumed")
+    for k in range(cases.DEPTH):
+        one, other = (runs[k, r]["whole"]["module"] for r in range(cases.REPLICAS))
+        for name in one:
+            assert torch.equal(one[name], other[name]) == ("running" not in name), name
+        assert not torch.equal(*(s["cpu"] for s in runs[k, 0]["whole"]["random"]["replicas"]))
+
+
+def test_the_checkpoint_of_one_replica_resumes_all_bit_for_bit(folder):
+    for (k, r), run in extras(folder, "resumed").items():
+        whole, halves = ({**run[name], "module": run[name]["module"].copy()} for name in ("whole", "halves"))
+        if r > 0:  # its own running statistics are not in the checkpoint; nothing in training depends on them
+            for state in (whole, halves):
+                state["module"] = {n: t for n, t in state["module"].items() if "running" not in n}
+        pairs = zip(tree_leaves(whole), tree_leaves(halves), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs), f"stage {k}, replica {r}"
+
+
+def test_a_stop_wanted_by_one_replica_stops_all_after_the_same_mini_batch(folder):
+    fed = extras(folder, "stopped")
+    assert set(fed.values()) == {2 + cases.DEPTH + 1}
+
+
+def test_means_begin_during_the_backward_and_are_waited_for_before_the_next_forward(folder):
+    for log in extras(folder, "order").values():
+        begun, ended = log.index("mean 0"), log.index("first layer")
+        assert begun < ended, log  # of the same backward: both are the first of their kind
+        assert log.index("finish") > ended
+        following = log[log.index("finish") + 1 :]
+        assert following[0] == "forward", log
+
+
+def test_wrong_replicas_are_refused_with_a_sentence(folder):
+    for (k, r), words in extras(folder, "refusals").items():
+        assert f"holds stage {k} of 2 and, on rank" in words[0], (k, r)
+        assert "replicas is a str" in words[1]
+        assert "its replica on rank" in words[2]
+        assert len(words) == 3
+
+
+def test_a_killed_replica_ends_all_others(tmp_path):
+    with stage_processes.stages(HERE / "endless_replicas_worker.py", len(PROCESSES)) as started:
+        for p in started:
+            assert p.stdout.readline().strip() == "running"
+        started[3].send_signal(signal.SIGKILL)
+        for n, p in enumerate(started[:3]):
+            try:
+                _, err = p.communicate(timeout=20)
+            except subprocess.TimeoutExpired:
+                pytest.fail(f"process {n} still runs 20 s after a replica was killed")
+            assert p.returncode not in (0, None)
+            assert "stage 1" in err, err[-2000:]
