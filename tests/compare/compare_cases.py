@@ -25,19 +25,20 @@ def model() -> nn.Sequential:
 
 
 class Task:
-    """Random inputs, labels that depend on them. ``seconds`` per batch; with COMPARE_DIE set its process dies at seed 1."""
+    """Random inputs, labels that depend on them. At seed 1 its process dies with COMPARE_DIE set, and waits with COMPARE_HOLD."""
 
-    def __init__(self, seed: int, seconds: float = 0.0) -> None:
-        self.seed, self.seconds = seed, seconds
+    def __init__(self, seed: int) -> None:
+        self.seed = seed
 
     def _batch(self, seed: int, size: int) -> tuple[Tensor, Tensor]:
         x = torch.randn(size, 6, generator=torch.Generator().manual_seed(seed))
         return x, (x[:, :3] + x[:, 3:]).argmax(1)
 
     def train_batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
-        time.sleep(self.seconds)
         if "COMPARE_DIE" in os.environ and self.seed == 1 and step == 2:
             os._exit(9)
+        if "COMPARE_HOLD" in os.environ and self.seed == 1 and step == 2:
+            time.sleep(60)
         return self._batch(1000 * self.seed + step, batch_size)
 
     def validation_batches(self, batch_size: int) -> list[tuple[Tensor, Tensor]]:
@@ -68,11 +69,6 @@ def recipe() -> TrainConfig:
         eval_every=5,
         eval_batches=2,
     )
-
-
-def slow() -> TrainConfig:
-    """Half a second per run."""
-    return replace(recipe(), data=Component("compare_cases:Task", {"seconds": 0.025}))
 
 
 def write_comparison(

@@ -8,8 +8,9 @@ from pathlib import Path
 import pytest
 
 from pipeoptim.cli.app import _run
-from pipeoptim.compare.facts import explanation, facts, steady_bubble
+from pipeoptim.compare.facts import explanation, facts, options, steady_bubble
 from pipeoptim.methods import METHODS, copies, gap, get_method
+from pipeoptim.methods.registry import FACTORIES
 from pipeoptim.schedule import ORDERS, Program
 
 
@@ -22,6 +23,31 @@ def test_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPat
         gaps = " ".join(str(gap(method, 3, 3, k)) for k in range(3))
         most = max(copies(method, 3, 3, k) for k in range(3))
         assert method.order in rows[name] and f"{most}  {gaps}" in rows[name]
+
+
+@pytest.mark.parametrize("depth", [4, 8, 16])
+def test_nothing_is_cut_off_in_a_narrow_terminal(
+    depth: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert _run(["methods", "--stages", str(depth)]) == 0
+    out = capsys.readouterr().out
+    assert "\N{HORIZONTAL ELLIPSIS}" not in out
+    table = out[: out.index("copies: of the weights")].splitlines()
+    assert max(map(len, table)) <= 80
+    rows = {line.split()[0]: line for line in table if line.strip()}
+    assert set(METHODS) <= rows.keys()
+    assert (" ".join(map(str, reversed(range(depth)))) if depth < 16 else "15 .. 0") in rows["pipeoptim"]
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_options_are_listed_with_their_meaning(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["methods", name]) == 0
+    out = capsys.readouterr().out
+    family, found = options(f"{name}(x=1)")
+    assert family == name and found
+    for option in found:
+        assert option.meaning and f"  {option.name}={option.default!r}  {option.meaning}" in out
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -43,7 +69,8 @@ def test_one_method(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Pat
 
 @pytest.mark.parametrize("name", METHODS)
 def test_explanations_say_more_than_the_summary(name: str) -> None:
-    assert len(explanation(METHODS[name])) > 60
+    assert len(explanation(METHODS[name])) > len(METHODS[name].summary) + 20
+    assert explanation(get_method("pipemare(synchronous_updates=5)")) == explanation(METHODS["pipemare"])
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -16,7 +16,7 @@ k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 for method in methods:
     for m, name in cases:
-        if po.METHODS[method].at_least_depth_microbatches and int(m) < depth:
+        if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
             continue
         module = case.pieces(depth)[k]
         opt = case.optimizer(name, module.parameters())

@@ -33,12 +33,12 @@ def emulate(depth, method, m, name):
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
-    methods = sorted(po.METHODS)
+    methods = [*sorted(po.METHODS), "pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)"]
     cases = [("1", "adamw"), ("4", "sgd")]
     stage_processes.run(HERE / "equal_worker.py", depth, str(tmp_path), ",".join(methods), ",".join(":".join(c) for c in cases))
     for method in methods:
         for m, name in cases:
-            if po.METHODS[method].at_least_depth_microbatches and int(m) < depth:
+            if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
                 continue
             pipe, losses = emulate(depth, method, int(m), name)
             for k in range(depth):

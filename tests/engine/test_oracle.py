@@ -1,5 +1,7 @@
 """The emulator against an oracle that keeps every past version in a list (float64, 1e-10), warm-up and drains included."""
 
+from functools import partial
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -101,6 +103,16 @@ def uses(method, rule):
     }[method]
 
 
+def annealed(depth, m, anneal, synchronous=0):
+    """PipeMare's T1, from its formula: no delay and so no factor in the synchronous part, which T1 is counted from."""
+
+    def rate(k, version):
+        left = 1 - min((version - synchronous) / anneal, 1)
+        return 1.0 if version < synchronous else delay(k, depth, m) ** -left
+
+    return rate
+
+
 def delay(k, depth, m):
     return max(1, -(-(depth - 1 - k) // m))
 
@@ -137,9 +149,7 @@ def test_emulator_equals_the_oracle(method, depth, m, layers, rule, drains, seed
             losses.append(pipe.step(x, target=y).item())
         pipe.drain()
 
-    rate = lambda k, version: 1.0  # noqa: E731
-    if method == "pipemare":
-        rate = lambda k, version: delay(k, depth, m) ** -(1 - min(version / 1000, 1))  # noqa: E731
+    rate = annealed(depth, m, 1000) if method == "pipemare" else lambda k, version: 1.0
     gammas = [0.135 ** (1 / delay(k, depth, m)) for k in range(depth)]
     expected, expected_losses = oracle.train(initial, rule, segments, batches, m, *uses(method, rule), rate, gammas)
     assert losses == pytest.approx(expected_losses, abs=1e-10, rel=0)
@@ -147,6 +157,61 @@ def test_emulator_equals_the_oracle(method, depth, m, layers, rule, drains, seed
         assert pipe.version(k) == total
         for p, w in zip(stage.parameters(), expected[k].weights[-1], strict=True):
             torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-10)
+
+
+def compare_with_oracle(method, depth, m, rule, make, segments, uses, rate, gammas=None):
+    """Train emulator and oracle from the same weights on the same batches; losses and weights agree to 1e-10."""
+    torch.manual_seed(5)
+    stages = [Layer() for _ in range(depth)]
+    initial = [[p.detach().clone() for p in s.parameters()] for s in stages]
+    batches = [(torch.randn(m, WIDTH).double(), torch.randn(m, WIDTH).double()) for _ in range(sum(segments))]
+    pipe = po.Emulator(stages, make(stages), torch.nn.functional.mse_loss, method=method, microbatches=m)
+    losses = [pipe.step(x, target=y).item() for x, y in batches]
+    pipe.drain()
+    expected, expected_losses = oracle.train(initial, rule, segments, batches, m, *uses, rate, gammas)
+    assert losses == pytest.approx(expected_losses, abs=1e-10, rel=0)
+    for k, stage in enumerate(stages):
+        for p, w in zip(stage.parameters(), expected[k].weights[-1], strict=True):
+            torch.testing.assert_close(p.detach(), w, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("m", [1, 2, 4])
+@pytest.mark.parametrize("synchronous", [0, 5])
+@pytest.mark.parametrize("correct", [False, True])
+@pytest.mark.parametrize("anneal", [0, 7])
+def test_every_part_of_pipemare_equals_the_oracle(anneal, correct, synchronous, m):
+    """T1, T2 and T3, alone, together and none of them. T3 is a drain after each of the first updates."""
+    depth, rule = 4, oracle.Rule("momentum")
+    method = po.get_method(
+        f"pipemare(anneal_updates={anneal}, decay=0.3, correct={correct}, synchronous_updates={synchronous})"
+    )
+    rate = annealed(depth, m, anneal, synchronous) if anneal else lambda k, version: 1.0
+    gammas = [0.3 ** (1 / delay(k, depth, m)) for k in range(depth)]
+    used = (latest_at_forward, looking_back if correct else latest_at_backward)
+    segments = [1] * synchronous + [15]
+    compare_with_oracle(method, depth, m, rule, lambda stages: rule.torch, segments, used, rate, gammas)
+
+
+@pytest.mark.parametrize("method", ["nesterov", "nesterov+no_stash", "nesterov(stash=False, anneal_updates=9)"])
+def test_nesterov_with_its_own_optimizer_equals_the_oracle(method):
+    """torch's NAdam with beta1 = 0.99, or rising with the delay, decoupled decay, and PipeMare's T1 as an option."""
+    depth, lr, own = 4, 0.05, po.get_method(method).optimizer
+    assert own.options(0, depth)["betas"] == ((0.9 + 3 * 0.09 / 4, 0.999) if "stash" in method else (0.99, 0.999))
+
+    def nadam(k, params):
+        return torch.optim.NAdam(params, lr=lr, **own.options(k, depth))
+
+    class PerStage(oracle.Rule):
+        def step(self, stage, weights, grads):
+            k = known.setdefault(id(stage), len(known))  # the first update of the oracle goes from stage to stage
+            self.torch = partial(nadam, k)
+            return self.torch_step(stage, weights, grads)
+
+    known = {}
+    rate = annealed(depth, 1, 9) if "anneal" in method else lambda k, version: 1.0
+    used = (latest_at_forward, latest_at_backward if "stash" in method else latest_at_forward)
+    make = lambda stages: [nadam(k, list(s.parameters())) for k, s in enumerate(stages)]  # noqa: E731
+    compare_with_oracle(method, depth, 1, PerStage("nadam", lr=lr), make, [15], used, rate)
 
 
 def test_the_methods_differ_where_they_should():

@@ -1,5 +1,6 @@
 """What the tables of the methods say, against the design's own table; and how a user's method gets in."""
 
+import importlib
 from dataclasses import replace
 
 import pytest
@@ -18,6 +19,14 @@ def test_every_method_says_what_it_is_and_where_it_comes_from(name):
     assert method.summary
     assert method.source
     assert method.program(DEPTH, DEPTH).depth == DEPTH
+
+
+@pytest.mark.parametrize("name", sorted(po.METHODS))
+def test_every_method_has_formula_source_and_deviations(name):
+    """In the file that defines it, whose docstring is what ``pipeoptim methods NAME`` shows."""
+    module = importlib.import_module(f"pipeoptim.methods.m_{name.split('+')[0]}")
+    assert "W" in module.__doc__ and "``" in module.__doc__, "no formula"
+    assert po.METHODS[name].deviations, "say None. where there are none"
 
 
 @pytest.mark.parametrize(
@@ -89,6 +98,11 @@ def test_a_method_in_a_file_of_ones_own(tmp_path, monkeypatch):
 
 def test_options_of_a_method():
     assert po.get_method("pipemare(anneal_updates=0, correct=False)").lr_scale is None
+    assert po.get_method("pipedream(vertical_sync=True)") == po.METHODS["pipedream+vertical_sync"]
+    assert po.get_method("nesterov(stash=False)") == po.METHODS["nesterov+no_stash"]
+    assert po.get_method("nesterov(anneal_updates=70)").name == "nesterov+T1"
+    for name in registry.FACTORIES:  # without options it is the method itself, whose parts may be made anew
+        assert po.get_method(f"{name}()").name == name
     for text, words in (
         ("pipemare(1)", "cannot be read"),
         ("pipemare(x=", "cannot be read"),

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 import re
 from dataclasses import dataclass
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, gap, get_method
+from pipeoptim.methods.registry import FACTORIES
 from pipeoptim.schedule import ORDERS, Program, timeline
 from pipeoptim.weights import Source
 
@@ -111,7 +113,39 @@ def explanation(method: Method) -> str:
     for info in pkgutil.iter_modules(package.__path__):
         if info.name.startswith("m_"):
             module = importlib.import_module(f"pipeoptim.methods.{info.name}")
-            if any(m.name == method.name.split("(")[0] for m in (module.METHOD, *getattr(module, "VARIANTS", ()))):
+            if module.METHOD.name == family(method.name):
                 paragraphs = (module.__doc__ or method.summary).strip().replace("``", "").split("\n\n")
                 return "\n\n".join(" ".join(text.split()) for text in paragraphs)
     return method.summary
+
+
+def family(name: str) -> str:
+    """The name without variant and options.
+
+    >>> family("pipemare(correct=False)"), family("nesterov+no_stash")
+    ('pipemare', 'nesterov')
+    """
+    return re.split(r"[+(]", name, maxsplit=1)[0]
+
+
+@dataclass(frozen=True)
+class MethodOption:
+    """Something that a user may set: ``name(option=value)``."""
+
+    name: str
+    default: object
+    meaning: str
+
+
+def options(name: str) -> tuple[str, list[MethodOption]]:
+    """The method whose options those of ``name`` are, and the options with what they mean, from the function that takes them.
+
+    >>> options("pipedream+vertical_sync")[0], [o.name for o in options("pipedream")[1]], options("gpipe")
+    ('pipedream', ['vertical_sync'], ('gpipe', []))
+    """
+    head = family(name)
+    if head not in FACTORIES:
+        return head, []
+    meanings = dict(re.findall(r"^    (\w+): (.+)$", inspect.getdoc(FACTORIES[head]) or "", re.M))
+    parameters = inspect.signature(FACTORIES[head]).parameters.values()
+    return head, [MethodOption(p.name, p.default, meanings.get(p.name, "")) for p in parameters]

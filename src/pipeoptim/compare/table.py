@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from pipeoptim.compare.figures import Spread
 from pipeoptim.compare.summary import Comparison, Line
+from pipeoptim.config import TrainConfig
 
 #: Where there is no figure.
 NONE = "\N{EN DASH}"
@@ -156,6 +157,18 @@ def size(count: float | None) -> str:
             return f"{count:.1f} {unit}" if unit != "B" else f"{count:.0f} B"
         count /= 1024
     return f"{count:.1f} GiB"
+
+
+def setting(config: TrainConfig) -> str:
+    """What all runs share, in one line."""
+    lr = config.optimizer.options.get("lr")
+    split = (
+        f"{config.microbatches} micro-batches of {config.batch_size // config.microbatches}"
+        if config.microbatches > 1
+        else f"mini-batches of {config.batch_size}, not split"
+    )
+    rate = "" if lr is None else f" with lr {lr:g}"
+    return f"{config.stages} stages, {split}, {config.steps:,} steps, {config.optimizer.target}{rate}"
 
 
 def notes(comparison: Comparison) -> Sequence[str]:

@@ -1,4 +1,7 @@
-"""1F1B with a flush (DAPPLE; PipeDream-Flush): GPipe's learning and bubble, with at most D-k activations alive."""
+"""1F1B with a flush (DAPPLE; PipeDream-Flush): GPipe's learning and bubble, with at most D-k activations alive.
+
+``W(t+1) = W(t) - lr * g(W(t))``, g the mean of the gradients of the M micro-batches.
+"""
 
 from pipeoptim.methods.method import Method
 from pipeoptim.weights.sources import Latest
@@ -10,4 +13,5 @@ METHOD = Method(
     backward=Latest(),
     summary="1F1B inside a mini-batch, flush; synchronous",
     source="Fan et al., DAPPLE, PPoPP 2021 (arXiv 2007.01045); Narayanan et al., ICML 2021 (arXiv 2006.09503), PipeDream-Flush",
+    deviations="None.",
 )

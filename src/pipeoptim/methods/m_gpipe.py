@@ -1,4 +1,7 @@
-"""GPipe (Huang et al., NeurIPS 2019): all forwards, all backwards, one synchronous update, then the next mini-batch."""
+"""GPipe (Huang et al., NeurIPS 2019): all forwards, all backwards, one synchronous update, then the next mini-batch.
+
+``W(t+1) = W(t) - lr * g(W(t))``, g the mean of the gradients of the M micro-batches.
+"""
 
 from pipeoptim.methods.method import Method
 from pipeoptim.weights.sources import Latest

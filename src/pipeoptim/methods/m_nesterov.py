@@ -1,14 +1,17 @@
 """Asynchronous Nesterov (Ajanthan et al., ICML 2025): a long look-ahead in the optimizer absorbs the delay.
 
-NAdam with beta1 = 0.99, whose look-ahead discounts the gradient by ``1 - beta1``, on top of weight stashing. There is no
-separate prediction: forwards run on the plain weights.
+``d = g (W_t - W_{t-1})``, ``W_{t+1} = W_t + d - lr (1 - g) grad(W_{t-s} + d_{t-s})``: the gradient is discounted by 1 - g. In
+practice NAdam with beta1 = g = 0.99 does that, on top of weight stashing. There is no separate prediction: forwards run on the
+plain weights.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
+from pipeoptim.methods.m_pipemare import annealed
 from pipeoptim.methods.method import Method, OwnOptimizer
 from pipeoptim.weights.sources import Latest, Stashed
 
@@ -23,29 +26,47 @@ def rising_momentum(k: int, depth: int) -> Mapping[str, Any]:
     return {**constant_momentum(k, depth), "betas": (0.9 + (depth - 1 - k) * 0.09 / depth, 0.999)}
 
 
-METHOD = Method(
-    name="nesterov",
-    order="async_1f1b",
-    forward=Latest(),
-    backward=Stashed(),
-    optimizer=OwnOptimizer("NAdam", constant_momentum),
-    summary="stashing with NAdam, beta1 = 0.99; D-k copies",
-    source="Ajanthan et al., Nesterov Method for Asynchronous Pipeline Parallel Optimization, ICML 2025 (arXiv 2505.01099)",
-    deviations=(
-        "The method is the optimizer: with another optimizer than its own it is PipeDream. Options as in the authors' public "
-        "code: decoupled weight decay 0.01, momentum decay 0.004."
-    ),
-)
+def nesterov(stash: bool = True, anneal_updates: int = 0) -> Method:
+    """Asynchronous Nesterov with its own settings.
 
-VARIANTS = (
-    Method(
-        name="nesterov+no_stash",
+    Args:
+        stash: B on the weights of F; off, B on the latest, and momentum rises with the stage's delay.
+        anneal_updates: updates until the learning rate is the user's on every stage, as PipeMare's K; 0 for that at once.
+
+    Example:
+        >>> nesterov(stash=False).name
+        'nesterov+no_stash'
+    """
+    named = [("no_stash", not stash), ("T1", anneal_updates > 0)]
+    return Method(
+        name="+".join(["nesterov", *(name for name, on in named if on)]),
         order="async_1f1b",
         forward=Latest(),
-        backward=Latest(),
-        optimizer=OwnOptimizer("NAdam", rising_momentum),
-        summary="no stashing, momentum rising with the delay; 1 copy",
-        source="Ajanthan et al., ICML 2025, the variant without weight stashing",
-        deviations="The authors also lower the learning rate of early stages; that is left to the user's learning rates.",
-    ),
+        backward=Stashed() if stash else Latest(),
+        optimizer=OwnOptimizer("NAdam", constant_momentum if stash else rising_momentum),
+        lr_scale=partial(annealed, anneal_updates=anneal_updates) if anneal_updates else None,
+        summary=(
+            "stashing with NAdam, beta1 = 0.99; D-k copies"
+            if stash
+            else "no stashing, NAdam, its momentum rising with the delay; 1 copy"
+        ),
+        source="Ajanthan et al., Nesterov Method for Asynchronous Pipeline Parallel Optimization, ICML 2025 (arXiv 2505.01099)",
+        deviations=_STASHING if stash else _NO_STASHING,
+    )
+
+
+_STASHING = (
+    "The method is the optimizer: with another optimizer than its own it is PipeDream. Options as in the authors' public "
+    "code: decoupled weight decay 0.01, momentum decay 0.004."
 )
+_NO_STASHING = (
+    "The paper's variant without weight stashing; its momentum is that of the authors' public code. They also lower the learning "
+    "rate of early stages at first, by PipeMare's rule over 7,000 updates: here that is the option anneal_updates, 0 by default "
+    "because it must fit the length of the run."
+)
+
+METHOD = nesterov()
+
+VARIANTS = (nesterov(stash=False),)
+
+FACTORY = nesterov

@@ -14,10 +14,13 @@ from pipeoptim.schedule import Program
 from pipeoptim.weights.sources import Latest, Predicted
 
 
-def annealed(program: Program, k: int, version: int, anneal_updates: int) -> float:
-    """T1: the factor on the learning rate of stage ``k`` for the update after ``version``."""
+def annealed(program: Program, k: int, version: int, anneal_updates: int, synchronous_updates: int = 0) -> float:
+    """T1: the factor on the learning rate of stage ``k`` for the update after ``version``; 1 while training is synchronous."""
+    t = version - synchronous_updates
+    if t < 0:
+        return 1.0
     tau = max(1, program.steady_gap(k))
-    return float(tau ** -(1.0 - min(version / anneal_updates, 1.0)))
+    return float(tau ** -(1.0 - min(t / anneal_updates, 1.0)))
 
 
 def pipemare(anneal_updates: int = 1000, decay: float = 0.135, correct: bool = True, synchronous_updates: int = 0) -> Method:
@@ -25,9 +28,9 @@ def pipemare(anneal_updates: int = 1000, decay: float = 0.135, correct: bool = T
 
     Args:
         anneal_updates: K of T1, updates until the learning rate is the user's on every stage; 0 switches T1 off.
-        decay: D of T2: what is left of a weight change in delta after one delay.
+        decay: D of T2, what is left of a weight change in delta after one delay.
         correct: T2; off, the backward runs on the latest weights.
-        synchronous_updates: T3.
+        synchronous_updates: T3, how many updates run synchronously at first; 0 switches T3 off.
 
     Example:
         >>> pipemare(synchronous_updates=100).name
@@ -35,19 +38,21 @@ def pipemare(anneal_updates: int = 1000, decay: float = 0.135, correct: bool = T
     """
     parts = [("T1", anneal_updates > 0), ("T2", correct), ("T3", synchronous_updates > 0)]
     plain = (anneal_updates, decay, correct, synchronous_updates) == (1000, 0.135, True, 0)
+    rate = partial(annealed, anneal_updates=anneal_updates, synchronous_updates=synchronous_updates)
     return Method(
         name="pipemare" if plain else "+".join(["pipemare", *(name for name, on in parts if on)]),
         order="async_1f1b",
         forward=Latest(),
         backward=Predicted() if correct else Latest(),
         predictor=partial(WeightDrift, decay=decay) if correct else None,
-        lr_scale=partial(annealed, anneal_updates=anneal_updates) if anneal_updates else None,
+        lr_scale=rate if anneal_updates else None,
         synchronous_updates=synchronous_updates,
         summary="lower lr for older gradients, B on weights corrected back by their average drift; 2 copies and the drift",
         source="Yang et al., PipeMare, MLSys 2021 (arXiv 1910.05124)",
         deviations=(
             "tau is the version gap counted in this engine's 1F1B order, not the (2(P-i)+1)/N of PipeMare's own order; below 1 "
-            "it counts as 1. K and decay have no defaults in the paper that fit every run; see pipemare()."
+            "it counts as 1. With T3, T1 begins when the synchronous part ends, which has no delay. K and decay have no defaults in "
+            "the paper that fit every run: they are options."
         ),
     )
 

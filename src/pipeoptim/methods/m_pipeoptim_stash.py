@@ -1,4 +1,8 @@
-"""PipeOptim with stashing (ours): the backward sees the predicted weights its forward used, so both are consistent."""
+"""PipeOptim with stashing (ours): the backward sees the predicted weights its forward used, so both are consistent.
+
+F and B on ``W_hat(t+s) = W(t) - lr * s * dW(t)``, so ``W(t+s+1) = W(t+s) - lr * g(W_hat(t+s))``: a true gradient, at weights near
+those that it updates.
+"""
 
 from pipeoptim.methods.method import Method
 from pipeoptim.weights.sources import Predicted, Stashed
@@ -10,4 +14,5 @@ METHOD = Method(
     backward=Stashed(),
     summary="predicted weights in F, the same ones in B; D-k+1 copies",
     source="this project",
+    deviations="PipeOptim forwards on the same weights, but runs the backward on the latest ones.",
 )

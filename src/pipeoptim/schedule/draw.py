@@ -50,7 +50,7 @@ def to_text(program: Program, minibatches: int, width: int | None = None) -> str
 
 
 def to_svg(program: Program, minibatches: int, title: str = "") -> str:
-    """The schedule as a self-contained SVG: one row per stage, a colour per mini-batch, backward hatched darker.
+    """The schedule as a self-contained SVG: one row per stage, a colour per mini-batch, forwards fainter than backwards.
 
     Example:
         >>> to_svg(Program("gpipe", 2, 2), 1).startswith("<svg")
@@ -71,7 +71,7 @@ def to_svg(program: Program, minibatches: int, title: str = "") -> str:
     parts += [_svg_span(s, program.microbatches) for s in spans]
     legend = _TOP + _ROW * program.depth + 16
     parts.append(
-        f'<text class="ink" x="{_LEFT}" y="{legend}">light: forward &#160; dark: backward &#160; '
+        f'<text class="ink" x="{_LEFT}" y="{legend}">faint: forward &#160; strong: backward &#160; '
         "&#9650; update &#160; number: micro-batch</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"

@@ -160,16 +160,14 @@ def show(comparison: Comparison, folder: Path) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    from pipeoptim.compare.table import columns, fitting, notes
+    from pipeoptim.compare.table import columns, fitting, notes, setting
 
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDTH_OF_FILES
     config, seeds = comparison.settings.config, len(comparison.settings.seeds)
     console.print(
-        f"{config.recipe}: {config.stages} stages, {config.microbatches} micro-batches of "
-        f"{config.batch_size // config.microbatches}, {config.steps} steps, {config.optimizer.target} "
-        f"lr {config.optimizer.options.get('lr', 'default')}, {seeds} seed{'s' * (seeds > 1)}, prediction {config.prediction}",
+        f"{config.recipe}: {setting(config)}, {seeds} seed{'s' * (seeds > 1)}, prediction {config.prediction}",
         soft_wrap=True,
     )
     head, dropped = fitting(columns(comparison), comparison.lines(), console.width)

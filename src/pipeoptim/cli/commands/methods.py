@@ -12,6 +12,9 @@ from pipeoptim.errors import ConfigError
 if TYPE_CHECKING:
     from rich.console import Console
 
+#: Columns of the table whose words may stand below one another.
+MAY_WRAP = ("F uses", "B uses")
+
 #: Columns that the widest terminal line of a drawing gets.
 WIDEST = 200
 
@@ -37,12 +40,16 @@ def methods(
       pipeoptim methods 1f1b --microbatches 4 --svg 1f1b.svg
           The drawing as a file.
     """
+    import os
+
     from rich.console import Console
 
     from pipeoptim.schedule import Program
 
     Program("async_1f1b", stages, microbatches)  # says what is wrong with the two numbers
     console = Console(highlight=False)
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = WIDEST
     if name is not None:
         _one(console, name, stages, microbatches, svg)
     elif svg is not None:
@@ -54,40 +61,68 @@ def methods(
 def _all(console: Console, stages: int, microbatches: int) -> None:
     from rich.table import Table
 
-    from pipeoptim.compare.facts import facts, refusal, weights_in_words
+    from pipeoptim.compare.facts import refusal
     from pipeoptim.methods import METHODS
+    from pipeoptim.methods.registry import FACTORIES
 
+    headings, rows = _rows(stages, microbatches, console.width)
     table = Table(box=None, pad_edge=False, header_style="bold")
-    table.add_column("method", no_wrap=True)
-    for heading in ("order", "F uses", "B uses"):
-        table.add_column(heading)
-    for heading in ("copies", "gap", "bubble"):
-        table.add_column(heading, justify="right", no_wrap=True)
-    refused = {}
-    for method in METHODS.values():
-        reason = refusal(method.name, stages, microbatches)
-        words = (weights_in_words(method.forward), weights_in_words(method.backward))
-        if reason is not None:
-            refused[method.name] = reason
-            table.add_row(method.name, method.order, *words, *("-" * 3))
-            continue
-        found = facts(method.name, stages, microbatches)
-        gaps = " ".join(map(str, found.gaps))
-        table.add_row(method.name, method.order, *words, str(max(found.copies)), gaps, f"{found.bubble:.0%}")
+    for heading in headings:
+        figures = heading in ("copies", "gap", "bubble")
+        table.add_column(heading, justify="right" if figures else "left", no_wrap=heading not in MAY_WRAP)
+    for row in rows:
+        table.add_row(*row)
     console.print(f"depth {stages}, {microbatches} micro-batch{'es' * (microbatches > 1)} per update")
     console.print(table)
     console.print(
         "copies: of the weights, the most of any stage. gap: updates between F and B, by stage. bubble: idle in steady state."
     )
-    for which, reason in refused.items():
-        console.print(f"{which} is not defined here: {reason}", soft_wrap=True)
-    console.print("pipeoptim methods NAME explains one.")
+    for name in METHODS:
+        if reason := refusal(name, stages, microbatches):
+            console.print(f"{name} is not defined here: {reason}", soft_wrap=True)
+    console.print(f"pipeoptim methods NAME explains one. With options: {', '.join(FACTORIES)}.")
+
+
+def _rows(stages: int, microbatches: int, width: int) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells of all methods; where they do not fit, without the order, then with the ends of the gaps alone."""
+    from pipeoptim.compare.facts import facts, refusal, weights_in_words
+    from pipeoptim.methods import METHODS
+
+    headings = ["method", "order", "F uses", "B uses", "copies", "gap", "bubble"]
+    rows = []
+    for name, method in METHODS.items():
+        words = [name, method.order, weights_in_words(method.forward), weights_in_words(method.backward)]
+        if refusal(name, stages, microbatches) is not None:
+            rows.append([*words, *("-" * 3)])
+            continue
+        found = facts(name, stages, microbatches)
+        rows.append([*words, str(max(found.copies)), " ".join(map(str, found.gaps)), f"{found.bubble:.0%}"])
+
+    def too_wide() -> bool:
+        columns = [
+            [word for cell in column for word in _unbroken(cell, column[0])] for column in zip(headings, *rows, strict=True)
+        ]
+        return sum(2 + max(map(len, words)) for words in columns) - 2 > width
+
+    if too_wide():
+        headings.remove("order")
+        rows = [[row[0], *row[2:]] for row in rows]
+    if too_wide():
+        gap = headings.index("gap")
+        for row in rows:
+            ends = row[gap].split()
+            row[gap] = f"{ends[0]} .. {ends[-1]}" if len(ends) > 2 else row[gap]
+    return headings, rows
+
+
+def _unbroken(cell: str, heading: str) -> list[str]:
+    return cell.split() if heading in MAY_WRAP and cell != heading else [cell]
 
 
 def _one(console: Console, name: str, stages: int, microbatches: int, svg: Path | None) -> None:
     from rich.table import Table
 
-    from pipeoptim.compare.facts import explanation, facts, minibatches, order_name, weights_in_words
+    from pipeoptim.compare.facts import explanation, facts, minibatches, options, order_name, weights_in_words
     from pipeoptim.methods import get_method
     from pipeoptim.schedule import to_svg, to_text
 
@@ -99,13 +134,19 @@ def _one(console: Console, name: str, stages: int, microbatches: int, svg: Path 
         _write(svg, to_svg(program, count, title=f"{name}: {order_name(method.order)}"))
     console.print(f"[bold]{name}[/bold]: {method.summary}", soft_wrap=True)
     console.print()
-    console.print(explanation(method), markup=False)
-    console.print()
+    if (text := explanation(method)) != method.summary:
+        console.print(text, markup=False)
+        console.print()
     for label, text in (("source", method.source), ("deviations", method.deviations)):
         if text:
             console.print(f"{label}: {text}", markup=False)
     own = f"; brings its own optimizer, {method.optimizer.name}" if method.optimizer else ""
     console.print(f"order: {order_name(method.order)}; idle in steady state {found.bubble:.0%}{own}")
+    head, settings = options(name)
+    if settings:
+        console.print(f"options, as in {head}({settings[0].name}={settings[0].default!r}):", markup=False, soft_wrap=True)
+    for option in settings:
+        console.print(f"  {option.name}={option.default!r}  {option.meaning}", markup=False, soft_wrap=True)
     console.print(f"F uses {weights_in_words(method.forward)} weights, B {weights_in_words(method.backward)}")
     console.print()
     table = Table(box=None, pad_edge=False, header_style="bold")

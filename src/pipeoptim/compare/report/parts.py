@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from html import escape
@@ -11,13 +12,16 @@ from typing import Any
 
 from pipeoptim.compare import facts
 from pipeoptim.compare.outcome import Outcome
-from pipeoptim.compare.report.series import Series
+from pipeoptim.compare.report.series import Series, smoothing
 from pipeoptim.compare.summary import Comparison
-from pipeoptim.compare.table import columns, size
+from pipeoptim.compare.table import columns, setting, size
 from pipeoptim.compare.table import notes as table_notes
 from pipeoptim.config import TrainConfig
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import to_svg
+
+#: A schedule's drawing is not made smaller than this share of its size: its text has 11 pixels.
+LEGIBLE = 0.8
 
 
 def headline(comparison: Comparison) -> str:
@@ -27,19 +31,8 @@ def headline(comparison: Comparison) -> str:
     return (
         f"<header><h1>{escape(config.recipe)}: {len(comparison.methods)} methods compared</h1>"
         f'<p class="lead">{escape(_result(comparison))}</p>'
-        f"<p class=quiet>{escape(_setting(config))}, {seeds} seed{'s' * (seeds != 1)} per method</p></header>"
+        f"<p class=quiet>{escape(setting(config))}, {seeds} seed{'s' * (seeds != 1)} per method</p></header>"
     )
-
-
-def _setting(config: TrainConfig) -> str:
-    lr = config.optimizer.options.get("lr")
-    split = (
-        f"{config.microbatches} micro-batches of {config.batch_size // config.microbatches}"
-        if config.microbatches > 1
-        else f"mini-batches of {config.batch_size}, not split"
-    )
-    rate = "" if lr is None else f" with lr {lr:g}"
-    return f"{config.stages} stages, {split}, {config.steps:,} steps, {config.optimizer.target}{rate}"
 
 
 def _result(comparison: Comparison) -> str:
@@ -70,11 +63,11 @@ def run_headline(run: Outcome, config: TrainConfig) -> str:
     return (
         f"<header><h1>{escape(config.recipe)} with {escape(config.method)}</h1>"
         f'<p class="lead">{escape(ended)}{" " + escape(run.reason) if run.reason else ""}</p>'
-        f"<p class=quiet>{escape(_setting(config))}, seed {config.seed}, engine {escape(config.engine)}</p></header>"
+        f"<p class=quiet>{escape(setting(config))}, seed {config.seed}, engine {escape(config.engine)}</p></header>"
     )
 
 
-def charts(series: Sequence[Series], config: TrainConfig) -> str:
+def charts(series: Sequence[Series], config: TrainConfig, seeds: int = 1) -> str:
     """Two charts, the switches of the methods, and what the axes leave out. The script draws them."""
     chips = "".join(
         f'<button type=button class=chip aria-pressed=true data-method="{escape(one.name)}">'
@@ -91,13 +84,15 @@ def charts(series: Sequence[Series], config: TrainConfig) -> str:
         else ""
     )
     hint = "Click a method to hide it, double-click to see it alone." if len(series) > 1 else ""
-    band = " Bands reach from the lowest to the highest seed." if len(series) > 1 else ""
+    band = " Bands reach from the lowest to the highest seed." if seeds > 1 else ""
+    window = smoothing(config.steps)
+    means = f" Training losses are means of the last {window} steps." if window > 1 else ""
     return (
         "<section><h2>Loss</h2>"
         f"<div class=switches>{f'<div class=chips>{chips}</div>' if len(series) > 1 else ''}{axis}</div>"
         "<div class=charts><figure><figcaption>Training</figcaption><div id=train class=chart></div></figure>"
         "<figure><figcaption>Validation</figcaption><div id=validation class=chart></div></figure></div>"
-        f"<p class=quiet>{hint}{band} Training losses are means of the last {max(1, config.steps // 30)} steps. "
+        f"<p class=quiet>{hint}{band}{means} "
         "The steep beginning may be above the top; double-click a chart to see all of it.</p></section>"
     )
 
@@ -148,10 +143,19 @@ def methods(names: Sequence[str], config: TrainConfig, series: Sequence[Series])
         drawing = to_svg(program, facts.minibatches(program), title=facts.order_name(program.order))
         items = "".join(_method(name, config, colours.get(name)) for name in members)
         out.append(
-            f"<figure class=schedule><div class=scroll tabindex=0 role=region aria-label=Schedule>{drawing}</div></figure>"
+            f"<figure class=schedule><div class=scroll tabindex=0 role=region aria-label=Schedule>{_shrinking(drawing)}</div></figure>"
             f"<ul class=methods>{items}</ul>"
         )
     return f"<section><h2>How {'they work' if len(names) > 1 else 'it works'}</h2>{''.join(out)}</section>"
+
+
+def _shrinking(drawing: str) -> str:
+    """An SVG that a narrower page makes smaller, as long as it stays legible; beyond that it scrolls."""
+
+    def with_limit(tag: re.Match[str]) -> str:
+        return f'{tag[1]} style="min-width:{LEGIBLE * float(tag[2]):.0f}px"'
+
+    return re.sub(r'(<svg [^>]*? width="([\d.]+)")', with_limit, drawing, count=1)
 
 
 def _method(name: str, config: TrainConfig, colour: str | None) -> str:

@@ -106,8 +106,13 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return looks
 
 
+def smoothing(steps: int) -> int:
+    """How many training losses a point of the chart is the mean of."""
+    return max(1, steps // 30)
+
+
 def _smoothed(curve: Curve) -> Curve:
-    return Curve(curve.steps, smooth(curve.values, max(1, len(curve.values) // 30)))
+    return Curve(curve.steps, smooth(curve.values, smoothing(len(curve.values))))
 
 
 def _band(curves: Sequence[Curve]) -> Band:

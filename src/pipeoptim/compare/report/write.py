@@ -25,7 +25,7 @@ def write_report(path: Path) -> Path:
     series = comparison_series(comparison)
     body = [
         parts.headline(comparison),
-        parts.charts(series, config),
+        parts.charts(series, config, len(comparison.settings.seeds)),
         parts.table(comparison),
         parts.notes(comparison),
         parts.methods(comparison.settings.methods, config, series),
