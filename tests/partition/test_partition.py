@@ -137,5 +137,5 @@ def test_bad_input_is_refused_with_a_sentence(options, words):
 
 
 def test_a_model_that_cannot_be_sliced_is_refused():
-    with pytest.raises(po.ConfigError, match="pass an nn.Sequential or the list of its"):
+    with pytest.raises(po.ConfigError, match="pass an nn.Sequential or the list of its blocks"):
         partition(nn.Linear(2, 2), 1)

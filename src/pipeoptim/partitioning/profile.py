@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
@@ -55,30 +56,35 @@ def profile(
     """
     costs = []
     value: Any = sample_args
-    state = torch.get_rng_state()
-    for name, block in zip(names, blocks, strict=True):
-        buffers = {key: b.detach().clone() for key, b in block.named_buffers()}
-        gradients = {p: p.grad for p in block.parameters()}
-        samples = [_once(block, value) for _ in range(repeats + 1)][1:]
+    with torch.enable_grad():
+        for name, block in zip(names, blocks, strict=True):
+            with undisturbed(block):
+                samples = [_once(block, value) for _ in range(repeats + 1)][1:]
+            forward, backward = median(s[0] for s in samples), median(s[1] for s in samples)
+            output, saved = samples[-1][2:]
+            weights = sum(p.nbytes for p in block.parameters())
+            costs.append(BlockCost(name, forward, backward, nbytes(output), saved, weights))
+            value = as_args(output)
+    return costs
+
+
+@contextmanager
+def undisturbed(module: nn.Module) -> Iterator[None]:
+    """Afterwards buffers, gradients and the random state are as before, whatever ran."""
+    buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
+    gradients = {p: p.grad for p in module.parameters()}
+    devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
+    try:
+        with torch.random.fork_rng(devices=sorted(devices, key=str)):
+            for p in gradients:
+                p.grad = None
+            yield
+    finally:
         with torch.no_grad():
-            for key, b in block.named_buffers():
+            for key, b in module.named_buffers():
                 b.copy_(buffers[key])
         for p, gradient in gradients.items():
             p.grad = gradient
-        output = samples[-1][2]
-        costs.append(
-            BlockCost(
-                name,
-                median(s[0] for s in samples),
-                median(s[1] for s in samples),
-                _bytes(output),
-                samples[-1][3],
-                sum(p.nbytes for p in block.parameters()),
-            )
-        )
-        value = as_args(output)
-    torch.set_rng_state(state)
-    return costs
 
 
 def _once(block: nn.Module, value: Any) -> tuple[float, float, Any, int]:
@@ -95,15 +101,15 @@ def _once(block: nn.Module, value: Any) -> tuple[float, float, Any, int]:
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         block(*args)
-    _wait()
+    wait()
     start = time.perf_counter()
     output = block(*args)
-    _wait()
+    wait()
     middle = time.perf_counter()
     roots = differentiable(as_args(output))
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
-    _wait()
+    wait()
     end = time.perf_counter()
     return (
         middle - start,
@@ -117,10 +123,12 @@ def _leaf(t: Tensor) -> Tensor:
     return t.detach().clone().requires_grad_(t.is_floating_point())
 
 
-def _wait() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
+def wait() -> None:
+    """For everything that the device has been given to do."""
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
 
 
-def _bytes(tree: Any) -> int:
+def nbytes(tree: Any) -> int:
+    """Bytes of all tensors in ``tree``."""
     return sum(leaf.nbytes for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))

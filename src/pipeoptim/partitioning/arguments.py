@@ -1,0 +1,78 @@
+"""The arguments of a model on their way through the stages: by name, and some as their form only."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_with_path
+
+from pipeoptim.partitioning.absent import Absent
+
+_FORM = "form of a tensor"
+
+#: Arguments that are False unless given: a cache of past keys belongs to generation and would live on every stage.
+_OFF = ("use_cache",)
+
+Inputs = tuple[list[Any], dict[str, Any]]
+
+
+def bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Positional and keyword arguments, as many as possible by name, without those that are None.
+
+    Example:
+        >>> bound(torch.nn.Linear(2, 2), (1,), {})
+        ([], {'input': 1})
+    """
+    parameters = inspect.signature(model.forward).parameters
+    plain = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
+    named: dict[str, Any] = {}
+    rest = list(args)
+    if not any(p.kind is p.VAR_POSITIONAL for p in parameters.values()):
+        named = dict(zip(plain, rest, strict=False))
+        rest = rest[len(named) :]
+    named = {name: value for name, value in {**named, **kwargs}.items() if value is not None}
+    return rest, {**{name: False for name in _OFF if name in plain}, **named}
+
+
+def tensor_names(inputs: Inputs) -> list[str]:
+    """A name for each tensor among the inputs, in the order of their leaves."""
+    return [keystr(path) for path, leaf in tree_leaves_with_path(inputs) if isinstance(leaf, Tensor)]
+
+
+def closed(inputs: Inputs, form_only: set[str]) -> Any:
+    """``inputs`` as they travel: tensors named in ``form_only`` as a few numbers."""
+
+    def leaf(path: Any, value: Any) -> Any:
+        if isinstance(value, Tensor) and (isinstance(value, Absent) or keystr(path) in form_only):
+            return (_FORM, str(value.dtype).removeprefix("torch."), *value.shape)
+        return value
+
+    return tree_map_with_path(leaf, inputs)
+
+
+def opened(travelled: Any, device: torch.device) -> Inputs:
+    """The inputs that :func:`closed` made into ``travelled``."""
+
+    def leaf(value: Any) -> Any:
+        if isinstance(value, tuple) and value and value[0] == _FORM:
+            return Absent.made(value[2:], getattr(torch, value[1]), device)
+        return value
+
+    def walk(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: walk(inner) for name, inner in value.items()}
+        made = leaf(value)
+        if made is value and isinstance(value, (list, tuple)) and not hasattr(value, "_fields"):
+            return type(value)(walk(inner) for inner in value)
+        return made
+
+    args, kwargs = walk(travelled)
+    return list(args), dict(kwargs)
+
+
+def first_device(tree: Any) -> torch.device:
+    """The device of the first tensor in ``tree``; the CPU where there is none."""
+    return next((leaf.device for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)), torch.device("cpu"))

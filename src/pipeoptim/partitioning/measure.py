@@ -1,0 +1,104 @@
+"""What every phase of a model costs: seconds of F and B, bytes kept for the backward, from runs of the whole model."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from pipeoptim.engine.tree import differentiable
+from pipeoptim.partitioning.arguments import Inputs
+from pipeoptim.partitioning.profile import nbytes, undisturbed, wait
+
+
+class _Clock:
+    """When each phase ended in F, and when the gradient of its end was there in B."""
+
+    def __init__(self, count: int) -> None:
+        self.forward: list[float] = []
+        self.backward: dict[int, float] = {}
+        self.outputs = [0] * count
+        self.kept: list[dict[int, int]] = [{} for _ in range(count + 1)]
+        self.noting = False
+
+    def layer_ends(self, i: int) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            wait()
+            self.forward.append(time.perf_counter())
+            self.outputs[i] = nbytes(output)
+            first = next(iter(differentiable(output)), None)
+            if first is not None:
+                first.register_hook(lambda _: self._arrives(i))  # type: ignore[no-untyped-call]
+
+        return hook
+
+    def _arrives(self, i: int) -> None:
+        wait()
+        self.backward[i] = time.perf_counter()
+
+    def keep(self, weights: set[int]) -> Callable[[Tensor], Tensor]:
+        def note(t: Tensor) -> Tensor:
+            storage = t.untyped_storage()
+            if self.noting and storage.data_ptr() not in weights:
+                self.kept[len(self.forward)].setdefault(storage.data_ptr(), storage.nbytes())
+            return t
+
+        return note
+
+
+@torch.enable_grad()
+def measure(model: nn.Module, layers: Sequence[str], inputs: Inputs, repeats: int = 5) -> list[tuple[float, float, int, int]]:
+    """Per phase: seconds of F, seconds of B, bytes of what its layer returns, bytes that autograd keeps. Medians of ``repeats``
+    runs after one that counts bytes and no time."""
+    runs = []
+    with undisturbed(model):
+        weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        for number in range(repeats + 1):
+            clock = _Clock(len(layers))
+            clock.noting = number == 0
+            seconds = _run(model, layers, inputs, clock, weights)
+            if number == 0:
+                noted = clock
+            else:
+                runs.append(seconds)
+    seen: set[int] = set()
+    result = []
+    for i in range(len(layers) + 1):
+        new = {key: size for key, size in noted.kept[i].items() if key not in seen}
+        seen |= set(new)
+        sent = noted.outputs[i] if i < len(layers) else 0
+        result.append((median(r[i][0] for r in runs), median(r[i][1] for r in runs), sent, sum(new.values())))
+    return result
+
+
+def _run(
+    model: nn.Module, layers: Sequence[str], inputs: Inputs, clock: _Clock, weights: set[int]
+) -> list[tuple[float, float]]:
+    handles = [model.get_submodule(name).register_forward_hook(clock.layer_ends(i)) for i, name in enumerate(layers)]
+    try:
+        wait()
+        start = time.perf_counter()
+        if clock.noting:
+            with torch.autograd.graph.saved_tensors_hooks(clock.keep(weights), lambda t: t):
+                output = model(*inputs[0], **inputs[1])
+        else:
+            output = model(*inputs[0], **inputs[1])
+        wait()
+        turn = time.perf_counter()
+        roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        if roots:
+            torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
+        wait()
+        end = time.perf_counter()
+    finally:
+        for handle in handles:
+            handle.remove()
+    ends = [start, *clock.forward, turn]
+    arrivals = [end, *(clock.backward.get(i, end) for i in range(len(layers))), turn]
+    # Phase i's backward lasts from the arrival of the gradient of its end to that of the end of the phase before.
+    return [(ends[i + 1] - ends[i], max(0.0, arrivals[i] - arrivals[i + 1])) for i in range(len(layers) + 1)]

@@ -1,0 +1,93 @@
+"""Where each parameter of a model has gone: its names in the stages, and the weights that several stages share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.partitioning.shadow import shadow, slots
+
+
+@dataclass(frozen=True)
+class Tied:
+    """One parameter of the model that several stages use; each of them has a copy of its own.
+
+    Attributes:
+        names: in the model.
+        places: (stage, name in that stage), the first one first.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[tuple[int, str], ...]
+
+
+def full_state_dict(names: Sequence[Mapping[str, str]], states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """The ``state_dict`` of the whole model from those of its stages.
+
+    Args:
+        names: per stage, original name -> name in the stage, as in ``Partition.names``.
+        states: per stage, its ``state_dict()``.
+
+    A name that several stages have is taken from the first.
+
+    Raises:
+        ConfigError: a state lacks a name.
+    """
+    full: dict[str, Tensor] = {}
+    for k, (mapping, state) in enumerate(zip(names, states, strict=True)):
+        for original, own in mapping.items():
+            if own not in state:
+                raise ConfigError(f"the state of stage {k} has no {own!r}; pass the state_dict() of each stage, in order")
+            full.setdefault(original, state[own])
+    return full
+
+
+def find_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dict[str, str]], list[Tied]]:
+    """Names and tied parameters of stages that hold the very tensors of ``model``, before any is copied."""
+    originals: dict[int, list[str]] = {}
+    for name, tensor in model.state_dict(keep_vars=True).items():
+        if isinstance(tensor, Tensor):
+            originals.setdefault(id(tensor), []).append(name)
+    names: list[dict[str, str]] = []
+    places: dict[int, list[tuple[int, str]]] = {}
+    parameters = {id(p) for p in model.parameters()}
+    for k, stage in enumerate(stages):
+        mapping: dict[str, str] = {}
+        for own, tensor in stage.state_dict(keep_vars=True).items():
+            for original in originals.get(id(tensor), []):
+                mapping.setdefault(original, own)
+            if id(tensor) in parameters and k not in [j for j, _ in places.get(id(tensor), [])]:
+                places.setdefault(id(tensor), []).append((k, own))
+        names.append(mapping)
+    tied = [Tied(tuple(originals[i]), tuple(where)) for i, where in places.items() if len(where) > 1]
+    return names, tied
+
+
+def untie(stages: Sequence[nn.Module]) -> list[nn.Module]:
+    """Stages that share nothing: each after the first that holds a parameter or buffer gets a copy of its own, tied within the
+    stage as before."""
+    seen: set[int] = set()
+    modules: set[int] = set()
+    result = []
+    for stage in stages:
+        own = shadow(stage) if modules & {id(m) for m in stage.modules()} else stage
+        copies: dict[int, Tensor] = {}
+        for slot in slots(own):
+            tensor = slot.tensor
+            if id(tensor) in seen:
+                if id(tensor) not in copies:
+                    copies[id(tensor)] = _copy(tensor)
+                slot.put(copies[id(tensor)])
+            elif id(tensor) not in {id(c) for c in copies.values()}:
+                seen.add(id(tensor))
+        modules |= {id(m) for m in own.modules()}
+        result.append(own)
+    return result
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    copy = tensor.detach().clone()
+    return nn.Parameter(copy, requires_grad=tensor.requires_grad) if isinstance(tensor, nn.Parameter) else copy

@@ -1,0 +1,190 @@
+"""One run of a model, watched: which modules ran in which order, which weights each step used, what lived across each cut.
+
+The run is on a copy in which every place for a weight has a tensor object of its own, so that tied weights are told apart, and
+under ``no_grad``. Of a model on the ``meta`` device only forms are computed; inputs are real, so masks come out as they should.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.partitioning.absent import Absent
+from pipeoptim.partitioning.shadow import is_meta, shadow, slots
+
+WEIGHTS = -1
+"""The label of everything that was computed from weights; the labels from 0 on are the model's input tensors."""
+
+
+@dataclass(frozen=True)
+class Op:
+    """One operation: keys of its inputs and outputs, the slots it used, and whether it told Python a value."""
+
+    inputs: tuple[int, ...]
+    outputs: tuple[int, ...]
+    slots: tuple[str, ...]
+    tells: bool
+
+
+@dataclass(frozen=True)
+class Exit:
+    """A module returned: the keys of the tensors it returned."""
+
+    name: str
+    outputs: tuple[int, ...]
+
+
+@dataclass
+class Log:
+    """What a run did.
+
+    Attributes:
+        events: in order.
+        inputs: key of each tensor among the model's arguments.
+        calls: how often each module ran.
+        buffers: slots that hold buffers.
+        output: of the model.
+    """
+
+    events: list[Op | Exit] = field(default_factory=list)
+    inputs: list[int] = field(default_factory=list)
+    calls: dict[str, int] = field(default_factory=dict)
+    buffers: set[str] = field(default_factory=set)
+    output: Any = None
+
+
+def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Log:
+    """Run ``model`` once and say what it did. The model, its buffers and the random state are as before afterwards.
+
+    Raises:
+        ConfigError: the model does not run on these arguments.
+    """
+    log, spy = Log(), _Spy()
+    twin, meta = shadow(model), is_meta(model)
+    device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
+    for slot in slots(twin):
+        own = _own(slot.tensor, slot.buffer, meta, device)
+        slot.put(own)
+        spy.slots[id(own)] = slot.names[0]
+        log.buffers |= {slot.names[0]} if slot.buffer else set()
+    handles = _note_exits(twin, log, spy)
+    log.inputs = [spy.key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    spy.log = log
+    state = torch.get_rng_state()
+    try:
+        with torch.no_grad(), spy:
+            log.output = twin(*args, **kwargs)
+        log.events.append(Op(tuple(spy.key(t) for t in tree_leaves(log.output) if isinstance(t, Tensor)), (), (), False))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"the {type(model).__name__} does not run on sample_args ({type(error).__name__}: {error}); "
+            "pass one mini-batch as the model takes it, on the model's device"
+        ) from error
+    finally:
+        torch.set_rng_state(state)
+        for handle in handles:
+            handle.remove()
+    return log
+
+
+def _own(tensor: Tensor, buffer: bool, meta: bool, device: torch.device) -> Tensor:
+    """A tensor object for one slot; of a buffer a copy, since running may change it."""
+    if meta and tensor.device.type == "meta":
+        return Absent(tensor.detach(), device)
+    return tensor.detach().clone() if buffer else nn.Parameter(tensor.detach(), requires_grad=False)
+
+
+def _note_exits(twin: nn.Module, log: Log, spy: _Spy) -> list[Any]:
+    def note(name: str) -> Callable[[Any, Any, Any], None]:
+        def hook(_module: Any, _args: Any, output: Any) -> None:
+            log.calls[name] = log.calls.get(name, 0) + 1
+            log.events.append(Exit(name, tuple(spy.key(t) for t in tree_leaves(output) if isinstance(t, Tensor))))
+
+        return hook
+
+    return [module.register_forward_hook(note(name)) for name, module in twin.named_modules()]
+
+
+class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Sees every operation below autograd."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.slots: dict[int, str] = {}
+        self.log = Log()
+        self._kept: list[Any] = []  # so that no key is used twice
+
+    def key(self, tensor: Tensor) -> int:
+        """Equal for tensors on the same memory."""
+        self._kept.append(tensor)
+        return id(tensor) if isinstance(tensor, Absent) else tensor.untyped_storage()._cdata
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        used = tuple(self.slots[id(t)] for t in tensors if id(t) in self.slots)
+        inputs = tuple(self.key(t) for t in tensors if id(t) not in self.slots)
+        outputs = tuple(self.key(t) for t in tree_leaves(result) if isinstance(t, Tensor))
+        tells = func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "is_nonzero")
+        self.log.events.append(Op(inputs, outputs, used, tells))
+        return result
+
+
+@dataclass
+class Cuts:
+    """What a log says about cutting behind each of ``layers``.
+
+    Phase i ends when layer i returns; the last phase is what comes after all layers. A cut behind layer c separates the phases
+    up to c from the others.
+
+    Attributes:
+        uses: slot -> phases that use it.
+        live: per cut, whether more than the layer's own output lives across it.
+        needed: per cut, the numbers of the inputs whose values the phases behind it need.
+    """
+
+    uses: dict[str, set[int]]
+    live: list[bool]
+    needed: list[set[int]]
+
+
+def cuts(log: Log, layers: list[str]) -> Cuts:
+    """Follow everything that was computed from weights or inputs through the run."""
+    number = {name: i for i, name in enumerate(layers)}
+    found = Cuts({}, [False] * len(layers), [set() for _ in layers])
+    labels: dict[int, frozenset[int]] = {key: frozenset([j]) for j, key in enumerate(log.inputs)}
+    born = dict.fromkeys(log.inputs, 0)
+    returned: list[set[int]] = []
+    for event in log.events:
+        phase = len(returned)
+        if isinstance(event, Exit):
+            if event.name in number:
+                returned.append(set(event.outputs))
+            continue
+        for slot in event.slots:
+            found.uses.setdefault(slot, set()).add(phase)
+        mine: frozenset[int] = frozenset([WEIGHTS] if set(event.slots) - log.buffers else [])
+        for key in event.inputs:
+            what = labels.get(key, frozenset())
+            mine |= what
+            crossed = {c for c in range(born.get(key, phase), phase) if key not in returned[c]}
+            if event.tells:
+                crossed |= set(range(phase, len(layers)))
+            for c in crossed if what else ():
+                if WEIGHTS in what:
+                    found.live[c] = True
+                else:
+                    found.needed[c] |= what
+        for key in event.outputs:
+            labels[key] = labels.get(key, frozenset()) | mine
+            born[key] = phase
+    return found
