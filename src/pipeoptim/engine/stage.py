@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.feed import Cutter, Feed, Part
@@ -198,31 +199,25 @@ class StageWorker:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with swapped(self.weights.params, self.weights.tensors(held)), self.reduction.forwarding():
             with computing(self.device.type, self.options.autocast), hooks:
-                output = self._call_module(args, kwargs)
+                output = self._call(self.module, args, kwargs)
                 if self.is_last:
                     return check_loss(self.loss_fn(output, target))
         return output
 
-    def _call_module(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Call the module; learn in the first forward whether it changes its inputs in place, which a leaf forbids."""
-        if self._copy_inputs is None:
-            buffers = {name: b.detach().clone() for name, b in self.module.named_buffers()}
-            state = torch.get_rng_state()
-            try:
-                output = self.module(*args, **kwargs)
-                self._copy_inputs = False
-                return output
-            except RuntimeError as error:
-                if "leaf Variable" not in str(error):
-                    raise
-                self._copy_inputs = True
-                torch.set_rng_state(state)
-                with torch.no_grad():
-                    for name, b in self.module.named_buffers():
-                        b.copy_(buffers[name])
-        if self._copy_inputs:
-            args = torch.utils._pytree.tree_map_only(Tensor, lambda t: t.clone() if t.requires_grad else t, args)
-        return self.module(*args, **kwargs)
+    def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Call ``module``. One that changes its inputs in place, which the first forward shows, gets copies of them.
+
+        A leaf may not be changed in place, and micro-batches are views of one tensor: changing one would invalidate the others.
+        """
+        if self._copy_inputs is False:
+            return module(*args, **kwargs)
+        args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
+        copies = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        versions = [copy._version for copy in copies]
+        output = module(*args, **kwargs)
+        if self._copy_inputs is None and torch.is_grad_enabled():
+            self._copy_inputs = versions != [copy._version for copy in copies]
+        return output
 
     # -- backward and update -----------------------------------------------------------------------------------------
 
@@ -396,7 +391,7 @@ class StageWorker:
         self.module.eval()
         try:
             with torch.no_grad(), computing(self.device.type, self.options.autocast):
-                output = self.reduction.bare(self.module)(*args, **kwargs)
+                output = self._call(self.reduction.bare(self.module), args, kwargs)
                 return check_loss(self.loss_fn(output, target)) if self.is_last else output
         finally:
             for m, mode in training.items():

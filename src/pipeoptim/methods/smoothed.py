@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.rules.checks import check_dense
 from pipeoptim.schedule import Program
 
 
@@ -84,17 +85,24 @@ class SmoothedGradient(Averages):
 
 
 class SmoothedAdam(Averages):
-    """XPipe: Adam's form with constant bias divisors, ``(v / (1-g)) / (sqrt(m / (1-l)) + eps)`` (arXiv 1911.04610)."""
+    """XPipe: Adam's form with constant bias divisors, ``(v / (1-g)) / (sqrt(m / (1-l)) + eps)`` (arXiv 1911.04610).
+
+    Real and imaginary parts of complex weights move each on their own, as in torch's Adam.
+    """
 
     names = ("v", "m")
     gamma, lam, eps = 0.9, 0.999, 1e-8
 
     def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
-        state["v"].mul_(self.gamma).add_(gradient, alpha=1 - self.gamma)
-        state["m"].mul_(self.lam).addcmul_(gradient, gradient, value=1 - self.lam)
+        check_dense(state["v"], gradient)
+        v, m, g = _real(state["v"]), _real(state["m"]), _real(gradient)
+        v.mul_(self.gamma).add_(g, alpha=1 - self.gamma)
+        m.mul_(self.lam).addcmul_(g, g, value=1 - self.lam)
 
     def direction(self, state: dict[str, Tensor]) -> Tensor:
-        return (state["v"] / (1 - self.gamma)) / ((state["m"] / (1 - self.lam)).sqrt() + self.eps)
+        v, m = _real(state["v"]), _real(state["m"])
+        found = (v / (1 - self.gamma)) / ((m / (1 - self.lam)).sqrt() + self.eps)
+        return torch.view_as_complex(found) if state["v"].is_complex() else found
 
 
 class WeightDrift(Averages):
@@ -126,3 +134,7 @@ class WeightDrift(Averages):
     def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
         for buffer, p, delta in zip(out, self._params(), self.state["delta"], strict=True):
             torch.sub(p, delta, alpha=steps, out=buffer)
+
+
+def _real(tensor: Tensor) -> Tensor:
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
