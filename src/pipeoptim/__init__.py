@@ -12,6 +12,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
+    from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
     from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, Whole, master_weights
     from pipeoptim.methods import METHODS, Method, get_method, register_method
     from pipeoptim.partitioning import Partition, partition
@@ -26,13 +27,18 @@ _LAZY = {
     "PredictionError": "pipeoptim.engine",
     "Schedule": "pipeoptim.engine",
     "Whole": "pipeoptim.engine",
+    "full_state_dict": "pipeoptim.checkpoint",
     "get_method": "pipeoptim.methods",
+    "load_sharded": "pipeoptim.checkpoint",
+    "load_weights": "pipeoptim.checkpoint",
     "master_weights": "pipeoptim.engine",
     "predict_weights": "pipeoptim.rules",
     "Partition": "pipeoptim.partitioning",
     "partition": "pipeoptim.partitioning",
     "register_method": "pipeoptim.methods",
     "register_rule": "pipeoptim.rules",
+    "save_sharded": "pipeoptim.checkpoint",
+    "save_weights": "pipeoptim.checkpoint",
     "track": "pipeoptim.rules",
 }
 
@@ -49,12 +55,17 @@ __all__ = [
     "StageFailure",
     "Whole",
     "__version__",
+    "full_state_dict",
     "get_method",
+    "load_sharded",
+    "load_weights",
     "master_weights",
     "partition",
     "predict_weights",
     "register_method",
     "register_rule",
+    "save_sharded",
+    "save_weights",
     "track",
 ]
 

@@ -2,10 +2,30 @@
 
 ``checkpoints/step-000200/`` holds one ``stage-<k>.pt`` per stage and ``meta.json`` with sizes and SHA-256 sums. It is
 written beside its place and renamed when complete; what a crash leaves half-written is never taken for a checkpoint.
+
+For use outside a run there are the weights under the names of the original model, as safetensors, and sharded checkpoints that
+another number of stages can resume from.
 """
 
 from pipeoptim.checkpoint.meta import Meta, TornError, folder_name, read_meta, verify
 from pipeoptim.checkpoint.read import Found, find, load_stage
+from pipeoptim.checkpoint.sharded import load_sharded, save_sharded
+from pipeoptim.checkpoint.weights import full_state_dict, load_weights, save_weights
 from pipeoptim.checkpoint.write import save
 
-__all__ = ["Found", "Meta", "TornError", "find", "folder_name", "load_stage", "read_meta", "save", "verify"]
+__all__ = [
+    "Found",
+    "Meta",
+    "TornError",
+    "find",
+    "folder_name",
+    "full_state_dict",
+    "load_sharded",
+    "load_stage",
+    "load_weights",
+    "read_meta",
+    "save",
+    "save_sharded",
+    "save_weights",
+    "verify",
+]

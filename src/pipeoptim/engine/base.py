@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pipeoptim.engine.feed import Cutter
 from pipeoptim.engine.monitor import PredictionError
@@ -24,7 +24,10 @@ class Pipeline:
         method: what runs.
         depth, microbatches: D and M.
         program: the action program of all stages.
+        ranks: global rank of the process of each stage; None where all stages live in this process.
     """
+
+    ranks: tuple[int, ...] | None = None
 
     def __init__(self, method: str | Method, depth: int, microbatches: int, cutter: Cutter) -> None:
         self.method = get_method(method)
@@ -39,6 +42,18 @@ class Pipeline:
     def local_stages(self) -> list[int]:
         """The stages that live in this process."""
         return sorted(self._workers)
+
+    def drain(self) -> None:
+        """Run the backwards and updates still in flight; afterwards every stage has the same version."""
+        raise NotImplementedError
+
+    def stage_module(self, k: int) -> nn.Module:
+        """The module of stage ``k``, with the latest weights."""
+        return self._worker(k).module
+
+    def stage_worker(self, k: int) -> StageWorker:
+        """All of stage ``k``: for what saves and observes it from outside."""
+        return self._worker(k)
 
     def version(self, k: int) -> int:
         """Updates that stage ``k`` has applied."""

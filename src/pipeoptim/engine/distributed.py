@@ -97,7 +97,7 @@ class Schedule(Pipeline):
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
         place = read_stage(stage)
         super().__init__(method, place.depth, microbatches, Cutter(microbatches, uneven, weigh))
-        self.k, self.device = place.k, place.device
+        self.k, self.device, self.ranks = place.k, place.device, place.ranks
         seed = torch.initial_seed() if seed is None else seed
         options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor)
         exchanges = options.clip is not None and options.clip.exchanges

@@ -1,0 +1,56 @@
+"""What a weight of a stage is called in the model that the stages were cut from."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from pipeoptim.checkpoint.together import together
+from pipeoptim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeoptim.engine.base import Pipeline
+
+Names = Sequence[Mapping[str, str]]
+"""For every stage: name in the original model -> name in the stage (``Partition.names``)."""
+
+
+def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str]]:
+    """For every stage of this process: name in the stage -> name in the original model, of all of its ``state_dict``.
+
+    Without ``names``: slices of an ``nn.Sequential`` keep its names, so names that no two stages share are taken for the
+    original ones. Where two stages do share one, the original is taken to be ``nn.Sequential(*stages)``.
+
+    Raises:
+        ConfigError: ``names`` does not cover a stage.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> from torch import nn
+        >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, bias=False))
+        >>> sgd = lambda p: torch.optim.SGD(p, lr=0.1)
+        >>> original_names(po.Emulator([model[:1], model[1:]], sgd, nn.functional.mse_loss), None)
+        {0: {'0.weight': '0.weight', '0.bias': '0.bias'}, 1: {'1.weight': '1.weight'}}
+        >>> original_names(po.Emulator([model[0], model[1]], sgd, nn.functional.mse_loss), None)
+        {0: {'weight': '0.weight', 'bias': '0.bias'}, 1: {'weight': '1.weight'}}
+    """
+    own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
+    if names is not None:
+        return {k: _mapped(k, entries, names) for k, entries in own.items()}
+    often = Counter(name for part in together(pipe).gather(own) for entries in part.values() for name in entries)
+    unique = max(often.values(), default=1) == 1
+    return {k: {name: name if unique else f"{k}.{name}" for name in entries} for k, entries in own.items()}
+
+
+def _mapped(k: int, own: list[str], names: Names) -> dict[str, str]:
+    if k >= len(names):
+        raise ConfigError(f"names has {len(names)} entries, but there is a stage {k}; give one mapping per stage")
+    found = {stage_name: original for original, stage_name in names[k].items()}
+    missing = [name for name in own if name not in found]
+    if missing:
+        raise ConfigError(
+            f"names[{k}] says nothing of {len(missing)} entries of stage {k}'s state_dict (first: {missing[0]!r}); "
+            "map every original name to its name in the stage"
+        )
+    return {name: found[name] for name in own}

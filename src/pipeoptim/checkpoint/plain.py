@@ -1,0 +1,78 @@
+"""Nested state as JSON and a flat set of tensors: nothing of it is ever pickled.
+
+Tensors become ``{"$tensor": name}``; what JSON does not have is spelled out (tuples, dictionaries whose keys are no strings,
+numbers that are not finite).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from pipeoptim.errors import ConfigError
+
+
+def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
+    """``value`` with its tensors moved into ``tensors`` under names that begin with ``path``.
+
+    Raises:
+        ConfigError: something that is neither a tensor nor plain data.
+
+    Example:
+        >>> import torch
+        >>> found = {}
+        >>> flatten({"a": [1, torch.ones(1)]}, "x", found), list(found)
+        ({'a': [1, {'$tensor': 'x/a/1'}]}, ['x/a/1'])
+    """
+    if isinstance(value, Tensor):
+        tensors[path] = value
+        return {"$tensor": path}
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"$float": str(value)}
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, (list, tuple)):
+        parts = [flatten(v, f"{path}/{n}", tensors) for n, v in enumerate(value)]
+        return {"$tuple": parts} if isinstance(value, tuple) else parts
+    if isinstance(value, Mapping):
+        if all(isinstance(key, str) and not key.startswith("$") for key in value):
+            return {key: flatten(v, f"{path}/{key}", tensors) for key, v in value.items()}
+        return {"$items": [[flatten(k, path, tensors), flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+    raise ConfigError(
+        f"{path} is a {type(value).__name__}, which a sharded checkpoint cannot hold: only tensors and plain data"
+    )
+
+
+def rebuild(value: Any, tensors: Mapping[str, Tensor]) -> Any:
+    """What :func:`flatten` was given.
+
+    Example:
+        >>> found = {}
+        >>> rebuild(flatten({1: (2.0, float("inf"))}, "x", found), found)
+        {1: (2.0, inf)}
+    """
+    if isinstance(value, list):
+        return [rebuild(v, tensors) for v in value]
+    if not isinstance(value, dict):
+        return value
+    if "$tensor" in value:
+        return tensors[value["$tensor"]]
+    if "$float" in value:
+        return float(value["$float"])
+    if "$tuple" in value:
+        return tuple(rebuild(v, tensors) for v in value["$tuple"])
+    if "$items" in value:
+        return {rebuild(k, tensors): rebuild(v, tensors) for k, v in value["$items"]}
+    return {key: rebuild(v, tensors) for key, v in value.items()}
+
+
+def tensors_in(value: Any) -> set[str]:
+    """The names of all tensors that :func:`rebuild` would need."""
+    if isinstance(value, list):
+        return {name for v in value for name in tensors_in(v)}
+    if not isinstance(value, dict):
+        return set()
+    return {value["$tensor"]} if "$tensor" in value else {name for v in value.values() for name in tensors_in(v)}

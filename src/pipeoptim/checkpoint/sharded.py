@@ -1,0 +1,190 @@
+"""Checkpoints on ``torch.distributed.checkpoint`` that another number of stages can resume from.
+
+Every process writes what it has, as safetensors; beside them lies ``state.json`` with all that is not a tensor. The folder is
+written beside its place and renamed when complete. Nothing in it is pickled, so nothing in it can run.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from pipeoptim.checkpoint.named import NamedState, collect, merged, needed
+from pipeoptim.checkpoint.names import Names, original_names
+from pipeoptim.checkpoint.together import Together, together
+from pipeoptim.checkpoint.weights import begin_folder
+from pipeoptim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeoptim.engine.base import Pipeline
+
+STATE = "state.json"
+FORMAT = 1
+_ALONE = "torch.distributed is disabled"  # how torch warns where there is one process only, which is what an emulator is
+
+
+def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None, *, background: bool = False) -> Future[None]:
+    """Save everything that training needs to go on: weights, optimizer states, schedules, versions, random streams.
+
+    Drains first. With one process per stage all call it, and each writes its own part.
+
+    Args:
+        pipe: an ``Emulator`` or ``Schedule``.
+        folder: must not exist. It appears under its name when it is complete.
+        names: for every stage, name in the original model -> name in the stage (``Partition.names``). By default as in
+            :func:`full_state_dict`; another number of stages finds its weights by these names.
+        background: return as soon as the state is copied to memory; training goes on while it is written. Wait for
+            ``result()`` of what is returned, in all processes, before the next save and before the program ends.
+
+    Returns:
+        A future; done already unless ``background``.
+
+    Raises:
+        ConfigError: the folder exists, or there is state that is neither tensors nor plain data.
+
+    Example:
+        >>> import tempfile, torch, pipeoptim as po
+        >>> stages = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
+        >>> pipe = po.Emulator(stages, lambda p: torch.optim.AdamW(p), torch.nn.functional.mse_loss)
+        >>> folder = tempfile.mkdtemp() + "/step-10"
+        >>> _ = po.save_sharded(pipe, folder)
+        >>> po.load_sharded(pipe, folder)
+        True
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.state_dict_saver import async_save, save
+
+    pipe.drain()
+    folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    part = begin_folder(folder, processes)
+    state = NamedState()
+    for k in pipe.local_stages:
+        collect(pipe.stage_worker(k), names_of[k], state)
+    _write_plain(part, state, pipe.depth, processes)
+    writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
+    options: dict[str, Any] = {"storage_writer": writer, "process_group": processes.group, "no_dist": processes.group is None}
+    tensors: dict[str, Any] = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
+    if background:  # copies everything to memory before it returns
+        if processes.group is None:  # its thread would warn later, so not only inside this call
+            warnings.filterwarnings("ignore", message=_ALONE)
+        saving: Future[Any] = async_save(tensors, **options)  # type: ignore[assignment]
+        return _then(saving, lambda: _finish(part, folder, processes))
+    with _quietly(processes):
+        save(tensors, **options)
+    _finish(part, folder, processes)
+    done: Future[None] = Future()
+    done.set_result(None)
+    return done
+
+
+def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None) -> bool:
+    """Continue from :func:`save_sharded`, with the same number of stages or another, in either engine.
+
+    Each process reads only what its stages need. With the same cut the run goes on bit for bit. With another cut weights,
+    optimizer states, learning rates and versions are exact, but each stage's random stream (dropout) and what its predictor
+    remembers beside the optimizer's state (the last displacement, say) begin anew.
+
+    Args:
+        pipe, names: as in :func:`save_sharded`; with nothing in flight.
+        folder: what was saved.
+
+    Returns:
+        Whether the cut is the same.
+
+    Raises:
+        ConfigError: no checkpoint, or one of another model or with other optimizers.
+
+    Example: see :func:`save_sharded`.
+    """
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+    from torch.distributed.checkpoint.state_dict_loader import load
+
+    folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    saved, depth = _read_plain(folder)
+    same = all(
+        processes.gather(
+            depth == pipe.depth and all(saved.weights.get(k) == list(found.values()) for k, found in names_of.items())
+        )
+    )
+    reader = HuggingFaceStorageReader(str(folder))
+    there = reader.read_metadata().state_dict_metadata
+    wanted = {name for k in pipe.local_stages for name in needed(pipe.stage_worker(k), names_of[k], saved, same)}
+    saved.tensors = {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
+    with _quietly(processes):
+        load(dict(saved.tensors), storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
+    for k in pipe.local_stages:
+        pipe.load_stage_state_dict(k, merged(pipe.stage_worker(k), names_of[k], saved, same))
+    processes.barrier()
+    return same
+
+
+def _write_plain(part: Path, state: NamedState, depth: int, processes: Together) -> None:
+    """``state.json``: what all processes have that is no tensor."""
+    everything = NamedState()
+    for other in processes.gather(state.plain()):
+        everything.weights |= other["weights"]
+        everything.optimizer |= other["optimizer"]
+        everything.own |= other["own"]
+        everything.groups = everything.groups or other["groups"]
+        everything.scheduler = everything.scheduler or other["scheduler"]
+        everything.version = other["version"]
+    if processes.is_first:
+        text = json.dumps({"format": FORMAT, "stages": depth, **everything.plain()}, allow_nan=False)
+        (part / STATE).write_text(text + "\n")
+
+
+def _read_plain(folder: Path) -> tuple[NamedState, int]:
+    try:
+        data = json.loads((folder / STATE).read_text())
+        if data.pop("format") != FORMAT:
+            raise ConfigError(f"{folder} was written by another version of pipeoptim, in another format; load it with that one")
+        depth = data.pop("stages")
+        for name in ("weights", "own"):
+            data[name] = {int(k): value for k, value in data[name].items()}
+        return NamedState(**data), depth
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(
+            f"{folder} holds no complete sharded checkpoint ({STATE}: {type(error).__name__}: {error}); choose another one"
+        ) from error
+
+
+@contextmanager
+def _quietly(processes: Together) -> Iterator[None]:
+    """Without torch's warning that there is one process only."""
+    with warnings.catch_warnings():
+        if processes.group is None:
+            warnings.filterwarnings("ignore", message=_ALONE)
+        yield
+
+
+def _finish(part: Path, folder: Path, processes: Together) -> None:
+    processes.barrier()
+    if processes.is_first:
+        part.rename(folder)
+    processes.barrier()
+
+
+def _then(saving: Future[Any], finish: Callable[[], None]) -> Future[None]:
+    """Done when ``saving`` is and ``finish`` has run, in the thread that saved."""
+    done: Future[None] = Future()
+
+    def after(saved: Future[Any]) -> None:
+        try:
+            saved.result()
+            finish()
+        except BaseException as error:
+            done.set_exception(error)
+        else:
+            done.set_result(None)
+
+    saving.add_done_callback(after)
+    return done

@@ -1,0 +1,235 @@
+"""The weights of a pipeline as the unpipelined model has them: one state_dict, or safetensors files that other tools read.
+
+``save_weights`` writes what Hugging Face's ``from_pretrained`` reads: one file per stage and an index of which name is where.
+``load_weights`` reads such a folder (or one that was published) into one stage: only the tensors that the stage has, so no
+process ever holds the whole model.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeoptim.checkpoint.names import Names, original_names
+from pipeoptim.checkpoint.together import together
+from pipeoptim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeoptim.engine.base import Pipeline
+
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Tensor] | None:
+    """The latest weights and buffers of all stages under their names in the original model, on the CPU.
+
+    Drains first. With one process per stage all call it; the process of stage 0 gets everything, the others None. It then holds
+    the whole model: :func:`save_weights` needs no process that does.
+
+    Args:
+        pipe: an ``Emulator`` or ``Schedule``.
+        names: for every stage, name in the original model -> name in the stage (``Partition.names``). By default the stages'
+            own names, which are the original ones for slices of an ``nn.Sequential``; where two stages share a name, those
+            of ``nn.Sequential(*stages)``.
+
+    Raises:
+        ConfigError: ``names`` does not cover a stage.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Linear(2, 1))
+        >>> pipe = po.Emulator([model[:1], model[1:]], lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss)
+        >>> model.load_state_dict(po.full_state_dict(pipe))
+        <All keys matched successfully>
+    """
+    pipe.drain()
+    found = original_names(pipe, names)
+    stages = [_stage_tensors(pipe.stage_module(k), k, found[k]) for k in pipe.local_stages]
+    own = {original: _on_cpu(tensor) for stage in stages for original, tensor in stage}
+    parts = together(pipe).gather_at_first(own)
+    return None if parts is None else {name: tensor for part in parts for name, tensor in part.items()}
+
+
+def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None) -> None:
+    """Write the latest weights and buffers as safetensors, a file per stage, under their names in the original model.
+
+    Drains first. With one process per stage all call it, and each writes its own file. The folder is written beside its place
+    and renamed when complete. Weights that a stage shares with itself are written once, as safetensors asks.
+
+    Args:
+        pipe, names: as in :func:`full_state_dict`.
+        folder: must not exist.
+
+    Raises:
+        ConfigError: the folder exists, or ``names`` does not cover a stage.
+
+    Example:
+        >>> import tempfile, torch, pipeoptim as po
+        >>> stages = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
+        >>> pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss)
+        >>> folder = tempfile.mkdtemp() + "/weights"
+        >>> po.save_weights(pipe, folder)
+        >>> po.load_weights(torch.nn.Sequential(*stages), folder)
+    """
+    from safetensors.torch import save_file
+
+    pipe.drain()
+    folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    part = begin_folder(folder, processes)
+    where: dict[str, tuple[str, int]] = {}
+    for k in pipe.local_stages:
+        tensors = {name: _on_cpu(t).contiguous() for name, t in _once(_stage_tensors(pipe.stage_module(k), k, names_of[k]))}
+        file = f"model-{k + 1:05d}-of-{pipe.depth:05d}.safetensors"
+        save_file(tensors, part / file, metadata={"format": "pt"})
+        where |= {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
+    found = {name: entry for others in processes.gather(where) for name, entry in others.items()}
+    if processes.is_first:
+        index = {
+            "metadata": {"total_size": sum(size for _, size in found.values())},
+            "weight_map": {name: file for name, (file, _) in found.items()},
+        }
+        (part / INDEX).write_text(json.dumps(index, indent=1) + "\n")
+        part.rename(folder)
+    processes.barrier()
+
+
+def load_weights(
+    module: nn.Module,
+    source: str | Path,
+    names: Mapping[str, str] | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> None:
+    """Load safetensors into one stage (or a whole model), reading only the tensors that it has.
+
+    Parameters on the meta device are replaced by what the file holds, so a stage can be cut from a model that was built under
+    ``torch.device("meta")``; do this before its optimizer is made. Others are overwritten in place, in their own type.
+
+    Args:
+        module: what to load into.
+        source: a ``.safetensors`` file, or a folder with ``model.safetensors`` or an index beside several files.
+        names: name in the file -> name in the module (``Partition.names[k]``); the same names by default.
+        device: where parameters from the meta device go; the CPU by default.
+
+    Raises:
+        ConfigError: no such file, an entry of the module that is not in it, or one of another shape.
+
+    Example: see :func:`save_weights`.
+    """
+    files = _files_of(Path(source))
+    wanted = {stage: original for original, stage in names.items()} if names is not None else None
+    own = module.state_dict()
+    where = {name: name if wanted is None else wanted.get(name, name) for name in own}
+    loaded = _read(files, where, own, Path(source))
+    _check_missing(module, loaded, where, Path(source))
+    with torch.no_grad():
+        for name, tensor in loaded.items():
+            if own[name].is_meta:
+                _put(module, name, tensor.to(device or "cpu", own[name].dtype))
+            else:
+                own[name].copy_(tensor)
+    left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
+    if left:
+        raise ConfigError(
+            f"{len(left)} tensors are still on the meta device (first: {left[0]!r}), because {source} does not hold them; "
+            "build them on a real device before loading"
+        )
+
+
+def begin_folder(folder: Path, processes: Any) -> Path:
+    """The folder beside ``folder`` that is renamed when complete; every process gets the error if there is one.
+
+    Raises:
+        ConfigError: ``folder`` exists.
+    """
+    part = folder.with_name(f".{folder.name}.part")
+    taken = folder.exists() if processes.is_first else False
+    if processes.is_first and not taken:
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir(parents=True)
+    if any(processes.gather(taken)):
+        raise ConfigError(f"{folder} exists already; choose another folder, or remove it")
+    return part
+
+
+def _stage_tensors(module: nn.Module, k: int, found: Mapping[str, str]) -> Iterable[tuple[str, Tensor]]:
+    for name, value in module.state_dict().items():
+        if not isinstance(value, Tensor):
+            raise ConfigError(f"stage {k} has {name!r} in its state_dict, a {type(value).__name__}; only tensors are saved")
+        yield found[name], value
+
+
+def _on_cpu(tensor: Tensor) -> Tensor:
+    return tensor.detach().to("cpu", copy=True)
+
+
+def _once(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+    """Without those that are another one's memory."""
+    seen: set[tuple[Any, ...]] = set()
+    for name, t in tensors:
+        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else (name,)
+        if key not in seen:
+            seen.add(key)
+            yield name, t
+
+
+def _files_of(source: Path) -> dict[str, Path]:
+    """Name of a tensor -> file that holds it; empty key for a single file that holds all."""
+    if source.is_file():
+        return {"": source}
+    if (source / INDEX).is_file():
+        index = json.loads((source / INDEX).read_text())["weight_map"]
+        return {name: source / file for name, file in index.items()}
+    if (source / SINGLE).is_file():
+        return {"": source / SINGLE}
+    raise ConfigError(f"there are no weights in {source}; expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
+
+
+def _read(files: dict[str, Path], where: Mapping[str, str], own: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    loaded: dict[str, Tensor] = {}
+    for file in dict.fromkeys(files.values()):
+        with safe_open(str(file), framework="pt") as opened:
+            there = set(opened.keys())
+            for name, original in where.items():
+                if original not in there or files.get(original, files.get("")) != file:
+                    continue
+                shape = tuple(opened.get_slice(original).get_shape())
+                if shape != tuple(own[name].shape):
+                    raise ConfigError(
+                        f"{original!r} has shape {shape} in {source}, but {tuple(own[name].shape)} in the module ({name!r})"
+                    )
+                loaded[name] = opened.get_tensor(original)
+    return loaded
+
+
+def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mapping[str, str], source: Path) -> None:
+    """Names of a tensor that has been loaded under another name need none of their own."""
+    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
+    there = {id(tensors[name]) for name in loaded}
+    missing = [name for name in where if id(tensors[name]) not in there]
+    if missing:
+        raise ConfigError(
+            f"{source} does not hold {len(missing)} of the {len(where)} entries of the module "
+            f"(first: {missing[0]!r}, looked for as {where[missing[0]]!r}); give names: original -> name in the module"
+        )
+
+
+def _put(module: nn.Module, name: str, value: Tensor) -> None:
+    """Replace a parameter or buffer on the meta device, wherever the module refers to it."""
+    path, _, leaf = name.rpartition(".")
+    old = getattr(module.get_submodule(path), leaf)
+    new: Any = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
+    for part in module.modules():
+        for table in (part._parameters, part._buffers):
+            for key, entry in table.items():
+                if entry is old:
+                    table[key] = new
