@@ -21,10 +21,11 @@ class Case:
     optimizer: str = "adamw"
     odd: bool = False  # a module that leaves parameters without a gradient, and shares others
     overlap: bool = False
+    prediction: str = "refined"
 
     def name(self) -> str:
         clip = "" if self.clip is None else self.clip.scope
-        return f"{self.method}-{self.m}-{self.wrap}-{clip}-{self.optimizer}-{self.odd}-{self.overlap}"
+        return f"{self.method}-{self.m}-{self.wrap}-{clip}-{self.optimizer}-{self.odd}-{self.overlap}-{self.prediction}"
 
 
 class Odd(nn.Module):
@@ -79,13 +80,22 @@ def emulate(case: Case) -> tuple[po.Emulator, torch.Tensor]:
     rates = [scheduler(opt) for opt in opts]
     options = {"overlap": True} if case.overlap else {}
     pipe = po.Emulator(
-        modules, opts, nn.functional.mse_loss, case.method, case.m, schedulers=rates, clip=case.clip, seed=3, **options
+        modules,
+        opts,
+        nn.functional.mse_loss,
+        case.method,
+        case.m,
+        schedulers=rates,
+        clip=case.clip,
+        seed=3,
+        prediction=case.prediction,
+        **options,
     )
     losses = []
     for n, (x, y) in enumerate(batches()):
         losses.append(pipe.step(x, target=y))
         if n == 5:
-            pipe.drain()
+            losses.append(pipe.eval_step(x, target=y))
     pipe.drain()
     return pipe, torch.stack(losses)
 
@@ -106,6 +116,16 @@ def plain() -> list[Case]:
 def wrapped() -> list[Case]:
     """What can differ when torch's wrapper averages: micro-batches, other backward weights, clipping, odd modules."""
     return [*(Case(m=m) for m in (1, 2)), Case("pipedream"), Case("spectrain", 2), Case(clip=CLIPS[1], m=2), *ODD]
+
+
+def sharded() -> list[Case]:
+    """Every method that can, with the weights of B the latest, stashed and numbered; clipping; kinds of prediction."""
+    able = [method for method in sorted(po.METHODS) if po.METHODS[method].predictor is None]
+    return [
+        *(Case(method, m) for method in able for m in (1, 2) if m >= DEPTH or not two_buffers(method)),
+        *(Case(clip=clip, m=2, optimizer="sgd") for clip in CLIPS[:2]),
+        *(Case(optimizer=o, prediction=p) for o, p in (("adamw", "displacement"), ("sgd", "paper"), ("sgd", "refined"))),
+    ]
 
 
 def two_buffers(method: str) -> bool:

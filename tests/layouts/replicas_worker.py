@@ -7,6 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.pipelining import PipelineStage
 from torch.nn.parallel import DistributedDataParallel
 
@@ -28,9 +29,9 @@ def schedule(module, opt, m=1, method="pipeoptim", **options):
     return po.Schedule(stage, opt, nn.functional.mse_loss, method, m, seed=3, timeout=60, **options)
 
 
-def feed(pipe, x, y, m=1):
+def feed(pipe, x, y, m=1, how="step"):
     x, y = cases.share(x, m, replica), cases.share(y, m, replica)
-    return pipe.step(*([x] if first else []), target=y if last else None)
+    return getattr(pipe, how)(*([x] if first else []), target=y if last else None)
 
 
 def equal_case(case):
@@ -39,6 +40,10 @@ def equal_case(case):
     if case.wrap == "ddp":
         module = DistributedDataParallel(module, process_group=mesh["data"].get_group(), find_unused_parameters=case.odd)
         options = {}
+    elif case.wrap == "fsdp":
+        fully_shard(module[0], mesh=mesh["data"])
+        fully_shard(module, mesh=mesh["data"])  # the root keeps the rest, which torch would not free after a forward
+        options = {}
     elif replica == 1:
         with torch.no_grad():
             for p in module.parameters():
@@ -46,22 +51,33 @@ def equal_case(case):
     if case.overlap:
         options["overlap"] = True
     opt = cases.optimizer(case, module.parameters())
-    pipe = schedule(module, opt, case.m, case.method, scheduler=cases.scheduler(opt), clip=case.clip, **options)
+    options |= {"scheduler": cases.scheduler(opt), "clip": case.clip, "prediction": case.prediction}
+    pipe = schedule(module, opt, case.m, case.method, **options)
     losses = []
     for n, (x, y) in enumerate(cases.batches()):
         losses.append(feed(pipe, x, y, case.m))
         if n == 5:
-            pipe.drain()
+            losses.append(feed(pipe, x, y, how="eval_step"))
     pipe.drain()
     pipe.close()
     state = pipe.stage_state_dict(k)
     assert pipe.version(k) == cases.UPDATES
-    return {"module": state["module"], "losses": losses, "gaps": [pipe.version_gap(k, i) for i in range(case.m)]}
+    weights = {name: whole(value) for name, value in state["module"].items()}
+    return {
+        "module": weights,
+        "bytes": pipe.weight_bytes(k),
+        "losses": losses,
+        "gaps": [pipe.version_gap(k, i) for i in range(case.m)],
+    }
 
 
 def noisy():
     torch.manual_seed(k)
     return nn.Sequential(nn.Dropout(0.3), nn.Linear(cases.WIDTH, cases.WIDTH), nn.BatchNorm1d(cases.WIDTH), nn.Tanh()).double()
+
+
+def whole(value):
+    return value.full_tensor() if hasattr(value, "full_tensor") else value
 
 
 def resumed():
@@ -127,11 +143,26 @@ def order_of_work():
 def refusals():
     words, module = [], cases.module(cases.Case(), k)
     for options in ({"replicas": mesh["pipe"]}, {"replicas": "two"}, {"replicas": mesh["data"], "clip": 1.0 + replica}):
-        try:
-            schedule(module, torch.optim.AdamW(module.parameters()), **options)
-        except po.ConfigError as error:
-            words.append(str(error))
+        words.append(refused(module, torch.optim.AdamW(module.parameters()), **options))
+    sharded = cases.module(cases.Case(), k)
+    fully_shard(sharded[0], mesh=mesh["data"])
+    adamw = torch.optim.AdamW
+    words.append(refused(sharded, adamw(sharded.parameters())))
+    fully_shard(sharded, mesh=mesh["data"])
+    for options in ({"scaler": torch.amp.GradScaler("cpu")}, {"method": "spectrain"}, {"uneven": True}):
+        words.append(refused(sharded, adamw(sharded.parameters()), **options))
+    words.append(refused(sharded, torch.optim.Adafactor(sharded.parameters())) if first else "no prediction on the last stage")
+    wrapper = DistributedDataParallel(module, process_group=mesh["data"].get_group(), static_graph=True)
+    words.append(refused(wrapper, adamw(wrapper.parameters())))
     return words
+
+
+def refused(module, opt, **options):
+    try:
+        schedule(module, opt, **options)
+    except po.ConfigError as error:
+        return str(error)
+    return "accepted"
 
 
 def extras():
@@ -140,6 +171,7 @@ def extras():
 
 
 todo = {"plain": cases.plain(), "ddp": [replace(c, wrap="ddp") for c in cases.wrapped()]}
+todo["fsdp"] = [replace(c, wrap="fsdp") for c in cases.sharded()]
 for name in which.split(","):
     if name == "extras":
         extras()

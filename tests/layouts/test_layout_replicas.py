@@ -24,7 +24,7 @@ PROCESSES = list(product(range(cases.DEPTH), range(cases.REPLICAS)))
 def folder(tmp_path_factory):
     """What 4 processes wrote, all cases in one start."""
     path = tmp_path_factory.mktemp("replicas")
-    stage_processes.run(HERE / "replicas_worker.py", len(PROCESSES), str(path), "plain,ddp,extras", timeout=400)
+    stage_processes.run(HERE / "replicas_worker.py", len(PROCESSES), str(path), "plain,ddp,extras,fsdp", timeout=400)
     return path
 
 
@@ -49,6 +49,24 @@ def test_replicas_equal_the_doubled_batch(folder, case):
 @pytest.mark.parametrize("case", cases.wrapped(), ids=cases.Case.name)
 def test_stages_wrapped_in_ddp_equal_the_doubled_batch(folder, case):
     check_equal(folder, replace(case, wrap="ddp"))
+
+
+@pytest.mark.parametrize("case", cases.sharded(), ids=cases.Case.name)
+def test_sharded_stages_equal_the_doubled_batch(folder, case):
+    check_equal(folder, replace(case, wrap="fsdp"))
+
+
+def test_fsdp_equals_ddp_and_holds_two_copies_of_its_shards_only(folder):
+    same = cases.Case()
+    for k, r in PROCESSES:
+        ddp, fsdp = (
+            torch.load(folder / f"{replace(same, wrap=w).name()}-{k}-{r}.pt", weights_only=True) for w in ("ddp", "fsdp")
+        )
+        for name, weight in ddp["module"].items():
+            torch.testing.assert_close(fsdp["module"][name], weight, rtol=0, atol=1e-12)
+        whole = sum(t.numel() * t.element_size() for t in fsdp["module"].values())
+        assert ddp["bytes"] == whole * (2 - k)  # the last stage predicts nothing
+        assert fsdp["bytes"] == whole * (2 - k) // cases.REPLICAS
 
 
 def extras(folder, what):
@@ -93,7 +111,12 @@ def test_wrong_replicas_are_refused_with_a_sentence(folder):
         assert f"holds stage {k} of 2 and, on rank" in words[0], (k, r)
         assert "replicas is a str" in words[1]
         assert "its replica on rank" in words[2]
-        assert len(words) == 3
+        assert "2 of the stage's 6 parameters are sharded" in words[3]
+        assert "cannot scale its loss" in words[4]
+        assert "'spectrain' keeps averages" in words[5]
+        assert "no uneven micro-batches" in words[6]
+        assert "Adafactor moves each matrix as a whole" in words[7] or k == 1
+        assert "static_graph=True" in words[8]
 
 
 def test_a_killed_replica_ends_all_others(tmp_path):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -103,16 +103,24 @@ class Clipper:
         params: what the optimizer holds.
         program: of the pipeline.
         norms: the exchange with the other stages; None for scope "stage".
+        whole: from the norm of ``params`` to that of the stage, where this process holds a part of it.
 
     Attributes:
         used: the norm that scaled the newest update; None before the first.
     """
 
-    def __init__(self, clip: Clip, params: Sequence[Tensor], program: Program, norms: Norms | None) -> None:
+    def __init__(
+        self,
+        clip: Clip,
+        params: Sequence[Tensor],
+        program: Program,
+        norms: Norms | None,
+        whole: Callable[[Tensor], Tensor] = lambda norm: norm,
+    ) -> None:
         clip.check(program)
         assert (norms is not None) == clip.exchanges
         self.rule, self.params, self.norms = clip, list(params), norms
-        self.delay = clip.delay(program)
+        self.delay, self._whole = clip.delay(program), whole
         self.used: Tensor | float | None = None
         self._own: Tensor = torch.tensor(0.0)
         self._posted: deque[int] = deque()  # versions whose global norm was not taken yet
@@ -120,7 +128,7 @@ class Clipper:
 
     def announce(self, version: int) -> None:
         """The gradients of the update after ``version`` are complete: take their norm and tell it."""
-        self._own = get_total_norm([p.grad for p in self.params if p.grad is not None])
+        self._own = self._whole(get_total_norm([p.grad for p in self.params if p.grad is not None]))
         if self.norms is not None:
             self.norms.post(version, float(self._own))
             self._posted.append(version)

@@ -121,7 +121,7 @@ class Schedule(Pipeline):
             device=self.device,
             options=options,
             norms=norms,
-            reduction=ALONE if self._replicas is None else self._replicas.reduction(place.module, optimizer),
+            reduction=ALONE if self._replicas is None else self._replicas.reduction(place.module, optimizer, uneven),
         )
         self.worker = self._workers[self.k] = worker
         self._connect(

@@ -6,9 +6,10 @@ the order of work changes, so version gaps are those of one pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
+from types import MappingProxyType
 from typing import Any, Protocol
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.weights import swapped
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are reduced in buckets of about this size, as ``DistributedDataParallel`` does."""
@@ -28,17 +30,25 @@ class Reduction(Protocol):
     Attributes:
         index: which replica this is.
         deferred: whether there is something to gain in carrying out an update as late as its weights allow.
+        by_place: whether weights that autograd saved must be looked up again when a backward runs on others.
+        parts: what this process holds of a parameter, for those of which it does not hold all.
     """
 
     index: int
     deferred: bool
+    by_place: bool
+    parts: Mapping[Tensor, Tensor]
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The user's own module in what may be a wrapper: evaluated and saved."""
         ...
 
-    def forwarding(self) -> AbstractContextManager[Any]:
-        """What the stage's forward runs in."""
+    def forward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
+        """What the stage's forward runs in; ``params`` have the values of ``tensors`` there, their own where it is None."""
+        ...
+
+    def backward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
+        """What the stage's backward runs in, as :meth:`forward_on`."""
         ...
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
@@ -53,19 +63,29 @@ class Reduction(Protocol):
         """Wait until the gradients are the mean over the replicas."""
         ...
 
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The norm of the stage's gradient, from that of the parts that this process holds."""
+        ...
+
 
 class Alone:
     """A stage without replicas."""
 
     index = 0
     deferred = False
+    by_place = True
+    parts: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def bare(self, module: nn.Module) -> nn.Module:
         """The module."""
         return module
 
-    def forwarding(self) -> AbstractContextManager[Any]:
-        """Nothing to do."""
+    def forward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
+        """Point to the tensors."""
+        return swapped(params, tensors)
+
+    def backward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
+        """Nothing to do: saved weights are looked up by place."""
         return nullcontext()
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
@@ -76,6 +96,10 @@ class Alone:
 
     def finish(self) -> None:
         """Nothing to do."""
+
+    def whole_norm(self, norm: Tensor) -> Tensor:
+        """The same."""
+        return norm
 
 
 ALONE = Alone()
@@ -174,9 +198,11 @@ class ByDDP(Alone):
         """What is wrapped."""
         return self.module.module  # type: ignore[no-any-return]
 
-    def forwarding(self) -> AbstractContextManager[Any]:
-        """No exchange, neither of gradients nor of buffers."""
-        return self.module.no_sync()  # type: ignore[no-any-return]
+    @contextmanager
+    def forward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> Iterator[None]:
+        """No exchange between replicas, neither of gradients nor of buffers."""
+        with swapped(params, tensors), self.module.no_sync():
+            yield
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
         """Arm the reducer."""

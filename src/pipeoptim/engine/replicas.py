@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 
 from pipeoptim.engine.masters import module_parameter
 from pipeoptim.engine.reduction import ByDDP, MeanGradients, Reduction, failure
+from pipeoptim.engine.sharded import BySharding, sharding_mesh
 from pipeoptim.engine.watch import Watch
 from pipeoptim.errors import ConfigError
 
@@ -46,17 +47,19 @@ def read_replicas(given: dist.ProcessGroup | DeviceMesh | None, module: nn.Modul
     Raises:
         ConfigError: neither a process group nor a device mesh, this process is not in it, or the wrapper knows others.
     """
-    wrapped = module.process_group if isinstance(module, DistributedDataParallel) else None
+    wrapped = module.process_group if isinstance(module, DistributedDataParallel) else sharding_mesh(module)
     if given is None:
         given = wrapped
     if given is None:
         return Replicas()
     ranks = _ranks(given)
     if wrapped is not None and _ranks(wrapped) != ranks:
-        raise ConfigError(f"replicas holds the ranks {ranks}, DistributedDataParallel {_ranks(wrapped)}; leave replicas out")
+        raise ConfigError(f"replicas holds the ranks {ranks}, the stage's module {_ranks(wrapped)}; leave replicas out")
     own = dist.get_rank()
     if own not in ranks:
         raise ConfigError(f"replicas holds the ranks {ranks}, but not this process ({own}); give the group of this stage")
+    if len(ranks) == 1 and wrapped is not None and not isinstance(module, DistributedDataParallel):
+        raise ConfigError("fully_shard over one process shards nothing; leave it out, or give it the mesh of the replicas")
     return Replicas(ranks, ranks.index(own))
 
 
@@ -111,16 +114,21 @@ class ReplicaSet:
             raise failure(error) from error
         return values
 
-    def reduction(self, module: nn.Module, optimizer: Optimizer | None) -> Reduction:
+    def reduction(self, module: nn.Module, optimizer: Optimizer | None, uneven: bool) -> Reduction:
         """What averages the gradients of this stage; from here on all replicas have the weights of the first."""
         held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
         mastered = any(module_parameter(p) is not p for p in held)
-        if isinstance(module, DistributedDataParallel):
-            if mastered:
-                raise ConfigError(
-                    "DistributedDataParallel cannot average the gradients of master weights; give the bare module and replicas="
-                )
-            return ByDDP(module, self.replicas.index)
+        mesh = sharding_mesh(module)
+        if mesh is not None or isinstance(module, DistributedDataParallel):
+            by = "fully_shard" if mesh is not None else "DistributedDataParallel"
+            for refused, what in ((mastered, "master weights"), (uneven, "uneven micro-batches, which may be empty,")):
+                if refused:
+                    raise ConfigError(
+                        f"{by} averages gradients by itself and knows no {what}; give the bare module and replicas="
+                    )
+            if mesh is not None:
+                return BySharding(module, mesh, self.replicas.index)
+            return ByDDP(module, self.replicas.index)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
         group = dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
         same_start([*module.parameters(), *module.buffers(), *(held if mastered else [])], group, ranks[0])

@@ -34,7 +34,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
-from pipeoptim.weights import Held, Latest, SavedWeights, StageWeights, Stashed, swapped
+from pipeoptim.weights import Held, Latest, SavedWeights, StageWeights, Stashed
 from pipeoptim.weights.store import WeightPredictor
 
 LossFn = Callable[..., Tensor]
@@ -89,13 +89,17 @@ class StageWorker:
         reduction: Reduction = ALONE,
     ) -> None:
         held, params = _optimized(module, optimizer, scheduler, k)
+        _check_parts(reduction, method, options)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
         self.predictor: WeightPredictor | None = None
         if optimizer is not None and method.predicts_on(program, k):
-            own = method.predictor
-            self.predictor = own(optimizer, program, k) if own else Predictor(optimizer, kind=prediction, scheduler=scheduler)
+            own, parts = method.predictor, reduction.parts
+            self.predictor = (
+                own(optimizer, program, k) if own else Predictor(optimizer, kind=prediction, scheduler=scheduler, parts=parts)
+            )
+        held, params = ([reduction.parts.get(p, p) for p in tensors] for tensors in (held, params))
         self.masters = Masters(held, params)
         if self.predictor is not None and self.masters.pairs:
             self.predictor = MasterPredictor(self.predictor, held)
@@ -105,7 +109,7 @@ class StageWorker:
         self.reduction = reduction
         self.options = options
         self._held = held
-        self.clipper = Clipper(options.clip, held, program, norms) if options.clip is not None else None
+        self.clipper = Clipper(options.clip, held, program, norms, reduction.whole_norm) if options.clip is not None else None
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
         self.monitor: PredictionMonitor | None = None
@@ -191,13 +195,15 @@ class StageWorker:
         """None where autograd's own saved tensors will hold the right weights when the backward runs."""
         in_place = held.copy is None
         backward = self.method.backward
+        if not self.reduction.by_place:
+            return None
         if in_place and (isinstance(backward, Latest) or (self.program.gap(self.k, i) == 0 and isinstance(backward, Stashed))):
             return None
         return SavedWeights(self.weights.buffers(held).table)
 
     def _run(self, held: Held, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
-        with swapped(self.weights.params, self.weights.tensors(held)), self.reduction.forwarding():
+        with self.reduction.forward_on(self.weights.params, self.weights.tensors(held)):
             with computing(self.device.type, self.options.autocast), hooks:
                 output = self._call(self.module, args, kwargs)
                 if self.is_last:
@@ -245,7 +251,8 @@ class StageWorker:
             roots = [(out, grad) for out, grad in pairs if self.is_last or grad is not None]
             self.reduction.before_backward((i + 1) % self.program.microbatches == 0, flight.outputs)
             if roots and roots[0][0].requires_grad:
-                with computing(self.device.type, None):  # recomputation runs the module again
+                on = self.reduction.backward_on(self.weights.params, self.weights.tensors(held))
+                with on, computing(self.device.type, None):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.masters.collect()
         finally:
@@ -391,7 +398,8 @@ class StageWorker:
         self.module.eval()
         try:
             with torch.no_grad(), computing(self.device.type, self.options.autocast):
-                output = self._call(self.reduction.bare(self.module), args, kwargs)
+                with self.reduction.forward_on(self.weights.params, None):
+                    output = self._call(self.reduction.bare(self.module), args, kwargs)
                 return check_loss(self.loss_fn(output, target)) if self.is_last else output
         finally:
             for m, mode in training.items():
@@ -399,7 +407,8 @@ class StageWorker:
 
     def weight_bytes(self) -> int:
         """Bytes of memory that hold weights of this stage: its parameters and every copy of them, each storage once."""
-        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in self.module.parameters()}
+        parts = [self.reduction.parts.get(p, p) for p in self.module.parameters()]
+        storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
         extra = self.predictor.nbytes() if isinstance(self.predictor, MasterPredictor) else 0
         return sum(storages.values()) + self.weights.nbytes_of_copies() + self.masters.nbytes() + extra
 
@@ -492,6 +501,21 @@ def _optimized(
     if forgotten and not params:
         raise ConfigError(f"the optimizer of stage {k} holds none of its parameters")
     return held, params
+
+
+def _check_parts(reduction: Reduction, method: Method, options: StageOptions) -> None:
+    if not reduction.parts:
+        return
+    if method.predictor is not None:
+        raise ConfigError(
+            f"method {method.name!r} keeps averages of whole gradients, but the stage's parameters are sharded; use replicas= "
+            "without fully_shard, or a method that predicts by the optimizer's rule or not at all"
+        )
+    if options.scaler is not None and options.scaler.is_enabled():
+        raise ConfigError(
+            "a stage whose parameters are sharded cannot scale its loss, since each process would see the overflows of its own "
+            "part only; use bfloat16, or replicas= without fully_shard"
+        )
 
 
 def _grouped(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:

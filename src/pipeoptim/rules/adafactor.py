@@ -26,6 +26,7 @@ from pipeoptim.rules.registry import Rule, register_rule
 class AdafactorRule(Rule):
     """``dW = max(eps2, rms(W)) * U / max(1, rms(U)/d)``, U = g / sqrt(V), rate ``rho_i = min(lr_i, 1/sqrt(t+i))``."""
 
+    elementwise = False
     exact = (
         "s = 1 under a gradient constant from the first update on, without weight decay. Beyond that up "
         "to the relative change of rms(W) over s updates; decoupled decay is linear in s."

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -26,12 +27,15 @@ class Item:
     """One parameter, with what moves it.
 
     Attributes:
+        weight: what is predicted: the parameter, or what this process holds of it.
+        owner: the parameter as the optimizer knows it.
         kind: how it is predicted: of its param group, where that has an entry "prediction", else of the whole; "displacement"
             where there is no rule.
         group_number: place of its group among all groups.
     """
 
     weight: Tensor
+    owner: Tensor
     optimizer: Optimizer
     group: Group
     group_number: int
@@ -41,8 +45,8 @@ class Item:
     @property
     def state(self) -> State:
         """What the optimizer remembers of this parameter; empty before its first update."""
-        state: State = self.optimizer.state.get(self.weight, {})
-        return state
+        state: State = self.optimizer.state.get(self.owner, {})
+        return state if self.owner is self.weight else {name: local_part(value) for name, value in state.items()}
 
     @property
     def needs_grad(self) -> bool:
@@ -50,8 +54,17 @@ class Item:
         return self.kind in BY_RULE and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
 
 
-def items(optimizer: Optimizer, kind: str) -> list[Item]:
+def local_part(value: Any) -> Any:
+    """Of a distributed tensor the part in this process; anything else as it is."""
+    return value.to_local() if hasattr(value, "to_local") else value
+
+
+def items(optimizer: Optimizer, kind: str, parts: Mapping[Tensor, Tensor] = MappingProxyType({})) -> list[Item]:
     """All parameters in param_groups order: the order of every list of weights in this package.
+
+    Args:
+        optimizer, kind: see `predict_weights`.
+        parts: what this process holds of a parameter, where that is not all of it.
 
     Raises:
         ConfigError: an unknown kind, one that an optimizer does not offer, or an optimizer that cannot be predicted.
@@ -65,7 +78,12 @@ def items(optimizer: Optimizer, kind: str) -> list[Item]:
             check_kind(wanted, rule, member)
             check_group(group)
             chosen = "displacement" if rule is None and wanted in BY_RULE else wanted
-            found += [Item(weight, member, group, number, rule, chosen) for weight in group["params"]]
+            if parts and rule is not None and chosen in BY_RULE and not rule.elementwise:
+                raise ConfigError(
+                    f"{type(member).__name__} moves each matrix as a whole, of which this process holds a part; "
+                    'use prediction="displacement"'
+                )
+            found += [Item(parts.get(p, p), p, member, group, number, rule, chosen) for p in group["params"]]
             number += 1
     return found
 

@@ -17,6 +17,7 @@ class MuonRule(Rule):
     NS is torch's own Newton-Schulz iteration (bfloat16, so its result is good to about three digits).
     """
 
+    elementwise = False
     exact = (
         "Equal to the last displacement at a constant learning rate, up to decoupled decay. A buffer at "
         "its fixed point: a constant gradient."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
@@ -41,6 +42,7 @@ class Predictor:
         scheduler: the optimizer's scheduler; its future rates are used by the kinds "refined" and "decayed".
         fused: "auto" lets `fused_step` work where it can; False switches it off, so that every update is
             torch's own, bit for bit.
+        parts: what this process holds of a parameter that is a distributed tensor; buffers then have the shape of the part.
 
     Raises:
         ConfigError: as `predict_weights` does.
@@ -53,11 +55,13 @@ class Predictor:
         kind: str = "refined",
         scheduler: LRScheduler | None = None,
         fused: Literal["auto", False] = "auto",
+        parts: Mapping[Tensor, Tensor] = MappingProxyType({}),
     ) -> None:
         self.optimizer = optimizer
         self.kind = kind
         self.scheduler = scheduler
-        self.fused = fused
+        self.fused: Literal["auto", False] = False if parts else fused
+        self.parts = parts
         self._made: list[Item] = []
         self._made_for: list[tuple[Any, ...]] | None = None
         self._items()  # refuses what cannot be predicted
@@ -69,8 +73,8 @@ class Predictor:
 
     @property
     def params(self) -> list[Tensor]:
-        """The parameters, in param_groups order."""
-        return parameters(self.optimizer)
+        """The parameters, or the parts of them in this process, in param_groups order."""
+        return [self.parts.get(p, p) for p in parameters(self.optimizer)]
 
     @property
     def needs_grad(self) -> bool:
@@ -87,7 +91,7 @@ class Predictor:
         groups = self.optimizer.param_groups
         made_for = [(id(group), id(group["params"]), len(group["params"]), group.get("prediction")) for group in groups]
         if self._made_for != made_for:
-            self._made, self._made_for = items(self.optimizer, self.kind), made_for
+            self._made, self._made_for = items(self.optimizer, self.kind, self.parts), made_for
         return self._made
 
     # -- an update -------------------------------------------------------------------------------------------------

@@ -76,6 +76,8 @@ class Rule(ABC):
     exact: ClassVar[str] = ""
     source: ClassVar[str] = ""
     no_decayed: ClassVar[str] = ""
+    elementwise: ClassVar[bool] = True
+    """Whether an element of a weight moves by its own state and gradient only, so that parts of a weight can be predicted."""
     stepper: ClassVar[Stepper | None] = None
     """The optimizer's own step for a kernel that predicts in the same pass; None: torch's step, then a prediction."""
 
