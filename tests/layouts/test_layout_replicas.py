@@ -24,7 +24,7 @@ PROCESSES = list(product(range(cases.DEPTH), range(cases.REPLICAS)))
 def folder(tmp_path_factory):
     """What 4 processes wrote, all cases in one start."""
     path = tmp_path_factory.mktemp("replicas")
-    stage_processes.run(HERE / "replicas_worker.py", len(PROCESSES), str(path), "plain,ddp,extras,fsdp", timeout=400)
+    stage_processes.run(HERE / "replicas_worker.py", len(PROCESSES), str(path), "plain,ddp,fsdp,extras", timeout=400)
     return path
 
 
@@ -115,8 +115,8 @@ def test_wrong_replicas_are_refused_with_a_sentence(folder):
         assert "cannot scale its loss" in words[4]
         assert "'spectrain' keeps averages" in words[5]
         assert "no uneven micro-batches" in words[6]
-        assert "Adafactor moves each matrix as a whole" in words[7] or k == 1
-        assert "static_graph=True" in words[8]
+        assert "static_graph=True" in words[7]
+        assert k > 0 or "Adafactor moves each matrix as a whole" in words[8]
 
 
 def test_a_killed_replica_ends_all_others(tmp_path):
