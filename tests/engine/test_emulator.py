@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_leaves
 
 import pipeoptim as po
 from pipeoptim.errors import PipeOptimError
-from pipeoptim.methods import Method
+from pipeoptim.methods import Method, gap
 from pipeoptim.weights import Latest, Stashed
 
 loss_fn = nn.functional.mse_loss
@@ -161,6 +161,46 @@ def test_the_gap_counted_at_run_time_is_the_gap_promised(method, depth, m):
         assert len(gaps[k]) == 3 * depth * m
         assert gaps[k] == [pipe.program.gap(k, i) for i in range(3 * depth * m)]
         assert gaps[k][-m:] == [pipe.version_gap(k, j) for j in range(m)]
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(("depth", "m"), [(1, 2), (4, 1), (4, 4), (3, 2), (5, 7)])
+def test_the_gap_of_the_table_is_that_of_the_weights_really_used(method, depth, m):
+    """Which version a forward ran on, found by comparing the weights in the module with all versions there were.
+
+    Predictions are switched off (kind "none"; SpecTrain's and XPipe's averages stay zero), so F runs on what it predicts from.
+    """
+    if not fits(method, depth, m):
+        pytest.skip("needs more micro-batches")
+    torch.manual_seed(3)
+    stages = [nn.Linear(6, 6) for _ in range(depth)]
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.05), loss_fn, method, m, prediction="none")
+    for worker in pipe._workers.values():
+        if worker.predictor is not None and hasattr(worker.predictor, "absorb"):
+            worker.predictor.absorb = lambda state, gradient: None
+    history = [[stage.weight.detach().clone()] for stage in stages]
+    used = [[] for _ in stages]
+    found = [[] for _ in stages]
+
+    def forwarded(stage, args, k):
+        (version,) = [n for n, w in enumerate(history[k]) if torch.equal(w, stage.weight)]
+        used[k].append(version)
+
+    def gave_back(*_, k):
+        found[k].append(pipe.version(k) - used[k][len(found[k])])
+
+    def updated(optimizer, *_, k):
+        history[k].append(stages[k].weight.detach().clone())
+
+    for k, stage in enumerate(stages):
+        stage.register_forward_pre_hook(lambda stage, args, k=k: forwarded(stage, args, k))
+        stage.register_full_backward_hook(lambda *_, k=k: gave_back(k=k))
+        pipe._workers[k].optimizer.register_step_post_hook(lambda *a, k=k: updated(*a, k=k))
+    for x, y in data(3 * depth, batch=m):
+        pipe.step(x.requires_grad_(), target=y)
+    pipe.drain()
+    for k in range(depth):
+        assert found[k][-m:] == [gap(po.METHODS[method], depth, m, k, j) for j in range(m)]
 
 
 @pytest.mark.parametrize("method", METHODS)

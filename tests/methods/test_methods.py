@@ -54,6 +54,8 @@ def test_gaps_are_those_of_the_design():
     assert [gap(po.METHODS["pipeoptim"], DEPTH, 1, k) for k in range(DEPTH)] == [7, 6, 5, 4, 3, 2, 1, 0]
     assert [gap(po.METHODS["pipeoptim"], DEPTH, 8, k) for k in range(DEPTH)] == [1] * 7 + [0]
     assert [gap(po.METHODS["gpipe"], DEPTH, 8, k) for k in range(DEPTH)] == [0] * 8
+    assert [gap(po.METHODS["pipedream_2bw"], DEPTH, 8, k) for k in range(DEPTH)] == [1] * 8
+    assert [gap(po.METHODS["pipedream+vertical_sync"], DEPTH, 1, k) for k in range(DEPTH)] == [7] * 8
 
 
 def test_spectrain_and_xpipe_predict_as_far_as_their_papers_say():

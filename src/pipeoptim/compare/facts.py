@@ -20,7 +20,7 @@ class Facts:
     """A method at one depth and number of micro-batches; lists have one number per stage.
 
     Args:
-        gaps: version gap of a mini-batch's first micro-batch in steady state, which is the largest.
+        gaps: updates from the weights of F to B, of a mini-batch's first micro-batch in steady state, which is the largest.
         copies: copies of the weights at most, the latest included.
         ahead_forward, ahead_backward: updates that the weights of F and B are predicted ahead.
         in_flight: micro-batches between F and B at most.

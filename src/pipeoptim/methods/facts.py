@@ -13,8 +13,24 @@ Key = tuple[int, int]
 
 
 def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int = 0) -> int:
-    """Version gap of micro-batch ``microbatch`` of every mini-batch on stage ``k``, warm-up over."""
-    return method.program(depth, microbatches).steady_gap(k, microbatch)
+    """Updates from the weights that F uses or predicts from to the B of the same micro-batch, on stage ``k``, warm-up over.
+
+    The version gap, counted in the program, for methods that forward on what is there; more for those that ask for an older
+    version by its number.
+
+    Args:
+        microbatch: its place in the mini-batch, 0 .. M-1.
+
+    Example:
+        >>> from pipeoptim.methods import get_method
+        >>> [[gap(get_method(name), 4, 4, k) for k in range(4)] for name in ("pipedream", "pipedream_2bw")]
+        [[1, 1, 1, 0], [1, 1, 1, 1]]
+    """
+    program = method.program(depth, microbatches)
+    if isinstance(method.forward, Numbered):
+        i = 2 * depth * microbatches + microbatch  # its B comes after the updates of all mini-batches before its own
+        return i // microbatches - method.forward.number(program, k, i)
+    return program.steady_gap(k, 0 if method.forward.once else microbatch)
 
 
 @lru_cache(maxsize=1024)

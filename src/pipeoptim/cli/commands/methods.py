@@ -75,7 +75,7 @@ def _all(console: Console, stages: int, microbatches: int) -> None:
     console.print(f"depth {stages}, {microbatches} micro-batch{'es' * (microbatches > 1)} per update")
     console.print(table)
     console.print(
-        "copies: of the weights, the most of any stage. gap: updates between F and B, by stage. bubble: idle in steady state."
+        "copies: of the weights, the most of any stage. gap: updates from the weights of F to B, by stage. bubble: idle in steady state."
     )
     for name in METHODS:
         if reason := refusal(name, stages, microbatches):
@@ -156,7 +156,7 @@ def _one(console: Console, name: str, stages: int, microbatches: int, svg: Path 
     for k in range(stages):
         table.add_row(str(k), *(str(column[k]) for column in columns))
     console.print(table)
-    console.print("gap: updates of the stage between F and B of the first micro-batch of a mini-batch, in steady state")
+    console.print("gap: updates from the weights of F to the B of the first micro-batch of a mini-batch, in steady state")
     console.print()
     width = WIDEST if not console.is_terminal else console.width
     console.print(to_text(program, count, width=width), soft_wrap=True, markup=False)

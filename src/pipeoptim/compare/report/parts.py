@@ -165,7 +165,7 @@ def _method(name: str, config: TrainConfig, colour: str | None) -> str:
     more = "".join(f"<p>{escape(text)}</p>" for text in (method.source, method.deviations) if text)
     return (
         f"<li><h3>{dot}{escape(name)}</h3><p>{escape(method.summary[:1].upper() + method.summary[1:])}.</p>"
-        f"<p class=quiet>version gap by stage {_numbers(found.gaps)}; copies of the weights {_numbers(found.copies)}; "
+        f"<p class=quiet>gap by stage {_numbers(found.gaps)}; copies of the weights {_numbers(found.copies)}; "
         f"idle in steady state {found.bubble:.0%}</p>"
         f"<details><summary>Source and deviations</summary>{more}</details></li>"
     )
