@@ -16,11 +16,12 @@ Names = Sequence[Mapping[str, str]]
 """For every stage: name in the original model -> name in the stage (``Partition.names``)."""
 
 
-def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str]]:
-    """For every stage of this process: name in the stage -> name in the original model, of all of its ``state_dict``.
+def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, list[str]]]:
+    """For every stage of this process: name in the stage -> its names in the original model, of all of its ``state_dict``.
 
-    Without ``names``: slices of an ``nn.Sequential`` keep its names, so names that no two stages share are taken for the
-    original ones. Where two stages do share one, the original is taken to be ``nn.Sequential(*stages)``.
+    A weight that the original model uses twice has two names there. Without ``names``: slices of an ``nn.Sequential`` keep its
+    names, so names that no two stages share are taken for the original ones. Where two stages do share one, the original is
+    taken to be ``nn.Sequential(*stages)``.
 
     Raises:
         ConfigError: ``names`` does not cover a stage.
@@ -31,22 +32,39 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, s
         >>> model = nn.Sequential(nn.Linear(1, 1), nn.Linear(1, 1, bias=False))
         >>> sgd = lambda p: torch.optim.SGD(p, lr=0.1)
         >>> original_names(po.Emulator([model[:1], model[1:]], sgd, nn.functional.mse_loss), None)
-        {0: {'0.weight': '0.weight', '0.bias': '0.bias'}, 1: {'1.weight': '1.weight'}}
+        {0: {'0.weight': ['0.weight'], '0.bias': ['0.bias']}, 1: {'1.weight': ['1.weight']}}
         >>> original_names(po.Emulator([model[0], model[1]], sgd, nn.functional.mse_loss), None)
-        {0: {'weight': '0.weight', 'bias': '0.bias'}, 1: {'weight': '1.weight'}}
+        {0: {'weight': ['0.weight'], 'bias': ['0.bias']}, 1: {'weight': ['1.weight']}}
     """
     own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
     if names is not None:
         return {k: _mapped(k, entries, names) for k, entries in own.items()}
     often = Counter(name for part in together(pipe).gather(own) for entries in part.values() for name in entries)
     unique = max(often.values(), default=1) == 1
-    return {k: {name: name if unique else f"{k}.{name}" for name in entries} for k, entries in own.items()}
+    return {k: {name: [name if unique else f"{k}.{name}"] for name in entries} for k, entries in own.items()}
 
 
-def _mapped(k: int, own: list[str], names: Names) -> dict[str, str]:
+def unique_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str]]:
+    """As :func:`original_names`, one name for each, and no two alike: a second stage's copy of a tied weight gets ``@1``."""
+    found = original_names(pipe, names)
+    everywhere = {k: own for part in together(pipe).gather(found) for k, own in part.items()}
+    seen: Counter[str] = Counter()
+    result: dict[int, dict[str, str]] = {}
+    for k in sorted(everywhere):
+        firsts = dict.fromkeys(originals[0] for originals in everywhere[k].values())
+        result[k] = {own: _numbered(o[0], seen[o[0]]) for own, o in everywhere[k].items()}
+        seen.update(firsts.keys())
+    return {k: result[k] for k in found}
+
+
+def _numbered(name: str, n: int) -> str:
+    return f"{name}@{n}" if n else name
+
+
+def _mapped(k: int, own: list[str], names: Names) -> dict[str, list[str]]:
     if k >= len(names):
         raise ConfigError(f"names has {len(names)} entries, but there is a stage {k}; give one mapping per stage")
-    found = {stage_name: original for original, stage_name in names[k].items()}
+    found = inverted(names[k])
     missing = [name for name in own if name not in found]
     if missing:
         raise ConfigError(
@@ -54,3 +72,16 @@ def _mapped(k: int, own: list[str], names: Names) -> dict[str, str]:
             "map every original name to its name in the stage"
         )
     return {name: found[name] for name in own}
+
+
+def inverted(names: Mapping[str, str]) -> dict[str, list[str]]:
+    """Name in the stage -> all its names in the original model.
+
+    Example:
+        >>> inverted({"wte.weight": "emb.weight", "lm_head.weight": "emb.weight"})
+        {'emb.weight': ['wte.weight', 'lm_head.weight']}
+    """
+    found: dict[str, list[str]] = {}
+    for original, own in names.items():
+        found.setdefault(own, []).append(original)
+    return found

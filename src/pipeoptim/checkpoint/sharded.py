@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from pipeoptim.checkpoint.named import NamedState, collect, merged, needed
-from pipeoptim.checkpoint.names import Names, original_names
+from pipeoptim.checkpoint.names import Names, unique_names
 from pipeoptim.checkpoint.together import Together, together
 from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
@@ -62,7 +62,7 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
     pipe.drain()
-    folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
     part = begin_folder(folder, processes)
     state = NamedState()
     for k in pipe.local_stages:
@@ -106,7 +106,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
-    folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
     saved, depth = _read_plain(folder)
     same = all(
         processes.gather(

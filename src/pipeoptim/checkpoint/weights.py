@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.checkpoint.names import Names, original_names
+from pipeoptim.checkpoint.names import Names, inverted, original_names
 from pipeoptim.checkpoint.together import together
 from pipeoptim.errors import ConfigError
 
@@ -31,7 +31,7 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     """The latest weights and buffers of all stages under their names in the original model, on the CPU.
 
     Drains first. With one process per stage all call it; the process of stage 0 gets everything, the others None. It then holds
-    the whole model: :func:`save_weights` needs no process that does.
+    the whole model: :func:`save_weights` needs no process that does. A weight that several stages have is the first one's.
 
     Args:
         pipe: an ``Emulator`` or ``Schedule``.
@@ -52,16 +52,25 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     pipe.drain()
     found = original_names(pipe, names)
     stages = [_stage_tensors(pipe.stage_module(k), k, found[k]) for k in pipe.local_stages]
-    own = {original: _on_cpu(tensor) for stage in stages for original, tensor in stage}
+    own = {k: [(originals, _on_cpu(t)) for originals, t in stage] for k, stage in zip(pipe.local_stages, stages, strict=True)}
     parts = together(pipe).gather_at_first(own)
-    return None if parts is None else {name: tensor for part in parts for name, tensor in part.items()}
+    if parts is None:
+        return None
+    everywhere = {k: entries for part in parts for k, entries in part.items()}
+    full: dict[str, Tensor] = {}
+    for k in sorted(everywhere):
+        for originals, tensor in everywhere[k]:
+            for name in originals:
+                full.setdefault(name, tensor)
+    return full
 
 
 def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None) -> None:
     """Write the latest weights and buffers as safetensors, a file per stage, under their names in the original model.
 
     Drains first. With one process per stage all call it, and each writes its own file. The folder is written beside its place
-    and renamed when complete. Weights that a stage shares with itself are written once, as safetensors asks.
+    and renamed when complete. Weights that the model uses twice are written once, under their first name and from the first stage
+    that has them, as safetensors asks and ``from_pretrained`` expects.
 
     Args:
         pipe, names: as in :func:`full_state_dict`.
@@ -84,8 +93,10 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
     part = begin_folder(folder, processes)
     where: dict[str, tuple[str, int]] = {}
+    first = _first_stages(processes.gather(names_of))
     for k in pipe.local_stages:
-        tensors = {name: _on_cpu(t).contiguous() for name, t in _once(_stage_tensors(pipe.stage_module(k), k, names_of[k]))}
+        found = _once(_stage_tensors(pipe.stage_module(k), k, names_of[k]))
+        tensors = {originals[0]: _on_cpu(t).contiguous() for originals, t in found if first[originals[0]] == k}
         file = f"model-{k + 1:05d}-of-{pipe.depth:05d}.safetensors"
         save_file(tensors, part / file, metadata={"format": "pt"})
         where |= {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
@@ -124,9 +135,9 @@ def load_weights(
     Example: see :func:`save_weights`.
     """
     files = _files_of(Path(source))
-    wanted = {stage: original for original, stage in names.items()} if names is not None else None
+    wanted = inverted(names) if names is not None else {}
     own = module.state_dict()
-    where = {name: name if wanted is None else wanted.get(name, name) for name in own}
+    where = {name: wanted.get(name, [name]) for name in own}
     loaded = _read(files, where, own, Path(source))
     _check_missing(module, loaded, where, Path(source))
     with torch.no_grad():
@@ -159,7 +170,13 @@ def begin_folder(folder: Path, processes: Any) -> Path:
     return part
 
 
-def _stage_tensors(module: nn.Module, k: int, found: Mapping[str, str]) -> Iterable[tuple[str, Tensor]]:
+def _first_stages(parts: Sequence[Mapping[int, Mapping[str, Sequence[str]]]]) -> dict[str, int]:
+    """Original name -> the first stage that has it."""
+    everywhere = {k: own for part in parts for k, own in part.items()}
+    return {name: k for k in sorted(everywhere, reverse=True) for originals in everywhere[k].values() for name in originals}
+
+
+def _stage_tensors(module: nn.Module, k: int, found: Mapping[str, list[str]]) -> Iterable[tuple[list[str], Tensor]]:
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise ConfigError(f"stage {k} has {name!r} in its state_dict, a {type(value).__name__}; only tensors are saved")
@@ -170,14 +187,14 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return tensor.detach().to("cpu", copy=True)
 
 
-def _once(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+def _once(tensors: Iterable[tuple[list[str], Tensor]]) -> Iterable[tuple[list[str], Tensor]]:
     """Without those that are another one's memory."""
     seen: set[tuple[Any, ...]] = set()
-    for name, t in tensors:
-        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else (name,)
+    for originals, t in tensors:
+        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else (originals[0],)
         if key not in seen:
             seen.add(key)
-            yield name, t
+            yield originals, t
 
 
 def _files_of(source: Path) -> dict[str, Path]:
@@ -192,15 +209,16 @@ def _files_of(source: Path) -> dict[str, Path]:
     raise ConfigError(f"there are no weights in {source}; expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
 
 
-def _read(files: dict[str, Path], where: Mapping[str, str], own: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
+def _read(files: dict[str, Path], where: Mapping[str, list[str]], own: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
     from safetensors import safe_open
 
     loaded: dict[str, Tensor] = {}
     for file in dict.fromkeys(files.values()):
         with safe_open(str(file), framework="pt") as opened:
             there = set(opened.keys())
-            for name, original in where.items():
-                if original not in there or files.get(original, files.get("")) != file:
+            for name, originals in where.items():
+                original = next((o for o in originals if o in there and files.get(o, files.get("")) == file), None)
+                if original is None:
                     continue
                 shape = tuple(opened.get_slice(original).get_shape())
                 if shape != tuple(own[name].shape):
@@ -211,7 +229,7 @@ def _read(files: dict[str, Path], where: Mapping[str, str], own: Mapping[str, Te
     return loaded
 
 
-def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mapping[str, str], source: Path) -> None:
+def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mapping[str, list[str]], source: Path) -> None:
     """Names of a tensor that has been loaded under another name need none of their own."""
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     there = {id(tensors[name]) for name in loaded}
@@ -219,7 +237,7 @@ def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mappi
     if missing:
         raise ConfigError(
             f"{source} does not hold {len(missing)} of the {len(where)} entries of the module "
-            f"(first: {missing[0]!r}, looked for as {where[missing[0]]!r}); give names: original -> name in the module"
+            f"(first: {missing[0]!r}, looked for as {' or '.join(where[missing[0]])}); give names: original -> name in the module"
         )
 
 
