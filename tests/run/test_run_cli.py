@@ -19,6 +19,7 @@ from pipeoptim.config import TrainConfig
 from pipeoptim.telemetry.metrics import MetricsFile, read_rows, truncate_after
 from pipeoptim.train import run
 from pipeoptim.train.result import RunResult
+from pipeoptim.train.rundir import RunDir
 
 
 def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,3 +141,15 @@ def test_torchrun_of_ones_own_gives_the_same_weights(tmp_path: Path) -> None:
     with processes.Command(command, tmp_path) as again:
         assert again.wait() != 0
         assert again.err.count("runs/joined exists") == 1
+
+
+def test_the_hint_to_resume_can_be_pasted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the program is not on the path it is named as it was called."""
+    for which, called, hint in (
+        (None, ".venv/bin/pipeoptim", ".venv/bin/pipeoptim train --resume --name x"),
+        ("/usr/bin/pipeoptim", "/usr/bin/pipeoptim", "pipeoptim train --resume --name x"),
+        (None, "script.py", "pipeoptim train --resume --name x"),
+    ):
+        monkeypatch.setattr("shutil.which", lambda _, found=which: found)
+        monkeypatch.setattr(sys, "argv", [called, "train"])
+        assert RunDir(Path("runs/x")).resume_command() == hint

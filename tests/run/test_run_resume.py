@@ -69,12 +69,14 @@ def test_depth_does_not_change_the_first_weights(tmp_path: Path) -> None:
 def test_longer_needs_a_schedule_that_does_not_depend_on_it(tmp_path: Path) -> None:
     config = tiny.recipe()
     run(config, tmp_path / "cosine", progress=False)
-    with pytest.raises(ConfigError, match="raise --steps"):
+    with pytest.raises(ConfigError, match=r"finished \(24 of 24 steps\); start a new run"):
         run(config, tmp_path / "cosine", resume=True, progress=False)
     with pytest.raises(ConfigError, match="lr_schedule 'cosine' depends"):
         run(replace(config, steps=30), tmp_path / "cosine", resume=True, progress=False)
     constant = replace(config, lr_schedule=replace(config.lr_schedule, target="constant", options={}))
     run(constant, tmp_path / "constant", progress=False)
+    with pytest.raises(ConfigError, match="raise --steps"):
+        run(constant, tmp_path / "constant", resume=True, progress=False)
     result = run(replace(constant, steps=30), tmp_path / "constant", resume=True, progress=False)
     assert result.step == 30
     assert [row["step"] for row in result.rows() if "loss" in row] == list(range(1, 31))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +29,11 @@ def tied() -> nn.Sequential:
     first, last = nn.Linear(6, 6), nn.Linear(6, 6)
     last.weight = first.weight
     return nn.Sequential(first, nn.Linear(6, 6), last)
+
+
+def empty() -> nn.Sequential:
+    """Nothing to train."""
+    return nn.Sequential(nn.Identity(), nn.Tanh())
 
 
 def plain() -> nn.Sequential:
@@ -72,6 +78,20 @@ class VectorLoss(Task):
         return nn.functional.cross_entropy(output, target, reduction="none")
 
 
+class DetachedLoss(Task):
+    """A loss that somebody cut from the graph."""
+
+    def loss(self, output: Tensor, target: Tensor) -> Tensor:
+        return super().loss(output.detach(), target)
+
+
+class Missing(Task):
+    """Data whose file is not there."""
+
+    def __init__(self) -> None:
+        Path("nowhere.bin").read_text()
+
+
 def recipe() -> TrainConfig:
     """24 steps, 2 stages, a checkpoint every 8."""
     return TrainConfig(
@@ -102,6 +122,26 @@ def stuck() -> TrainConfig:
 def vector_loss() -> TrainConfig:
     """The loss is not a scalar."""
     return replace(recipe(), data=Component("tiny:VectorLoss"))
+
+
+def detached_loss() -> TrainConfig:
+    """The loss has no gradient."""
+    return replace(recipe(), data=Component("tiny:DetachedLoss"))
+
+
+def missing_data() -> TrainConfig:
+    """The data cannot be read."""
+    return replace(recipe(), data=Component("tiny:Missing"))
+
+
+def nothing_to_train() -> TrainConfig:
+    """A model without parameters."""
+    return replace(recipe(), model=Component("tiny:empty"))
+
+
+def with_argument(width: int) -> TrainConfig:
+    """A recipe that cannot be called as it is."""
+    return replace(recipe(), batch_size=width)
 
 
 def tied_weights() -> TrainConfig:

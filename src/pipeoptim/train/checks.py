@@ -25,6 +25,9 @@ _AT_LEAST = {
     "monitor_every": 0,
 }
 
+#: What generators of random numbers take, and what a machine can be asked for.
+_AT_MOST = {"seed": 2**32 - 1, "threads": 1024}
+
 
 def check(config: TrainConfig) -> None:
     """Everything that can be told without building the model.
@@ -36,6 +39,8 @@ def check(config: TrainConfig) -> None:
         value = getattr(config, name)
         if isinstance(value, bool) or not isinstance(value, int) or value < least:
             raise ConfigError(f"{name} is {value!r}, must be an integer of at least {least}")
+        if value > _AT_MOST.get(name, value):
+            raise ConfigError(f"{name} is {value}, must be at most {_AT_MOST[name]}")
     if not config.steps and not config.epochs:
         raise ConfigError("steps is 0, must be an integer of at least 1, or 0 where epochs says how long to train")
     if config.engine not in ENGINES:
@@ -77,8 +82,9 @@ def _check_options(config: TrainConfig) -> None:
     clip = config.clip
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not math.isfinite(clip) or clip < 0:
         raise ConfigError(f"clip is {clip!r}, must be a finite number, for example 1.0, or 0 for no clipping")
+    scope = Clip(clip or 1.0, config.clip_scope)  # a wrong one is said also while it has no effect
     if clip:
-        Clip(clip, config.clip_scope).check(get_method(config.method).program(config.stages, config.microbatches))
+        scope.check(get_method(config.method).program(config.stages, config.microbatches))
     if config.autocast not in ("", "bfloat16"):
         raise ConfigError(f"autocast is {config.autocast!r}, must be 'bfloat16', or '' for none")
     if config.tensorboard:

@@ -27,6 +27,10 @@ def balance(costs: Sequence[int], parts: int) -> list[int]:
         [2, 1, 1, 2]
     """
     possible = sum(cost > 0 for cost in costs)
+    if not possible:
+        raise ConfigError(
+            f"none of the {len(costs)} blocks of the model has parameters to train; give it some, or unfreeze some"
+        )
     if not 1 <= parts <= possible:
         raise ConfigError(
             f"stages is {parts}, but only {possible} of {len(costs)} blocks have parameters; set stages to 1..{possible}"

@@ -31,7 +31,11 @@ def cosine(steps: int, warmup: int = 0, final: float = 0.0) -> Callable[[int], f
     >>> [round(f(t), 2) for t in (0, 1, 2, 6, 10, 99)]
     [0.5, 1.0, 1.0, 0.55, 0.1, 0.1]
     """
-    _check("warmup", warmup, 0, steps)
+    _check("warmup", warmup, 0, None)
+    if warmup > steps:
+        raise ConfigError(
+            f"warmup is {warmup} in lr_schedule, must be at most {steps}, the steps of the run; set steps to {warmup} or more"
+        )
     if not 0 <= final <= 1:
         raise ConfigError(f"final is {final!r} in lr_schedule cosine, must be between 0 and 1, a share of lr")
 

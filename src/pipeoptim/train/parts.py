@@ -130,39 +130,48 @@ def _validation(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
 
 
 def probe(parts: Parts) -> None:
-    """One example through the whole model, so that what does not fit is said before anything is written.
+    """One micro-batch through the whole model as in training, so that what does not fit is said before anything is written.
 
     Raises:
-        ConfigError: model and data do not fit, the loss is not a scalar, or an optimizer or schedule refuses its options.
+        ConfigError: model and data do not fit, the loss is not a scalar or has no gradient, or an optimizer or schedule
+            refuses its options.
     """
     x, y = parts.task.train_batch(0, parts.config.batch_size)
+    size = len(x) // parts.config.microbatches
     for k, stage in enumerate(parts.stages):
         parts.scheduler(parts.optimizer(stage.parameters(), k))
     try:
-        loss = _forward(parts, x[:1], y[:1])
+        loss = _forward(parts, x[:size].clone(), y[:size])
     except ConfigError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"model {parts.config.model.target} does not fit the data ({parts.task.describe()}): {reason}"
+            f"model {parts.config.model.target} does not fit micro-batches of {size} of the data ({parts.task.describe()}): {reason}; "
+            "change one of them, or batch size and micro-batches"
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() != 0:
         shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
         raise ConfigError(f"the loss of {parts.config.data.target} is {shape}, must be a scalar tensor; take its mean")
+    if not loss.requires_grad:
+        raise ConfigError(
+            f"the loss of {parts.config.data.target} has no gradient, so nothing would be trained; compute it from the output "
+            "without .detach() or .item(), and leave parameters of the last stage trainable"
+        )
 
 
 def _forward(parts: Parts, x: Tensor, y: Tensor) -> Any:
-    modes = [(m, m.training) for stage in parts.stages for m in stage.modules()]
+    buffers = [(b, b.clone()) for stage in parts.stages for b in stage.buffers()]  # statistics of BatchNorm
     try:
-        with torch.no_grad(), seeded(parts.config.seed):
+        with seeded(parts.config.seed):
             value: Any = x
             for stage in parts.stages:
-                value = stage.eval()(*value) if isinstance(value, tuple) else stage.eval()(value)
+                value = stage(*value) if isinstance(value, tuple) else stage(value)
             return parts.task.loss(value, y)
     finally:
-        for module, mode in modes:
-            module.training = mode
+        with torch.no_grad():
+            for buffer, before in buffers:
+                buffer.copy_(before)
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import pkgutil
 from dataclasses import replace
 from importlib.metadata import entry_points
@@ -62,6 +63,10 @@ def get_recipe(name: str, tiny: bool = False) -> TrainConfig:
     function = _find(name)
     if tiny and not accepts(function, "tiny"):
         raise ConfigError(f"recipe {name!r} has no tiny form; leave --tiny out, or give it an argument tiny: bool = False")
+    try:
+        inspect.signature(function).bind()
+    except TypeError as error:
+        raise ConfigError(f"recipe {name!r} needs arguments ({error}); give all of them default values") from error
     config = function(tiny=True) if tiny else function()
     if not isinstance(config, TrainConfig):
         raise ConfigError(f"recipe {name!r} returned a {type(config).__name__}, must return a pipeoptim.config.TrainConfig")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shlex
+import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,7 +59,7 @@ class RunDir:
     def resume_command(self) -> str:
         """What to type to continue this run."""
         out = "" if self.path.parent == DEFAULT_OUT else f" --out {shlex.quote(str(self.path.parent))}"
-        return f"pipeoptim train --resume --name {shlex.quote(self.path.name)}{out}"
+        return f"{_program()} train --resume --name {shlex.quote(self.path.name)}{out}"
 
     def check_new(self) -> None:
         """Raises ConfigError if the directory exists."""
@@ -147,15 +149,27 @@ def resume(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> Star
             "restore that file, or start a new run with another --name"
         )
     if found.meta.step >= config.steps:
-        raise ConfigError(
-            f"run {run.path} is finished ({found.meta.step} of {config.steps} steps); raise --steps to train it further"
-        )
+        raise ConfigError(f"run {run.path} is finished ({found.meta.step} of {config.steps} steps); {_what_else(config)}")
     if config != run.read_config():
         _check_longer(config, run.read_config())
         run.write_config(config)
     for folder, reason in found.torn:
         say(f"checkpoint {folder} is torn ({reason}); resuming from {found.folder.name}")
     return Start(found.meta.step, found.folder)
+
+
+def _what_else(config: TrainConfig) -> str:
+    from pipeoptim.train.lr_schedules import depends_on_length
+
+    if depends_on_length(config.lr_schedule):  # more steps would be another schedule from the beginning
+        return "start a new run with another --name, with more --steps if it shall train longer"
+    return "raise --steps to train it further"
+
+
+def _program() -> str:
+    """How this program is called where its name alone would not be found: hints are there to be pasted."""
+    called = sys.argv[0]
+    return shlex.quote(called) if Path(called).name == "pipeoptim" and shutil.which("pipeoptim") is None else "pipeoptim"
 
 
 def _check_longer(config: TrainConfig, before: TrainConfig) -> None:

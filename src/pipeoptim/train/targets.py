@@ -46,7 +46,7 @@ def call(what: str, function: Callable[..., Any], target: str, *args: Any, **opt
         return function(*args, **options)
     except ConfigError:
         raise
-    except (TypeError, ValueError, ImportError) as error:
+    except (TypeError, ValueError, ImportError, OSError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ConfigError(f"{what} {target}({given}) cannot be made: {_line(error)}") from error
 

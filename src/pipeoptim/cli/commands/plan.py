@@ -29,8 +29,8 @@ def plan(
     The cut is the best contiguous one for the slowest stage, under the memory limits and pins that are given. Nothing is
     trained and nothing is written, unless --svg asks for it.
 
+    \b
     Examples:
-
       pipeoptim plan --stages 2
       pipeoptim plan --recipe resnet101-tinyimagenet --tiny --stages 4 --speed 1 --speed 1 --speed 2 --speed 2
       pipeoptim plan --stages 4 --pin 3 --memory 1 --memory 1 --memory 1 --memory 2

@@ -107,12 +107,14 @@ def train(
         "tensorboard": tensorboard,
     }
     given = {key: value for key, value in options.items() if value is not None}
+    wanted = DEFAULT_RECIPE if recipe is None else recipe
     if resume:
-        directory = RunDir(out / _checked(name or f"{full_name(recipe or DEFAULT_RECIPE, tiny)}-{method or 'pipeoptim'}"))
+        default = f"{full_name(wanted, tiny)}-{method or 'pipeoptim'}"
+        directory = RunDir(out / _checked(default if name is None else name))
         config = _resumed(directory, given, full_name(recipe, tiny) if recipe else None, optimizer, lr)
     else:
-        config = _new(get_recipe(recipe or DEFAULT_RECIPE, tiny), given, optimizer, lr)
-        directory = RunDir(out / _checked(name or f"{config.recipe}-{config.method}"))
+        config = _new(get_recipe(wanted, tiny), given, optimizer, lr)
+        directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
     result = run(config, directory.path, resume=resume, progress=not quiet)
     _report(result, config, directory, quiet)
 
@@ -150,7 +152,8 @@ def _resumed(
 
 def _checked(name: str) -> str:
     name = name.replace(":", ".")
-    if not name or name in (".", "..") or "/" in name or "\\" in name:
+    unprintable = not name.isprintable() or name != name.strip() or len(name.encode()) > 200
+    if not name or name in (".", "..") or "/" in name or "\\" in name or unprintable:
         raise ConfigError(f"name is {name!r}, must be the name of one folder; choose where it goes with --out")
     return name
 
