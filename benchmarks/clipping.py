@@ -1,19 +1,23 @@
 """What clipping by the exact global norm costs a pipeline that never flushes: in ideal time, and measured in processes.
 
-``python benchmarks/clipping.py`` prints the ideal figures (a forward takes 1, a backward 2, the rest nothing);
-``python benchmarks/clipping.py --processes 2`` trains that many stages of an MLP, one process each, with each scope in turns.
+``python benchmarks/clipping.py`` computes the ideal figures (a forward takes 1, a backward 2, the rest nothing) and trains two
+stages of an MLP, one process each, with each scope in turns; it writes ``benchmarks/results/clipping.json``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from pathlib import Path
 
+from pipeoptim.bench.record import Record, Row
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import Action, Kind
 
@@ -50,27 +54,32 @@ def seconds(depth: int, microbatches: int, waits: bool, minibatches: int = 40) -
     return (ends[1] - ends[0]) / (minibatches / 2)
 
 
-def ideal() -> None:
-    print("ideal time per mini-batch with scope 'global', relative to no clipping")
-    print("depth  " + "  ".join(f"M={name:<5}" for name in ("D-1", "D", "2D", "4D")))
+def ideal() -> list[Row]:
+    rows = []
     for depth in (2, 4, 8):
-        cells = []
-        for m in (depth - 1, depth, 2 * depth, 4 * depth):
-            cells.append(seconds(depth, m, True) / seconds(depth, m, False))
-        print(f"{depth:5}  " + "  ".join(f"{cell:<7.2f}" for cell in cells))
+        for label, m in (("D-1", depth - 1), ("D", depth), ("2D", 2 * depth), ("4D", 4 * depth)):
+            ratio = seconds(depth, m, True) / seconds(depth, m, False)
+            settings = {"depth": depth, "microbatches": m, "scope": "global", "ideal": True}
+            rows.append(Row(f"global, D = {depth}, M = {label} (ideal time)", [ratio], settings))
+    return rows
 
 
-def measured(depth: int, microbatches: list[int]) -> None:
+def measured(depth: int, microbatches: list[int]) -> list[Row]:
+    """One row per scope and M; samples are ratios to no clipping in the same turn."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         port = str(s.getsockname()[1])
     base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(depth), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, "--worker", *map(str, microbatches)]
-    started = [subprocess.Popen(command, env={**base, "RANK": str(k)}) for k in range(depth)]
-    sys.exit(max(p.wait() for p in started))
+    with tempfile.TemporaryDirectory() as folder:
+        found = Path(folder) / "found.json"
+        command = [sys.executable, __file__, "--found", str(found), "--worker", *map(str, microbatches)]
+        started = [subprocess.Popen(command, env={**base, "RANK": str(k)}) for k in range(depth)]
+        if any(p.wait() for p in started):
+            sys.exit("a stage failed")
+        return [Row(**row) for row in json.loads(found.read_text())]
 
 
-def worker(microbatches: list[int], width: int = 512, batch: int = 256, repeats: int = 5, steps: int = 30) -> None:
+def worker(found: Path, microbatches: list[int], width: int = 512, batch: int = 256, repeats: int = 5, steps: int = 30) -> None:
     import torch
     import torch.distributed as dist
     from torch import nn
@@ -82,6 +91,7 @@ def worker(microbatches: list[int], width: int = 512, batch: int = 256, repeats:
     k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
     x = torch.randn(batch, width)
+    rows = []
     for m in microbatches:
         pipes = {}
         for scope in SCOPES:
@@ -100,26 +110,39 @@ def worker(microbatches: list[int], width: int = 512, batch: int = 256, repeats:
                 pipe.drain()
                 dist.barrier()
                 times[scope].append((time.perf_counter() - began) / steps)
-        if k == depth - 1:
-            medians = {scope: statistics.median(values) for scope, values in times.items()}
-            print(
-                f"{depth} processes, M={m}: {medians['none'] * 1e3:.1f} ms per mini-batch without clipping; relative: ", end=""
-            )
-            print(", ".join(f"{scope} {value / medians['none']:.2f}" for scope, value in medians.items()), flush=True)
+        for scope in SCOPES[1:]:
+            ratios = [mine / none for mine, none in zip(times[scope], times["none"], strict=True)]
+            settings = {
+                "depth": depth,
+                "microbatches": m,
+                "scope": scope,
+                "ideal": False,
+                "ms": 1e3 * statistics.median(times[scope]),
+            }
+            rows.append({"name": f"{scope}, D = {depth}, M = {m} (measured)", "samples": ratios, "settings": settings})
         for pipe in pipes.values():
             pipe.close()
+    if k == 0:
+        found.write_text(json.dumps(rows))
     dist.barrier()
     dist.destroy_process_group()
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--processes", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2, help="stages that are trained; 0: only the ideal times")
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/clipping.json"))
+    parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, nargs="+", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.worker:
-        worker(options.worker)
-    elif options.processes:
-        measured(options.processes, [max(1, options.processes - 1), 2 * options.processes])
-    else:
-        ideal()
+        worker(options.found, options.worker)
+        sys.exit()
+    rows = ideal()
+    if options.processes:
+        depth = options.processes
+        rows += measured(depth, [max(1, depth - 1), depth, 2 * depth])
+    record = Record("clipping", "time of no clipping", {"model": "4 x linear 512 per stage", "batch": 256, "threads": 1}, rows)
+    print(f"written to {record.write(options.out)}")
+    for row in rows:
+        print(f"{row.name:48} {row.median:.3f}")

@@ -4,18 +4,42 @@ python benchmarks/render.py            writes them
 python benchmarks/render.py --check    says whether they are up to date, and changes nothing
 """
 
+import re
 import sys
 from pathlib import Path
 
 from pipeoptim.bench.tables import render_document
+from pipeoptim.rules import KINDS, RULES
 from pipeoptim.schedule import Program, to_svg
 
 ROOT = Path(__file__).parents[1]
 
 
+def tables(text: str) -> str:
+    """The tables of what the code itself says: kinds of prediction, and when each rule is exact."""
+    kinds = ["| kind | what it computes | exact for | order in lr | order in s |", "|---|---|---|---|---|"]
+    kinds += [
+        f"| `{name}` | {_cell(k.formula)} | {_cell(k.exact)} | {k.lr_order} | {k.steps_order} |" for name, k in KINDS.items()
+    ]
+    rules = ["| optimizer | exact | `decayed` | source |", "|---|---|---|---|"]
+    for cls in sorted((c for c in RULES if c.__module__.startswith("torch.optim")), key=lambda c: c.__name__):
+        rule = RULES[cls]
+        rules.append(f"| {cls.__name__} | {_cell(rule.exact)} | {_cell(rule.no_decayed or 'offered')} | {_cell(rule.source)} |")
+    for name, lines in (("kinds", kinds), ("rules", rules)):
+        mark = re.compile(f"<!-- {name} -->\n.*?<!-- end of {name} -->", re.DOTALL)
+        found = "\n".join([f"<!-- {name} -->", *lines, f"<!-- end of {name} -->"])
+        text = mark.sub(lambda _, found=found: found, text)
+    return text
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
+
+
 def documents() -> dict[Path, str]:
     """Every rendered file and what it should hold."""
-    texts = {path: render_document(path, ROOT) for path in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]}
+    pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    texts = {path: tables(render_document(path, ROOT)) for path in pages}
     texts[ROOT / "docs/async_1f1b.svg"] = to_svg(Program("async_1f1b", 4), 9, "PipeOptim: asynchronous 1F1B, no flush")
     texts[ROOT / "docs/1f1b.svg"] = to_svg(
         Program("1f1b", 4, 4), 2, "1F1B with a flush after every mini-batch of 4 micro-batches"

@@ -16,11 +16,12 @@ if TYPE_CHECKING:
     from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, Whole, master_weights
     from pipeoptim.methods import METHODS, Method, get_method, register_method
     from pipeoptim.partitioning import Partition, partition
-    from pipeoptim.rules import predict_weights, register_rule, track
+    from pipeoptim.rules import CombinedOptimizer, muon_adamw, predict_weights, register_rule, track
 
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
     "Clip": "pipeoptim.engine",
+    "CombinedOptimizer": "pipeoptim.rules",
     "Emulator": "pipeoptim.engine",
     "METHODS": "pipeoptim.methods",
     "Method": "pipeoptim.methods",
@@ -32,6 +33,7 @@ _LAZY = {
     "load_sharded": "pipeoptim.checkpoint",
     "load_weights": "pipeoptim.checkpoint",
     "master_weights": "pipeoptim.engine",
+    "muon_adamw": "pipeoptim.rules",
     "predict_weights": "pipeoptim.rules",
     "Partition": "pipeoptim.partitioning",
     "partition": "pipeoptim.partitioning",
@@ -45,6 +47,7 @@ _LAZY = {
 __all__ = [
     "METHODS",
     "Clip",
+    "CombinedOptimizer",
     "ConfigError",
     "Emulator",
     "Method",
@@ -60,6 +63,7 @@ __all__ = [
     "load_sharded",
     "load_weights",
     "master_weights",
+    "muon_adamw",
     "partition",
     "predict_weights",
     "register_method",

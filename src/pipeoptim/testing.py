@@ -108,9 +108,12 @@ class _Case:
         generator = torch.Generator().manual_seed(self.seed + offset)
         return self.make([Parameter(torch.randn(s, generator=generator, dtype=torch.float64)) for s in self.shapes])
 
-    def trained(self, updates: int, *, constant: bool = False, offset: int = 0) -> tuple[Optimizer, list[Tensor]]:
-        """An optimizer after some updates (tracked), and the weights before the last of them."""
-        optimizer = self.fresh(offset)
+    def trained(self, updates: int, *, constant: bool = False, rate: float = 1.0) -> tuple[Optimizer, list[Tensor]]:
+        """An optimizer after some updates (tracked), at `rate` times its learning rate, and the weights before the last of them."""
+        optimizer = self.fresh()
+        for group in optimizer.param_groups:
+            if rate != 1.0 and "lr" in group:
+                group["lr"] = rate * group["lr"]
         track(optimizer)
         before = _values(optimizer)
         for update in range(updates):
@@ -177,10 +180,9 @@ class _Case:
         assert error <= self.tolerance, f"{self.name(kind)}: a second param group is {error:g} off what its options say"
 
     def check_displacement(self, kind: str, updates: int) -> None:
-        optimizer, before = self.trained(updates)
-        now = _values(optimizer)
-        for steps in (1, 3):
-            expected = [w + steps * (w - old) for w, old in zip(now, before, strict=True)]
+        for rate, steps in ((1.0, 1), (1.0, 3), (0.5, 1)):  # a rule that takes no notice of the learning rate shows at the last
+            optimizer, before = self.trained(updates, rate=rate)
+            expected = [w + steps * (w - old) for w, old in zip(_values(optimizer), before, strict=True)]
             error = _distance(predict_weights(optimizer, steps, kind=kind), expected)
             assert error <= self.tolerance, (
                 f"{self.name(kind)}: differs from the last displacement by {error:g} at s = {steps}; pass repeats=False if the rule "
@@ -188,12 +190,13 @@ class _Case:
             )
 
     def check_exactness(self, kind: str, updates: int, exact: int) -> None:
-        optimizer, _ = self.trained(updates, constant=True)
-        for steps in range(1, exact + 1):
-            error = _distance(predict_weights(optimizer, steps, kind=kind), _really_stepped(optimizer, steps))
-            assert error <= self.tolerance, (
-                f"{self.name(kind)}: {error:g} off the real weights after {steps} steps under a constant gradient"
-            )
+        for rate in (1.0, 0.5):
+            optimizer, _ = self.trained(updates, constant=True, rate=rate)
+            for steps in range(1, exact + 1):
+                error = _distance(predict_weights(optimizer, steps, kind=kind), _really_stepped(optimizer, steps))
+                assert error <= self.tolerance, (
+                    f"{self.name(kind)}: {error:g} off the real weights after {steps} steps under a constant gradient"
+                )
 
     def one_step_error(self, kind: str, updates: int) -> float:
         optimizer, _ = self.trained(updates)

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from pipeoptim.compare.report import write_run_report
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.telemetry.summary import print_summary
@@ -72,9 +73,22 @@ def test_rows_summary_and_tensorboard(emulated, capsys):
     assert losses == pytest.approx([row["loss"] for row in rows(emulated, "loss")], rel=1e-6)
 
 
+def test_the_report_shows_stage_and_group(emulated):
+    """The means are those of the rows, every measurement once."""
+    text = write_run_report(emulated.run_dir).read_text()
+    assert "<h2>Weight prediction</h2>" in text
+    for stage in (0, 1):
+        entries = {e["version"]: e for row in rows(emulated, "prediction") for e in row["prediction"] if e["stage"] == stage}
+        errors = [e["relative_error"] for e in entries.values() if e["relative_error"] is not None]
+        mean = f"{sum(errors) / len(errors):.2f}"
+        assert f"<tr><th scope=row>{stage}</th><td>0</td><td>{mean}</td><td>{mean}</td>" in text
+        assert len(errors) >= 5
+
+
 def test_monitoring_changes_no_loss_and_is_off_by_default(emulated, tmp_path):
     plain = run(config(monitor_every=0, tensorboard=False), tmp_path / "run", progress=False)
     assert rows(plain, "prediction") == []
+    assert "Weight prediction" not in write_run_report(plain.run_dir).read_text()
     assert not (plain.run_dir / "tensorboard").exists()
     assert [row["loss"] for row in rows(plain, "loss")] == [row["loss"] for row in rows(emulated, "loss")]
 

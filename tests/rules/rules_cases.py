@@ -95,6 +95,25 @@ CASES = [
     Case("adafactor_decay", optim.Adafactor, {"lr": 0.01, "weight_decay": 0.1}, repeats=False),
     Case("muon", optim.Muon, {"lr": 0.01, "weight_decay": 0.0}),
     Case("muon_plain", optim.Muon, {"lr": 0.01, "weight_decay": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
+    Case(
+        "adamw_options",
+        optim.AdamW,
+        {"lr": 0.01, "betas": (0.8, 0.9), "eps": 1e-3, "amsgrad": True, "weight_decay": 0.0},
+        exact=ANY,
+    ),
+    Case("nadam_eps", optim.NAdam, {"lr": 0.01, "eps": 1e-3}),
+    Case("radam_maximize", optim.RAdam, {"lr": 0.01, "maximize": True}),
+    Case("adamax_eps", optim.Adamax, {"lr": 0.01, "eps": 1e-3}, exact=ANY),
+    Case("rmsprop_eps", optim.RMSprop, {"lr": 0.01, "eps": 1e-3, "alpha": 0.9}),
+    Case("asgd_options", optim.ASGD, {"lr": 0.01, "alpha": 0.5, "t0": 2.0}, repeats=False, exact=1),
+    Case(
+        "adafactor_options",
+        optim.Adafactor,
+        {"lr": 0.01, "weight_decay": 0.0, "eps": (1e-10, 1e-2), "beta2_decay": -0.6, "d": 1.5},
+        repeats=False,
+        exact=1,
+    ),
+    Case("muon_momentum", optim.Muon, {"lr": 0.01, "weight_decay": 0.0, "momentum": 0.8}),
     Case("muon_decay", optim.Muon, {"lr": 0.01, "weight_decay": 0.1}, repeats=False),
 ]
 BY_NAME = {case.name: case for case in CASES}

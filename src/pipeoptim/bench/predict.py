@@ -8,6 +8,8 @@ step that all are compared with is the fastest that torch has for this optimizer
 from __future__ import annotations
 
 import inspect
+import math
+import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +20,7 @@ import torch
 from torch.optim import Optimizer
 
 from pipeoptim.bench.record import Record, Row
+from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.pages import empty_like
@@ -25,7 +28,6 @@ from pipeoptim.rules import RULES, Predictor
 from pipeoptim.weights import StorageLayout
 
 STEPS = 3
-SMALLER = 12_000_000
 DISPLACEMENT_PASSES = 5  # copy W before the step: 2; W_hat from both afterwards: 3
 
 
@@ -70,43 +72,85 @@ SETTINGS = (
     Setting("Adafactor", step=3, predict=3),
     Setting("Muon", step=5, predict=4, fraction=0.1),
 )
-LARGE = ("AdamW", "Adam", "SGD momentum")
-"""Measured at the full number of weights; the others at no more than SMALLER, for the sake of time."""
 
 
-def measure(weights: float = 100e6, threads: list[int] | None = None, repeats: int = 9, budget: float = 2.5) -> Record:
-    """Measure every rule.
+def measure(
+    weights: float = 100e6,
+    threads: list[int] | None = None,
+    repeats: int = 9,
+    budget: float = 3.0,
+    optimizers: list[str] | None = None,
+) -> Record:
+    """Measure every rule, or some.
 
     Args:
         weights: how many, in the shapes of a GPT.
         threads: numbers of threads to measure with; by default 1 and all cores.
         repeats: turns per contender.
         budget: seconds per optimizer and number of threads, after which no more turns are taken (at least 3).
+        optimizers: names of classes of ``torch.optim``; by default all that have a rule.
+
+    Raises:
+        ConfigError: a name that is none of them.
     """
     before = torch.get_num_threads()
-    counts = threads or sorted({1, before})
+    counts = threads or sorted({1, len(os.sched_getaffinity(0))})
     rows: list[Row] = []
+    chosen = _settings(optimizers)
     try:
+        copies = {}
         for count in counts:
             torch.set_num_threads(count)
             rows.append(_copy_row(int(weights), count, repeats))
-        for setting in _settings():
-            size = int((weights if setting.name in LARGE else min(weights, SMALLER)) * setting.fraction)
-            bench = _Bench(setting, size)
+            copies[count] = rows[-1].settings["gigabytes_per_second"]
+        for setting in chosen:
+            bench = _Bench(setting, int(weights * setting.fraction))
             for count in counts:
                 torch.set_num_threads(count)
-                rows += bench.rows(count, repeats, budget)
+                rows += bench.rows(count, repeats, budget, copies[count])
     finally:
         torch.set_num_threads(before)
     settings = {"weights": weights, "steps": STEPS, "threads": counts, "kernels": available(), "repeats": repeats}
     return Record("predict", "ms", settings, rows)
 
 
-def _settings() -> list[Setting]:
-    missing = {cls.__name__ for cls in RULES if cls.__module__.startswith("torch.optim")} - {
-        s.name.split()[0] for s in SETTINGS
-    }
-    return [*SETTINGS, *map(Setting, sorted(missing))]
+def _settings(optimizers: list[str] | None = None) -> list[Setting]:
+    """Every class that has a rule has a setting; those of the given classes."""
+    covered = {setting.name.split()[0] for setting in SETTINGS}
+    missing = {cls.__name__ for cls in RULES if cls.__module__.startswith("torch.optim")} - covered
+    every = [*SETTINGS, *map(Setting, sorted(missing))]
+    if optimizers is None:
+        return every
+    names = {setting.name.split()[0].lower(): setting.name.split()[0] for setting in every}
+    for wanted in optimizers:
+        if wanted.lower() not in names:
+            raise ConfigError(f"optimizer {wanted!r} is not measured here; choose of {', '.join(sorted(names.values()))}")
+    return [setting for setting in every if setting.name.split()[0].lower() in {o.lower() for o in optimizers}]
+
+
+def merged(old: Record, new: Record) -> Record:
+    """The rows of ``new``, and those of ``old`` for what ``new`` did not measure: one table from several runs.
+
+    Every ratio is of medians within one run all the same, for an optimizer's rows stay together.
+
+    Raises:
+        ConfigError: they were taken on different machines, versions or sizes.
+    """
+    if (old.machine, old.settings["weights"], old.benchmark) != (new.machine, new.settings["weights"], new.benchmark):
+        raise ConfigError(
+            "the figures in that file are of another machine, version or number of weights; write to another file"
+        )
+    fresh = {_subject(row) for row in new.rows}
+    rows = [row for row in old.rows if _subject(row) not in fresh] + new.rows
+    order = {name: n for n, name in enumerate(dict.fromkeys([setting.name for setting in _settings()]))}
+    rows.sort(key=lambda row: (order.get(row.settings.get("optimizer", ""), -1), row.settings["threads"]))
+    counts = sorted({row.settings["threads"] for row in rows})
+    return Record(new.benchmark, new.unit, {**new.settings, "threads": counts}, rows, new.machine)
+
+
+def _subject(row: Row) -> tuple[str, int]:
+    """What is measured together; "" for the copy."""
+    return row.settings.get("optimizer", ""), row.settings["threads"]
 
 
 def shapes(weights: int, width: int = 768) -> list[tuple[int, ...]]:
@@ -151,9 +195,12 @@ class _Bench:
             ways["foreach"] = {"fused": False, "foreach": True}
             ways["one by one"] = {"fused": False, "foreach": False}
         times: dict[str, float] = {}
-        for name, options in ways.items():
-            self._switch(options)
-            times[name] = min(_seconds(self.optimizer.step) for _ in range(3 if self.setting.name != "Muon" else 1))
+        for turn in range(3 if self.setting.name != "Muon" else 1):
+            for name, options in ways.items():
+                if turn and times[name] > 1.5 * min(times.values()):
+                    continue  # no turn will make it the fastest
+                self._switch(options)
+                times[name] = min(times.get(name, math.inf), _seconds(self.optimizer.step))
         best = min(times, key=lambda name: times[name])
         self._switch(ways[best])
         return best
@@ -185,8 +232,8 @@ class _Bench:
         predictor.after_step()
         predictor.predict_into(self.out, STEPS)
 
-    def rows(self, threads: int, repeats: int, budget: float) -> list[Row]:
-        """One row per contender, with its ratio to torch's step."""
+    def rows(self, threads: int, repeats: int, budget: float, copied: float) -> list[Row]:
+        """One row per contender, with its ratio to torch's step; ``copied`` GB/s is the speed of a copy in the same run."""
         self.variant = self._fastest()
         found = self.contenders()
         samples: dict[str, list[float]] = {name: [] for name in found}
@@ -208,6 +255,7 @@ class _Bench:
                 "model_ratio": passes / self.setting.step,
                 "ratio": middle / base,
                 "gigabytes_per_second": 4e-6 * passes * self.weights / middle,
+                "copy_gigabytes_per_second": copied,
             }
             rows.append(Row(f"{self.setting.name}, {name}, threads {threads}", samples[name], settings))
         return rows
@@ -234,9 +282,6 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: one line per optimizer and number of threads, ratios to torch's own fastest step."""
-    copies = {
-        row.settings["threads"]: row.settings["gigabytes_per_second"] for row in record.rows if row.settings["what"] == "copy"
-    }
     head = ["optimizer", "threads", "million weights", "torch's step", "fused", "by passes", "step, then predict", "by passes"]
     head += ["displacement", "by passes", "prediction alone"]
     lines: dict[tuple[str, int], dict[str, Row]] = {}
@@ -255,7 +300,8 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
             key=lambda r: r.settings["ratio"],
         )
         cells += _ratios(displacement)
-        body.append([*cells, f"{speed:.0f} GB/s, {speed / copies[threads]:.0%} of a copy"])
+        copied = alone.settings.get("copy_gigabytes_per_second")  # older files have none
+        body.append([*cells, f"{speed:.0f} GB/s" + (f", {speed / copied:.0%} of a copy" if copied else "")])
     return head, body
 
 
@@ -265,4 +311,4 @@ def _ratios(row: Row | None) -> list[str]:
     return [f"{row.settings['ratio']:.2f}", f"{row.settings['model_ratio']:.2f}"]
 
 
-__all__ = ["Setting", "columns", "measure", "shapes"]
+__all__ = ["Setting", "columns", "measure", "merged", "shapes"]

@@ -17,14 +17,15 @@ def flat(tensors: Sequence[Tensor]) -> bool:
     same order.
     """
     first = tensors[0]
-    shape = first.shape
-    if not all(t.dtype is torch.float32 and t.is_cpu and type(t) in _PLAIN and t.layout is torch.strided for t in tensors):
-        return False
-    if any(t.shape != shape or t.is_neg() for t in tensors):
-        return False
-    if all(t.is_contiguous() for t in tensors):
-        return True
-    return _dense(first) and all(t.stride() == first.stride() for t in tensors)
+    shape, stride = first.shape, first.stride()
+    same = True  # one after the other, in a plain loop: this is asked for every tensor in every update
+    for t in tensors:
+        if type(t) not in _PLAIN or t.dtype is not torch.float32 or not t.is_cpu or t.layout is not torch.strided:
+            return False
+        if t.shape != shape or t.is_neg():
+            return False
+        same = same and t.stride() == stride
+    return (same and (first.is_contiguous() or _dense(first))) or all(t.is_contiguous() for t in tensors)
 
 
 def _dense(tensor: Tensor) -> bool:

@@ -143,6 +143,8 @@ def muon_adamw(
         torch.Size([2, 3])
     """
     weights = list(parameters)
+    if any(isinstance(weight, dict) for weight in weights):
+        raise ConfigError("muon_adamw makes the groups itself: pass it parameters, and no groups")
     matrices = [weight for weight in weights if weight.ndim == 2]
     rest = [weight for weight in weights if weight.ndim != 2]
     made: list[Optimizer] = []

@@ -49,7 +49,7 @@ def step_and_predict(
     with torch.autograd.profiler.record_function(f"Optimizer.step#{type(optimizer).__name__}.step_and_predict"):
         counts = [part.state["step"] for part in moving if "step" in part.state]
         if counts:
-            torch._foreach_add_(counts, 1)
+            torch._foreach_add_(counts, _ONE)
         jobs: dict[Stepper, list[Any]] = {}
         recipes: dict[tuple[int, float], Any] = {}  # parameters of one group that are at the same step share all numbers
         for part in moving:
@@ -73,6 +73,10 @@ def could_fuse(parts: Sequence[Item]) -> bool:
     if not parts or not all(_stepper(i.rule) is not None and i.weight.dtype is torch.float32 for i in parts):
         return False
     return all(i.weight.device.type == "cpu" for i in parts) and available()
+
+
+_ONE = torch.ones(())
+"""A number would be made into a tensor anew for each count."""
 
 
 class _Moving(NamedTuple):

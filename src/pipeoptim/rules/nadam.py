@@ -50,11 +50,15 @@ class NAdamRule(Rule):
         if ahead.kind == "decayed":
             return _fade(state["exp_avg"], root, t, beta1, beta2, product, group, ahead)
         coupled = ahead.kind == "refined" and not group["decoupled_weight_decay"]
-        last = state["exp_avg"] / (1 - beta1**t) if grad is None else gradient(weight, grad, group, decay=coupled)
         mu, mu_next = _mu(beta1, t, group), _mu(beta1, t + 1, group)
-        mixed = last * ((1 - mu) / (1 - product)) + state["exp_avg"] * (mu_next / (1 - product * mu_next))
+        of_grad = ahead.lr_sum * (1 - mu) / (1 - product)
+        of_mean = ahead.lr_sum * mu_next / (1 - product * mu_next)
+        divisor = square_root(1 - beta2**t)
         keep = decoupled_keep(group, ahead, decay=bool(group["decoupled_weight_decay"]))
-        return Move((Term(ahead.lr_sum, mixed, root, square_root(1 - beta2**t), eps),), keep)
+        if grad is None:
+            return Move((Term(of_grad / (1 - beta1**t) + of_mean, state["exp_avg"], root, divisor, eps),), keep)
+        last = gradient(weight, grad, group, decay=coupled)
+        return Move((Term(of_grad, last, root, divisor, eps), Term(of_mean, state["exp_avg"], root, divisor, eps)), keep)
 
 
 def _mu(beta1: Scalar, t: Scalar, group: Group) -> Scalar:

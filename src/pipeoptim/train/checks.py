@@ -62,11 +62,12 @@ def _check_microbatches(config: TrainConfig) -> None:
 
 
 def _check_lr(config: TrainConfig) -> None:
-    lr = config.optimizer.options.get("lr")
-    if lr is None:
+    given = config.optimizer.options.get("lr")
+    if given is None:
         return
-    if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
-        raise ConfigError(f"lr is {lr!r}, must be a finite number above 0, for example 0.001")
+    for lr in given.get("by_stage", [given]) if isinstance(given, dict) else [given]:
+        if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
+            raise ConfigError(f"lr is {lr!r}, must be a finite number above 0, for example 0.001")
 
 
 def _check_method(config: TrainConfig) -> None:

@@ -55,7 +55,7 @@ def build_parts(config: TrainConfig) -> Parts:
     Raises:
         ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
     """
-    optimizer = optimizers.factory(config.optimizer)
+    optimizer = optimizers.factory(config.optimizer, config.stages)
     task = read_data(config)
     config = with_steps(config, task)
     _check_sizes(config, task)

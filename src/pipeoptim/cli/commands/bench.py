@@ -53,26 +53,36 @@ def predict(
     threads: Annotated[
         list[int] | None, Option(help="Threads; may be given several times. By default 1 and all cores.")
     ] = None,
+    optimizer: Annotated[
+        list[str] | None, Option(help="Class of torch.optim; may be given several times. By default all.")
+    ] = None,
     repeats: Annotated[int, Option(help="Turns per contender; the median is reported.")] = 9,
+    budget: Annotated[float, Option(help="Seconds per optimizer after which no more turns are taken (at least 3 are).")] = 3.0,
+    add: Annotated[bool, Option("--add", help="Keep what the file holds of other optimizers and numbers of threads.")] = False,
     out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/predict.json"),
 ) -> None:
     """What a prediction adds to the step of every optimizer, beside the number of passes over memory that it needs.
 
     Ratios to the fastest step that torch has for the optimizer: step and prediction in one pass (fused), one after the other,
-    and by the last displacement. Takes one to three minutes and 4 GB of memory.
+    and by the last displacement. With 100 million weights it takes 10 minutes and 6 GB of memory.
 
-    Example:
-
-        pipeoptim bench predict --weights 20e6 --threads 1
+    \b
+    Examples:
+      pipeoptim bench predict --weights 20e6 --threads 1
+          Two minutes.
+      pipeoptim bench predict --optimizer AdamW --optimizer SGD --add
+          Measures these two anew and leaves the rest of the file as it is.
     """
-    from pipeoptim.bench.predict import measure
+    from pipeoptim.bench.predict import measure, merged
+    from pipeoptim.bench.record import Record
     from pipeoptim.errors import ConfigError
 
     if weights < 1e6 or min(threads or [1]) < 1 or repeats < 1:
         raise ConfigError(
             f"weights={weights:g}, threads={threads}, repeats={repeats}: at least a million weights, 1 thread and 1 repeat"
         )
-    _report(measure(weights, threads, repeats), out)
+    record = measure(weights, threads, repeats, budget, optimizer)
+    _report(merged(Record.read(out), record) if add and out.is_file() else record, out)
 
 
 def _report(record: Record, out: Path) -> None:
@@ -86,6 +96,8 @@ def _report(record: Record, out: Path) -> None:
     for cells in body:
         table.add_row(*cells)
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=180)  # a pipe or a file has no width of its own
     console.print(table)
     console.print(caption(record))
     console.print(f"written to {record.write(out)}")

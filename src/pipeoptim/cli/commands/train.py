@@ -31,7 +31,18 @@ def train(
     microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; must divide the batch size.")] = None,
     batch_size: Annotated[int | None, Option(help="Samples per mini-batch, that is, per update.")] = None,
     optimizer: Annotated[
-        str | None, Option(help="adamw, sgd, ... (any of torch.optim), or module:Class. Give --lr as well.")
+        str | None,
+        Option(
+            help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), or module:Class; one, or one per stage "
+            "between commas. Give --lr as well."
+        ),
+    ] = None,
+    group: Annotated[
+        list[str] | None,
+        Option(
+            help="Parameter group with options of its own, as ndim=2,prediction=displacement,lr=0.01 (ndim: dimensions of the "
+            "weights that it takes); may be given several times."
+        ),
     ] = None,
     lr: Annotated[float | None, Option(help="Learning rate.")] = None,
     steps: Annotated[int | None, Option(help="Mini-batches to train on. With --resume: train a finished run further.")] = None,
@@ -76,6 +87,10 @@ def train(
           Mini-batches are not split: the weights of stage 0 are 3 updates old.
       pipeoptim train --recipe digits --stages 3 --optimizer sgd --lr 0.05
           A convolutional net on handwritten digits.
+      pipeoptim train --optimizer muon_adamw,adamw,adamw,sgd --lr 0.003 --name mixed
+          Another optimizer on every stage.
+      pipeoptim train --group ndim=2,prediction=displacement --group prediction=none --name groups
+          Matrices are predicted by their last displacement, biases and norms not at all.
       pipeoptim train --recipe vgg16-cifar100 --tiny
           A setting of the paper, small enough for a minute on two cores. Without --tiny it needs CIFAR-100 in data/.
       pipeoptim train --resume --name chars-pipeoptim
@@ -109,17 +124,21 @@ def train(
     given = {key: value for key, value in options.items() if value is not None}
     wanted = DEFAULT_RECIPE if recipe is None else recipe
     if resume:
+        if group:
+            raise ConfigError("--group belongs to a new run, and --resume takes the run's own groups; leave --group out")
         default = f"{full_name(wanted, tiny)}-{method or 'pipeoptim'}"
         directory = RunDir(out / _checked(default if name is None else name))
         config = _resumed(directory, given, full_name(recipe, tiny) if recipe else None, optimizer, lr)
     else:
-        config = _new(get_recipe(wanted, tiny), given, optimizer, lr)
+        config = _new(get_recipe(wanted, tiny), given, optimizer, lr, group)
         directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
     result = run(config, directory.path, resume=resume, progress=not quiet)
     _report(result, config, directory, quiet)
 
 
-def _new(config: TrainConfig, given: dict[str, Any], optimizer: str | None, lr: float | None) -> TrainConfig:
+def _new(
+    config: TrainConfig, given: dict[str, Any], optimizer: str | None, lr: float | None, groups: list[str] | None = None
+) -> TrainConfig:
     """The recipe's configuration with what was given on the command line."""
     config = replace(config, **given)
     if optimizer is not None:
@@ -128,6 +147,10 @@ def _new(config: TrainConfig, given: dict[str, Any], optimizer: str | None, lr: 
         config = replace(config, optimizer=switch(config.optimizer, optimizer))
     if lr is not None:
         config = replace(config, optimizer=config.optimizer.with_options(lr=lr))
+    if groups:
+        from pipeoptim.train.optimizers import read_group
+
+        config = replace(config, optimizer=config.optimizer.with_options(groups=[read_group(text) for text in groups]))
     return config
 
 

@@ -9,6 +9,7 @@ from pipeoptim.compare.folder import Folder, write_text
 from pipeoptim.compare.outcome import read_run
 from pipeoptim.compare.report import parts
 from pipeoptim.compare.report.page import page
+from pipeoptim.compare.report.prediction import predictions
 from pipeoptim.compare.report.series import axis_top, chart_data, comparison_series, run_series
 from pipeoptim.train.rundir import RunDir
 
@@ -49,6 +50,7 @@ def write_run_report(path: Path) -> Path:
         parts.run_headline(run, config),
         parts.charts(series, config),
         parts.stages(path),
+        predictions(path),
         parts.methods((config.method,), config, []),
         parts.setup(config, {}, "", None, run.versions, run.data),
     ]
