@@ -13,7 +13,7 @@ from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
     from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
-    from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, Whole, master_weights
+    from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, Whole, add_loss, collect_losses, master_weights
     from pipeoptim.methods import METHODS, Method, get_method, register_method
     from pipeoptim.partitioning import Partition, partition
     from pipeoptim.rules import CombinedOptimizer, muon_adamw, predict_weights, register_rule, track
@@ -28,6 +28,8 @@ _LAZY = {
     "PredictionError": "pipeoptim.engine",
     "Schedule": "pipeoptim.engine",
     "Whole": "pipeoptim.engine",
+    "add_loss": "pipeoptim.engine",
+    "collect_losses": "pipeoptim.engine",
     "full_state_dict": "pipeoptim.checkpoint",
     "get_method": "pipeoptim.methods",
     "load_sharded": "pipeoptim.checkpoint",
@@ -58,6 +60,8 @@ __all__ = [
     "StageFailure",
     "Whole",
     "__version__",
+    "add_loss",
+    "collect_losses",
     "full_state_dict",
     "get_method",
     "load_sharded",

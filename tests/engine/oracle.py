@@ -134,7 +134,17 @@ class Rule:
 
 
 def train(
-    initial, rule, segments, batches, m, forward_uses, backward_uses, rate=lambda k, version: 1.0, gammas=None, clip=None
+    initial,
+    rule,
+    segments,
+    batches,
+    m,
+    forward_uses,
+    backward_uses,
+    rate=lambda k, version: 1.0,
+    gammas=None,
+    clip=None,
+    recompute=False,
 ):
     """Train a pipeline of ``len(initial)`` stages.
 
@@ -145,6 +155,7 @@ def train(
         forward_uses, backward_uses: a :class:`Use` -> list of tensors.
         rate: (k, version) -> factor on the learning rate of the next update.
         gammas: per stage, how slowly the average of weight changes forgets.
+        recompute: whether a stage's activations are computed again, on the weights of its backward.
         clip: (t, gradients of all stages) -> those that update version t to t + 1.
 
     Returns:
@@ -174,7 +185,9 @@ def train(
                 loss += float(((x - y) ** 2).mean()) * share
                 g = mse_gradient(x, y) * share
                 for k in reversed(range(depth)):
-                    g, grads = backward(backward_uses(uses[k]), kept[k], g)
+                    weights = backward_uses(uses[k])
+                    acts = forward(weights, kept[k][0])[1] if recompute else kept[k]
+                    g, grads = backward(weights, acts, g)
                     sums[k] = grads if sums[k] is None else [a + b for a, b in zip(sums[k], grads, strict=True)]
             losses.append(loss)
             if clip is not None:

@@ -4,8 +4,20 @@ from pipeoptim.engine.clip import Clip
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
 from pipeoptim.engine.feed import Whole
+from pipeoptim.engine.losses import add_loss, collect_losses
 from pipeoptim.engine.masters import master_weights
 from pipeoptim.engine.monitor import PredictionError, PredictionWarning
 from pipeoptim.engine.stage import StageWorker
 
-__all__ = ["Clip", "Emulator", "PredictionError", "PredictionWarning", "Schedule", "StageWorker", "Whole", "master_weights"]
+__all__ = [
+    "Clip",
+    "Emulator",
+    "PredictionError",
+    "PredictionWarning",
+    "Schedule",
+    "StageWorker",
+    "Whole",
+    "add_loss",
+    "collect_losses",
+    "master_weights",
+]

@@ -29,11 +29,12 @@ class Pipeline:
 
     ranks: tuple[int, ...] | None = None
 
-    def __init__(self, method: str | Method, depth: int, microbatches: int, cutter: Cutter) -> None:
+    def __init__(self, method: str | Method, depth: int, microbatches: int, cutter: Cutter, recompute: str) -> None:
         self.method = get_method(method)
         self.program = self.method.program(depth, microbatches)
         self.depth, self.microbatches, self._cutter = depth, microbatches, cutter
         self._workers: dict[int, StageWorker] = {}
+        self._recompute = recompute
         self._steps = 0  # mini-batches fed since the last (re)start
         self._fed = 0  # mini-batches fed since the beginning of training
         self._stop = self._stop_wanted = False
@@ -65,11 +66,21 @@ class Pipeline:
 
     def weight_copies(self, k: int) -> int:
         """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
-        return copies(self.method, self.depth, self.microbatches, k)
+        return copies(self.method, self.depth, self.microbatches, k, self._recompute == "forward")
 
     def weight_bytes(self, k: int) -> int:
         """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""
         return self._worker(k).weight_bytes()
+
+    @property
+    def loss_parts(self) -> dict[str, Tensor]:
+        """Means over the mini-batch fed last, by name: what ``loss_fn`` returned besides the loss (last stage), and what the stages
+        that live here raised by :func:`pipeoptim.add_loss`."""
+        found: dict[str, Tensor] = {}
+        for worker in self._workers.values():
+            for name, value in worker.losses.means().items():
+                found[name] = found[name] + value if name in found else value
+        return found
 
     def grad_norm(self, k: int) -> float | None:
         """The norm that scaled the newest update of stage ``k``; None before the first, and without ``clip``."""

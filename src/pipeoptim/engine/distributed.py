@@ -55,6 +55,7 @@ class Schedule(Pipeline):
             DeviceMesh; gradients become their mean before each update (see docs/layouts.md).
         scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
+        recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -89,6 +90,7 @@ class Schedule(Pipeline):
         monitor: bool | int = False,
         uneven: bool = False,
         weigh: Weigh | None = None,
+        recompute: str = "backward",
         replicas: dist.ProcessGroup | DeviceMesh | None = None,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
@@ -96,10 +98,10 @@ class Schedule(Pipeline):
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
         place = read_stage(stage)
-        super().__init__(method, place.depth, microbatches, Cutter(microbatches, uneven, weigh))
+        super().__init__(method, place.depth, microbatches, Cutter(microbatches, uneven, weigh), recompute)
         self.k, self.device, self.ranks = place.k, place.device, place.ranks
         seed = torch.initial_seed() if seed is None else seed
-        options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor)
+        options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute)
         exchanges = options.clip is not None and options.clip.exchanges
         norms = GatheredNorms(place.depth, timeout) if exchanges else None
         copies = read_replicas(replicas, place.module)
@@ -166,6 +168,8 @@ class Schedule(Pipeline):
             self._guard(self._note_stop)
         feeds = self._cut(self._cutter, args, kwargs, stage_kwargs, target)
         found: list[Counted] = []
+        for worker in self._workers.values():
+            worker.losses.begin()
         first = self._steps * self.microbatches
         self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, found, self.program.flushes))
         self._steps += 1

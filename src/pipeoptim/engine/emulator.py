@@ -37,7 +37,8 @@ class Emulator(Pipeline):
     Args:
         stages: D modules that run one after the other. A tuple output becomes the next stage's positional arguments.
         optimizers: one per stage, or a callable that makes one from parameters. Stepped by the pipeline, never by you.
-        loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch.
+        loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; or ``{"loss": scalar, name: part, ...}``, or
+            ``(scalar, {name: part})``: the parts are reported by :attr:`loss_parts`.
         method: a name in :data:`pipeoptim.METHODS`, or a :class:`~pipeoptim.Method` of your own.
         microbatches: M slices per mini-batch and update; 1 is the default of the asynchronous methods.
         schedulers: one learning-rate scheduler per stage, or a callable that makes one; advanced once per update.
@@ -52,6 +53,9 @@ class Emulator(Pipeline):
             the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.
         weigh: ``weigh(target) -> number``: a micro-batch's loss counts by its share of these numbers. For losses that are a mean
             over something else than rows, for instance ``lambda target: (target != -100).sum()``.
+        recompute: on which weights activation checkpoints (``torch.utils.checkpoint``) run the forward again: ``"backward"``, those
+            of the backward; or ``"forward"``, those of the first forward, which is the same bit for bit as without
+            checkpointing, and costs a stash of these weights.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -84,11 +88,12 @@ class Emulator(Pipeline):
         monitor: bool | int = False,
         uneven: bool = False,
         weigh: Weigh | None = None,
+        recompute: str = "backward",
     ) -> None:
         stages = list(stages)
         if not stages:
             raise ConfigError("stages is empty; give at least one module")
-        super().__init__(method, len(stages), microbatches, Cutter(microbatches, uneven, weigh))
+        super().__init__(method, len(stages), microbatches, Cutter(microbatches, uneven, weigh), recompute)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)
@@ -106,7 +111,7 @@ class Emulator(Pipeline):
                 scheduler=rates[k],
                 prediction=prediction,
                 seed=seed,
-                options=StageOptions(clip, autocast, scalers[k], on_update, monitor),
+                options=StageOptions(clip, autocast, scalers[k], on_update, monitor, recompute),
                 norms=None if board is None else board.end(k),
             )
         self._activations: list[deque[tuple[Any, float, Part]]] = [deque() for _ in stages]
@@ -134,6 +139,8 @@ class Emulator(Pipeline):
         self._note_stop()
         feeds = self._cutter.cut("the inputs", args, merge_kwargs(self.depth, kwargs, 0, stage_kwargs), target)
         found: list[Counted] = []
+        for worker in self._workers.values():
+            worker.losses.begin()
         first = self._steps * self.microbatches
         self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, found)
         self._steps += 1

@@ -120,6 +120,10 @@ class Cutter:
                 f"a micro-batch has {part.rows} of the {part.of} rows of the input, but {theirs.rows} of {theirs.of} of the target; "
                 "give a target with one row for each row of the input"
             )
+        return self.rows_share(part)
+
+    def rows_share(self, part: Part) -> float | None:
+        """The share of the rows; None for exactly 1/M."""
         return None if part.of == part.rows * self.m else part.rows / part.of
 
 

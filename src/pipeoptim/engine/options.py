@@ -26,6 +26,7 @@ class StageOptions:
         scaler: loss scaling for float16; one of its own per stage.
         on_update: called after every update.
         monitor: measure the predictions made at every version (True), or at every so many.
+        recompute: on which weights activation checkpoints run again, see :mod:`pipeoptim.engine.recompute`.
 
     Raises:
         ConfigError: a type that autocast does not know, or a monitor below 0.
@@ -36,6 +37,7 @@ class StageOptions:
     scaler: GradScaler | None = None
     on_update: UpdateHook | None = None
     monitor: bool | int = False
+    recompute: str = "backward"
 
     def __post_init__(self) -> None:
         check_autocast(self.autocast)

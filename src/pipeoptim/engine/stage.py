@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -21,12 +21,14 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.feed import Cutter, Feed, Part
+from pipeoptim.engine.losses import LossLog, collect_losses, read_loss
 from pipeoptim.engine.masters import MasterPredictor, Masters, module_parameter
 from pipeoptim.engine.monitor import PredictionMonitor
 from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.options import OFF, StageOptions
 from pipeoptim.engine.precision import computing
 from pipeoptim.engine.random import StageRandom
+from pipeoptim.engine.recompute import check_recompute, recomputing
 from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.scaling import LossScale
 from pipeoptim.engine.tree import as_args, differentiable
@@ -48,6 +50,7 @@ class Flight:
     outputs: list[Tensor]
     saved: SavedWeights | None
     held: Held | None
+    extra: list[Tensor] = field(default_factory=list)  # losses raised by the stage itself
 
 
 class StageWorker:
@@ -109,6 +112,11 @@ class StageWorker:
         self.reduction = reduction
         self.options = options
         self._held = held
+        self.losses = LossLog(program.microbatches)
+        self._stashes = isinstance(method.backward, Stashed)
+        self._keeps = self._stashes or options.recompute == "forward"  # the weights of a forward until its backward
+        if not (self._stashes and options.recompute == "forward"):  # there, forward and backward have the same weights
+            check_recompute(options.recompute, module, reduction.by_place)
         self.clipper = Clipper(options.clip, held, program, norms, reduction.whole_norm) if options.clip is not None else None
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
@@ -144,13 +152,15 @@ class StageWorker:
         saved = self._hooks(i, held)
         inputs = differentiable(args) if self.k > 0 else []  # nobody waits for gradients of the user's own inputs
         try:
-            with self.random.drawing():
-                result = self._run(held, saved, args, kwargs, target)
+            with self.random.drawing(), collect_losses(strict=True) as extra:
+                result = self._run(held, saved, args, kwargs, target, share)
         except BaseException:
             self.weights.release(held)
             raise
+        self.losses.add(extra, share)
+        own = [self._scaled(loss, share) for loss in extra.values() if loss.requires_grad]
         outputs = self._roots(i, result, share) if self.is_last else differentiable(as_args(result))
-        self._keep(i, Flight(inputs, outputs, saved, held))
+        self._keep(i, Flight(inputs, outputs, saved, held, own))
         return result.detach() if self.is_last else result
 
     def forward_part(self, i: int, args: tuple[Any, ...], feed: Feed, part: Part, cutter: Cutter) -> tuple[Any, float | None]:
@@ -158,7 +168,7 @@ class StageWorker:
         if part.empty:
             self.skip(i)
             return None, 0.0
-        share = cutter.share(feed, part) if self.is_last else None
+        share = cutter.share(feed, part) if self.is_last else cutter.rows_share(part)
         return self.forward(i, args, feed.kwargs.get(self.k, {}), feed.target, share), share
 
     def skip(self, i: int) -> None:
@@ -173,7 +183,7 @@ class StageWorker:
 
     def _keep(self, i: int, flight: Flight) -> None:
         """Note what the backward of micro-batch ``i`` needs; let go of its forward's weights unless they are stashed."""
-        if flight.held is not None and not isinstance(self.method.backward, Stashed):
+        if flight.held is not None and not self._keeps:
             self.weights.release(flight.held)
             flight.held = None
         self._flights[i] = flight
@@ -182,14 +192,15 @@ class StageWorker:
 
     def _roots(self, i: int, loss: Tensor, share: float | None) -> list[Tensor]:
         """What the backward starts from: the loss times its share; nothing where that is 0, for 0 times a mean of nothing is NaN."""
-        m = self.program.microbatches
-        if share is not None:
-            loss = loss * share
-        elif m > 1:
-            loss = loss / m
+        loss = self._scaled(loss, share)
         if self.scaling is not None:
             loss = self.scaling.scale(i, loss)
         return [] if share == 0 else [loss]
+
+    def _scaled(self, loss: Tensor, share: float | None) -> Tensor:
+        if share is not None:
+            return loss * share
+        return loss if self.program.microbatches == 1 else loss / self.program.microbatches
 
     def _hooks(self, i: int, held: Held) -> SavedWeights | None:
         """None where autograd's own saved tensors will hold the right weights when the backward runs."""
@@ -197,17 +208,21 @@ class StageWorker:
         backward = self.method.backward
         if not self.reduction.by_place:
             return None
-        if in_place and (isinstance(backward, Latest) or (self.program.gap(self.k, i) == 0 and isinstance(backward, Stashed))):
+        moved = self.program.gap(self.k, i) > 0  # in place, the latest weights of the backward are right by themselves
+        if in_place and isinstance(backward, Latest) and not (moved and self._keeps):
+            return None
+        if in_place and isinstance(backward, Stashed) and not moved:
             return None
         return SavedWeights(self.weights.buffers(held).table)
 
-    def _run(self, held: Held, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any) -> Any:
+    def _run(self, held: Held, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any, share: float | None) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with self.reduction.forward_on(self.weights.params, self.weights.tensors(held)):
             with computing(self.device.type, self.options.autocast), hooks:
                 output = self._call(self.module, args, kwargs)
                 if self.is_last:
-                    return check_loss(self.loss_fn(output, target))
+                    output, parts = read_loss(self.loss_fn(output, target))
+                    self.losses.add(parts, share)
         return output
 
     def _call(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -241,7 +256,8 @@ class StageWorker:
         if self.scaling is not None:
             self.scaling.begin_backward(i, loss_scale)
         flight = self._flights.pop(i)
-        held = flight.held or self.method.backward.acquire(self.weights, i)
+        held = self.method.backward.acquire(self.weights, i) if not self._stashes or flight.held is None else flight.held
+        again = flight.held or held
         try:
             if flight.saved is not None:
                 flight.saved.target = self.weights.buffers(held).bases
@@ -250,14 +266,25 @@ class StageWorker:
             )
             roots = [(out, grad) for out, grad in pairs if self.is_last or grad is not None]
             self.reduction.before_backward((i + 1) % self.program.microbatches == 0, flight.outputs)
-            if roots and roots[0][0].requires_grad:
-                on = self.reduction.backward_on(self.weights.params, self.weights.tensors(held))
-                with on, computing(self.device.type, None):  # recomputation runs the module again
+            roots += [(loss, self._scale_of(loss)) for loss in flight.extra]
+            roots = [(out, grad) for out, grad in roots if out.requires_grad]
+            if roots:
+                with self._backward_on(again, held), computing(self.device.type, None):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.masters.collect()
         finally:
             self.weights.release(held)
+            if flight.held is not None and not self._stashes:
+                self.weights.release(flight.held)
         return [x.grad for x in flight.inputs]
+
+    def _backward_on(self, again: Held, held: Held) -> AbstractContextManager[Any]:
+        if self.reduction.by_place:
+            return recomputing(self.weights, again, held)
+        return self.reduction.backward_on(self.weights.params, self.weights.tensors(held))
+
+    def _scale_of(self, loss: Tensor) -> Tensor | None:
+        return None if self.scaling is None else torch.full_like(loss, self.scaling.current)
 
     def update(self) -> None:
         """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
@@ -400,7 +427,7 @@ class StageWorker:
             with torch.no_grad(), computing(self.device.type, self.options.autocast):
                 with self.reduction.forward_on(self.weights.params, None):
                     output = self._call(self.reduction.bare(self.module), args, kwargs)
-                return check_loss(self.loss_fn(output, target)) if self.is_last else output
+                return read_loss(self.loss_fn(output, target))[0] if self.is_last else output
         finally:
             for m, mode in training.items():
                 m.training = mode
@@ -464,18 +491,6 @@ def _nothing() -> None:
     """The step of an update that is skipped."""
 
 
-def check_loss(loss: Any) -> Tensor:
-    """``loss``, if it is a scalar tensor.
-
-    Raises:
-        ConfigError: it is something else.
-    """
-    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() > 0:
-        got = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ConfigError(f"loss_fn returned {got}, must be a scalar tensor; reduce it, for instance with .mean()")
-    return loss
-
-
 def _optimized(
     module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -524,4 +539,4 @@ def _grouped(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
     return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]
 
 
-__all__ = ["Flight", "LossFn", "StageWorker", "check_loss"]
+__all__ = ["Flight", "LossFn", "StageWorker"]

@@ -6,16 +6,16 @@ shapes, types) is sent only when it changes; as long as it stays the same a mess
 
 from __future__ import annotations
 
-import json
+import pickle
 import struct
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten, treespec_dumps, treespec_loads
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pipeoptim.engine.tree import portable
+from pipeoptim.engine.tree import check_leaf, portable
 from pipeoptim.errors import ConfigError
 
 HEADER = 64
@@ -76,35 +76,25 @@ class Format:
         return HEADER + self.payload
 
     def describe(self) -> bytes:
-        """As JSON, for the other end.
+        """For the other end, which is another process of the same run.
 
         Raises:
-            ConfigError: a leaf is neither a tensor nor None, bool, int, float or str.
+            ConfigError: a container in the tree is of a class that the other process cannot import.
         """
-        leaves = []
-        for leaf in self.leaves:
-            if isinstance(leaf, Slot):
-                name = str(leaf.dtype).removeprefix("torch.")
-                leaves.append({"slot": [leaf.offset, leaf.nbytes, leaf.shape, leaf.stride, name, leaf.requires_grad]})
-            else:
-                leaves.append({"value": leaf})
-        return json.dumps({"spec": treespec_dumps(self.spec), "leaves": leaves, "payload": self.payload}).encode()
+        try:
+            return pickle.dumps((tree_unflatten(self.leaves, self.spec), self.payload), protocol=5)
+        except (pickle.PicklingError, AttributeError, TypeError) as error:
+            raise ConfigError(
+                f"a stage returned a structure that cannot be described to the next stage ({error}); define its class at the top "
+                "of a module, or return tuples, lists and dicts"
+            ) from error
 
     @staticmethod
     def parse(text: bytes) -> Format:
         """The format that :meth:`describe` wrote."""
-        data = json.loads(text)
-        leaves: list[Any] = []
-        for leaf in data["leaves"]:
-            if "slot" not in leaf:
-                leaves.append(leaf["value"])
-                continue
-            offset, nbytes, shape, stride, dtype, grad = leaf["slot"]
-            leaves.append(Slot(offset, nbytes, tuple(shape), tuple(stride), getattr(torch, dtype), grad))
-        return Format(treespec_loads(data["spec"]), tuple(leaves), data["payload"])
-
-
-_PLAIN = (type(None), bool, int, float, str)
+        tree, payload = pickle.loads(text)
+        leaves, spec = tree_flatten(tree)
+        return Format(spec, tuple(leaves), payload)
 
 
 def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
@@ -118,6 +108,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
     tensors: list[Tensor] = []
     offset = 0
     for value in values:
+        check_leaf(value)
         if isinstance(value, Tensor):
             sent = portable(value.detach())
             nbytes = sent.numel() * sent.element_size()
@@ -125,13 +116,8 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
             leaves.append(slot)
             tensors.append(sent)
             offset += -(-nbytes // 64) * 64
-        elif isinstance(value, _PLAIN):
-            leaves.append(value)
         else:
-            raise ConfigError(
-                f"a stage returned a {type(value).__name__}, which cannot be sent to the next stage; "
-                "return tensors, None, numbers and strings, in tuples, lists or dicts"
-            )
+            leaves.append(value)
     return Format(spec, tuple(leaves), offset), tensors
 
 

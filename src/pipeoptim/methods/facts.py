@@ -34,17 +34,18 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
 
 
 @lru_cache(maxsize=1024)
-def copies(method: Method, depth: int, microbatches: int, k: int) -> int:
+def copies(method: Method, depth: int, microbatches: int, k: int, keep_forward: bool = False) -> int:
     """Copies of the weights that stage ``k`` holds at most, the latest included.
 
-    Counted by walking the action program and noting which sets of weights are in use at each action.
+    Counted by walking the action program and noting which sets of weights are in use at each action. ``keep_forward``: the
+    forward's weights are kept until the backward, whatever the method.
 
     Example:
         >>> from pipeoptim.methods import get_method
         >>> [copies(get_method("pipedream"), 4, 1, k) for k in range(4)]
         [4, 3, 2, 1]
     """
-    walk = _Walk(method, method.program(depth, microbatches), k)
+    walk = _Walk(method, method.program(depth, microbatches), k, keep_forward)
     for action in walk.program.full(k, minibatches=2 * depth + 2):
         walk.act(action)
     return walk.most
@@ -53,8 +54,8 @@ def copies(method: Method, depth: int, microbatches: int, k: int) -> int:
 class _Walk:
     """Which sets of weights one stage uses as it goes through its program."""
 
-    def __init__(self, method: Method, program: Program, k: int) -> None:
-        self.method, self.program, self.k = method, program, k
+    def __init__(self, method: Method, program: Program, k: int, keep_forward: bool) -> None:
+        self.method, self.program, self.k, self.keep_forward = method, program, k, keep_forward
         self.version, self.next_forward, self.most = 0, 0, 1
         self.stash: dict[int, Key] = {}  # of micro-batches in flight
         self.shared: dict[Source, Key] = {}  # of mini-batches whose first micro-batch chose for all
@@ -64,12 +65,12 @@ class _Walk:
         i = action.number
         if action.kind is Kind.F:
             key = self._use(self.method.forward, i)
-            if isinstance(self.method.backward, Stashed):
+            if self.keep_forward or isinstance(self.method.backward, Stashed):
                 self.stash[i] = key
             self.next_forward = i + 1
             self._retain()
         elif action.kind is Kind.B:
-            if i not in self.stash:
+            if not isinstance(self.method.backward, Stashed):
                 self._use(self.method.backward, i)
             self.stash.pop(i, None)
         else:

@@ -1,0 +1,154 @@
+"""Several losses: named parts of the loss function's result, and losses that a stage in the middle raises by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeoptim.errors import ConfigError
+
+Losses = dict[str, Tensor]
+
+_open: ContextVar[tuple[Losses, bool] | None] = ContextVar("pipeoptim_losses", default=None)
+
+
+def add_loss(name: str, value: Tensor) -> None:
+    """Called in a module's forward: ``value`` is added to what is minimised, wherever in the pipeline the module is.
+
+    The total is ``loss_fn(output, target) + sum of these``, each a mean over its micro-batch; weight it before. Nothing travels
+    between stages: the stage's own backward starts from its losses and from the gradients that it receives. Values are
+    reported by :attr:`Emulator.loss_parts` under their name, on their own stage. Outside a pipeline, in evaluation and in
+    recomputation nothing happens, unless :func:`collect_losses` is around.
+
+    Raises:
+        ConfigError: not a scalar tensor, or inside ``checkpoint(..., use_reentrant=True)``, where its graph is thrown away.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> class Sparse(torch.nn.Linear):
+        ...     def forward(self, x):
+        ...         y = super().forward(x)
+        ...         po.add_loss("sparsity", 0.01 * y.abs().mean())
+        ...         return y
+        >>> stages = [Sparse(2, 2), torch.nn.Linear(2, 1)]
+        >>> pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss)
+        >>> _ = pipe.step(torch.ones(4, 2), target=torch.ones(4, 1))
+        >>> sorted(pipe.loss_parts)
+        ['sparsity']
+    """
+    collector = _open.get()
+    if collector is None:
+        return
+    found, strict = collector
+    if not isinstance(value, Tensor) or value.dim():
+        raise ConfigError(
+            f"add_loss({name!r}) was given {_what(value)}, must be a scalar tensor; reduce it, for instance with .mean()"
+        )
+    if strict and not torch.is_grad_enabled():
+        raise ConfigError(
+            f"add_loss({name!r}) was called without gradients, so it would be lost; with activation checkpointing use "
+            "use_reentrant=False"
+        )
+    found[name] = found[name] + value if name in found else value
+
+
+@contextmanager
+def collect_losses(strict: bool = False) -> Iterator[Losses]:
+    """What :func:`add_loss` is given inside the block, by name: to train the same model without a pipeline.
+
+    ``strict``: refuse losses that have no graph.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> with po.collect_losses() as found:
+        ...     po.add_loss("balance", torch.tensor(2.0))
+        >>> sum(found.values())
+        tensor(2.)
+    """
+    found: Losses = {}
+    token = _open.set((found, strict))
+    try:
+        yield found
+    finally:
+        _open.reset(token)
+
+
+def read_loss(result: Any) -> tuple[Tensor, Losses]:
+    """The loss to minimise and the parts to report, from what ``loss_fn`` returned.
+
+    A scalar tensor; or a mapping with the entry ``"loss"``; or a pair of the loss and a mapping. Entries besides ``"loss"`` are
+    reported and nothing else.
+
+    Raises:
+        ConfigError: it is something else.
+
+    Example:
+        >>> total, parts = read_loss({"loss": torch.tensor(3.0), "nll": torch.tensor(2.5)})
+        >>> total.item(), parts["nll"].item()
+        (3.0, 2.5)
+    """
+    parts: Mapping[str, Any] = {}
+    loss = result
+    if isinstance(result, Mapping):
+        if "loss" not in result:
+            raise ConfigError(f"loss_fn returned {sorted(result)} without 'loss'; add the scalar to minimise under that name")
+        loss, parts = result["loss"], {name: value for name, value in result.items() if name != "loss"}
+    elif isinstance(result, (tuple, list)):
+        if len(result) != 2 or not isinstance(result[1], Mapping):
+            raise ConfigError(
+                f"loss_fn returned a {type(result).__name__} of {len(result)}; return the loss, or (loss, {{name: part}})"
+            )
+        loss, parts = result
+    return check_loss(loss), {name: _reported(name, value) for name, value in parts.items()}
+
+
+def check_loss(loss: Any) -> Tensor:
+    """``loss``, if it is a scalar tensor.
+
+    Raises:
+        ConfigError: it is something else.
+    """
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() > 0:
+        raise ConfigError(f"loss_fn returned {_what(loss)}, must be a scalar tensor; reduce it, for instance with .mean()")
+    return loss
+
+
+def _reported(name: str, value: Any) -> Tensor:
+    if isinstance(value, (int, float)):
+        return torch.tensor(float(value))
+    if not isinstance(value, Tensor) or value.dim():
+        raise ConfigError(
+            f"loss_fn returned {_what(value)} as the part {name!r}, must be a number; return only what is to be reported"
+        )
+    return value.detach()
+
+
+def _what(value: Any) -> str:
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
+
+
+class LossLog:
+    """The parts that one stage has seen of the mini-batch that was fed last."""
+
+    def __init__(self, microbatches: int) -> None:
+        self.microbatches = microbatches
+        self._sums: Losses = {}
+
+    def begin(self) -> None:
+        """A new mini-batch."""
+        self._sums = {}
+
+    def add(self, parts: Losses, share: float | None) -> None:
+        """Those of a micro-batch that is ``share`` of the mini-batch; None for 1/M."""
+        for name, value in parts.items():
+            part = value.detach() * (1 / self.microbatches if share is None else share)
+            self._sums[name] = self._sums[name] + part if name in self._sums else part
+
+    def means(self) -> Losses:
+        """Over the mini-batch."""
+        return dict(self._sums)
