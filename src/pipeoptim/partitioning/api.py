@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import inf
 from typing import Any, Protocol
 
 from torch import nn
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import Method, copies, get_method
-from pipeoptim.partitioning.balance import best_cut
+from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.blocks import Blocks, sliceable
+from pipeoptim.partitioning.choice import Wanted, choose
 from pipeoptim.partitioning.layered import Layered
 from pipeoptim.partitioning.places import find_places, untie
 from pipeoptim.partitioning.profile import BlockCost
@@ -35,7 +34,7 @@ class Splitter(Protocol):
 
 def partition(
     model: nn.Module | Sequence[nn.Module],
-    num_stages: int,
+    num_stages: int | None = None,
     sample_args: tuple[Any, ...] = (),
     sample_kwargs: Mapping[str, Any] | None = None,
     *,
@@ -44,6 +43,8 @@ def partition(
     costs: Sequence[BlockCost] | None = None,
     speeds: Sequence[float] | None = None,
     memory: Sequence[int] | None = None,
+    devices: int | None = None,
+    bandwidth: float | None = None,
     pins: Sequence[int | str] = (),
     method: str | Method = "pipeoptim",
     microbatches: int = 1,
@@ -53,18 +54,24 @@ def partition(
     The time of stage k is the sum of its blocks' seconds over ``speeds[k]``. Its memory is what ``method`` needs there: copies
     of the weights, one gradient, and the activations of the micro-batches in flight. The cut is exact, not a heuristic.
 
+    With ``devices`` a stage may have several, which share its mini-batches and add up their gradients; see
+    :func:`~pipeoptim.partitioning.best_replicas`.
+
     Args:
         model: an ``nn.Sequential`` (or a container with length and slices), a list of blocks that run one after the other, or
             an ordinary model with layers somewhere inside it, such as those of Hugging Face Transformers.
-        num_stages: depth D.
+        num_stages: depth D. With ``devices`` it may be left out: the fastest one is taken.
         sample_args, sample_kwargs: one mini-batch as the model takes it, to measure with and to see what the model does. For
             blocks it is not needed when ``costs`` are given or all cuts are pinned.
-        how: ``"blocks"``, ``"layers"`` (see :mod:`pipeoptim.partitioning.layered`), ``"trace"``, or ``"auto"``: blocks where
-            the model has them, else layers.
+        how: ``"blocks"``: the model is a row of blocks. ``"layers"``: each stage runs its part of the model's own forward.
+            ``"trace"``: ``torch.export`` cuts the graph of operations. ``"auto"``: blocks where the model has them, else layers.
         layers: names of the lists of layers, or of single modules, behind which the model may be cut; found by itself.
         costs: of the blocks, from :func:`~pipeoptim.partitioning.profile` or your own.
         speeds: of the devices, relative to the one measured; all 1 by default.
-        memory: bytes of each device; unlimited by default.
+        memory: bytes of the device of each stage; unlimited by default. With ``devices`` a single number, in a list.
+        devices: how many equal devices to use; by default one per stage.
+        bandwidth: bytes per second between devices; a stage is then at least as slow as sending what it returns and receiving
+            its gradient. Unlimited by default; needed with ``devices``.
         pins: numbers or names of blocks with which a stage must begin.
         method, microbatches: what will train, for the memory.
 
@@ -78,36 +85,28 @@ def partition(
         >>> sum(cut.lengths), len(cut.stages)
         (6, 3)
     """
-    how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers)
+    how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches)
     blocks = len(splitter.names)
     numbers = _numbers(pins, splitter.names)
-    _check(blocks, num_stages, speeds, memory, numbers)
-    method = get_method(method)
+    _check(blocks, num_stages, speeds, memory, numbers, devices, bandwidth)
     if costs is None:
-        pinned = len(numbers) == num_stages - 1 and memory is None
+        pinned = num_stages is not None and len(numbers) == num_stages - 1 and memory is None
         costs = _unmeasured(splitter) if pinned and not splitter.measurable else splitter.costs()
     if len(costs) != blocks:
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
-    scale = _Scale(list(costs), method, num_stages, microbatches, speeds or [1.0] * num_stages)
-    ranges = _choose(splitter, scale, num_stages, memory or [inf] * num_stages, numbers)
-    shared = splitter.stages([(start, end) for _, start, end in ranges])
+    allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
+    wanted = Wanted(num_stages, get_method(method), microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
+    plan = choose(list(costs), wanted)
+    shared = splitter.stages(plan.ranges)
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     names, tied = find_places(whole, shared)
     stages = untie(shared)
     splitter.check(stages)
-    return Partition(
-        stages,
-        [end - start for _, start, end in ranges],
-        list(costs),
-        [scale.seconds(*r) for r in ranges],
-        [scale.memory(*r) for r in ranges],
-        names,
-        tied,
-        how,
-    )
+    lengths = [end - start for start, end in plan.ranges]
+    return Partition(stages, lengths, list(costs), plan.seconds, plan.memory, names, tied, how, plan.replicas)
 
 
-def _splitter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: str, layers: Any) -> tuple[str, Splitter]:
+def _splitter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: str, layers: Any, m: int) -> tuple[str, Splitter]:
     if how not in HOW:
         raise ConfigError(f"how is {how!r}, must be one of {', '.join(HOW)}")
     given = isinstance(args, tuple)
@@ -129,47 +128,11 @@ def _splitter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: st
             f"the model is a {type(model).__name__}, which cannot be sliced, and no sample_args were given; pass one mini-batch, "
             "from which its layers are found, or pass an nn.Sequential or the list of its blocks"
         )
-    return how, Layered(model, args, kwargs, layers)
+    if how == "layers":
+        return how, Layered(model, args, kwargs, layers)
+    from pipeoptim.partitioning.traced import Traced  # torch.export is slow to import
 
-
-def _choose(
-    splitter: Splitter, scale: _Scale, stages: int, limits: Sequence[float], pins: set[int]
-) -> list[tuple[int, int, int]]:
-    """The best cut: (stage, first block, block after the last) for each stage."""
-    blocks = len(splitter.names)
-    allowed = [splitter.may_cut(c) for c in range(blocks - 1)] + [True]
-    if sum(allowed) < stages:
-        raise ConfigError(
-            f"num_stages is {stages}, but only {sum(allowed) - 1} of the {blocks - 1} places between the model's layers can be cut: "
-            "elsewhere more than a layer's own output is used later; use fewer stages, or name other layers"
-        )
-
-    def cost(k: int, start: int, end: int) -> float:
-        if any(start < pin < end for pin in pins) or not allowed[end - 1] or scale.memory(k, start, end) > limits[k]:
-            return inf
-        return scale.seconds(k, start, end)
-
-    lengths = best_cut(blocks, stages, cost)
-    starts = [sum(lengths[:k]) for k in range(stages)]
-    return [(k, start, start + length) for k, (start, length) in enumerate(zip(starts, lengths, strict=True))]
-
-
-class _Scale:
-    """Seconds and bytes of a range of blocks as a stage."""
-
-    def __init__(self, costs: list[BlockCost], method: Method, depth: int, m: int, speeds: Sequence[float]) -> None:
-        self.costs, self.speeds, self.m = costs, speeds, m
-        program = method.program(depth, m)
-        self.copies = [copies(method, depth, m, k) for k in range(depth)]
-        self.in_flight = [program.in_flight(k) for k in range(depth)]
-
-    def seconds(self, k: int, start: int, end: int) -> float:
-        return sum(c.seconds for c in self.costs[start:end]) / self.speeds[k]
-
-    def memory(self, k: int, start: int, end: int) -> int:
-        weights = sum(c.weight_bytes for c in self.costs[start:end])
-        saved = sum(c.saved_bytes for c in self.costs[start:end]) // self.m
-        return weights * (self.copies[k] + 1) + saved * self.in_flight[k]
+    return how, Traced(model, args, kwargs, layers, m)
 
 
 def _unmeasured(splitter: Splitter) -> list[BlockCost]:
@@ -184,14 +147,38 @@ def _numbers(pins: Sequence[int | str], names: Sequence[str]) -> set[int]:
     return {list(names).index(pin) if isinstance(pin, str) else pin for pin in pins}
 
 
-def _check(blocks: int, stages: int, speeds: Sequence[float] | None, memory: Sequence[int] | None, pins: set[int]) -> None:
-    if not 1 <= stages <= blocks:
+def _check(
+    blocks: int,
+    stages: int | None,
+    speeds: Sequence[float] | None,
+    memory: Sequence[int] | None,
+    pins: set[int],
+    devices: int | None,
+    bandwidth: float | None,
+) -> None:
+    if stages is None and devices is None:
+        raise ConfigError("neither num_stages nor devices was given; say how many stages, or how many devices to use")
+    if stages is not None and not 1 <= stages <= blocks:
         raise ConfigError(f"num_stages is {stages}, but the model has {blocks} blocks; use 1 .. {blocks}")
-    for what, values in (("speeds", speeds), ("memory", memory)):
-        if values is not None and (len(values) != stages or min(values) <= 0):
-            raise ConfigError(f"{what} is {list(values)}, must be {stages} positive numbers, one per stage")
+    if bandwidth is not None and bandwidth <= 0:
+        raise ConfigError(f"bandwidth is {bandwidth}, must be a positive number of bytes per second")
+    if devices is not None:
+        if devices < (stages or 1):
+            raise ConfigError(f"devices is {devices}, must be at least one per stage ({stages or 1})")
+        if bandwidth is None:
+            raise ConfigError(f"devices is {devices} without bandwidth; say how many bytes per second go between devices")
+        if speeds is not None:
+            raise ConfigError(f"speeds is {list(speeds)} with devices={devices}, which are taken to be equal; leave one out")
+    for what, values, count in (("speeds", speeds, stages), ("memory", memory, stages if devices is None else 1)):
+        if values is not None and (len(values) != count or min(values) <= 0):
+            raise ConfigError(
+                f"{what} is {list(values)}, must be {count} positive numbers, one per stage"
+                if devices is None
+                else f"{what} is {list(values)}, must be one positive number, the bytes of each of the equal devices"
+            )
     bad = [pin for pin in pins if not 0 < pin < blocks]
-    if bad or len(pins) > stages - 1:
+    most = (stages or min(devices or 1, blocks)) - 1
+    if bad or len(pins) > most:
         raise ConfigError(
-            f"pins is {sorted(pins)}, must be at most {stages - 1} block numbers from 1 .. {blocks - 1}: where a stage must begin"
+            f"pins is {sorted(pins)}, must be at most {most} block numbers from 1 .. {blocks - 1}: where a stage must begin"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -16,17 +17,22 @@ _FORM = "form of a tensor"
 #: Arguments that are False unless given: a cache of past keys belongs to generation and would live on every stage.
 _OFF = ("use_cache",)
 
+Parameters = Mapping[str, inspect.Parameter]
 Inputs = tuple[list[Any], dict[str, Any]]
 
 
-def bound(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+def parameters(model: nn.Module) -> Parameters:
+    """Those of the model's forward."""
+    return inspect.signature(model.forward).parameters
+
+
+def bound(parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """Positional and keyword arguments, as many as possible by name, without those that are None.
 
     Example:
-        >>> bound(torch.nn.Linear(2, 2), (1,), {})
+        >>> bound(parameters(torch.nn.Linear(2, 2)), (1,), {})
         ([], {'input': 1})
     """
-    parameters = inspect.signature(model.forward).parameters
     plain = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
     named: dict[str, Any] = {}
     rest = list(args)

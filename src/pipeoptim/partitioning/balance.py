@@ -12,6 +12,10 @@ StageCost = Callable[[int, int, int], float]
 """``cost(k, start, end)``: of blocks ``start .. end-1`` as stage ``k``; infinite where that cannot be."""
 
 
+ReplicatedCost = Callable[[int, int, int, int], float]
+"""``cost(k, start, end, m)``: the same on ``m`` devices."""
+
+
 def best_cut(blocks: int, parts: int, cost: StageCost) -> list[int]:
     """Lengths of ``parts`` contiguous, non-empty pieces whose largest cost is the least possible.
 
@@ -88,26 +92,50 @@ def best_replicas(
     one with the fewest stages is taken, which needs the least memory for activations and has the smallest gap.
     """
     time, size = _prefix(seconds), _prefix(weight_bytes)
-    blocks = len(seconds)
 
-    def stage(start: int, end: int, m: int) -> float:
-        reduce = 2 * (m - 1) / m * (size[end] - size[start]) / bandwidth
-        return max(time[end] - time[start], reduce) / m
+    def stage(_: int, start: int, end: int, m: int) -> float:
+        return shared(time[end] - time[start], size[end] - size[start], m, bandwidth)
+
+    plans = [best_replicated_cut(len(seconds), parts, devices, stage) for parts in range(1, min(len(seconds), devices) + 1)]
+    _, lengths, replicas = min(plans, key=lambda plan: plan[0])
+    return lengths, replicas
+
+
+def shared(seconds: float, weight_bytes: float, m: int, bandwidth: float) -> float:
+    """Seconds per mini-batch of a stage on ``m`` devices, as in :func:`best_replicas`."""
+    return max(seconds, 2 * (m - 1) / m * weight_bytes / bandwidth) / m
+
+
+def best_replicated_cut(blocks: int, parts: int, devices: int, cost: ReplicatedCost) -> tuple[float, list[int], list[int]]:
+    """The largest cost, the lengths and the replicas of the best ``parts`` contiguous pieces on ``devices`` devices in all.
+
+    Exact, by dynamic programming: ``O(parts * blocks^2 * devices^2)`` calls of ``cost``.
+
+    Args:
+        blocks, parts: as for :func:`best_cut`.
+        devices: all are used.
+        cost: of a stage made of a range of blocks on m devices.
+
+    Example:
+        >>> best_replicated_cut(2, 2, 4, lambda k, start, end, m: [3, 1][start] / m)
+        (1.0, [1, 1], [3, 1])
+    """
 
     @cache
-    def best(start: int, left: int) -> tuple[float, int, tuple[tuple[int, int], ...]]:
-        if start == blocks:
-            return (0.0, 0, ()) if left == 0 else (inf, 0, ())
-        found: tuple[float, int, tuple[tuple[int, int], ...]] = (inf, 0, ())
-        for end in range(start + 1, blocks + 1):
-            for m in range(1, left + 1):
-                slowest, stages, plan = best(end, left - m)
-                option = (max(stage(start, end, m), slowest), stages + 1, ((end - start, m), *plan))
-                found = min(found, option, key=lambda o: (o[0], o[1]))
+    def best(k: int, start: int, left: int) -> tuple[float, tuple[tuple[int, int], ...]]:
+        if k == parts:
+            return (0.0, ()) if start == blocks and left == 0 else (inf, ())
+        found: tuple[float, tuple[tuple[int, int], ...]] = (inf, ())
+        for end in range(start + 1, blocks - (parts - k - 1) + 1):
+            for m in range(1, left - (parts - k - 1) + 1):
+                own = cost(k, start, end, m)
+                if own < found[0]:
+                    slowest, plan = best(k + 1, end, left - m)
+                    found = min(found, (max(own, slowest), ((end - start, m), *plan)), key=lambda option: option[0])
         return found
 
-    _, _, plan = best(0, devices)
-    return [length for length, _ in plan], [m for _, m in plan]
+    largest, plan = best(0, 0, devices)
+    return largest, [length for length, _ in plan], [m for _, m in plan]
 
 
 def _prefix(values: Sequence[float]) -> list[float]:

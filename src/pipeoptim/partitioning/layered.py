@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeoptim.engine.tree import as_args
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.arguments import bound, tensor_names
+from pipeoptim.partitioning.arguments import bound, parameters, tensor_names
 from pipeoptim.partitioning.layers import find_layers
 from pipeoptim.partitioning.measure import measure
 from pipeoptim.partitioning.pieces import LayerStage
@@ -32,7 +32,7 @@ class Layered:
     def __init__(
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layers: str | Sequence[str] | None
     ) -> None:
-        self.model, self.inputs = model, bound(model, args, kwargs)
+        self.model, self.inputs = model, bound(parameters(model), args, kwargs)
         self.measurable = not is_meta(model)
         log = watch(model, tuple(self.inputs[0]), self.inputs[1])
         self.layers = find_layers(model, log, layers)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.partitioning.absent import Absent
-from pipeoptim.partitioning.arguments import bound, closed, first_device, opened
+from pipeoptim.partitioning.arguments import bound, closed, first_device, opened, parameters
 from pipeoptim.partitioning.shadow import Slot
 
 
@@ -26,8 +26,8 @@ class LayerStage(nn.Module):
     """Layers ``start .. end-1`` of a model, with what comes before them on the first stage and after them on the last.
 
     The first stage takes the model's own arguments. It returns ``(value, inputs)``: what its last layer returned, and the
-    arguments; those that later stages need only for their shape travel as a few numbers. The next stage takes these two. The
-    last stage returns what the model returns.
+    arguments; those that later stages need only for their shape travel as a few numbers. The next stage takes these two, and
+    keyword arguments of the model, which replace those that came. The last stage returns what the model returns.
 
     What comes before the layers also makes what each of them needs, such as masks and rotary embeddings. So every stage runs
     that code again, from the arguments; whatever in it depends on the weights of other stages is skipped (see
@@ -55,10 +55,11 @@ class LayerStage(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.start == 0:
-            inputs = bound(self.model, args, kwargs)
+            inputs = bound(parameters(self.model), args, kwargs)
         else:
             self._received, travelled = args
             inputs = opened(travelled, first_device(self._received))
+            inputs[1].update(kwargs)
         try:
             output = self.model(*inputs[0], **inputs[1])
         except _Reached as reached:

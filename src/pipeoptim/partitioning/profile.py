@@ -42,7 +42,11 @@ class BlockCost:
 
 
 def profile(
-    blocks: Sequence[nn.Module], sample_args: tuple[Any, ...], names: Sequence[str], repeats: int = 5
+    blocks: Sequence[nn.Module],
+    sample_args: tuple[Any, ...],
+    names: Sequence[str],
+    repeats: int = 5,
+    sample_kwargs: dict[str, Any] | None = None,
 ) -> list[BlockCost]:
     """Run ``blocks`` one after the other, each ``repeats`` times, and take medians.
 
@@ -53,18 +57,20 @@ def profile(
         sample_args: input of the first, of the size that training will have.
         names: of the blocks.
         repeats: runs per block, after one that is not counted.
+        sample_kwargs: keyword arguments of the first.
     """
     costs = []
+    kwargs = sample_kwargs or {}
     value: Any = sample_args
     with torch.enable_grad():
         for name, block in zip(names, blocks, strict=True):
             with undisturbed(block):
-                samples = [_once(block, value) for _ in range(repeats + 1)][1:]
+                samples = [_once(block, value, kwargs) for _ in range(repeats + 1)][1:]
             forward, backward = median(s[0] for s in samples), median(s[1] for s in samples)
             output, saved = samples[-1][2:]
             weights = sum(p.nbytes for p in block.parameters())
             costs.append(BlockCost(name, forward, backward, nbytes(output), saved, weights))
-            value = as_args(output)
+            value, kwargs = as_args(output), {}
     return costs
 
 
@@ -87,7 +93,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
-def _once(block: nn.Module, value: Any) -> tuple[float, float, Any, int]:
+def _once(block: nn.Module, value: Any, kwargs: dict[str, Any]) -> tuple[float, float, Any, int]:
     """Seconds of F, seconds of B, the detached output, and the bytes that autograd kept."""
     args = tree_map(lambda t: _leaf(t) if isinstance(t, Tensor) else t, value)
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
@@ -100,10 +106,10 @@ def _once(block: nn.Module, value: Any) -> tuple[float, float, Any, int]:
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        block(*args)
+        block(*args, **kwargs)
     wait()
     start = time.perf_counter()
-    output = block(*args)
+    output = block(*args, **kwargs)
     wait()
     middle = time.perf_counter()
     roots = differentiable(as_args(output))

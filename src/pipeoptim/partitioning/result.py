@@ -21,6 +21,7 @@ class Partition:
         costs: of the blocks, which the cut was chosen by.
         seconds: F and B of each stage for a mini-batch, on its own device.
         memory_bytes: weights, their copies, gradients and activations of each stage while ``method`` trains.
+        replicas: devices of each stage.
         names: per stage, name in the model's ``state_dict`` -> name in the stage's; with those of tied weights on every stage
             that has a copy.
         tied: parameters of the model that several stages use. Each stage has a copy of its own, equal at first: their
@@ -36,6 +37,7 @@ class Partition:
     names: list[dict[str, str]] = field(default_factory=list)
     tied: list[Tied] = field(default_factory=list)
     how: str = "blocks"
+    replicas: list[int] = field(default_factory=list)
 
     def full_state_dict(self, states: Sequence[Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
         """The ``state_dict`` of the whole model, which its own class loads.
@@ -52,17 +54,74 @@ class Partition:
         """
         return full_state_dict(self.names, [s.state_dict() for s in self.stages] if states is None else states)
 
-    def to_text(self) -> str:
-        """The cut as a picture for the terminal: a bar per stage, as long as the stage takes."""
-        longest, start, lines = max(self.seconds) or 1.0, 0, []
-        for k, (length, seconds, memory) in enumerate(zip(self.lengths, self.seconds, self.memory_bytes, strict=True)):
-            names = (
-                f"{self.costs[start].name} .. {self.costs[start + length - 1].name}" if length > 1 else self.costs[start].name
-            )
-            bar = "#" * max(1, round(40 * seconds / longest))
-            lines.append(f"stage {k}  {bar:40s} {seconds * 1e3:8.2f} ms {memory / 2**20:8.1f} MiB  {length:3d} blocks: {names}")
+    def rows(self) -> list[StageRow]:
+        """What pictures show of each stage."""
+        rows, start = [], 0
+        for k, length in enumerate(self.lengths):
+            blocks = self.costs[start : start + length]
             start += length
-        for tie in self.tied:
-            where = ", ".join(f"{k}" for k, _ in tie.places)
-            lines.append(f"tied: {' = '.join(tie.names)}, on stages {where}")
+            sent = blocks[-1].output_bytes if k < len(self.lengths) - 1 else 0
+            replicas = self.replicas[k] if self.replicas else 1
+            rows.append(StageRow(k, blocks, self.seconds[k], self.memory_bytes[k], sent, replicas))
+        return rows
+
+    def to_text(self) -> str:
+        """The cut as a picture for the terminal: a bar per stage, as long as the stage takes, F as ``=`` and B as ``#``."""
+        rows = self.rows()
+        longest = max(self.seconds) or 1.0
+        lines = []
+        for row in rows:
+            length = max(1, round(40 * row.seconds / longest))
+            forward = round(length * row.forward_share)
+            bar = "=" * forward + "#" * (length - forward)
+            lines.append(f"stage {row.k}  {bar:40s} {row.words()}")
+        lines += [f"tied: {' = '.join(tie.names)}, on stages {', '.join(str(k) for k, _ in tie.places)}" for tie in self.tied]
         return "\n".join(lines)
+
+    def to_svg(self) -> str:
+        """The cut as a self-contained SVG: a bar per stage, its blocks side by side, and a bar for its memory."""
+        from pipeoptim.partitioning.draw import to_svg
+
+        return to_svg(self.rows())
+
+
+@dataclass(frozen=True)
+class StageRow:
+    """One stage in a picture.
+
+    Attributes:
+        k: the stage.
+        blocks: their costs.
+        seconds, memory_bytes: of the stage, on its devices.
+        sent_bytes: to the next stage, per mini-batch.
+        replicas: its devices.
+    """
+
+    k: int
+    blocks: Sequence[BlockCost]
+    seconds: float
+    memory_bytes: int
+    sent_bytes: int
+    replicas: int
+
+    @property
+    def forward_share(self) -> float:
+        """Of F in the time of F and B."""
+        both = sum(c.seconds for c in self.blocks)
+        return sum(c.forward for c in self.blocks) / both if both else 0.0
+
+    def words(self) -> str:
+        """Seconds, bytes and blocks."""
+        count = len(self.blocks)
+        names = self.blocks[0].name if count == 1 else f"{self.blocks[0].name} .. {self.blocks[-1].name}"
+        copies = f" on {self.replicas} devices" if self.replicas > 1 else ""
+        sent = f", sends {_size(self.sent_bytes)}" if self.sent_bytes else ""
+        return f"{self.seconds * 1e3:8.2f} ms {_size(self.memory_bytes):>10s}{copies}  {count:3d} blocks: {names}{sent}"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,0 +1,112 @@
+"""From the costs of blocks and what is wanted to the best plan: which blocks each stage has, on how many devices."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import inf
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method, copies
+from pipeoptim.partitioning.balance import best_cut, best_replicated_cut, shared
+from pipeoptim.partitioning.profile import BlockCost
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What :func:`~pipeoptim.partitioning.partition` was asked for, checked; ``allowed``: blocks behind which one may cut."""
+
+    stages: int | None
+    method: Method
+    microbatches: int
+    speeds: Sequence[float] | None
+    memory: Sequence[int] | None
+    devices: int | None
+    bandwidth: float | None
+    pins: set[int]
+    allowed: set[int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Per stage: its range of blocks, its devices, its seconds and bytes."""
+
+    ranges: list[tuple[int, int]]
+    replicas: list[int]
+    seconds: list[float]
+    memory: list[int]
+
+
+def choose(costs: list[BlockCost], wanted: Wanted) -> Plan:
+    """The plan whose slowest stage is the fastest; among equals the one with the fewest stages.
+
+    Raises:
+        ConfigError: there is none.
+    """
+    if wanted.devices is None or wanted.stages is not None:
+        return _of_depth(costs, wanted, wanted.stages or 1)
+    plans, refused = [], None
+    for depth in range(1, min(wanted.devices, len(costs)) + 1):
+        try:
+            plans.append(_of_depth(costs, wanted, depth))
+        except ConfigError as error:
+            refused = refused or error
+    if not plans:
+        assert refused is not None
+        raise refused
+    return min(plans, key=lambda plan: max(plan.seconds))
+
+
+def _of_depth(costs: list[BlockCost], wanted: Wanted, depth: int) -> Plan:
+    blocks = len(costs)
+    if len(wanted.allowed) < depth - 1:
+        raise ConfigError(
+            f"num_stages is {depth}, but only {len(wanted.allowed)} of the {blocks - 1} places between the model's layers can be "
+            "cut: elsewhere more than a layer's own output is used later; use fewer stages, name other layers, or partition with "
+            'how="trace"'
+        )
+    scale = _Scale(costs, wanted, depth)
+    limits: Sequence[float] = wanted.memory or [inf]
+
+    def cost(k: int, start: int, end: int, m: int) -> float:
+        forbidden = any(start < pin < end for pin in wanted.pins) or (end < blocks and end - 1 not in wanted.allowed)
+        return inf if forbidden or scale.memory(k, start, end) > limits[k % len(limits)] else scale.seconds(k, start, end, m)
+
+    if wanted.devices is None:
+        lengths, replicas = best_cut(blocks, depth, lambda k, start, end: cost(k, start, end, 1)), [1] * depth
+    else:
+        largest, lengths, replicas = best_replicated_cut(blocks, depth, wanted.devices, cost)
+        if largest == inf:
+            raise ConfigError(
+                f"{blocks} blocks cannot be cut into {depth} stages on {wanted.devices} devices under these limits; use other "
+                "pins, more memory or another number of stages"
+            )
+    ranges = list(pairwise([0, *accumulate(lengths)]))
+    seconds = [scale.seconds(k, *r, m) for k, (r, m) in enumerate(zip(ranges, replicas, strict=True))]
+    return Plan(ranges, replicas, seconds, [scale.memory(k, *r) for k, r in enumerate(ranges)])
+
+
+class _Scale:
+    """Seconds and bytes of a range of blocks as a stage."""
+
+    def __init__(self, costs: list[BlockCost], wanted: Wanted, depth: int) -> None:
+        self.costs, self.m, self.bandwidth = costs, wanted.microbatches, wanted.bandwidth
+        self.speeds = wanted.speeds or [1.0] * depth
+        program = wanted.method.program(depth, self.m)
+        self.copies = [copies(wanted.method, depth, self.m, k) for k in range(depth)]
+        self.in_flight = [program.in_flight(k) for k in range(depth)]
+        self._time = [0.0, *accumulate(c.seconds for c in costs)]
+        self._size = [0, *accumulate(c.weight_bytes for c in costs)]
+        self._saved = [0, *accumulate(c.saved_bytes for c in costs)]
+
+    def seconds(self, k: int, start: int, end: int, replicas: int) -> float:
+        own = (self._time[end] - self._time[start]) / self.speeds[k]
+        if self.bandwidth is None:
+            return own
+        sends = 2 * self.costs[end - 1].output_bytes / self.bandwidth if end < len(self.costs) else 0.0
+        return max(shared(own, self._size[end] - self._size[start], replicas, self.bandwidth), sends / replicas)
+
+    def memory(self, k: int, start: int, end: int) -> int:
+        saved = (self._saved[end] - self._saved[start]) // self.m
+        return (self._size[end] - self._size[start]) * (self.copies[k] + 1) + saved * self.in_flight[k]
