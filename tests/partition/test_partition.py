@@ -86,6 +86,51 @@ def test_faster_devices_get_more_and_pins_and_memory_hold():
         partition(model, 2, costs=heavy, memory=[10, 10])
 
 
+def test_replicas_links_and_depth_are_chosen_together():
+    model, even = linears(4), block_costs([3, 1, 1, 1], [0, 0, 0, 0])
+    cut = partition(model, costs=even, devices=4, bandwidth=1e9)  # without weights to reduce, data parallelism is perfect
+    assert (cut.lengths, cut.replicas, max(cut.seconds)) == ([4], [4], pytest.approx(1.5))
+    heavy = block_costs([3, 1, 1, 1], [0, 8, 8, 8])
+    cut = partition(model, costs=heavy, devices=4, bandwidth=1.0)
+    assert (cut.lengths, cut.replicas, max(cut.seconds)) == ([1, 1, 2], [2, 1, 1], 2.0)
+    assert "on 2 devices" in cut.to_text()
+    cut = partition(model, 2, costs=heavy, devices=2, bandwidth=0.1)  # sending one byte back and forth takes 20 s
+    assert cut.seconds == [20.0, 3.0]
+    cut = partition(model, costs=block_costs([1] * 4, [100] * 4), devices=4, bandwidth=1e9, memory=[500])
+    assert max(cut.memory_bytes) <= 500 and len(cut.stages) > 1
+    with pytest.raises(po.ConfigError, match="cannot be cut into"):
+        partition(model, costs=heavy, devices=4, bandwidth=1.0, memory=[1])
+
+
+@settings(max_examples=25)
+@given(data=st.data(), blocks=st.integers(2, 6), devices=st.integers(1, 4))
+def test_the_plan_with_replicas_equals_brute_force_under_pins_memory_and_links(data, blocks, devices):
+    numbers = st.lists(st.integers(1, 20), min_size=blocks, max_size=blocks)
+    seconds, weights, sent = data.draw(numbers), data.draw(numbers), data.draw(numbers)
+    pins, limit = data.draw(st.lists(st.integers(1, blocks - 1), max_size=1)), data.draw(st.integers(20, 200))
+    costs = [BlockCost(str(n), 0, s, o, 0, w) for n, (s, w, o) in enumerate(zip(seconds, weights, sent, strict=True))]
+
+    def time(start, end, m):
+        link = 2 * sent[end - 1] / 5.0 if end < blocks else 0
+        return max(sum(seconds[start:end]), 2 * (m - 1) / m * sum(weights[start:end]) / 5.0, link) / m
+
+    best = math.inf
+    for parts in range(1, min(blocks, devices) + 1):
+        for cut in cuts(blocks, parts):
+            bytes_held = [sum(weights[a:b]) * (3 if k < parts - 1 else 2) for k, a, b in cut]
+            if max(bytes_held) > limit or any(a < pin < b for _, a, b in cut for pin in pins):
+                continue
+            for replicas in itertools.product(range(1, devices + 1), repeat=parts):
+                if sum(replicas) == devices:
+                    best = min(best, max(time(a, b, m) for (_, a, b), m in zip(cut, replicas, strict=True)))
+    options = {"costs": costs, "devices": devices, "bandwidth": 5.0, "memory": [limit], "pins": pins}
+    if best == math.inf or len(pins) > min(devices, blocks) - 1:
+        with pytest.raises(po.ConfigError):
+            partition(linears(blocks), **options)
+    else:
+        assert max(partition(linears(blocks), **options).seconds) == pytest.approx(best)
+
+
 def test_memory_is_that_of_the_method():
     model, costs = linears(4), block_costs([1] * 4, [1000] * 4)
     assert partition(model, 4, costs=costs, method="pipedream").memory_bytes == [5000, 4000, 3000, 2000]

@@ -149,8 +149,14 @@ def test_code_between_layers_runs_and_a_cut_across_a_skip_is_refused():
     cut = po.partition(model, 3, (x,))
     assert cut.lengths == [1, 3, 1]
     torch.testing.assert_close(through(cut.stages, (x,), {}), model(x))
-    with pytest.raises(po.ConfigError, match="can be cut"):
-        po.partition(model, 5, (x,))
+    with pytest.raises(po.ConfigError, match="only 2 of the 4 places .* can be cut"):
+        po.partition(model, 4, (x,), how="layers")
+    traced = po.partition(model, 5, (x,))  # so it is traced
+    assert traced.how == "trace" and traced.lengths == [1] * 5
+    assert torch.equal(through(traced.stages, (x,), {}), model(x))
+    assert traced.full_state_dict().keys() == model.state_dict().keys()
+    with pytest.raises(po.ConfigError, match="traced with \\[3, 4\\]"):
+        traced.stages[0](torch.randn(2, 4))
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,14 @@
 import os
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import pipeoptim as po
+from pipeoptim.cli.app import _run
 from pipeoptim.partitioning.forecast import seconds_per_minibatch
 from pipeoptim.schedule import Program
 
@@ -23,22 +26,29 @@ def test_an_asynchronous_pipeline_is_as_fast_as_its_slowest_stage_and_a_flush_is
     assert one_by_one == pytest.approx(sum(stages))
 
 
-def command(*arguments):
-    env = {**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
+@pytest.fixture
+def command(capsys, monkeypatch, tmp_path):
+    """The command line in this process, in an empty folder: exit code, output, errors."""
+    monkeypatch.setenv("COLUMNS", "160")
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments):
+        code = _run(["plan", *arguments])
+        return code, *capsys.readouterr()
+
+    return run
+
+
+def test_plan_shows_the_cut_and_every_method(tmp_path):
+    arguments = ["--recipe", "digits", "--stages", "3", "--microbatches", "2", "--pin", "2", "--svg", str(tmp_path / "a.svg")]
+    done = subprocess.run(
         [sys.executable, "-m", "pipeoptim", "plan", *arguments],
         capture_output=True,
         text=True,
         timeout=120,
-        env=env,
+        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
         check=False,
     )
-
-
-def test_plan_shows_the_cut_and_every_method(tmp_path):
-    import pipeoptim as po
-
-    done = command("--recipe", "digits", "--stages", "3", "--microbatches", "2", "--pin", "2", "--svg", str(tmp_path / "a.svg"))
     assert done.returncode == 0, done.stderr
     assert "stage 2" in done.stdout
     assert "2 blocks: 0 " in done.stdout  # the pin
@@ -48,6 +58,48 @@ def test_plan_shows_the_cut_and_every_method(tmp_path):
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
 
 
+OWN = """
+import torch
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed = nn.Embedding(50, 8)
+        self.layers = nn.ModuleList(nn.Linear(8, 8) for _ in range(4))
+        self.head = nn.Linear(8, 50)
+
+    def forward(self, ids, scale=1.0):
+        x = self.embed(ids)
+        for layer in self.layers:
+            x = layer(x).relu() * scale
+        return self.head(x)
+
+def make():
+    return Net(), (torch.zeros(4, 3, dtype=torch.long),), {"scale": torch.ones(())}
+
+def wrong():
+    return Net()
+"""
+
+
+def test_plan_of_a_model_of_ones_own(command, tmp_path):
+    (tmp_path / "my_own_net.py").write_text(OWN)
+    code, out, err = command("--model", "my_own_net:make", "--stages", "3", "--pin", "layers.1", "--picture", "stages.svg")
+    assert code == 0, err
+    assert "1 blocks: layers.0, sends" in out
+    tree = ElementTree.parse(tmp_path / "stages.svg")
+    titles = [e.text for e in tree.iter() if e.tag.endswith("title")]
+    assert [t.split(":")[0] for t in titles] == ["layers.0", "layers.1", "layers.2", "layers.3", "after layers.3"]
+    code, out, _ = command("--model", "my_own_net:make", "--devices", "3", "--bandwidth", "10", "--memory", "1")
+    assert code == 0
+    assert "on 3 devices" in out or "stage 1" in out
+    code, _, err = command("--model", "my_own_net:wrong", "--stages", "2")
+    assert code == 2 and "must return (model, args)" in err
+    code, _, err = command("--model", "my_own_net:make")
+    assert code == 2 and "say how many stages" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -55,10 +107,15 @@ def test_plan_shows_the_cut_and_every_method(tmp_path):
         (["--recipe", "charss"], "chars"),
         (["--method", "pipeoptimm"], "did you mean 'pipeoptim'"),
         (["--memory", "0.000001"], "must be 4 positive numbers"),
+        (["--devices", "4"], "without bandwidth"),
+        (["--devices", "4", "--bandwidth", "1", "--speed", "2"], "taken to be equal"),
+        (["--how", "magic"], "must be one of auto, blocks"),
+        (["--pin", "block9"], "which is not a block"),
+        (["--device", "nowhere"], "cannot be used here"),
     ],
 )
-def test_bad_input_is_one_line_and_exit_code_2(arguments, words):
-    done = command(*arguments)
-    assert done.returncode == 2
-    assert words in done.stderr
-    assert done.stderr.count("\n") == 1
+def test_bad_input_is_one_line_and_exit_code_2(command, arguments, words):
+    code, _, err = command(*arguments)
+    assert code == 2
+    assert words in err
+    assert err.count("\n") == 1

@@ -64,7 +64,8 @@ def partition(
         sample_args, sample_kwargs: one mini-batch as the model takes it, to measure with and to see what the model does. For
             blocks it is not needed when ``costs`` are given or all cuts are pinned.
         how: ``"blocks"``: the model is a row of blocks. ``"layers"``: each stage runs its part of the model's own forward.
-            ``"trace"``: ``torch.export`` cuts the graph of operations. ``"auto"``: blocks where the model has them, else layers.
+            ``"trace"``: ``torch.export`` cuts the graph of operations. ``"auto"``: blocks where the model has them, else layers,
+            else (too few places between layers can be cut) the trace.
         layers: names of the lists of layers, or of single modules, behind which the model may be cut; found by itself.
         costs: of the blocks, from :func:`~pipeoptim.partitioning.profile` or your own.
         speeds: of the devices, relative to the one measured; all 1 by default.
@@ -85,7 +86,7 @@ def partition(
         >>> sum(cut.lengths), len(cut.stages)
         (6, 3)
     """
-    how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches)
+    how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches, num_stages)
     blocks = len(splitter.names)
     numbers = _numbers(pins, splitter.names)
     _check(blocks, num_stages, speeds, memory, numbers, devices, bandwidth)
@@ -106,13 +107,16 @@ def partition(
     return Partition(stages, lengths, list(costs), plan.seconds, plan.memory, names, tied, how, plan.replicas)
 
 
-def _splitter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: str, layers: Any, m: int) -> tuple[str, Splitter]:
+def _splitter(
+    model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: str, layers: Any, m: int, stages: int | None
+) -> tuple[str, Splitter]:
     if how not in HOW:
         raise ConfigError(f"how is {how!r}, must be one of {', '.join(HOW)}")
     given = isinstance(args, tuple)
     if not given:
         raise ConfigError(f"sample_args is a {type(args).__name__}, must be a tuple of the model's arguments: (x,)")
-    if how == "auto":
+    auto = how == "auto"
+    if auto:
         how = "blocks" if layers is None and (not isinstance(model, nn.Module) or sliceable(model)) else "layers"
     if how == "blocks":
         if isinstance(model, nn.Module) and not sliceable(model):
@@ -129,10 +133,13 @@ def _splitter(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: st
             "from which its layers are found, or pass an nn.Sequential or the list of its blocks"
         )
     if how == "layers":
-        return how, Layered(model, args, kwargs, layers)
+        layered = Layered(model, args, kwargs, layers)
+        places = sum(layered.may_cut(c) for c in range(len(layered.names) - 1))
+        if not auto or not layered.measurable or places >= (stages or 1) - 1 or len(layered.names) < (stages or 1):
+            return how, layered
     from pipeoptim.partitioning.traced import Traced  # torch.export is slow to import
 
-    return how, Traced(model, args, kwargs, layers, m)
+    return "trace", Traced(model, args, kwargs, layers, m)
 
 
 def _unmeasured(splitter: Splitter) -> list[BlockCost]:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
@@ -16,50 +18,126 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str, Option(help="Whose model and mini-batch, as for train.")] = "chars",
     tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form.")] = False,
-    stages: Annotated[int | None, Option(help="Depth; by default the recipe's.")] = None,
-    microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; by default the recipe's.")] = None,
+    model: Annotated[
+        str | None,
+        Option(help="module:function of your own, instead of a recipe: returns (model, args) or (model, args, kwargs)."),
+    ] = None,
+    stages: Annotated[int | None, Option(help="Depth; by default the recipe's, or with --devices the fastest.")] = None,
+    microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; by default the recipe's, or 1.")] = None,
     method: Annotated[str, Option(help="The method whose memory counts for the cut.")] = "pipeoptim",
+    how: Annotated[str, Option(help="blocks, layers, trace, or auto.")] = "auto",
+    layers: Annotated[list[str] | None, Option(help="Name of a list of layers in the model; found by itself.")] = None,
     speed: Annotated[list[float] | None, Option(help="Relative speed of each stage's device; once per stage.")] = None,
-    memory: Annotated[list[float] | None, Option(help="GiB of each stage's device; once per stage.")] = None,
-    pin: Annotated[list[int] | None, Option(help="A block before which a stage must begin; may be repeated.")] = None,
-    svg: Annotated[Path | None, Option(help="Also draw the schedule of the method into this file.")] = None,
+    memory: Annotated[
+        list[float] | None, Option(help="GiB of each stage's device; once per stage, with --devices just once.")
+    ] = None,
+    devices: Annotated[int | None, Option(help="Equal devices to use: stages may be replicated. Give --bandwidth.")] = None,
+    bandwidth: Annotated[float | None, Option(help="GB per second between devices; unlimited by default.")] = None,
+    pin: Annotated[
+        list[str] | None, Option(help="A block, by number or name, with which a stage must begin; may be repeated.")
+    ] = None,
+    device: Annotated[str, Option(help="Where to measure: cpu, cuda, ...")] = "cpu",
+    picture: Annotated[Path | None, Option(help="Also draw the stages into this SVG file.")] = None,
+    svg: Annotated[Path | None, Option(help="Also draw the schedule of the method into this SVG file.")] = None,
 ) -> None:
     """Measure a model's blocks on this machine, cut it, and say what every method will cost.
 
     The cut is the best contiguous one for the slowest stage, under the memory limits and pins that are given. Nothing is
-    trained and nothing is written, unless --svg asks for it.
+    trained and nothing is written, unless --picture or --svg ask for it.
 
     \b
     Examples:
       pipeoptim plan --stages 2
+          The default recipe on two stages.
       pipeoptim plan --recipe resnet101-tinyimagenet --tiny --stages 4 --speed 1 --speed 1 --speed 2 --speed 2
+          The last two devices are twice as fast.
       pipeoptim plan --stages 4 --pin 3 --memory 1 --memory 1 --memory 1 --memory 2
+          A stage begins with block 3, and the devices have 1, 1, 1 and 2 GiB.
+      pipeoptim plan --devices 4 --bandwidth 10
+          As many stages on 4 devices as are fastest, some perhaps replicated.
+      pipeoptim plan --model mine:gpt2 --stages 4 --pin transformer.h.3 --picture stages.svg
+          A model of your own: mine.py in this folder has a function gpt2 that returns the model and a mini-batch.
     """
-    import torch
-
     from pipeoptim.methods import get_method
     from pipeoptim.partitioning import partition
+
+    chosen = get_method(method)
+    for option, path in (("--picture", picture), ("--svg", svg)):
+        if path is not None and path.exists():
+            raise ConfigError(f"{path} exists; choose another file for {option}")
+    module, args, kwargs, depth, m = _own(model) if model else _of_recipe(recipe, tiny)
+    module, args, kwargs = _on(device, module, args, kwargs)
+    found = partition(
+        module,
+        stages or (None if devices else depth),
+        args,
+        kwargs,
+        how=how,
+        layers=layers,
+        speeds=speed,
+        memory=[int(gib * 2**30) for gib in memory] if memory else None,
+        devices=devices,
+        bandwidth=bandwidth * 1e9 if bandwidth else None,
+        pins=[int(p) if p.isdigit() else p for p in pin or ()],
+        method=chosen,
+        microbatches=microbatches or m,
+    )
+    _show(found, len(found.stages), microbatches or m)
+    if picture is not None:
+        picture.write_text(found.to_svg())
+        print(f"stages drawn in {picture}")
+    if svg is not None:
+        from pipeoptim.schedule import to_svg
+
+        depth, m = len(found.stages), microbatches or m
+        svg.write_text(to_svg(chosen.program(depth, m), max(2, 2 * depth // m)))
+        print(f"schedule drawn in {svg}")
+
+
+def _of_recipe(recipe: str, tiny: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
+    """Model, arguments, depth and M of a recipe."""
+    import torch
+
     from pipeoptim.train.parts import read_data, seeded
     from pipeoptim.train.recipes import get_recipe
     from pipeoptim.train.targets import build
 
     config = get_recipe(recipe, tiny)
-    depth, m = stages or config.stages, microbatches or config.microbatches
-    chosen = get_method(method)
     torch.set_num_threads(config.threads)
     x, _ = read_data(config).train_batch(0, config.batch_size)
     with seeded(config.seed):
-        model = build("model", config.model)
-    limits = [int(gib * 2**30) for gib in memory] if memory else None
-    found = partition(model, depth, (x,), speeds=speed, memory=limits, pins=pin or (), method=chosen, microbatches=m)
-    _show(found, depth, m)
-    if svg is not None:
-        from pipeoptim.schedule import to_svg
+        return build("model", config.model), (x,), {}, config.stages, config.microbatches
 
-        if svg.exists():
-            raise ConfigError(f"{svg} exists; choose another file for --svg")
-        svg.write_text(to_svg(chosen.program(depth, m), max(2, 2 * depth // m)))
-        print(f"schedule drawn in {svg}")
+
+def _own(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
+    """The same of the user's own function, which may lie in the folder where the command runs."""
+    from torch import nn
+
+    from pipeoptim.train.targets import call, load
+
+    sys.path.append(os.getcwd())
+    made = call("model", load("model", target), target)
+    parts = tuple(made) if isinstance(made, tuple) else (made,)
+    known = len(parts) in (2, 3) and isinstance(parts[0], nn.Module) and isinstance(parts[1], tuple)
+    if not known or (len(parts) == 3 and not isinstance(parts[2], dict)):
+        got = ", ".join(type(part).__name__ for part in parts)
+        raise ConfigError(
+            f"model {target!r} returned ({got}), must return (model, args) or (model, args, kwargs): an nn.Module, the tuple of its "
+            "positional arguments and the dict of its keyword arguments for one mini-batch"
+        )
+    return parts[0], parts[1], parts[2] if len(parts) == 3 else {}, None, 1
+
+
+def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
+    """All on ``device``."""
+    import torch
+    from torch.utils._pytree import tree_map_only
+
+    try:
+        move = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
+        return model.to(device), *move
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _show(found: Partition, depth: int, m: int) -> None:
