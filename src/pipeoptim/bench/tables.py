@@ -20,6 +20,8 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: name, median, spread, and the ratio to the best contender that is not ours, if there is one."""
     if record.benchmark == "predict":
         return predict_columns(record)
+    if record.benchmark == "partition":
+        return _partition_columns(record)
     rivals = [row.median for row in record.rows if row.settings.get("ours") is False]
     head = ["", f"median {record.unit}", "lowest .. highest"] + (["times the best of torch"] if rivals else [])
     body = []
@@ -27,6 +29,19 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         cells = [row.name, _short(row.median), f"{_short(min(row.samples))} .. {_short(max(row.samples))}"]
         body.append(cells + ([f"{row.median / max(rivals):.2f}"] if rivals else []))
     return head, body
+
+
+def _partition_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Each stage beside what was predicted for it, and the slowest beside the slowest predicted."""
+    head = ["", "blocks", f"predicted {record.unit}", f"measured {record.unit}", "lowest .. highest", "measured / predicted"]
+    body = []
+    for row in record.rows:
+        predicted = row.settings["predicted"]
+        spread = f"{_short(min(row.samples))} .. {_short(max(row.samples))}"
+        blocks = str(row.settings["blocks"])
+        body.append([row.name, blocks, _short(predicted), _short(row.median), spread, f"{row.median / predicted:.2f}"])
+    most, slowest = max(row.settings["predicted"] for row in record.rows), max(row.median for row in record.rows)
+    return head, [*body, ["slowest stage", "", _short(most), _short(slowest), "", f"{slowest / most:.2f}"]]
 
 
 def caption(record: Record) -> str:
