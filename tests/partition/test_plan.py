@@ -1,8 +1,5 @@
 """``pipeoptim plan`` and the forecast behind it."""
 
-import os
-import subprocess
-import sys
 from xml.etree import ElementTree
 
 import pytest
@@ -39,23 +36,18 @@ def command(capsys, monkeypatch, tmp_path):
     return run
 
 
-def test_plan_shows_the_cut_and_every_method(tmp_path):
+def test_plan_shows_the_cut_and_every_method(command, tmp_path):
     arguments = ["--recipe", "digits", "--stages", "3", "--microbatches", "2", "--pin", "2", "--svg", str(tmp_path / "a.svg")]
-    done = subprocess.run(
-        [sys.executable, "-m", "pipeoptim", "plan", *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env={**os.environ, "COLUMNS": "160", "OMP_NUM_THREADS": "1"},
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert "stage 2" in done.stdout
-    assert "2 blocks: 0 " in done.stdout  # the pin
+    code, out, err = command(*arguments)
+    assert code == 0, err
+    assert "stage 2" in out
+    assert "2 blocks: 0 " in out  # the pin
     for name in po.METHODS:
-        assert name in done.stdout
-    assert "set microbatches to 3 or more" in done.stdout
+        assert name in out
+    assert "set microbatches to 3 or more" in out
     assert (tmp_path / "a.svg").read_text().startswith("<svg")
+    code, _, err = command(*arguments)
+    assert code == 2 and "choose another file for --svg" in err
 
 
 OWN = """
