@@ -6,7 +6,6 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from statistics import median
 from typing import Any
 
 import torch
@@ -48,7 +47,7 @@ def profile(
     repeats: int = 5,
     sample_kwargs: dict[str, Any] | None = None,
 ) -> list[BlockCost]:
-    """Run ``blocks`` one after the other, each ``repeats`` times, and take medians.
+    """Run ``blocks`` one after the other, each ``repeats`` times, and take the least: what else runs on the machine only adds.
 
     The blocks are left as they were: gradients are dropped, buffers and random state restored.
 
@@ -66,7 +65,7 @@ def profile(
         for name, block in zip(names, blocks, strict=True):
             with undisturbed(block):
                 samples = [_once(block, value, kwargs) for _ in range(repeats + 1)][1:]
-            forward, backward = median(s[0] for s in samples), median(s[1] for s in samples)
+            forward, backward = min(s[0] for s in samples), min(s[1] for s in samples)
             output, saved = samples[-1][2:]
             weights = sum(p.nbytes for p in block.parameters())
             costs.append(BlockCost(name, forward, backward, nbytes(output), saved, weights))
