@@ -78,6 +78,15 @@ def test_adapters_learn_and_the_frozen_weights_are_neither_copied_nor_changed(me
             torch.testing.assert_close(p, q, rtol=0, atol=1e-12)
 
 
+def test_a_parameter_shared_between_stages_is_refused_unless_it_is_frozen():
+    stages = [Layer(), Layer(), Layer()]
+    stages[2].linear.weight = stages[0].linear.weight
+    with pytest.raises(po.ConfigError, match="stages 0 and 2 share a parameter .'linear.weight'"):
+        po.Emulator(stages, sgd, mse)
+    stages[0].linear.weight.requires_grad_(False)
+    po.Emulator(stages, sgd, mse)
+
+
 @pytest.mark.parametrize("method", ["naive", "pipedream", "pipeoptim"])
 def test_compiled_stages_equal_the_oracle(method):
     """What compiled code saves of its weights must be found again by the backward, as in eager mode."""

@@ -93,6 +93,7 @@ class Emulator(Pipeline):
         stages = list(stages)
         if not stages:
             raise ConfigError("stages is empty; give at least one module")
+        _refuse_shared(stages)
         super().__init__(method, len(stages), microbatches, Cutter(microbatches, uneven, weigh), recompute)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
@@ -221,6 +222,18 @@ class Emulator(Pipeline):
             self._activations[k + 1].append((transferred(output), worker.tell(), part))
         elif not part.empty:
             losses.append((output, share))
+
+
+def _refuse_shared(stages: list[nn.Module]) -> None:
+    owners: dict[nn.Parameter, tuple[int, str]] = {}
+    for k, stage in enumerate(stages):
+        for name, p in stage.named_parameters():
+            first, theirs = owners.setdefault(p, (k, name))
+            if first != k and p.requires_grad:
+                raise ConfigError(
+                    f"stages {first} and {k} share a parameter ({theirs!r} and {name!r}), which each would update by its own part of "
+                    "the gradient; give each a copy, or keep both uses in one stage"
+                )
 
 
 def _one_each(what: str, stages: list[nn.Module], given: Any, argument: Callable[[nn.Module], Any]) -> list[Any]:

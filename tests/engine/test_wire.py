@@ -1,0 +1,90 @@
+"""Messages between stages: every structure arrives as it was, a new format costs one message more, an old one none."""
+
+import pickle
+from collections import OrderedDict, namedtuple
+
+import pytest
+import torch
+
+import pipeoptim as po
+from pipeoptim.engine import link, wire
+from pipeoptim.engine.tree import transferred
+
+Pair = namedtuple("Pair", "first second")
+
+
+def through(tree):
+    form, tensors = wire.format_of(tree)
+    other = wire.Format.parse(form.describe())
+    block = torch.zeros(other.size, dtype=torch.uint8)
+    wire.write(block, wire.HEADER, form, tensors)
+    return wire.read(block, wire.HEADER, other)
+
+
+x = torch.randn(2, 3, 4, 5, requires_grad=True)
+TREES = [
+    x,
+    (x, None, {"mask": x > 0, 3: [x.detach(), 2.5]}, "text", True),
+    Pair(x.transpose(1, 2), OrderedDict(a=x.argmax(-1), b=torch.empty(0, 4))),
+    [x.to(memory_format=torch.channels_last), torch.tensor(3), torch.ones(1, 3).expand(4, 3)],
+    (
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.ones(2, dtype=torch.complex64),
+        torch.float16,
+        torch.device("cpu"),
+        b"x",
+        2**70,
+    ),
+]
+
+
+@pytest.mark.parametrize("tree", TREES)
+def test_a_tree_arrives_as_it_was_by_message_and_in_the_emulator(tree):
+    for arrived in (through(tree), transferred(tree)):
+        ours, spec = torch.utils._pytree.tree_flatten(tree)
+        theirs, other = torch.utils._pytree.tree_flatten(arrived)
+        assert spec == other
+        for a, b in zip(ours, theirs, strict=True):
+            assert type(b) is (torch.Tensor if isinstance(a, torch.Tensor) else type(a))
+            if isinstance(a, torch.Tensor):
+                assert torch.equal(a, b) and a.dtype == b.dtype and a.requires_grad == b.requires_grad and b.grad_fn is None
+            else:
+                assert a == b
+
+
+@pytest.mark.parametrize("leaf", [{1, 2}, torch.eye(2).to_sparse(), torch.ones(2, device="meta"), slice(1), object()])
+def test_what_cannot_be_sent_is_refused_by_both_engines(leaf):
+    for send in (wire.format_of, transferred):
+        with pytest.raises(po.ConfigError, match="cannot be sent to the next stage"):
+            send((torch.ones(1), leaf))
+
+
+def test_a_class_that_the_next_process_cannot_import_is_refused():
+    local = namedtuple("local", "a")
+    with pytest.raises(po.ConfigError, match="define its class at the top of a module"):
+        wire.format_of(local(torch.ones(1)))[0].describe()
+    assert pickle.loads(pickle.dumps(Pair(1, 2))) == (1, 2)
+
+
+def test_a_format_is_described_only_when_it_changes(monkeypatch):
+    class Done:
+        def is_completed(self):
+            return True
+
+        def wait(self, timeout):
+            pass
+
+    sizes = []
+    monkeypatch.setattr(link.dist, "isend", lambda block, rank, group: sizes.append(block.numel()) or Done())
+    sender = link.Sender(None, 1, 1, torch.device("cpu"), 1.0, lambda peer: None)
+    for tree, messages in (
+        (torch.ones(4, 3), 2),
+        (torch.zeros(4, 3), 1),
+        (torch.ones(4, 3), 1),
+        (torch.ones(5, 3), 2),
+        (None, 2),
+    ):
+        before = len(sizes)
+        sender.send(tree)
+        assert len(sizes) - before == messages
+    assert sizes[2] == wire.HEADER + 64, "header and payload, nothing else"
