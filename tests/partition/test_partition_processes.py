@@ -1,0 +1,32 @@
+"""Stages of ordinary models train in processes exactly as in the emulator."""
+
+import json
+from pathlib import Path
+
+import torch
+
+import partition_models as models
+import pipeoptim as po
+import stage_processes
+
+# One worker: it imports everything once and forks a process per stage.
+RUNS = {2: ["llama", "resnet101"], 3: ["gpt2", "gnmt8"], 4: ["gpt2", "llama", "resnet101", "gnmt8"]}
+
+
+def test_asynchronous_training_in_processes_equals_the_emulator_bit_for_bit(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=":")
+    stage_processes.run(Path(__file__).parent / "partition_worker.py", 1, str(tmp_path), json.dumps(RUNS), timeout=240)
+    for depth, names in RUNS.items():
+        for name in names:
+            case = models.case(name)
+            cut = po.partition(case.model, depth, case.args, case.kwargs, costs=models.equal_costs(name))
+            pipe = po.Emulator(cut.stages, models.optimizer, case.loss, seed=3)
+            losses = [pipe.step(*args, target=target, **kwargs) for args, kwargs, target in models.feeds(case)]
+            pipe.drain()
+            for k, stage in enumerate(cut.stages):
+                theirs = torch.load(tmp_path / f"{name}-{depth}-{k}.pt", weights_only=True)
+                ours = stage.state_dict()
+                assert theirs["state"].keys() == ours.keys()
+                for key, value in ours.items():
+                    assert torch.equal(theirs["state"][key], value), f"{name}, depth {depth}, stage {k}: {key} differs"
+            assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"])), f"{name}, depth {depth}: losses differ"
