@@ -4,11 +4,13 @@ python benchmarks/render.py            writes them
 python benchmarks/render.py --check    says whether they are up to date, and changes nothing
 """
 
+import json
 import re
 import sys
 from pathlib import Path
 
 from pipeoptim.bench.tables import render_document
+from pipeoptim.partitioning import BlockCost, Partition
 from pipeoptim.rules import KINDS, RULES
 from pipeoptim.schedule import Program, to_svg
 
@@ -44,6 +46,9 @@ def documents() -> dict[Path, str]:
     texts[ROOT / "docs/1f1b.svg"] = to_svg(
         Program("1f1b", 4, 4), 2, "1F1B with a flush after every mini-batch of 4 micro-batches"
     )
+    stages = json.loads((ROOT / "benchmarks/results/partition_costs.json").read_text())
+    stages["costs"] = [BlockCost(**cost) for cost in stages["costs"]]
+    texts[ROOT / "docs/partition.svg"] = Partition([], **stages).to_svg()
     return texts
 
 
