@@ -9,13 +9,14 @@ from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.timeline import Span, timeline
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
-_UNIT, _ROW, _LEFT, _TOP, _LEGEND = 26, 30, 64, 24, 380
+_UNIT, _ROW, _LEFT, _TOP, _LEGEND = 26, 30, 88, 24, 380
 
 
 def to_text(program: Program, minibatches: int, width: int | None = None) -> str:
     """The schedule as one line of text per stage: F takes one cell, B two (``=`` its second half), ``.`` is idle.
 
-    Micro-batches are numbered from 0; a ``'`` before a cell marks an update of the stage's weights.
+    Micro-batches are numbered from 0; a ``'`` before a cell marks an update of the stage's weights. Where several stages share
+    a process, which works on one of them at a time, the process stands beside the stage.
 
     Args:
         program: what to draw.
@@ -44,7 +45,7 @@ def to_text(program: Program, minibatches: int, width: int | None = None) -> str
                 cells[t] = ("=" * (cell - 1)).ljust(cell)
         row = "".join(("'" if t in updates else " ") + c for t, c in enumerate(cells))
         row += "'" if length in updates else ""
-        line = f"stage {k} |{row}".rstrip()
+        line = f"{_label(program, k)} |{row}".rstrip()
         lines.append(line if width is None else line[:width])
     return "\n".join(lines)
 
@@ -67,7 +68,7 @@ def to_svg(program: Program, minibatches: int, title: str = "") -> str:
         f'<text class="ink" x="4" y="14" font-size="12">{name}</text>',
     ]
     for k in range(program.depth):
-        parts.append(f'<text class="ink" x="4" y="{_TOP + _ROW * k + 18}">stage {k}</text>')
+        parts.append(f'<text class="ink" x="4" y="{_TOP + _ROW * k + 18}">{_label(program, k)}</text>')
     parts += [_svg_span(s, program.microbatches) for s in spans]
     legend = _TOP + _ROW * program.depth + 16
     parts.append(
@@ -75,6 +76,10 @@ def to_svg(program: Program, minibatches: int, title: str = "") -> str:
         "&#9650; update &#160; number: micro-batch</text>"
     )
     return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def _label(program: Program, k: int) -> str:
+    return f"stage {k} on {program.process_of(k)}" if program.interleaved else f"stage {k}"
 
 
 def _svg_span(span: Span, m: int) -> str:

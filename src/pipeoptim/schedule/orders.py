@@ -1,4 +1,4 @@
-"""The orders in which a stage works: asynchronous 1F1B, and the two that flush (GPipe, 1F1B).
+"""The orders in which a stage works: asynchronous 1F1B, plain and interleaved, and the two that flush (GPipe, 1F1B).
 
 An order answers two questions about stage ``k`` of ``depth``: what happens when mini-batch ``n`` is fed
 (:meth:`Order.step`) and what is left to do once ``n`` mini-batches were fed and no more come (:meth:`Order.drain`).
@@ -8,8 +8,11 @@ A new order is a new class here with an entry in :data:`ORDERS`; engines, drawin
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import count
+from math import gcd
 from types import MappingProxyType
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 from pipeoptim.schedule.actions import Action, Kind
 
@@ -17,8 +20,13 @@ from pipeoptim.schedule.actions import Action, Kind
 class Order(Protocol):
     """What a stage does, mini-batch after mini-batch. ``k`` is the stage, ``m`` the micro-batches per mini-batch."""
 
-    name: str
-    flushes: bool
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def flushes(self) -> bool:
+        """Whether the pipeline is empty between mini-batches."""
+        ...
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         """Actions of stage ``k`` when mini-batch ``n`` is fed."""
@@ -102,4 +110,94 @@ class OneFOneBFlush:
         return min(depth - k, m)
 
 
-ORDERS: Mapping[str, Order] = MappingProxyType({o.name: o for o in (AsyncOneFOneB(), GPipe(), OneFOneBFlush())})
+@dataclass(frozen=True)
+class AsyncInterleaved:
+    """1F1B that never flushes with several stages per process: stage k lives on process ``k mod P``.
+
+    Each process works in *slots*, one forward and then one backward. With V stages per process and groups of g micro-batches
+    (g = 1 up to 3 processes), micro-batch i has, on stage ``v * P + p`` of process p,
+
+    - its F in slot ``base(i) + v * g``, where ``base(i) = (i // g) * g * V + i % g``,
+    - its B in slot ``base(i) + (V-1) * g + (V-1-v) * c + P-1-p``, c the smallest multiple ``c' * g >= P`` with c' and V coprime.
+
+    So every slot of a process holds exactly one F and one B. It cannot deadlock: in the order (slot, F before B, process) every
+    action comes after those that it needs. With V = 1 it is :class:`AsyncOneFOneB`. Groups give an activation the time to go round
+    all processes when a backward takes twice as long as a forward; where M has no divisor of ``P / 3`` or more, processes wait.
+
+    Args:
+        processes: P; None for one stage per process.
+    """
+
+    processes: int | None = None
+    name: ClassVar[str] = "async_interleaved"
+    flushes: ClassVar[bool] = False
+
+    def on(self, processes: int) -> AsyncInterleaved:
+        """The same order on so many processes."""
+        return AsyncInterleaved(processes)
+
+    def process_step(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
+        """What process ``p`` does when mini-batch ``n`` is fed, each action with its stage."""
+        shape = _Slots(self.processes or depth, depth, m)
+        slots = range(n * m * shape.v, (n + 1) * m * shape.v)
+        return [a for q in slots for a in [*shape.forward(p, q), *shape.backward(p, q)]]
+
+    def process_drain(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
+        """What process ``p`` still does after ``n`` mini-batches."""
+        shape = _Slots(self.processes or depth, depth, m)
+        first = n * m * shape.v
+        slots = range(first, first + shape.lag(0, 0) + 1)
+        return [(k, a) for q in slots for k, a in shape.backward(p, q, before=n * m)]
+
+    def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
+        return [a for j, a in self.process_step(k % (self.processes or depth), depth, m, n) if j == k]
+
+    def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
+        return [a for j, a in self.process_drain(k % (self.processes or depth), depth, m, n) if j == k]
+
+    def in_flight(self, k: int, depth: int, m: int) -> int:
+        flying = most = 0
+        for n in range(2 * depth + 2):
+            for action in self.step(k, depth, m, n):
+                flying += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
+                most = max(most, flying)
+        return most
+
+
+class _Slots:
+    """The arithmetic of :class:`AsyncInterleaved`."""
+
+    def __init__(self, processes: int, depth: int, m: int) -> None:
+        self.processes, self.v, self.m = processes, depth // processes, m
+        enough = [g for g in range(1, m + 1) if m % g == 0 and 3 * g >= processes]
+        self.g = enough[0] if enough else m
+        if self.v == 1:
+            self.g = 1  # nothing goes round
+        self.c = next(c for c in count(self.g, self.g) if c >= processes and gcd(c // self.g, self.v) == 1)
+
+    def lag(self, v: int, p: int) -> int:
+        """Slots from ``base(i)`` to the backward of micro-batch i."""
+        return (self.v - 1) * self.g + (self.v - 1 - v) * self.c + self.processes - 1 - p
+
+    def forward(self, p: int, q: int) -> list[tuple[int, Action]]:
+        """The F in slot ``q`` of process ``p``."""
+        block, rest = divmod(q, self.g * self.v)
+        v, j = divmod(rest, self.g)
+        return [(v * self.processes + p, Action(Kind.F, block * self.g + j))]
+
+    def backward(self, p: int, q: int, before: int | None = None) -> list[tuple[int, Action]]:
+        """The B in slot ``q``, with its U; none in the warm-up, and none of micro-batches from ``before`` on."""
+        for v in range(self.v):
+            block, j = divmod(q - self.lag(v, p), self.g * self.v)
+            i = block * self.g + j
+            if block >= 0 and j < self.g and (before is None or i < before):
+                return [(v * self.processes + p, a) for a in _backward(i, self.m)]
+        return []
+
+
+ORDERS: Mapping[str, Order] = MappingProxyType(
+    {o.name: o for o in (AsyncOneFOneB(), AsyncInterleaved(), GPipe(), OneFOneBFlush())}
+)
+
+INTERLEAVED: Mapping[str, str] = MappingProxyType({AsyncOneFOneB.name: AsyncInterleaved.name})
+"""The order that takes the place of another where several stages share a process."""

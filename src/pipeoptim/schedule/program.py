@@ -6,13 +6,14 @@ F and B of one micro-batch, so that every order, warm-up and micro-batch count g
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule.actions import Action, Kind
-from pipeoptim.schedule.orders import ORDERS, Order
+from pipeoptim.schedule.orders import ORDERS, AsyncInterleaved, Order
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,13 @@ class Program:
         order: a key of :data:`~pipeoptim.schedule.orders.ORDERS`.
         depth: number of stages D, at least 1.
         microbatches: micro-batches M per mini-batch, at least 1.
+        processes: P, over which the stages are dealt in turn, stage k to process ``k mod P``; None for one per stage. It
+            divides D, and fewer than D need an order that interleaves.
+        overlap: move each U behind the next F of its stage, so that gradients can be averaged over replicas while that forward
+            runs. That F then sees one update less, which :meth:`gap` counts like any other.
 
     Raises:
-        ConfigError: unknown order, or a depth or micro-batch count below 1.
+        ConfigError: unknown order, a depth or micro-batch count below 1, or an order that cannot be had in this way.
 
     Example:
         >>> p = Program("async_1f1b", depth=3)
@@ -38,6 +43,8 @@ class Program:
     order: str
     depth: int
     microbatches: int = 1
+    processes: int | None = None
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -45,11 +52,33 @@ class Program:
         for what, value in (("depth", self.depth), ("microbatches", self.microbatches)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{what} is {value!r}, must be an integer of at least 1")
+        if self.processes is not None:
+            self._check_processes(self.processes)
+        if self.overlap and self.flushes:
+            raise ConfigError(f"order {self.order!r} has no next forward to overlap with: it flushes; leave overlap out")
+
+    def _check_processes(self, processes: int) -> None:
+        if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1 or self.depth % processes:
+            raise ConfigError(f"processes is {processes!r}, must divide the depth of {self.depth}")
+        if processes < self.depth and not isinstance(ORDERS[self.order], AsyncInterleaved):
+            raise ConfigError(
+                f"order {self.order!r} has one stage per process, so {self.depth} stages need as many processes, not {processes}"
+            )
 
     @property
     def rules(self) -> Order:
         """The order's own methods."""
-        return ORDERS[self.order]
+        order = ORDERS[self.order]
+        return order.on(self.processes) if isinstance(order, AsyncInterleaved) and self.processes else order
+
+    @property
+    def interleaved(self) -> bool:
+        """Whether several stages share a process."""
+        return self.processes is not None and self.processes < self.depth
+
+    def process_of(self, k: int) -> int:
+        """The process that stage ``k`` lives on."""
+        return k % (self.processes or self.depth)
 
     @property
     def flushes(self) -> bool:
@@ -59,12 +88,45 @@ class Program:
     def step(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` when mini-batch ``n`` (from 0 since the last restart) is fed."""
         self._check_stage(k)
-        return self.rules.step(k, self.depth, self.microbatches, n)
+        actions = self.rules.step(k, self.depth, self.microbatches, n)
+        return _later([*self._held_back(k, n), *actions])[0] if self.overlap else actions
 
     def drain(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` that finish everything after ``n`` mini-batches were fed."""
         self._check_stage(k)
-        return self.rules.drain(k, self.depth, self.microbatches, n)
+        left = self._held_back(k, n) if self.overlap else []
+        return left + self.rules.drain(k, self.depth, self.microbatches, n)
+
+    def process_step(self, p: int, n: int) -> list[tuple[int, Action]]:
+        """Actions of all stages of process ``p`` when mini-batch ``n`` is fed, each with its stage."""
+        if not self.interleaved:
+            return [(p, action) for action in self.step(p, n)]
+        order = self.rules
+        assert isinstance(order, AsyncInterleaved)
+        return self._merged(order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
+
+    def process_drain(self, p: int, n: int) -> list[tuple[int, Action]]:
+        """Actions of all stages of process ``p`` that finish everything after ``n`` mini-batches were fed."""
+        if not self.interleaved:
+            return [(p, action) for action in self.drain(p, n)]
+        order = self.rules
+        assert isinstance(order, AsyncInterleaved)
+        return self._merged(order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
+
+    def _merged(self, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:
+        """Each stage's own list, its F and B at the places that ``base`` gives them, its U right behind what they follow."""
+        left = {k: deque(own(k)) for k in sorted({k for k, _ in base})}
+        merged: list[tuple[int, Action]] = []
+        for k, action in base:
+            while action.kind is not Kind.U and action in left[k]:
+                merged.append((k, left[k].popleft()))
+            while left[k] and left[k][0].kind is Kind.U:
+                merged.append((k, left[k].popleft()))
+        return merged + [(k, action) for k, queue in left.items() for action in queue]
+
+    def _held_back(self, k: int, n: int) -> list[Action]:
+        """The U that overlap moves from the step before ``n`` to the next."""
+        return _later(self.rules.step(k, self.depth, self.microbatches, n - 1))[1] if n else []
 
     def full(self, k: int, minibatches: int) -> list[Action]:
         """The whole program of stage ``k`` for a run of ``minibatches``, drained at the end."""
@@ -91,6 +153,20 @@ class Program:
     def _check_stage(self, k: int) -> None:
         if not 0 <= k < self.depth:
             raise ConfigError(f"stage {k} does not exist in a pipeline of depth {self.depth}: use 0 .. {self.depth - 1}")
+
+
+def _later(actions: Iterable[Action]) -> tuple[list[Action], list[Action]]:
+    """``actions`` with each U behind the next F, or before the next B if that comes first, and the U that are left."""
+    out: list[Action] = []
+    held: list[Action] = []
+    for action in actions:
+        if action.kind is Kind.U:
+            held.append(action)
+        elif action.kind is Kind.F:
+            out, held = [*out, action, *held], []
+        else:  # a backward must not add to gradients that an update is still to use
+            out, held = [*out, *held, action], []
+    return out, held
 
 
 def count_gaps(actions: Iterable[Action]) -> dict[int, int]:

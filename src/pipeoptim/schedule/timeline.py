@@ -44,31 +44,37 @@ def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_b
         ['0:F0@0', '1:F0@1', '1:B0@2', '0:B0@4']
     """
     durations = {Kind.F: _each(t_forward, program), Kind.B: _each(t_backward, program), Kind.U: _each(0.0, program)}
-    todo = [program.full(k, minibatches)[::-1] for k in range(program.depth)]
-    clock = [0.0] * program.depth
+    processes = program.processes or program.depth
+    todo = [_whole(program, p, minibatches)[::-1] for p in range(processes)]
+    clock = [0.0] * processes
     done: dict[tuple[int, Action], float] = {}
     spans: list[Span] = []
     while any(todo):
         progressed = False
-        for k, queue in enumerate(todo):
-            while queue and (ready := _ready(k, queue[-1], program.depth, done)) is not None:
-                action = queue.pop()
-                start = max(clock[k], ready)
-                clock[k] = done[k, action] = start + durations[action.kind][k]
-                spans.append(Span(k, action, start, clock[k]))
+        for p, queue in enumerate(todo):
+            while queue and (ready := _ready(*queue[-1], program.depth, done)) is not None:
+                k, action = queue.pop()
+                start = max(clock[p], ready)
+                clock[p] = done[k, action] = start + durations[action.kind][k]
+                spans.append(Span(k, action, start, clock[p]))
                 progressed = True
         if not progressed:
-            waiting = ", ".join(f"stage {k} at {queue[-1]}" for k, queue in enumerate(todo) if queue)
+            waiting = ", ".join(f"stage {queue[-1][0]} at {queue[-1][1]}" for queue in todo if queue)
             raise PipeOptimError(f"the program deadlocks: {waiting}")
     return sorted(spans, key=lambda s: (s.start, s.k))
 
 
-def bubble(spans: list[Span]) -> float:
-    """Share of the stages' time spent idle between the first start and the last end, 0 .. 1."""
+def bubble(spans: list[Span], processes: int | None = None) -> float:
+    """Share of the processes' time spent idle between the first start and the last end, 0 .. 1; None: one per stage."""
     busy = sum(s.end - s.start for s in spans)
-    depth = 1 + max(s.k for s in spans)
+    processes = processes or 1 + max(s.k for s in spans)
     length = max(s.end for s in spans) - min(s.start for s in spans)
-    return 1.0 - busy / (depth * length)
+    return 1.0 - busy / (processes * length)
+
+
+def _whole(program: Program, p: int, minibatches: int) -> list[tuple[int, Action]]:
+    fed = [a for n in range(minibatches) for a in program.process_step(p, n)]
+    return fed + program.process_drain(p, minibatches)
 
 
 def _each(duration: Durations, program: Program) -> Sequence[float]:
