@@ -111,6 +111,8 @@ def plain() -> list[Case]:
         *(Case(method) for method in ("pipeoptim", "pipedream")),
         *(Case(clip=clip, m=2, optimizer="sgd") for clip in CLIPS),
         *ODD,
+        Case(overlap=True),
+        Case("pipedream", 2, overlap=True),
     ]
 
 

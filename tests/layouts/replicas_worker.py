@@ -123,10 +123,10 @@ def stopped():
     return fed
 
 
-def order_of_work():
+def order_of_work(**options):
     """When the means were begun, and when the backward of the first layer ended."""
     log, module = [], cases.module(cases.Case(), k)
-    pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+    pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"], **options)
     plain, finish = reduction.MeanGradients._reduce, reduction.MeanGradients.finish
     reduction.MeanGradients._reduce = lambda self, n: (log.append(f"mean {n}"), plain(self, n))[1]
     reduction.MeanGradients.finish = lambda self: (log.append("finish"), finish(self))[1]
@@ -167,7 +167,13 @@ def refused(module, opt, **options):
 
 
 def extras():
-    found = {"resumed": resumed(), "stopped": stopped(), "order": order_of_work(), "refusals": refusals()}
+    found = {
+        "resumed": resumed(),
+        "stopped": stopped(),
+        "order": order_of_work(),
+        "overlap": order_of_work(overlap=True),
+        "refusals": refusals(),
+    }
     torch.save(found, f"{out}/extras-{k}-{replica}.pt")
 
 

@@ -106,6 +106,12 @@ def test_means_begin_during_the_backward_and_are_waited_for_before_the_next_forw
         assert following[0] == "forward", log
 
 
+def test_with_overlap_the_next_forward_runs_between_the_start_of_the_means_and_their_use(folder):
+    for log in extras(folder, "overlap").values():
+        begun = max(n for n, entry in enumerate(log[: log.index("finish")]) if entry.startswith("mean"))
+        assert "forward" in log[begun : log.index("finish")], log
+
+
 def test_wrong_replicas_are_refused_with_a_sentence(folder):
     for (k, r), words in extras(folder, "refusals").items():
         assert f"holds stage {k} of 2 and, on rank" in words[0], (k, r)

@@ -29,9 +29,18 @@ class Pipeline:
 
     ranks: tuple[int, ...] | None = None
 
-    def __init__(self, method: str | Method, depth: int, microbatches: int, cutter: Cutter, recompute: str) -> None:
+    def __init__(
+        self,
+        method: str | Method,
+        depth: int,
+        microbatches: int,
+        cutter: Cutter,
+        recompute: str,
+        processes: int | None = None,
+        overlap: bool = False,
+    ) -> None:
         self.method = get_method(method)
-        self.program = self.method.program(depth, microbatches)
+        self.program = self.method.program(depth, microbatches, processes, overlap)
         self.depth, self.microbatches, self._cutter = depth, microbatches, cutter
         self._workers: dict[int, StageWorker] = {}
         self._recompute = recompute
@@ -66,7 +75,7 @@ class Pipeline:
 
     def weight_copies(self, k: int) -> int:
         """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
-        return copies(self.method, self.depth, self.microbatches, k, self._recompute == "forward")
+        return copies(self.method, self.depth, self.microbatches, k, self._recompute == "forward", self.program)
 
     def weight_bytes(self, k: int) -> int:
         """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""

@@ -82,6 +82,11 @@ class Clip:
 
     def check(self, program: Program) -> None:
         """Raises ConfigError where the exact norm cannot be had in time."""
+        if self.exchanges and (program.interleaved or program.overlap):
+            raise ConfigError(
+                f"clipping with scope {self.scope!r} is worked out for one stage per process and updates right after their backward; "
+                "use scope 'stage', or neither interleaving nor overlap"
+            )
         if self.waits and not program.flushes and program.microbatches < program.depth - 1:
             raise ConfigError(
                 f"clipping by the exact global norm needs microbatches >= depth - 1 in a pipeline that never flushes: "

@@ -53,6 +53,8 @@ class Schedule(Pipeline):
         clip, autocast, on_update, monitor: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes.
         replicas: the processes that hold the same stage and train on other samples, as a process group or a dimension of a
             DeviceMesh; gradients become their mean before each update (see docs/layouts.md).
+        overlap: average gradients over replicas while the next forward runs, and update after it. That forward's version gap is one
+            more, which is counted and predicted like any other; equal in all processes.
         scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
@@ -92,13 +94,15 @@ class Schedule(Pipeline):
         weigh: Weigh | None = None,
         recompute: str = "backward",
         replicas: dist.ProcessGroup | DeviceMesh | None = None,
+        overlap: bool = False,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
         place = read_stage(stage)
-        super().__init__(method, place.depth, microbatches, Cutter(microbatches, uneven, weigh), recompute)
+        cutter = Cutter(microbatches, uneven, weigh)
+        super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap)
         self.k, self.device, self.ranks = place.k, place.device, place.ranks
         seed = torch.initial_seed() if seed is None else seed
         options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute)
@@ -107,7 +111,7 @@ class Schedule(Pipeline):
         copies = read_replicas(replicas, place.module)
         settings = (
             f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
-            f"{options.describe()} replicas={copies.count}"
+            f"{options.describe()} replicas={copies.count} overlap={overlap}"
         )
         self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings) if copies.count > 1 else None
         worker = StageWorker(

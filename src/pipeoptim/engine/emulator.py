@@ -56,6 +56,10 @@ class Emulator(Pipeline):
         recompute: on which weights activation checkpoints (``torch.utils.checkpoint``) run the forward again: ``"backward"``, those
             of the backward; or ``"forward"``, those of the first forward, which is the same bit for bit as without
             checkpointing, and costs a stash of these weights.
+        processes: act as P processes with D/P stages each, stage k on process ``k mod P``, in the interleaved order
+            (see :class:`~pipeoptim.InterleavedSchedule`); by default one stage per process.
+        overlap: each update comes after the next forward of its stage, as ``Schedule(overlap=True)`` does to hide the time in which
+            replicas average their gradients; that forward's gap is one more.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -89,12 +93,15 @@ class Emulator(Pipeline):
         uneven: bool = False,
         weigh: Weigh | None = None,
         recompute: str = "backward",
+        processes: int | None = None,
+        overlap: bool = False,
     ) -> None:
         stages = list(stages)
         if not stages:
             raise ConfigError("stages is empty; give at least one module")
         _refuse_shared(stages)
-        super().__init__(method, len(stages), microbatches, Cutter(microbatches, uneven, weigh), recompute)
+        cutter = Cutter(microbatches, uneven, weigh)
+        super().__init__(method, len(stages), microbatches, cutter, recompute, processes, overlap)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)

@@ -272,6 +272,8 @@ class StageWorker:
                 with self._backward_on(again, held), computing(self.device.type, None):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.masters.collect()
+            if (i + 1) % self.program.microbatches == 0:
+                self.reduction.start()
         finally:
             self.weights.release(held)
             if flight.held is not None and not self._stashes:
@@ -292,7 +294,6 @@ class StageWorker:
         Where it waits for other processes (replicas, or other stages when clipping by the global norm) only its part in the
         exchange is begun here, and the rest is done by :meth:`settle`, which the stage's next F or B calls.
         """
-        self.reduction.start()
         self._announced = True
         if self.clipper is not None and self.clipper.rule.waits and self.program.depth > 1:
             self._complete_gradients()  # the other stages wait for our norm

@@ -34,18 +34,24 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
 
 
 @lru_cache(maxsize=1024)
-def copies(method: Method, depth: int, microbatches: int, k: int, keep_forward: bool = False) -> int:
+def copies(
+    method: Method, depth: int, microbatches: int, k: int, keep_forward: bool = False, program: Program | None = None
+) -> int:
     """Copies of the weights that stage ``k`` holds at most, the latest included.
 
-    Counted by walking the action program and noting which sets of weights are in use at each action. ``keep_forward``: the
-    forward's weights are kept until the backward, whatever the method.
+    Counted by walking the action program and noting which sets of weights are in use at each action.
+
+    Args:
+        method, depth, microbatches, k: which stage of which pipeline.
+        keep_forward: the forward's weights are kept until the backward, whatever the method.
+        program: None for that of the method.
 
     Example:
         >>> from pipeoptim.methods import get_method
         >>> [copies(get_method("pipedream"), 4, 1, k) for k in range(4)]
         [4, 3, 2, 1]
     """
-    walk = _Walk(method, method.program(depth, microbatches), k, keep_forward)
+    walk = _Walk(method, program or method.program(depth, microbatches), k, keep_forward)
     for action in walk.program.full(k, minibatches=2 * depth + 2):
         walk.act(action)
     return walk.most

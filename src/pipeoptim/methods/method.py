@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.schedule import ORDERS, Program
+from pipeoptim.schedule import INTERLEAVED, ORDERS, Program
 from pipeoptim.weights.sources import Source, Stashed
 
 if TYPE_CHECKING:
@@ -80,13 +80,25 @@ class Method:
         """Whether any of its weights are predicted."""
         return self.forward.predicts or self.backward.predicts
 
-    def program(self, depth: int, microbatches: int) -> Program:
+    def program(self, depth: int, microbatches: int, processes: int | None = None, overlap: bool = False) -> Program:
         """The action program for a pipeline of ``depth`` stages.
 
+        Args:
+            depth, microbatches: D and M.
+            processes: over which the stages are dealt in turn, where that is fewer than ``depth``: the method's order interleaved.
+            overlap: each U behind the next F of its stage.
+
         Raises:
-            ConfigError: the method is not defined for this number of micro-batches.
+            ConfigError: the method is not defined for this number of micro-batches, or only for its own order.
         """
-        program = Program(self.order, depth, microbatches)
+        interleaved = processes is not None and processes != depth
+        if (interleaved or overlap) and not (self.forward.any_order and self.backward.any_order):
+            raise ConfigError(
+                f"method {self.name!r} says by a formula for its own order how old weights are; without interleaving and overlap it "
+                "works, and methods that count do with both, for example 'pipeoptim'"
+            )
+        order = INTERLEAVED.get(self.order, self.order) if interleaved else self.order
+        program = Program(order, depth, microbatches, processes if interleaved else None, overlap)
         if self.at_least_depth_microbatches and microbatches < depth:
             raise ConfigError(
                 f"method {self.name!r} needs at least as many micro-batches as stages: microbatches is {microbatches}, "

@@ -6,12 +6,13 @@ the timeline that draws it. What a stage does, and how old its weights are when 
 
 from pipeoptim.schedule.actions import Action, Kind
 from pipeoptim.schedule.draw import to_svg, to_text
-from pipeoptim.schedule.orders import ORDERS, Order
+from pipeoptim.schedule.orders import INTERLEAVED, ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
 from pipeoptim.schedule.timeline import Span, bubble, timeline
 from pipeoptim.schedule.validate import validate, with_transfers
 
 __all__ = [
+    "INTERLEAVED",
     "ORDERS",
     "Action",
     "Kind",

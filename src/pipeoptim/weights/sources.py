@@ -26,6 +26,11 @@ class Source:
     predicts: ClassVar[bool] = False
     once: ClassVar[bool] = False
 
+    @property
+    def any_order(self) -> bool:
+        """Whether it counts in the action program, whatever that is, instead of by a formula for one order."""
+        return True
+
     def acquire(self, weights: StageWeights, i: int) -> Held:
         """The weights for micro-batch ``i``; the caller releases them."""
         raise NotImplementedError
@@ -67,6 +72,10 @@ class Predicted(Source):
     steps: Callable[[Program, int, int], int] = counted_gap
     predicts: ClassVar[bool] = True
 
+    @property
+    def any_order(self) -> bool:
+        return self.steps is counted_gap
+
     def acquire(self, weights: StageWeights, i: int) -> Held:
         return weights.predicted(self.steps_ahead(weights.program, weights.k, i))
 
@@ -98,6 +107,10 @@ class Numbered(Source):
     """
 
     number: Callable[[Program, int, int], int]
+
+    @property
+    def any_order(self) -> bool:
+        return False
 
     def acquire(self, weights: StageWeights, i: int) -> Held:
         return weights.numbered(weights.restart + self.number(weights.program, weights.k, i))
