@@ -13,7 +13,17 @@ from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
     from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
-    from pipeoptim.engine import Clip, Emulator, PredictionError, Schedule, Whole, add_loss, collect_losses, master_weights
+    from pipeoptim.engine import (
+        Clip,
+        Emulator,
+        InterleavedSchedule,
+        PredictionError,
+        Schedule,
+        Whole,
+        add_loss,
+        collect_losses,
+        master_weights,
+    )
     from pipeoptim.methods import METHODS, Method, get_method, register_method
     from pipeoptim.partitioning import Partition, partition
     from pipeoptim.rules import CombinedOptimizer, muon_adamw, predict_weights, register_rule, track
@@ -23,6 +33,7 @@ _LAZY = {
     "Clip": "pipeoptim.engine",
     "CombinedOptimizer": "pipeoptim.rules",
     "Emulator": "pipeoptim.engine",
+    "InterleavedSchedule": "pipeoptim.engine",
     "METHODS": "pipeoptim.methods",
     "Method": "pipeoptim.methods",
     "PredictionError": "pipeoptim.engine",
@@ -52,6 +63,7 @@ __all__ = [
     "CombinedOptimizer",
     "ConfigError",
     "Emulator",
+    "InterleavedSchedule",
     "Method",
     "Partition",
     "PipeOptimError",

@@ -22,6 +22,9 @@ def test_every_interleaved_program_is_valid(p, v, m, minibatches, overlap):
             for k in range(process, p * v, p):
                 assert [a for j, a in merged if j == k] == program.step(k, n)
             assert {program.process_of(k) for k, _ in merged} == {process}
+        drained = program.process_drain(process, minibatches)
+        for k in range(process, p * v, p):
+            assert [a for j, a in drained if j == k] == program.drain(k, minibatches)
 
 
 @given(p=processes, v=chunks, m=micros, overlap=st.booleans(), k=st.integers(0, 19))

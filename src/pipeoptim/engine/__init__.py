@@ -4,6 +4,7 @@ from pipeoptim.engine.clip import Clip
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
 from pipeoptim.engine.feed import Whole
+from pipeoptim.engine.interleaved import InterleavedSchedule
 from pipeoptim.engine.losses import add_loss, collect_losses
 from pipeoptim.engine.masters import master_weights
 from pipeoptim.engine.monitor import PredictionError, PredictionWarning
@@ -12,6 +13,7 @@ from pipeoptim.engine.stage import StageWorker
 __all__ = [
     "Clip",
     "Emulator",
+    "InterleavedSchedule",
     "PredictionError",
     "PredictionWarning",
     "Schedule",

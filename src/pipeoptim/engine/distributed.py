@@ -74,6 +74,8 @@ class Schedule(Pipeline):
         schedule.drain()
     """
 
+    _stages_here = 1  # stages per process (see InterleavedSchedule)
+
     def __init__(
         self,
         stage: PipelineStage,
@@ -100,7 +102,7 @@ class Schedule(Pipeline):
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
-        place = read_stage(stage)
+        place = read_stage(stage, self._stages_here)
         cutter = Cutter(microbatches, uneven, weigh)
         super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap)
         self.k, self.device, self.ranks = place.k, place.device, place.ranks
@@ -308,12 +310,9 @@ class Schedule(Pipeline):
 
     def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, settings: str) -> None:
         """One group per direction, so that neither waits for the other; the watch; and a check that all agree."""
-        global _made
         self._watch: Watch | None = None
-        everywhere = PrefixStore(f"pipeoptim/{_made}", dist.distributed_c10d._get_default_store())
-        store = PrefixStore(str(ranks[0]), everywhere)
-        _made += 1
-        self._agree(store, settings, timeout)
+        everywhere, store = own_store(ranks)
+        agree(store, self.k, self.depth, settings, timeout)
         if liveness is not None and self.depth > 1:
             clone = getattr(store, "clone", None)  # a connection of its own: the watch must not wait behind others
             self._watch = Watch(clone() if clone is not None else store, self.k, self.depth, liveness)
@@ -335,19 +334,28 @@ class Schedule(Pipeline):
         self._from_next = None if last else Receiver(*end(1, self.k + 1), ahead=ahead)
         self._to_previous = None if first else Sender(*end(1, self.k - 1))
 
-    def _agree(self, store: Store, settings: str, timeout: float) -> None:
-        """All processes must run the same method with the same settings; find out before the first message."""
-        keys = [f"settings/{k}" for k in range(self.depth)]
-        store.set(keys[self.k], settings)
-        try:
-            store.wait(keys, timedelta(seconds=timeout))
-        except RuntimeError as error:
-            missing = [k for k, key in enumerate(keys) if not store.check([key])]
-            raise StageFailure(f"stages {missing} were not set up within {timeout:g} s") from error
-        for k, key in enumerate(keys):
-            theirs = store.get(key).decode()
-            if theirs != settings:
-                raise ConfigError(f"stage {self.k} was set up with {settings}, stage {k} with {theirs}; give all the same")
+
+def own_store(ranks: tuple[int, ...]) -> tuple[Store, Store]:
+    """Parts of the shared store for a new pipeline: with its replicas, and for itself. All processes make theirs in one order."""
+    global _made
+    everywhere = PrefixStore(f"pipeoptim/{_made}", dist.distributed_c10d._get_default_store())
+    _made += 1
+    return everywhere, PrefixStore(str(ranks[0]), everywhere)
+
+
+def agree(store: Store, k: int, count: int, settings: str, timeout: float, name: str = "stage") -> None:
+    """All ``count`` processes must run the same method with the same settings; find out before the first message."""
+    keys = [f"settings/{j}" for j in range(count)]
+    store.set(keys[k], settings)
+    try:
+        store.wait(keys, timedelta(seconds=timeout))
+    except RuntimeError as error:
+        missing = [j for j, key in enumerate(keys) if not store.check([key])]
+        raise StageFailure(f"{name}s {missing} were not set up within {timeout:g} s") from error
+    for j, key in enumerate(keys):
+        theirs = store.get(key).decode()
+        if theirs != settings:
+            raise ConfigError(f"{name} {k} was set up with {settings}, {name} {j} with {theirs}; give all the same")
 
 
 def _nobody_watches(peer: int | None) -> None:

@@ -33,11 +33,11 @@ class StagePlace:
     ranks: tuple[int, ...]
 
 
-def read_stage(stage: PipelineStage) -> StagePlace:
-    """What the engine needs of ``stage``.
+def read_stage(stage: PipelineStage, per_process: int = 1) -> StagePlace:
+    """What the engine needs of ``stage``, of which every process holds ``per_process``, stage k process ``k mod P``.
 
     Raises:
-        ConfigError: not a ``PipelineStage``, or several stages share one process.
+        ConfigError: not a ``PipelineStage``, or stages and processes do not match.
     """
     if not isinstance(stage, PipelineStage):
         raise ConfigError(
@@ -46,9 +46,16 @@ def read_stage(stage: PipelineStage) -> StagePlace:
         )
     group = stage.group if stage.group is not None else dist.group.WORLD
     members = dist.get_process_group_ranks(group)
-    if len(members) != stage.num_stages:
+    if len(members) * per_process != stage.num_stages:
         raise ConfigError(
-            f"the pipeline has {stage.num_stages} stages and its group {len(members)} processes; there must be one process "
-            "per stage: give PipelineStage the group of one pipeline, or start as many processes as stages"
+            f"the pipeline has {stage.num_stages} stages, its group {len(members)} processes and this process {per_process} of the "
+            "stages; there must be equally many on each: give PipelineStage the group of one pipeline, start as many processes as "
+            "stages, or give all stages of a process to InterleavedSchedule"
         )
-    return StagePlace(stage.submod, stage.stage_index, stage.num_stages, torch.device(stage.device), tuple(members))
+    ranks = tuple(members) * per_process
+    if ranks[stage.stage_index] != dist.get_rank():
+        raise ConfigError(
+            f"stage {stage.stage_index} belongs on process {stage.stage_index % len(members)} of its group's {len(members)}, not on "
+            f"process {members.index(dist.get_rank())}; stage k lives on process k mod {len(members)}"
+        )
+    return StagePlace(stage.submod, stage.stage_index, stage.num_stages, torch.device(stage.device), ranks)

@@ -103,7 +103,7 @@ class Program:
             return [(p, action) for action in self.step(p, n)]
         order = self.rules
         assert isinstance(order, AsyncInterleaved)
-        return self._merged(order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
+        return self._merged(p, order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
 
     def process_drain(self, p: int, n: int) -> list[tuple[int, Action]]:
         """Actions of all stages of process ``p`` that finish everything after ``n`` mini-batches were fed."""
@@ -111,11 +111,12 @@ class Program:
             return [(p, action) for action in self.drain(p, n)]
         order = self.rules
         assert isinstance(order, AsyncInterleaved)
-        return self._merged(order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
+        return self._merged(p, order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
 
-    def _merged(self, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:
+    def _merged(self, p: int, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:
         """Each stage's own list, its F and B at the places that ``base`` gives them, its U right behind what they follow."""
-        left = {k: deque(own(k)) for k in sorted({k for k, _ in base})}
+        assert self.processes is not None
+        left = {k: deque(own(k)) for k in range(p, self.depth, self.processes)}
         merged: list[tuple[int, Action]] = []
         for k, action in base:
             while action.kind is not Kind.U and action in left[k]:

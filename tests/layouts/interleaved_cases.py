@@ -1,0 +1,19 @@
+"""What the interleaved processes and the emulator both run."""
+
+from itertools import islice
+
+import case
+import pipeoptim as po
+
+
+def runs():
+    """(method, M, optimizer, overlap)"""
+    able = [
+        m for m, x in sorted(po.METHODS.items()) if x.order == "async_1f1b" and x.forward.any_order and x.backward.any_order
+    ]
+    plain = [(method, m, name, False) for method in able for m, name in ((1, "adamw"), (4, "sgd"))]
+    return [*plain, ("pipeoptim", 1, "adamw", True), ("pipeoptim", 2, "sgd", True)]
+
+
+def batches():
+    return islice(case.batches(), 16)

@@ -1,0 +1,53 @@
+"""Two processes with two stages each compute what the emulator computes, bit for bit."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils._pytree import tree_leaves
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE.parent / "engine"))
+import case  # noqa: E402
+import interleaved_cases as cases  # noqa: E402
+import pipeoptim as po  # noqa: E402
+import stage_processes  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    path = tmp_path_factory.mktemp("interleaved")
+    return path, stage_processes.run(HERE / "interleaved_worker.py", 2, str(path), timeout=400)
+
+
+def emulate(method, m, name, overlap):
+    modules = case.pieces(4)
+    opts = [case.optimizer(name, module.parameters()) for module in modules]
+    rates = [case.scheduler(opt) for opt in opts]
+    pipe = po.Emulator(modules, opts, case.loss_fn, method, m, schedulers=rates, seed=3, clip=1.0, processes=2, overlap=overlap)
+    losses = []
+    for n, (x, y) in enumerate(cases.batches()):
+        losses.append(pipe.step(x, target=y))
+        if n == 7:
+            losses.append(pipe.eval_step(x, target=y))
+    pipe.drain()
+    return pipe, losses
+
+
+@pytest.mark.parametrize("run", cases.runs(), ids=str)
+def test_interleaved_processes_equal_the_emulator_bit_for_bit(written, run):
+    pipe, losses = emulate(*run)
+    for k in range(4):
+        theirs = torch.load(written[0] / f"{'-'.join(map(str, run))}-{k}.pt", weights_only=True)
+        pairs = zip(tree_leaves(pipe.stage_state_dict(k)), tree_leaves(theirs["state"]), strict=True)
+        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs), f"stage {k} differs"
+        assert theirs["gap"] == pipe.version_gap(k)
+    assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"]))
+
+
+def test_a_stop_reaches_all_processes_and_misuse_is_said(written):
+    for p, output in enumerate(written[1]):
+        assert "fed 3" in output
+        assert f"stage {1 - p} belongs on process {1 - p} of its group's 2, not on process {p}" in output
+        assert "give at least two stages" in output
