@@ -89,7 +89,7 @@ class InterleavedSchedule(Pipeline):
             self._parts[part.k] = part
         parts = list(self._parts.values())
         overlap = parts[0].program.overlap
-        super().__init__(method, first.depth, microbatches, parts[0]._cutter, processes, overlap)
+        super().__init__(method, first.depth, microbatches, parts[0]._cutter, parts[0]._recompute, processes, overlap)
         self._workers = {k: part.worker for k, part in self._parts.items()}
         self.p, self.ranks = first.k, first.ranks
         self._guard: Callable[[Callable[[], Any]], Any] = parts[0]._guard
