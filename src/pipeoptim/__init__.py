@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         InterleavedSchedule,
         PredictionError,
         Schedule,
+        Trace,
         Whole,
         add_loss,
         collect_losses,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pipeoptim.methods import METHODS, Method, get_method, register_method
     from pipeoptim.partitioning import Partition, partition
     from pipeoptim.rules import CombinedOptimizer, muon_adamw, predict_weights, register_rule, track
+    from pipeoptim.telemetry.trace import merge_trace
 
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
@@ -36,6 +38,8 @@ _LAZY = {
     "InterleavedSchedule": "pipeoptim.engine",
     "METHODS": "pipeoptim.methods",
     "Method": "pipeoptim.methods",
+    "Trace": "pipeoptim.engine",
+    "merge_trace": "pipeoptim.telemetry.trace",
     "PredictionError": "pipeoptim.engine",
     "Schedule": "pipeoptim.engine",
     "Whole": "pipeoptim.engine",
@@ -70,6 +74,7 @@ __all__ = [
     "PredictionError",
     "Schedule",
     "StageFailure",
+    "Trace",
     "Whole",
     "__version__",
     "add_loss",
@@ -79,6 +84,7 @@ __all__ = [
     "load_sharded",
     "load_weights",
     "master_weights",
+    "merge_trace",
     "muon_adamw",
     "partition",
     "predict_weights",

@@ -9,6 +9,7 @@ from pipeoptim.engine.losses import add_loss, collect_losses
 from pipeoptim.engine.masters import master_weights
 from pipeoptim.engine.monitor import PredictionError, PredictionWarning
 from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.trace import Trace
 
 __all__ = [
     "Clip",
@@ -18,6 +19,7 @@ __all__ = [
     "PredictionWarning",
     "Schedule",
     "StageWorker",
+    "Trace",
     "Whole",
     "add_loss",
     "collect_losses",

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from pipeoptim.engine.feed import Cutter
 from pipeoptim.engine.monitor import PredictionError
 from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.trace import Row, Trace
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
 
@@ -25,6 +26,7 @@ class Pipeline:
         depth, microbatches: D and M.
         program: the action program of all stages.
         ranks: global rank of the process of each stage; None where all stages live in this process.
+        trace: what records it; None where nothing does.
     """
 
     ranks: tuple[int, ...] | None = None
@@ -38,10 +40,11 @@ class Pipeline:
         recompute: str,
         processes: int | None = None,
         overlap: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         self.method = get_method(method)
         self.program = self.method.program(depth, microbatches, processes, overlap)
-        self.depth, self.microbatches, self._cutter = depth, microbatches, cutter
+        self.depth, self.microbatches, self._cutter, self.trace = depth, microbatches, cutter, trace
         self._workers: dict[int, StageWorker] = {}
         self._recompute = recompute
         self._steps = 0  # mini-batches fed since the last (re)start
@@ -159,6 +162,10 @@ class Pipeline:
         for worker in self._workers.values():
             worker.restart()
         self._steps = 0
+
+    def _row(self, k: int, device: torch.device) -> Row | None:
+        """Where the trace records stage ``k``."""
+        return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
 
     def _worker(self, k: int) -> StageWorker:
         if k not in self._workers:

@@ -16,15 +16,16 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
-from pipeoptim.engine.link import Receiver, Sender
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.reduction import ALONE
 from pipeoptim.engine.replicas import ReplicaSet, read_replicas
-from pipeoptim.engine.stage import LossFn, StageWorker
+from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.trace import Row, Trace
 from pipeoptim.engine.tree import as_args
 from pipeoptim.engine.upstream import read_stage
 from pipeoptim.engine.watch import Watch
@@ -50,7 +51,8 @@ class Schedule(Pipeline):
         seed: of this stage's random numbers, by default torch's initial seed. With the same
             seed in all processes they draw what the emulator draws.
         scheduler: of this stage's learning rate; advanced once per update.
-        clip, autocast, on_update, monitor: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes.
+        clip, autocast, on_update, monitor, trace: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes. Of
+            replicas, the first is recorded.
         replicas: the processes that hold the same stage and train on other samples, as a process group or a dimension of a
             DeviceMesh; gradients become their mean before each update (see docs/layouts.md).
         overlap: average gradients over replicas while the next forward runs, and update after it. That forward's version gap is one
@@ -97,6 +99,7 @@ class Schedule(Pipeline):
         recompute: str = "backward",
         replicas: dist.ProcessGroup | DeviceMesh | None = None,
         overlap: bool = False,
+        trace: Trace | None = None,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
@@ -104,7 +107,7 @@ class Schedule(Pipeline):
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
         place = read_stage(stage, self._stages_here)
         cutter = Cutter(microbatches, uneven, weigh)
-        super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap)
+        super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap, trace)
         self.k, self.device, self.ranks = place.k, place.device, place.ranks
         seed = torch.initial_seed() if seed is None else seed
         options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute)
@@ -116,7 +119,8 @@ class Schedule(Pipeline):
             f"{options.describe()} replicas={copies.count} overlap={overlap}"
         )
         self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings) if copies.count > 1 else None
-        worker = StageWorker(
+        row = self._row(self.k, self.device) if copies.index == 0 else None
+        worker = traced.worker(row)(
             place.module,
             optimizer,
             self.method,
@@ -128,7 +132,7 @@ class Schedule(Pipeline):
             seed=seed,
             device=self.device,
             options=options,
-            norms=norms,
+            norms=traced.norms(row, norms),
             reduction=ALONE if self._replicas is None else self._replicas.reduction(place.module, optimizer, uneven),
         )
         self.worker = self._workers[self.k] = worker
@@ -137,6 +141,7 @@ class Schedule(Pipeline):
             timeout,
             liveness_timeout,
             settings,
+            row,
         )
         if norms is not None:  # all processes have agreed by now that there is such a group
             norms.connect(dist.new_group(list(place.ranks), backend="gloo", use_local_synchronization=True))
@@ -308,7 +313,7 @@ class Schedule(Pipeline):
             cause = str(error) if self._watch is None else self._watch.cause(f"{error} [seen by stage {self.k}]")
             raise StageFailure(cause) from error
 
-    def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, settings: str) -> None:
+    def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, settings: str, row: Row | None) -> None:
         """One group per direction, so that neither waits for the other; the watch; and a check that all agree."""
         self._watch: Watch | None = None
         everywhere, store = own_store(ranks)
@@ -329,10 +334,11 @@ class Schedule(Pipeline):
 
         ahead = self.device.type == "cpu"  # a receive that is never matched would keep a GPU's stream busy
         first, last = self.k == 0, self.k == self.depth - 1
-        self._from_previous = None if first else Receiver(*end(0, self.k - 1), ahead=ahead)
-        self._to_next = None if last else Sender(*end(0, self.k + 1))
-        self._from_next = None if last else Receiver(*end(1, self.k + 1), ahead=ahead)
-        self._to_previous = None if first else Sender(*end(1, self.k - 1))
+        receiver, sender = traced.links(row)
+        self._from_previous = None if first else receiver(*end(0, self.k - 1), ahead=ahead)
+        self._to_next = None if last else sender(*end(0, self.k + 1))
+        self._from_next = None if last else receiver(*end(1, self.k + 1), ahead=ahead)
+        self._to_previous = None if first else sender(*end(1, self.k - 1))
 
 
 def own_store(ranks: tuple[int, ...]) -> tuple[Store, Store]:

@@ -12,12 +12,14 @@ from torch.amp.grad_scaler import GradScaler
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
 from pipeoptim.engine.norms import NormBoard
 from pipeoptim.engine.options import StageOptions, UpdateHook
-from pipeoptim.engine.stage import LossFn, StageWorker
+from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.trace import Trace
 from pipeoptim.engine.tree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
@@ -49,6 +51,7 @@ class Emulator(Pipeline):
         scaler: loss scaling for float16: one ``torch.amp.GradScaler`` per stage, or a callable that makes one.
         on_update: ``on_update(k, version)``, called after every update of every stage; averages of weights go here.
         monitor: measure the predictions made at every version (True) or every n-th; see :meth:`prediction_error`.
+        trace: records what every stage does and when, see :class:`pipeoptim.Trace`.
         uneven: a batch that M does not divide is cut into micro-batches that differ by one row, each counting by its share of
             the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.
         weigh: ``weigh(target) -> number``: a micro-batch's loss counts by its share of these numbers. For losses that are a mean
@@ -95,13 +98,14 @@ class Emulator(Pipeline):
         recompute: str = "backward",
         processes: int | None = None,
         overlap: bool = False,
+        trace: Trace | None = None,
     ) -> None:
         stages = list(stages)
         if not stages:
             raise ConfigError("stages is empty; give at least one module")
         _refuse_shared(stages)
         cutter = Cutter(microbatches, uneven, weigh)
-        super().__init__(method, len(stages), microbatches, cutter, recompute, processes, overlap)
+        super().__init__(method, len(stages), microbatches, cutter, recompute, processes, overlap, trace)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)
@@ -109,7 +113,8 @@ class Emulator(Pipeline):
         clip = as_clip(clip)
         board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
         for k, module in enumerate(stages):
-            self._workers[k] = StageWorker(
+            row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
+            self._workers[k] = traced.worker(row)(
                 module,
                 chosen[k],
                 self.method,

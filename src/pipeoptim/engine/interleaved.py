@@ -13,11 +13,12 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.distributed import Schedule, agree, own_store
 from pipeoptim.engine.feed import Cutter, Feed, StageKwargs, merge_kwargs
-from pipeoptim.engine.link import Receiver, Sender
 from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.trace import Row
 from pipeoptim.engine.upstream import read_stage
 from pipeoptim.engine.watch import Watch
 from pipeoptim.errors import ConfigError
@@ -89,7 +90,8 @@ class InterleavedSchedule(Pipeline):
             self._parts[part.k] = part
         parts = list(self._parts.values())
         overlap = parts[0].program.overlap
-        super().__init__(method, first.depth, microbatches, parts[0]._cutter, parts[0]._recompute, processes, overlap)
+        trace = parts[0].trace
+        super().__init__(method, first.depth, microbatches, parts[0]._cutter, parts[0]._recompute, processes, overlap, trace)
         self._workers = {k: part.worker for k, part in self._parts.items()}
         self.p, self.ranks = first.k, first.ranks
         self._guard: Callable[[Callable[[], Any]], Any] = parts[0]._guard
@@ -215,7 +217,7 @@ class _Part(Schedule):
         self._shared, self._stages_here = shared, shared.chunks
         super().__init__(*args, **options)
 
-    def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, *_: Any) -> None:
+    def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, settings: str, row: Row | None) -> None:
         shared = self._shared
         self._watch = shared.watch
         if shared.liveness is not None and self._replicas is not None:
@@ -226,10 +228,11 @@ class _Part(Schedule):
 
         ahead = self.device.type == "cpu"
         k, first, last = self.k, self.k == 0, self.k == self.depth - 1
-        self._from_previous = None if first else Receiver(*end(shared.activations, k - 1, k - 1), ahead=ahead)
-        self._to_next = None if last else Sender(*end(shared.activations, k, k + 1))
-        self._from_next = None if last else Receiver(*end(shared.gradients, k, k + 1), ahead=ahead)
-        self._to_previous = None if first else Sender(*end(shared.gradients, k - 1, k - 1))
+        receiver, sender = traced.links(row)
+        self._from_previous = None if first else receiver(*end(shared.activations, k - 1, k - 1), ahead=ahead)
+        self._to_next = None if last else sender(*end(shared.activations, k, k + 1))
+        self._from_next = None if last else receiver(*end(shared.gradients, k, k + 1), ahead=ahead)
+        self._to_previous = None if first else sender(*end(shared.gradients, k - 1, k - 1))
 
 
 def _clone(store: Store) -> Store:

@@ -8,7 +8,7 @@ from pipeoptim.schedule.actions import Action, Kind
 from pipeoptim.schedule.draw import to_svg, to_text
 from pipeoptim.schedule.orders import INTERLEAVED, ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
-from pipeoptim.schedule.timeline import Span, bubble, timeline
+from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
 from pipeoptim.schedule.validate import validate, with_transfers
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "Span",
     "bubble",
     "count_gaps",
+    "replay",
     "timeline",
     "to_svg",
     "to_text",

@@ -5,7 +5,7 @@ This is what the drawings show and what a measured run is held against. Transfer
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pipeoptim.errors import PipeOptimError
@@ -44,18 +44,39 @@ def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_b
         ['0:F0@0', '1:F0@1', '1:B0@2', '0:B0@4']
     """
     durations = {Kind.F: _each(t_forward, program), Kind.B: _each(t_backward, program), Kind.U: _each(0.0, program)}
-    processes = program.processes or program.depth
-    todo = [_whole(program, p, minibatches)[::-1] for p in range(processes)]
-    clock = [0.0] * processes
+    plans = [_whole(program, p, minibatches) for p in range(program.processes or program.depth)]
+    return replay(plans, program.depth, lambda k, kind: durations[kind][k])
+
+
+def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Callable[[int, Kind], float]) -> list[Span]:
+    """As :func:`timeline`, for any lists of actions, one per process, each action with its stage.
+
+    Args:
+        plans: what each process does, in its order. They may be cut out of a longer run: an action whose neighbour's part
+            is in none of the lists waits for nobody.
+        depth: stages of the pipeline.
+        lasts: ``lasts(k, kind)``, the duration of an action of stage k.
+
+    Raises:
+        PipeOptimError: the stages wait for one another for ever.
+
+    Example:
+        >>> plans = [[(0, Action(Kind.F, 7)), (0, Action(Kind.B, 6))], [(1, Action(Kind.F, 7))]]
+        >>> [f"{s.k}:{s.action}@{s.start:g}" for s in replay(plans, 2, lambda k, kind: 1.0)]
+        ['0:F7@0', '0:B6@1', '1:F7@1']
+    """
+    todo = [list(plan)[::-1] for plan in plans]
+    planned = {step for plan in plans for step in plan}
+    clock = [0.0] * len(plans)
     done: dict[tuple[int, Action], float] = {}
     spans: list[Span] = []
     while any(todo):
         progressed = False
         for p, queue in enumerate(todo):
-            while queue and (ready := _ready(*queue[-1], program.depth, done)) is not None:
+            while queue and (ready := _ready(*queue[-1], depth, done, planned)) is not None:
                 k, action = queue.pop()
                 start = max(clock[p], ready)
-                clock[p] = done[k, action] = start + durations[action.kind][k]
+                clock[p] = done[k, action] = start + lasts(k, action.kind)
                 spans.append(Span(k, action, start, clock[p]))
                 progressed = True
         if not progressed:
@@ -81,10 +102,11 @@ def _each(duration: Durations, program: Program) -> Sequence[float]:
     return [duration] * program.depth if isinstance(duration, (int, float)) else duration
 
 
-def _ready(k: int, action: Action, depth: int, done: dict[tuple[int, Action], float]) -> float | None:
+def _ready(
+    k: int, action: Action, depth: int, done: dict[tuple[int, Action], float], planned: set[tuple[int, Action]]
+) -> float | None:
     """When the neighbour's result that ``action`` needs is there; None while it is not."""
-    if action.kind is Kind.F and k > 0:
-        return done.get((k - 1, action))
-    if action.kind is Kind.B and k < depth - 1:
-        return done.get((k + 1, action))
-    return 0.0
+    if (action.kind is Kind.F and k == 0) or (action.kind is Kind.B and k == depth - 1) or action.kind is Kind.U:
+        return 0.0
+    needed = (k - 1 if action.kind is Kind.F else k + 1, action)
+    return done.get(needed) if needed in planned else 0.0

@@ -1,0 +1,132 @@
+"""The parts of an engine, recorded: each does what its base class does, and notes when. Used only where there is a trace."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from pipeoptim.engine.link import Receiver, Sender, Waiting
+from pipeoptim.engine.norms import Norms
+from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.trace import Row
+from pipeoptim.schedule import Kind
+
+
+def worker(row: Row | None) -> Callable[..., StageWorker]:
+    """What makes the worker of a stage."""
+    return StageWorker if row is None else partial(TracedWorker, row)
+
+
+def links(row: Row | None) -> tuple[Callable[..., Receiver], Callable[..., Sender]]:
+    """What makes its links to its neighbours."""
+    return (Receiver, Sender) if row is None else (partial(TracedReceiver, row), partial(TracedSender, row))
+
+
+def norms(row: Row | None, exchange: Norms | None) -> Norms | None:
+    """``exchange`` itself, or its recorded form."""
+    return exchange if row is None or exchange is None else TracedNorms(row, exchange)
+
+
+class TracedWorker(StageWorker):
+    """Notes prediction, F, B, U and evaluation. Micro-batches are numbered from the beginning of training."""
+
+    def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
+        self.row = row
+        super().__init__(*args, **kwargs)
+
+    def prepare(self, i: int) -> None:
+        self.settle()
+        if self._ready is not None:
+            return
+        self.row.feed()
+        began = self.row.now()
+        super().prepare(i)
+        ready: Any = self._ready
+        if self.predictor is not None and ready[1].copy is not None:
+            self.row.add("predict", self._number(i), began)
+
+    def forward(self, i: int, *args: Any, **kwargs: Any) -> Any:
+        self.prepare(i)
+        began = self.row.now()
+        result = super().forward(i, *args, **kwargs)
+        self.row.add(Kind.F.value, self._number(i), began)
+        return result
+
+    def backward(self, i: int, gradients: Any, loss_scale: float = 0.0) -> Any:
+        self.settle()
+        began = self.row.now()
+        result = super().backward(i, gradients, loss_scale)
+        self.row.add(Kind.B.value, self._number(i), began)
+        return result
+
+    def settle(self) -> None:
+        if not self._announced:
+            return
+        version, began = self.weights.version, self.row.now()
+        super().settle()
+        self.row.add(Kind.U.value, version, began)
+
+    def evaluate(self, args: Any, kwargs: dict[str, Any], target: Any = None) -> Any:
+        began = self.row.now()
+        result = super().evaluate(args, kwargs, target)
+        self.row.add("evaluate", -1, began)
+        return result
+
+    def _number(self, i: int) -> int:
+        return self.weights.restart * self.program.microbatches + i
+
+
+class TracedReceiver(Receiver):
+    """Notes messages that come in."""
+
+    def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.row, self.waiting = row, _noted(row, self.waiting)
+
+    def take(self) -> Any:
+        began, number = self.row.now(), self.sequence
+        tree = super().take()
+        self.row.add("receive", number, began, self.peer, self.size)
+        return tree
+
+
+class TracedSender(Sender):
+    """Notes messages that go out."""
+
+    def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.row, self.waiting = row, _noted(row, self.waiting)
+
+    def send(self, *args: Any, **kwargs: Any) -> None:
+        began, number = self.row.now(), self.sequence
+        super().send(*args, **kwargs)
+        self.row.add("send", number, began, self.peer, self.size)
+
+
+class TracedNorms:
+    """Notes the wait for the gradient norms of the other stages."""
+
+    def __init__(self, row: Row, norms: Norms) -> None:
+        self.row, self.norms = row, norms
+        self.post, self.ready = norms.post, norms.ready
+
+    def take(self, version: int) -> list[float]:
+        began = self.row.now()
+        norms = self.norms.take(version)
+        self.row.add("wait", version, began)
+        return norms
+
+
+def _noted(row: Row, waiting: Waiting) -> Waiting:
+    """``waiting``, which a link calls with the peer before a wait and with None after it."""
+    begun: list[Any] = [None, -1]
+
+    def noted(peer: int | None) -> None:
+        if peer is None:
+            row.add("wait", -1, begun[0], begun[1])
+        else:
+            begun[:] = row.now(), peer
+        waiting(peer)
+
+    return noted

@@ -1,0 +1,89 @@
+"""The trace in Chrome's trace-event format, which Perfetto (https://ui.perfetto.dev) and chrome://tracing open.
+
+Two groups of rows: the run, one row per stage with arrows from send to receive, and the ideal schedule of the same actions.
+Format: "Trace Event Format", Google, 2016: complete events (X), flow events (s, f) and metadata (M), times in microseconds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from pipeoptim.schedule import Span as IdealSpan
+from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten
+from pipeoptim.telemetry.trace.shares import COMMUNICATION, COMPUTE, StageShares
+
+RUN, IDEAL = 1, 2
+
+Event = dict[str, Any]
+
+
+def to_chrome(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], shares: Sequence[StageShares]) -> dict[str, Any]:
+    """The whole file as plain data: ``json.dump`` it."""
+    depth, m = len(stages), stages[0].microbatches
+    about = f"{stages[0].method}, {depth} stages, {m} micro-batches"
+    events: list[Event] = [*_names(RUN, f"run: {about}", depth), *_names(IDEAL, "ideal schedule of the same actions", depth)]
+    for stage in stages:
+        pieces = flatten(stage.spans)
+        events += [_complete(RUN, stage.stage, _label(p), _category(p), p.begin, p.end, _details(p, m)) for p in pieces]
+        events += _arrows(stage.stage, pieces)
+    for s in ideal:
+        args = {"mini-batch": s.action.number if s.action.kind == "U" else s.action.number // m}
+        events.append(_complete(IDEAL, s.k, str(s.action), "compute", s.start, s.end, args))
+    told = [{name: round(value, 4) for name, value in vars(one).items()} | {"idle": round(one.idle, 4)} for one in shares]
+    return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"about": about, "shares": told}}
+
+
+def _names(group: int, name: str, depth: int) -> Iterator[Event]:
+    yield {"ph": "M", "pid": group, "tid": 0, "name": "process_name", "args": {"name": name}}
+    yield {"ph": "M", "pid": group, "tid": 0, "name": "process_sort_index", "args": {"sort_index": group}}
+    for k in range(depth):
+        yield {"ph": "M", "pid": group, "tid": k, "name": "thread_name", "args": {"name": f"stage {k}"}}
+        yield {"ph": "M", "pid": group, "tid": k, "name": "thread_sort_index", "args": {"sort_index": k}}
+
+
+def _complete(group: int, k: int, name: str, category: str, begin: float, end: float, args: dict[str, Any]) -> Event:
+    ts, until = round(begin / 1e3, 3), round(end / 1e3, 3)
+    return {
+        "ph": "X",
+        "pid": group,
+        "tid": k,
+        "name": name,
+        "cat": category,
+        "ts": ts,
+        "dur": round(until - ts, 3),
+        "args": args,
+    }
+
+
+def _label(span: TraceSpan) -> str:
+    if span.what in ("F", "B", "U"):
+        return f"{span.what}{span.number}"
+    if span.what == "wait":
+        return f"wait for stage {span.peer}" if span.peer >= 0 else "wait for all stages"
+    if span.what in COMMUNICATION:
+        return f"{span.what} {'to' if span.what == 'send' else 'from'} stage {span.peer}"
+    return span.what
+
+
+def _category(span: TraceSpan) -> str:
+    return "compute" if span.what in COMPUTE else "communication" if span.what in COMMUNICATION else span.what
+
+
+def _details(span: TraceSpan, m: int) -> dict[str, Any]:
+    if span.what in COMMUNICATION:
+        return {"message": span.number, "bytes": span.nbytes}
+    if span.what == "U":
+        return {"mini-batch": span.number}
+    return {"micro-batch": span.number, "mini-batch": span.number // m} if span.what in ("F", "B", "predict") else {}
+
+
+def _arrows(k: int, pieces: Sequence[TraceSpan]) -> Iterator[Event]:
+    """From a message's send to its receive; each end lies in the last piece of its span."""
+    last = {(p.what, p.peer, p.number): p for p in pieces if p.what in COMMUNICATION}
+    for (what, peer, number), p in last.items():
+        sends = what == "send"
+        way = f"{k}>{peer}" if sends else f"{peer}>{k}"
+        middle = round((p.begin + p.end) / 2e3, 3)
+        event = {"ph": "s" if sends else "f", "pid": RUN, "tid": k, "name": "message", "cat": "communication"}
+        yield {**event, "id": f"{way}#{number}", "ts": middle, **({} if sends else {"bp": "e"})}
