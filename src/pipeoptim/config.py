@@ -27,6 +27,8 @@ NOT_IN_FINGERPRINT = (
     "keep_checkpoints",
     "monitor_every",
     "tensorboard",
+    "trace",
+    "trace_steps",
 )
 
 #: Called with nothing; with ``tiny=True`` where it has such an argument.
@@ -82,6 +84,8 @@ class TrainConfig:
         autocast: ``"bfloat16"``: forward and loss under ``torch.autocast``; ``""``: in the types of model and data.
         monitor_every: steps between measurements of the prediction error, 0 for none.
         tensorboard: also write the figures for TensorBoard, into the run's ``tensorboard`` folder.
+        trace: also record what every stage does and when, in the run's ``trace`` folder; of the first ``trace_steps``
+            mini-batches of the session.
 
     Example:
         >>> config = TrainConfig("mine", model=Component("m:f"), data=Component("d:f"), optimizer=Component("sgd"))
@@ -113,6 +117,8 @@ class TrainConfig:
     autocast: str = ""
     monitor_every: int = 0
     tensorboard: bool = False
+    trace: bool = False
+    trace_steps: int = 200
 
     def to_json(self) -> str:
         """Indented JSON, keys in the order of the fields.

@@ -109,6 +109,11 @@ def recipe() -> TrainConfig:
     )
 
 
+def steady() -> TrainConfig:
+    """A learning rate that does not depend on how long the run is."""
+    return replace(recipe(), lr_schedule=Component("constant"))
+
+
 def slow() -> TrainConfig:
     """As long as it takes to send it a signal: 20 ms per step, on each of two stages."""
     return replace(recipe(), data=Component("tiny:Task", {"seconds": 0.02}), steps=120, eval_every=0, checkpoint_every=40)

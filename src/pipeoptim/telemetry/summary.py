@@ -24,6 +24,14 @@ class _Stage(Protocol):
     def updates(self) -> int: ...
     @property
     def prediction_error(self) -> float | None: ...
+    @property
+    def idle(self) -> float | None: ...
+    @property
+    def waiting(self) -> float | None: ...
+    @property
+    def communication(self) -> float | None: ...
+    @property
+    def ideal_idle(self) -> float | None: ...
 
 
 class _Result(Protocol):
@@ -62,9 +70,14 @@ def print_summary(result: _Result, steps: int, how: str, console: Console | None
     console.print(f"{result.status} at step {result.step} of {steps}: {', '.join(figures)}", soft_wrap=True)
     console.print(f"{result.seconds:.1f} s{speed}; {how}", soft_wrap=True)
     console.print(_stages(result.stages))
+    traced = any(s.ideal_idle is not None for s in result.stages)
+    if traced:
+        console.print(_times(result.stages))
     console.print(f"data: {result.data}", soft_wrap=True)
     console.print("versions: " + ", ".join(f"{name} {value}" for name, value in result.versions.items()), soft_wrap=True)
-    for label, name in (("metrics", "metrics.jsonl"), ("curve", "loss.png"), ("checkpoints", "checkpoints")):
+    places = [("metrics", "metrics.jsonl"), ("curve", "loss.png"), ("checkpoints", "checkpoints")]
+    places += [("trace", "trace/trace.json"), ("picture of it", "trace/trace.svg")] if traced else []
+    for label, name in places:
         console.print(f"{label}: {result.run_dir / name}", soft_wrap=True)
 
 
@@ -77,6 +90,17 @@ def _stages(stages: tuple[_Stage, ...]) -> Table:
         cells = (f"{s.parameters:,}", str(s.gap), str(s.weight_copies), _size(s.weight_bytes), f"{s.updates:,}")
         error = "-" if s.prediction_error is None else f"{s.prediction_error:.3f}"
         table.add_row(str(s.stage), *cells, *([error] if measured else []))
+    return table
+
+
+def _times(stages: tuple[_Stage, ...]) -> Table:
+    """What the traced time went to."""
+    table = Table(box=None, pad_edge=False)
+    for name in ("stage", "idle", "of it waiting", "messages", "idle in the ideal schedule"):
+        table.add_column(name, justify="right")
+    for s in stages:
+        shares = (s.idle, s.waiting, s.communication, s.ideal_idle)
+        table.add_row(str(s.stage), *("-" if share is None else f"{share:.1%}" for share in shares))
     return table
 
 

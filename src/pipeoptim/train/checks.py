@@ -23,6 +23,7 @@ _AT_LEAST = {
     "keep_checkpoints": 1,
     "threads": 1,
     "monitor_every": 0,
+    "trace_steps": 1,
 }
 
 #: What generators of random numbers take, and what a machine can be asked for.

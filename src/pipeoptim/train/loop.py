@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from torch.optim import Optimizer
@@ -68,7 +69,8 @@ class Loop:
                 self._validate(done)
             if saves:
                 self._record_predictions(wait=True)
-                self.save(done)
+                with self._shown("checkpoint"):
+                    self.save(done)
             if stopped:
                 break
         return done
@@ -80,7 +82,8 @@ class Loop:
             pipe.request_stop()
         lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
         began = time.perf_counter()
-        x, y = self.parts.task.train_batch(step, batch_size) if first or last else (None, None)
+        with self._shown("data"):
+            x, y = self.parts.task.train_batch(step, batch_size) if first or last else (None, None)
         value = pipe.step(*((x,) if first else ()), target=y if last else None)
         if value is not None and self.recorder:
             self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began)
@@ -101,6 +104,10 @@ class Loop:
         if self.recorder is not None:
             for step, measured in self.figures.collect(wait):
                 self.recorder.prediction(step, measured)
+
+    def _shown(self, name: str) -> AbstractContextManager[None]:
+        """Names a block in the trace, if there is one."""
+        return nullcontext() if self.pipe.trace is None else self.pipe.trace.span(name)
 
     def _measure(self) -> None:
         """Bytes of weights in mid-flight, where copies exist that a drained pipeline may have given back."""

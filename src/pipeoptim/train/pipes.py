@@ -12,12 +12,14 @@ from pipeoptim.config import TrainConfig
 from pipeoptim.train.parts import Parts
 
 if TYPE_CHECKING:
-    from pipeoptim.engine import PredictionError
+    from pipeoptim.engine import PredictionError, Trace
 
 
 class Pipe(Protocol):
     """What a run uses of ``Emulator`` and ``Schedule``."""
 
+    @property
+    def trace(self) -> Trace | None: ...
     @property
     def depth(self) -> int: ...
     @property
@@ -45,12 +47,13 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     """What both engines are told alike."""
     import torch
 
-    from pipeoptim.engine import Clip
+    from pipeoptim.engine import Clip, Trace
 
     return {
         "clip": Clip(config.clip, config.clip_scope) if config.clip else None,
         "autocast": getattr(torch, config.autocast) if config.autocast else None,
         "monitor": config.monitor_every,
+        "trace": Trace(config.trace_steps) if config.trace else None,
     }
 
 

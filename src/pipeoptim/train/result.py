@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from pipeoptim.telemetry.metrics import Row, read_rows
+from pipeoptim.telemetry.trace import MergedTrace
 from pipeoptim.version import __version__
 
 
@@ -24,6 +26,9 @@ class StageFacts:
         weight_bytes: bytes of memory that held weights, measured in mid-flight.
         updates: its version t.
         prediction_error: mean relative error of its last measured predictions (1: as good as none); None if not measured.
+        idle: share of the traced time in which it neither computed nor communicated; None without a trace, and where all
+            stages share a process. waiting: the part of it that waited for other stages. communication: share of messages.
+        ideal_idle: idle share of the ideal schedule of the same actions; None without a trace.
     """
 
     stage: int
@@ -33,6 +38,10 @@ class StageFacts:
     weight_bytes: int
     updates: int
     prediction_error: float | None = None
+    idle: float | None = None
+    waiting: float | None = None
+    communication: float | None = None
+    ideal_idle: float | None = None
 
 
 @dataclass(frozen=True)
@@ -84,6 +93,15 @@ class RunResult:
         data: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
         stages = tuple(StageFacts(**facts) for facts in data.pop("stages"))
         return cls(run_dir=run_dir, stages=stages, **data)
+
+
+def with_shares(stages: Sequence[StageFacts], trace: MergedTrace) -> tuple[StageFacts, ...]:
+    """``stages`` with what the trace says of their time."""
+    told = []
+    for facts, found in zip(stages, trace.shares, strict=True):
+        measured = {} if trace.emulated else {name: getattr(found, name) for name in ("idle", "waiting", "communication")}
+        told.append(replace(facts, ideal_idle=found.ideal_idle, **measured))
+    return tuple(told)
 
 
 def versions() -> dict[str, str]:

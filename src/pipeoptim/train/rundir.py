@@ -52,6 +52,11 @@ class RunDir:
         return self.path / "tensorboard"
 
     @property
+    def trace(self) -> Path:
+        """What each stage did and when, if that was asked for."""
+        return self.path / "trace"
+
+    @property
     def logs(self) -> Path:
         """What the processes of the stages print."""
         return self.path / "logs"

@@ -15,13 +15,14 @@ from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.tensorboard import Board
+from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import Group
 from pipeoptim.train.loop import Loop
 from pipeoptim.train.parts import Parts
 from pipeoptim.train.pipes import Pipe
 from pipeoptim.train.recorder import Recorder
-from pipeoptim.train.result import RunResult, StageFacts, versions
+from pipeoptim.train.result import RunResult, StageFacts, versions, with_shares
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import StopOnInterrupt
 
@@ -68,6 +69,8 @@ def run_session(
 
         loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {}, group.figures(), StageErrors())
         done = loop.run(start.step)
+    if pipe.trace is not None:
+        pipe.trace.save(run.trace)
     result = _result(run, parts, pipe, loop, group, done, time.monotonic() - began)
     if recorder is not None:
         run.result.write_text(result.to_json())
@@ -88,6 +91,8 @@ def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, don
         }
     gathered = group.gather(([_facts(parts, pipe, k, loop) for k in pipe.local_stages], figures))
     stages = tuple(facts for part, _ in gathered for facts in part)
+    if pipe.trace is not None:  # all have saved theirs before the gathering
+        stages = with_shares(stages, group.gather(merge_trace(run.trace) if loop.recorder is not None else None)[-1])
     return RunResult(
         run_dir=run.path,
         status="finished" if done == parts.config.steps else "stopped",

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "chars"
 
 #: What may be changed when a run is taken up again.
-ON_RESUME = ("engine", "steps", "eval_every", "monitor_every", "tensorboard")
+ON_RESUME = ("engine", "steps", "eval_every", "monitor_every", "tensorboard", "trace", "trace_steps")
 
 
 def train(
@@ -65,6 +65,14 @@ def train(
     tensorboard: Annotated[
         bool | None, Option("--tensorboard", help="Also write the figures to runs/<name>/tensorboard.")
     ] = None,
+    trace: Annotated[
+        bool | None,
+        Option(
+            "--trace",
+            help="Also record what every stage does and when, to runs/<name>/trace: idle shares, Perfetto, a picture.",
+        ),
+    ] = None,
+    trace_steps: Annotated[int | None, Option(help="Mini-batches that --trace records; by default the first 200.")] = None,
     name: Annotated[str | None, Option(help="Name of the run; by default <recipe>-<method>.")] = None,
     out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[bool, Option("--resume", help="Continue the run of that name from its newest checkpoint.")] = False,
@@ -120,6 +128,8 @@ def train(
         "autocast": autocast,
         "monitor_every": monitor_every,
         "tensorboard": tensorboard,
+        "trace": trace,
+        "trace_steps": trace_steps,
     }
     given = {key: value for key, value in options.items() if value is not None}
     wanted = DEFAULT_RECIPE if recipe is None else recipe

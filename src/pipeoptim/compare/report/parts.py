@@ -19,6 +19,8 @@ from pipeoptim.compare.table import notes as table_notes
 from pipeoptim.config import TrainConfig
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import to_svg
+from pipeoptim.telemetry.trace import merge_trace
+from pipeoptim.train.rundir import RunDir
 
 #: A schedule's drawing is not made smaller than this share of its size: its text has 11 pixels.
 LEGIBLE = 0.8
@@ -191,6 +193,40 @@ def stages(path: Path) -> str:
     return (
         "<section><h2>Stages</h2><div class=scroll tabindex=0 role=region aria-label=Stages>"
         f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div></section>"
+    )
+
+
+def trace(path: Path) -> str:
+    """Where the time of a traced run went: shares by stage, and some mini-batches beside the ideal schedule."""
+    folder = RunDir(path).trace
+    if not (folder / "stage-0.json").exists():
+        return ""
+    merged = merge_trace(folder)
+    names = {
+        "compute": "computing",
+        "communication": "messages",
+        "waiting": "waiting",
+        "turns": "other stages' turn",
+        "other": "other work",
+        "idle": "idle",
+        "ideal_idle": "idle in the ideal schedule",
+    }
+    if not merged.emulated:
+        del names["turns"]
+    body = "".join(
+        f"<tr><th scope=row>{one.stage}</th>{''.join(f'<td>{getattr(one, name):.1%}</td>' for name in names)}</tr>"
+        for one in merged.shares
+    )
+    cells = "".join(f"<th scope=col>{text}</th>" for text in ("stage", *names.values()))
+    taking = "All stages ran in one process and took turns. " if merged.emulated else ""
+    return (
+        "<section><h2>Where the time went</h2><div class=scroll tabindex=0 role=region aria-label=Shares>"
+        f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<p class=quiet>{taking}Idle is waiting and other work. In the ideal schedule the same actions take the median of "
+        "their kind on their stage, and messages take no time.</p>"
+        "<figure class=schedule><div class=scroll tabindex=0 role=region aria-label=Trace>"
+        f"{merged.picture.read_text(encoding='utf-8')}</div></figure>"
+        f"<p class=quiet>All of it: open {escape(str(merged.path.relative_to(path)))} with https://ui.perfetto.dev.</p></section>"
     )
 
 

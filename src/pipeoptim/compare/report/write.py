@@ -51,6 +51,7 @@ def write_run_report(path: Path) -> Path:
         parts.charts(series, config),
         parts.stages(path),
         predictions(path),
+        parts.trace(path),
         parts.methods((config.method,), config, []),
         parts.setup(config, {}, "", None, run.versions, run.data),
     ]

@@ -13,7 +13,8 @@ from pipeoptim.schedule import Span as IdealSpan
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten
 from pipeoptim.telemetry.trace.shares import COMMUNICATION, COMPUTE, StageShares
 
-RUN, IDEAL = 1, 2
+# Perfetto takes thread 0 for the idle thread, and a thread with the number of its process for the main one.
+RUN, IDEAL = 1000, 2000
 
 Event = dict[str, Any]
 
@@ -26,7 +27,7 @@ def to_chrome(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], shares: 
     for stage in stages:
         pieces = flatten(stage.spans)
         events += [_complete(RUN, stage.stage, _label(p), _category(p), p.begin, p.end, _details(p, m)) for p in pieces]
-        events += _arrows(stage.stage, pieces)
+        events += _arrows(stage.stage, depth, pieces)
     for s in ideal:
         args = {"mini-batch": s.action.number if s.action.kind == "U" else s.action.number // m}
         events.append(_complete(IDEAL, s.k, str(s.action), "compute", s.start, s.end, args))
@@ -34,12 +35,16 @@ def to_chrome(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], shares: 
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"about": about, "shares": told}}
 
 
+def _row(group: int, k: int) -> int:
+    return group + 1 + k
+
+
 def _names(group: int, name: str, depth: int) -> Iterator[Event]:
-    yield {"ph": "M", "pid": group, "tid": 0, "name": "process_name", "args": {"name": name}}
-    yield {"ph": "M", "pid": group, "tid": 0, "name": "process_sort_index", "args": {"sort_index": group}}
+    yield {"ph": "M", "pid": group, "tid": group, "name": "process_name", "args": {"name": name}}
+    yield {"ph": "M", "pid": group, "tid": group, "name": "process_sort_index", "args": {"sort_index": group}}
     for k in range(depth):
-        yield {"ph": "M", "pid": group, "tid": k, "name": "thread_name", "args": {"name": f"stage {k}"}}
-        yield {"ph": "M", "pid": group, "tid": k, "name": "thread_sort_index", "args": {"sort_index": k}}
+        yield {"ph": "M", "pid": group, "tid": _row(group, k), "name": "thread_name", "args": {"name": f"stage {k}"}}
+        yield {"ph": "M", "pid": group, "tid": _row(group, k), "name": "thread_sort_index", "args": {"sort_index": k}}
 
 
 def _complete(group: int, k: int, name: str, category: str, begin: float, end: float, args: dict[str, Any]) -> Event:
@@ -47,7 +52,7 @@ def _complete(group: int, k: int, name: str, category: str, begin: float, end: f
     return {
         "ph": "X",
         "pid": group,
-        "tid": k,
+        "tid": _row(group, k),
         "name": name,
         "cat": category,
         "ts": ts,
@@ -78,12 +83,15 @@ def _details(span: TraceSpan, m: int) -> dict[str, Any]:
     return {"micro-batch": span.number, "mini-batch": span.number // m} if span.what in ("F", "B", "predict") else {}
 
 
-def _arrows(k: int, pieces: Sequence[TraceSpan]) -> Iterator[Event]:
-    """From a message's send to its receive; each end lies in the last piece of its span."""
-    last = {(p.what, p.peer, p.number): p for p in pieces if p.what in COMMUNICATION}
-    for (what, peer, number), p in last.items():
-        sends = what == "send"
-        way = f"{k}>{peer}" if sends else f"{peer}>{k}"
-        middle = round((p.begin + p.end) / 2e3, 3)
-        event = {"ph": "s" if sends else "f", "pid": RUN, "tid": k, "name": "message", "cat": "communication"}
-        yield {**event, "id": f"{way}#{number}", "ts": middle, **({} if sends else {"bp": "e"})}
+def _arrows(k: int, depth: int, pieces: Sequence[TraceSpan]) -> Iterator[Event]:
+    """From the beginning of a message's send to the last piece of its receive."""
+    ends = {(p.what, p.peer, p.number): p for p in pieces if p.what == "receive"}
+    ends |= {(p.what, p.peer, p.number): p for p in reversed(pieces) if p.what == "send"}
+    for (what, peer, number), p in ends.items():
+        up = peer > k if what == "send" else k > peer
+        identity = (number * depth + (k if what == "send" else peer)) * 2 + up
+        event = {"pid": RUN, "tid": _row(RUN, k), "name": "message", "cat": "communication", "id": identity}
+        if what == "send":
+            yield {**event, "ph": "s", "ts": round(p.begin / 1e3, 3)}
+        else:
+            yield {**event, "ph": "f", "bp": "e", "ts": round((p.begin + p.end) / 2e3, 3)}

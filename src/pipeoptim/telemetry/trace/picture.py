@@ -60,13 +60,13 @@ def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan]) -> str:
     scale = (_WIDTH - _LEFT - 8) / longest
     tall = _GAP + _ROW * len(stages)
     parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {2 * tall + 40}" width="{_WIDTH}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {2 * tall + 24}" width="{_WIDTH}" role="img" '
         f'aria-label="measured and ideal schedule" font-family="system-ui, sans-serif" font-size="11">',
         "<style>.ink{fill:#222}@media (prefers-color-scheme: dark){.ink{fill:#ddd}}</style>",
     ]
     for n, (title, bars, begin, end) in enumerate(panels):
         parts += _panel(title, bars, begin, end, scale, tall * n, len(stages), stages[0].microbatches)
-    return "\n".join([*parts, *_legend(2 * tall + 14), "</svg>"]) + "\n"
+    return "\n".join([*parts, *_legend(2 * tall), "</svg>"]) + "\n"
 
 
 def _window(bars: list[Bar], mates: int) -> tuple[list[Bar], float, float]:
