@@ -14,40 +14,25 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 import pipeoptim as po
 
-STEPS, BATCH, LENGTH = int(os.environ.get("STEPS", "60")), 8, 32
+STEPS, BATCH, LENGTH, LAYERS = int(os.environ.get("STEPS", "60")), 8, 32, 4
 TEXT = " ".join(f"{a} plus {b} is {a + b}." for a in range(40) for b in range(40))
 LETTERS = sorted(set(TEXT))
 
 
 def build_model() -> GPT2LMHeadModel:
     torch.manual_seed(0)
-    sizes = {"vocab_size": len(LETTERS), "n_positions": LENGTH, "n_embd": 48, "n_layer": 4, "n_head": 4}
-    return GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False, bos_token_id=0, eos_token_id=0))
+    sizes = {"vocab_size": len(LETTERS), "n_positions": LENGTH, "n_embd": 48, "n_layer": LAYERS, "n_head": 4}
+    return GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False, use_cache=False, bos_token_id=0, eos_token_id=0))
 
 
-class Part(nn.Module):
-    """Stage ``k``: its blocks, the embeddings before the first, the head after the last. Names stay the model's."""
-
-    def __init__(self, model: GPT2LMHeadModel, k: int, depth: int) -> None:
-        super().__init__()
-        body, n, self.first, self.last = model.transformer, len(model.transformer.h), k == 0, k == depth - 1
-        blocks = {str(i): body.h[i] for i in range(k * n // depth, (k + 1) * n // depth)}
-        before = {"wte": body.wte, "wpe": body.wpe, "drop": body.drop} if self.first else {}
-        self.transformer = nn.ModuleDict({"h": nn.ModuleDict(blocks), **before})
-        if self.last:
-            self.transformer["ln_f"], self.lm_head = body.ln_f, model.lm_head
-
-    def forward(self, x):  # token ids at first, then hidden states
-        body = self.transformer
-        if self.first:
-            x = body["drop"](body["wte"](x) + body["wpe"](torch.arange(x.shape[1], device=x.device)))
-        for block in body["h"].values():
-            x = block(x)
-        return self.lm_head(body["ln_f"](x)) if self.last else x
+def cut(model: GPT2LMHeadModel, depth: int) -> list[nn.Module]:
+    # All processes must cut at the same places: named here. Without pins the cut is measured; do that once, not in each process.
+    pins = [f"transformer.h.{k * LAYERS // depth}" for k in range(1, depth)]
+    return po.partition(model, depth, (torch.zeros(1, LENGTH, dtype=torch.long),), pins=pins).stages
 
 
-def loss_fn(logits, ids):
-    return nn.functional.cross_entropy(logits[:, :-1].mT, ids[:, 1:])
+def loss_fn(output, ids):
+    return nn.functional.cross_entropy(output.logits[:, :-1].mT, ids[:, 1:])
 
 
 def batches(seed: int, count: int):
@@ -60,15 +45,18 @@ def main() -> None:
     torch.set_num_threads(1)
     dist.init_process_group()
     k, depth = dist.get_rank(), dist.get_world_size()
-    part = Part(build_model(), k, depth)
-    stage, optimizer = PipelineStage(part, k, depth, torch.device("cpu")), torch.optim.AdamW(part.parameters(), lr=3e-3)
+    first, last = k == 0, k == depth - 1
+    part = cut(build_model(), depth)[k]
+    stage = PipelineStage(part, k, depth, torch.device("cpu"))
+    optimizer = torch.optim.AdamW(part.parameters(), lr=3e-3)
     schedule = po.Schedule(stage, optimizer, loss_fn, microbatches=2, clip=1.0)
+
     for step, ids in enumerate(batches(1, STEPS)):
-        schedule.step(*([ids] if k == 0 else []), target=ids if k == depth - 1 else None)
+        schedule.step(*([ids] if first else []), target=ids if last else None)
         if (step + 1) % (STEPS // 3) == 0:  # validation in between, on the latest weights of each stage
             ids = next(batches(2, 1))
-            loss = schedule.eval_step(*([ids] if k == 0 else []), target=ids, drain=False)
-            if k == depth - 1:
+            loss = schedule.eval_step(*([ids] if first else []), target=ids if last else None, drain=False)
+            if last:
                 print(f"step {step + 1}: validation loss {loss:.4f}", flush=True)
     schedule.drain()
     schedule.close()

@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+import pipeoptim as po
+
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "tests/trace"))
 from chrome_format import check  # noqa: E402
@@ -51,29 +53,38 @@ def test_the_documentation_names_every_example():
     assert [path.name for path in EXAMPLES if f"examples/{path.name}" not in pages] == []
 
 
+def test_the_lines_of_the_documentation_are_those_of_the_scripts():
+    sections = (ROOT / "docs/integrations.md").read_text().split("\n## ")[1:]
+    checked = 0
+    for section in sections:
+        scripts = "".join((ROOT / name).read_text() for name in re.findall(r"\.\./(examples/\w+\.py)", section))
+        for block in re.findall(r"```py\n(.*?)```", section, re.DOTALL):
+            for line in block.splitlines():
+                assert line.strip() in scripts, f"{line!r} is in no script of its section"
+                checked += 1
+    assert checked >= 15
+
+
 def test_hugging_face_causal_lm(tmp_path):
     pytest.importorskip("transformers")
     _, losses = torchrun("huggingface_causal_lm.py", tmp_path, STEPS="60")
     assert len(losses) == 3 and losses[-1] < 1.3 and losses == sorted(losses, reverse=True)
 
 
-def test_the_parts_of_hugging_face_are_the_model(monkeypatch):
-    """Logits and the loss of the parts in a row are those of Transformers' own forward, names of weights included."""
+def test_hugging_faces_stages_in_a_row_are_the_model():
+    """The loss of the example's stages is the one that Transformers computes itself."""
     pytest.importorskip("transformers")
     spec = importlib.util.spec_from_file_location("causal_lm", ROOT / "examples/huggingface_causal_lm.py")
     example = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(example)
     model = example.build_model().eval()
     ids = next(example.batches(5, 1))
-    whole = model(input_ids=ids, labels=ids)
-    for depth in (1, 2, 3):
-        x, parts = ids, [example.Part(model, k, depth) for k in range(depth)]
-        for part in parts:
-            x = part(x)
-        torch.testing.assert_close(x, whole.logits, rtol=1e-5, atol=1e-6)
-        torch.testing.assert_close(example.loss_fn(x, ids), whole.loss)
-        merged = {name: value for part in parts for name, value in part.state_dict().items()}
-        model.load_state_dict(merged, strict=True)
+    expected = model(input_ids=ids, labels=ids).loss
+    for depth in (2, 4):
+        stages = example.cut(model, depth)
+        assert len(stages) == depth
+        pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), example.loss_fn)
+        torch.testing.assert_close(pipe.eval_step(ids, target=ids), expected.detach())
 
 
 def test_titan_style(tmp_path):

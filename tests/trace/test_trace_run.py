@@ -24,7 +24,7 @@ def runs(tmp_path_factory):
     for engine in ("processes", "emulator"):
         options = ["--recipe", "tiny:steady", "--trace", "--engine", engine, "--name", engine, "--clip", "1"]
         with train(folder, *options, "--clip-scope", "global") as command:
-            assert command.wait() == 0, command.err
+            assert command.wait(240) == 0, command.err
             found[engine] = folder / "runs" / engine, command.out
     return found
 
@@ -103,9 +103,9 @@ def test_a_resumed_run_can_be_traced_and_report_merges_a_folder(runs, tmp_path):
     folder, _ = runs["emulator"]
     options = ["--resume", "--name", "emulator", "--steps", "28", "--trace-steps", "2", "--quiet"]
     with train(folder.parents[1], *options) as command:
-        assert command.wait() == 0, command.err
+        assert command.wait(240) == 0, command.err
     for stage in read(folder / "trace"):
         assert [s.number for s in stage.spans if s.what == "F"] == [24, 25]
     with Command([sys.executable, "-m", "pipeoptim", "report", str(folder / "trace")], tmp_path) as command:
-        assert command.wait() == 0, command.err
+        assert command.wait(240) == 0, command.err
         assert "ideal idle" in command.out and "trace.svg" in command.out
