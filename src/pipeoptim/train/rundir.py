@@ -158,6 +158,8 @@ def resume(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> Star
     if config != run.read_config():
         _check_longer(config, run.read_config())
         run.write_config(config)
+    if config.trace:  # the new one may be of fewer stages
+        shutil.rmtree(run.trace, ignore_errors=True)
     for folder, reason in found.torn:
         say(f"checkpoint {folder} is torn ({reason}); resuming from {found.folder.name}")
     return Start(found.meta.step, found.folder)
