@@ -72,7 +72,7 @@ def train(
             help="Also record what every stage does and when, to runs/<name>/trace: idle shares, Perfetto, a picture.",
         ),
     ] = None,
-    trace_steps: Annotated[int | None, Option(help="Mini-batches that --trace records; by default the first 200.")] = None,
+    trace_steps: Annotated[int | None, Option(help="Record this many mini-batches instead of 200.")] = None,
     name: Annotated[str | None, Option(help="Name of the run; by default <recipe>-<method>.")] = None,
     out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
     resume: Annotated[bool, Option("--resume", help="Continue the run of that name from its newest checkpoint.")] = False,
@@ -128,7 +128,7 @@ def train(
         "autocast": autocast,
         "monitor_every": monitor_every,
         "tensorboard": tensorboard,
-        "trace": trace,
+        "trace": trace if trace_steps is None else True,
         "trace_steps": trace_steps,
     }
     given = {key: value for key, value in options.items() if value is not None}
