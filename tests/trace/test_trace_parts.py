@@ -1,5 +1,6 @@
 """The parts of a trace, each against something simpler: painting, known clocks, the schedule's own timeline, sums by hand."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -12,11 +13,11 @@ from pipeoptim.engine import trace as recording
 from pipeoptim.schedule import Kind, replay, timeline
 from pipeoptim.telemetry.trace.align import align
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten, read
-from pipeoptim.telemetry.trace.shares import shares
+from pipeoptim.telemetry.trace.shares import ideal, shares
 
 
 def stage(k, spans, depth=2, clock="c", process=None):
-    return StageTrace(k, depth, 1, "async_1f1b", "pipeoptim", clock, k if process is None else process, tuple(spans))
+    return StageTrace(k, depth, 1, "async_1f1b", "pipeoptim", clock, k if process is None else process, k, tuple(spans))
 
 
 @st.composite
@@ -65,8 +66,8 @@ def test_clocks_of_two_machines_are_aligned_from_messages(shift, up, down):
 def test_the_ideal_schedule_of_all_actions_is_the_programs_own(method):
     program = po.get_method(method).program(3, 3)
     durations = {Kind.F: 2.0, Kind.B: 3.0, Kind.U: 0.0}
-    plans = [program.full(k, 5) for k in range(3)]
-    assert replay(plans, lambda k, kind: durations[kind]) == timeline(program, 5, 2.0, 3.0)
+    plans = [[(k, action) for action in program.full(k, 5)] for k in range(3)]
+    assert replay(plans, 3, lambda k, kind: durations[kind]) == timeline(program, 5, 2.0, 3.0)
 
 
 def test_shares_of_a_trace_made_by_hand():
@@ -187,3 +188,24 @@ def test_only_the_wanted_mini_batches_are_recorded(tmp_path):
     for found in (one, two):
         assert [s.number for s in found.spans if s.what == "F"] == [2, 3, 4]
     assert len([s for s in one.spans if s.what == "data"]) == 3
+
+
+def test_several_stages_on_a_device_share_its_ideal_time(tmp_path):
+    """Interleaved, four stages on two devices: no two of a device at once, and both as idle as their device."""
+    trace, x = po.Trace(), torch.randn(6, 4)
+    stages = [torch.nn.Linear(4, 4) for _ in range(4)]
+    pipe = po.Emulator(
+        stages, lambda p: torch.optim.Adam(p), torch.nn.functional.mse_loss, microbatches=2, processes=2, trace=trace
+    )
+    for _ in range(5):
+        pipe.step(x, target=x)
+    pipe.drain()
+    trace.save(tmp_path)
+    found = read(tmp_path)
+    assert [s.device for s in found] == [0, 1, 0, 1]
+    spans = ideal(found)
+    for device in range(2):
+        own = sorted((s.start, s.end) for s in spans if s.k % 2 == device)
+        assert all(one[1] <= other[0] for one, other in pairwise(own))
+    idle = [one.ideal_idle for one in shares(found)]
+    assert idle[0] == idle[2] and idle[1] == idle[3] and all(0 <= share < 1 for share in idle)

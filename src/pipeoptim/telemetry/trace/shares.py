@@ -25,7 +25,7 @@ class StageShares:
         waiting: for a message, or for what else another stage must tell.
         turns: other stages of the same process computed; 0 with one stage per process.
         other: the rest: the script's own work, such as loading data.
-        ideal_idle: idle share of the ideal schedule.
+        ideal_idle: idle share of the stage's device in the ideal schedule.
     """
 
     stage: int
@@ -45,7 +45,7 @@ class StageShares:
 def shares(stages: Sequence[StageTrace]) -> list[StageShares]:
     """Of every stage; the stages are aligned (see :mod:`.align`)."""
     pieces = [flatten(s.spans) for s in stages]
-    idle = _ideal_idle(ideal(stages), len(stages))
+    idle = _ideal_idle(ideal(stages), [s.device for s in stages])
     found = []
     for k, stage in enumerate(stages):
         own = pieces[k]
@@ -93,10 +93,11 @@ def ideal(stages: Sequence[StageTrace]) -> list[IdealSpan]:
     return replay(plans, len(stages), lambda k, kind: durations[k, kind])
 
 
-def _ideal_idle(spans: Sequence[IdealSpan], depth: int) -> list[float]:
+def _ideal_idle(spans: Sequence[IdealSpan], devices: Sequence[int]) -> list[float]:
+    """Of the device of each stage."""
     found = []
-    for k in range(depth):
-        own = [s for s in spans if s.k == k]
+    for device in devices:
+        own = [s for s in spans if devices[s.k] == device]
         busy, end = sum(s.end - s.start for s in own), max((s.end for s in own), default=0.0)
         found.append(1 - busy / end if end else 0.0)
     return found
