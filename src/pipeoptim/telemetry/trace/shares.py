@@ -23,7 +23,7 @@ class StageShares:
         compute: F, B, U, prediction and evaluation.
         communication: packing, sending and unpacking messages.
         waiting: for a message, or for what else another stage must tell.
-        turns: other stages of the same process computed; 0 with one stage per process.
+        turns: other stages of the same process computed or communicated; 0 with one stage per process.
         other: the rest: the script's own work, such as loading data.
         ideal_idle: idle share of the stage's device in the ideal schedule.
     """
@@ -60,7 +60,7 @@ def shares(stages: Sequence[StageTrace]) -> list[StageShares]:
             if j != k and (other.clock, other.process) == (stage.clock, stage.process)
             for p in pieces[j]
         ]
-        turns = sum(max(0, min(p.end, end) - max(p.begin, begin)) for p in mates if p.what in COMPUTE)
+        turns = sum(max(0, min(p.end, end) - max(p.begin, begin)) for p in mates if p.what in COMPUTE + COMMUNICATION)
         sums: dict[str, int] = defaultdict(int)
         for piece in own:
             sums[_class(piece)] += piece.end - piece.begin
