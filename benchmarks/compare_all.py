@@ -44,23 +44,24 @@ class Choice:
 
 OPTIMIZERS = {
     "adamw": Choice(Component("adamw", {"weight_decay": 0.01}), (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2)),
-    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.01, 0.02, 0.05, 0.1, 0.2, 0.4)),
-    "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (3e-4, 1e-3, 2e-3, 4e-3, 8e-3)),
+    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.02, 0.05, 0.1, 0.2, 0.4)),
+    "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (5e-4, 1e-3, 2e-3, 4e-3)),
 }
 RECIPES = {"digits": compare_models.digits, "chars": compare_models.chars}
 
 
-def methods(optimizer: str, steps: int) -> tuple[str, ...]:
+def methods(optimizer: str, split: bool, steps: int) -> tuple[str, ...]:
     """All beside AdamW. Beside the others not those that bring their own optimizer, which would be the same again, nor gpipe,
-    which computes what 1f1b computes, nor variants.
+    which computes what 1f1b computes, nor variants; where mini-batches are split, a few to hold pipedream_2bw against.
 
     PipeMare raises its learning rate over 1,000 updates by default, longer than these runs: here over a quarter of each.
     """
-    names = [
-        name
-        for name, method in METHODS.items()
-        if optimizer == "adamw" or not (method.optimizer or name == "gpipe" or "+" in name)
-    ]
+    if optimizer == "adamw":
+        names = list(METHODS)
+    elif split:
+        names = [SYNCHRONOUS, "naive", "pipedream", "pipedream_2bw", "pipeoptim"]
+    else:
+        names = [name for name, method in METHODS.items() if not (method.optimizer or name == "gpipe" or "+" in name)]
     return tuple(f"pipemare(anneal_updates={steps // 4})" if name == "pipemare" else name for name in names)
 
 
@@ -80,7 +81,7 @@ def settings(base: TrainConfig, seeds: int) -> Iterator[tuple[str, Settings]]:
     for depth in DEPTHS:
         for m in (1, depth):
             config = replace(base, stages=depth, microbatches=m)
-            yield f"D{depth}-M{m}", Settings(config, methods(base.optimizer.target, base.steps), tuple(range(seeds)))
+            yield f"D{depth}-M{m}", Settings(config, methods(base.optimizer.target, m > 1, base.steps), tuple(range(seeds)))
 
 
 def record(done: Comparison, rates: dict[str, float | None]) -> dict[str, Any]:
