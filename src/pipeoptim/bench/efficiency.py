@@ -1,76 +1,114 @@
 """How close the engine comes to its limit: stages that wait instead of computing, so that their time is known.
 
 A stage emulates a device of fixed speed: the forward of a whole mini-batch takes t, the backward 2t, and a micro-batch its share
-of them. The limit of an asynchronous pipeline is one mini-batch per time of the slowest stage, so
-``efficiency = mini-batches per second x slowest stage's seconds per mini-batch``, 1 at best. Whatever is missing is overhead
-of the engine and of the transfers, or, with synchronous schedules, the bubble. Many stages fit on few cores, since they wait.
+of them. Its one small layer is really computed, within that time and not on top of it. The limit of an asynchronous pipeline is
+one mini-batch per time of the slowest stage, so ``efficiency = mini-batches per second x slowest stage's seconds per
+mini-batch``, 1 at best. Whatever is missing is overhead of the engine and of the transfers, the optimizer's step and the loss
+included, or, with synchronous schedules, the bubble. Many stages fit on few cores, since they wait.
 """
 
 from __future__ import annotations
 
+import ctypes
+import math
+import os
 import random
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.rivals import TORCH, Step, possible, rival_step
 from pipeoptim.engine import Schedule
 
 BATCH = 16
-_SPIN = 0.0003  # seconds: the end of a wait is spun, since a sleep returns late
+RIVALS = [name for name in TORCH if name != "ScheduleZBVZeroBubble"]  # it calls one backward twice, and would wait twice
+_SPIN = 0.00006  # seconds: the end of a wait is spun, since a sleep returns late; all of it where a core is free for each stage
+_PR_SET_TIMERSLACK = 29
 
 
 class Device:
-    """A device of fixed speed. ``scale`` of mini-batch seconds; ``jitter`` is the sigma of a log-normal factor."""
+    """A device of fixed speed.
 
-    def __init__(self, seconds: float, jitter: float, seed: int) -> None:
-        self.seconds, self.jitter = seconds, jitter
+    Args:
+        seconds: for the forward of a mini-batch.
+        jitter: sigma of a log-normal factor.
+        seed: of the jitter.
+        spin: seconds at the end of a wait that are spun instead of slept. Where each stage has a core, waits are spun from end to
+            end, as after a sleep a core finds its caches cold, which it does not after computing.
+
+    Attributes:
+        busy: seconds of work so far: what was asked for, and where the layer itself took longer, that.
+    """
+
+    def __init__(self, seconds: float, jitter: float, seed: int, spin: float = _SPIN) -> None:
+        self.seconds, self.jitter, self.spin = seconds, jitter, spin
         self.random = random.Random(seed)
-        self.busy = 0.0
+        self.busy = self._began = 0.0
+        _sleep_exactly()
 
-    def work(self, share: float) -> None:
-        """Take as long as the device takes for ``share`` of a forward of a mini-batch."""
+    def begin(self) -> None:
+        """Work begins now."""
+        self._began = time.perf_counter()
+
+    def finish(self, share: float) -> None:
+        """Return when the work since :meth:`begin` took what ``share`` of a mini-batch's forward takes."""
         factor = self.random.lognormvariate(0.0, self.jitter) if self.jitter else 1.0
-        start = time.perf_counter()
-        end = start + self.seconds * share * factor
-        if (left := end - start - _SPIN) > 0:
-            time.sleep(left)
+        wanted = self.seconds * share * factor
+        end, now = self._began + wanted, time.perf_counter()
+        self.busy += max(wanted, now - self._began)
+        if end - now > self.spin:
+            time.sleep(end - now - self.spin)
         while time.perf_counter() < end:
             pass
-        self.busy += time.perf_counter() - start
 
 
-class _Wait(torch.autograd.Function):
+def _sleep_exactly() -> None:
+    """Ask Linux to end this thread's sleeps on time; by default they may be 50 microseconds late."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+class _Work(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, device: Device) -> Tensor:
-        ctx.device, ctx.share = device, x.shape[0] / BATCH
-        device.work(ctx.share)
-        return x.clone()
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, device: Device, part: float) -> Tensor:
+        device.begin()
+        ctx.device, ctx.share = device, part * x.shape[0] / BATCH
+        ctx.save_for_backward(x, weight)
+        y = torch.addmm(bias, x, weight)
+        device.finish(ctx.share)
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        ctx.device.work(2 * ctx.share)
-        return gradients[0], None
+        ctx.device.begin()
+        (gradient,), (x, weight) = gradients, ctx.saved_tensors
+        of_x = gradient @ weight.t() if ctx.needs_input_grad[0] else None
+        of_weight, of_bias = x.t() @ gradient, gradient.sum(0)
+        ctx.device.finish(2 * ctx.share)
+        return of_x, of_weight, of_bias, None, None
 
 
 class WaitingStage(nn.Module):
-    """A stage of one small layer whose time is that of its device."""
+    """A stage of one small layer whose time is that of its device, or the given part of it where several stages share one."""
 
-    def __init__(self, device: Device, width: int) -> None:
+    def __init__(self, device: Device, width: int, part: float = 1.0) -> None:
         super().__init__()
-        self.layer = nn.Linear(width, width)
+        self.part = part
+        self.weight = nn.Parameter(torch.eye(width) / 2)
+        self.bias = nn.Parameter(torch.zeros(width))
         self.device = device
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer, and the wait."""
-        return _Wait.apply(self.layer(x), self.device)  # type: ignore[no-any-return,no-untyped-call]
+        return _Work.apply(x, self.weight, self.bias, self.device, self.part)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def measure(
@@ -81,6 +119,8 @@ def measure(
     torch_microbatches: list[int] | None = None,
     jitter: float = 0.0,
     uneven: float = 0.0,
+    delay: float = 0.0,
+    bandwidth: float = 0.0,
     width: int = 256,
     repeats: int = 3,
     steps: int = 40,
@@ -91,9 +131,12 @@ def measure(
         depths: numbers of stages, each with one process of one thread.
         milliseconds: time of a stage for F and B of a mini-batch together (F one third of it).
         methods, microbatches: contenders of this library and their M.
-        torch_microbatches: M of torch's ScheduleGPipe and Schedule1F1B.
+        torch_microbatches: M of torch's ScheduleGPipe, Schedule1F1B and ScheduleInterleaved1F1B (two stages per process, each with
+            half of the device's time).
         jitter: sigma of the log-normal factor on every wait.
         uneven: how much slower than the others the middle stage is, as a share.
+        delay: seconds that a message takes more than its bytes do.
+        bandwidth: of each link and direction in bytes per second; 0 for no limit.
         width: numbers per sample that travel between stages.
         repeats, steps: windows per contender, and mini-batches per window.
     """
@@ -104,37 +147,43 @@ def measure(
         "milliseconds": milliseconds,
         "jitter": jitter,
         "uneven": uneven,
+        "delay": delay,
+        "bandwidth": bandwidth,
         "width": width,
         "repeats": repeats,
         "steps": steps,
     }
     rows = []
     for depth in depths:
-        found = run_on_processes("pipeoptim.bench.efficiency:stage", options, depth, threads=1, timeout=900)
+        found = run_on_processes(
+            "pipeoptim.bench.efficiency:stage", options, depth, threads=1, timeout=900, delay=delay, bandwidth=bandwidth
+        )
         rows += [Row(**row) for row in found[0]]
     return Record("efficiency", "efficiency", {**options, "depths": depths}, rows)
 
 
 def stage(**options: Any) -> list[dict[str, Any]]:
     """The part of one process."""
-    rows = []
+    depth, rows = dist.get_world_size(), []
     for milliseconds in options["milliseconds"]:
         for m in options["microbatches"]:
             for method in options["methods"]:
                 rows.append(_row(options, milliseconds, m, method, _ours, True))
         for m in options["torch_microbatches"]:
-            for name in ("ScheduleGPipe", "Schedule1F1B"):
-                rows.append(_row(options, milliseconds, m, name, _torchs, False))
+            for name in RIVALS:
+                if possible(name, m, depth):
+                    rows.append(_row(options, milliseconds, m, name, _torchs, False))
     return rows
 
 
 def _row(
-    options: dict[str, Any], milliseconds: float, m: int, name: str, make: Callable[..., Any], ours: bool
+    options: dict[str, Any], milliseconds: float, m: int, name: str, make: Callable[..., Step], ours: bool
 ) -> dict[str, Any]:
     k, depth = dist.get_rank(), dist.get_world_size()
     slow = 1.0 + (options["uneven"] if k == depth // 2 else 0.0)
-    device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k)
-    step = make(WaitingStage(device, options["width"]), name, m, k, depth, options["width"])
+    spin = math.inf if depth <= len(os.sched_getaffinity(0)) else _SPIN
+    device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k, spin=spin)
+    step = make(device, name, m, options["width"])
     for _ in range(depth + 2):
         step()
     samples = []
@@ -149,30 +198,54 @@ def _row(
         dist.all_reduce(busy, dist.ReduceOp.MAX)
         samples.append(float(busy) / seconds)
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
-    return {"name": f"{name} M={m}, D={depth}, {milliseconds:g} ms", "samples": samples, "settings": settings}
+    settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth")}
+    return {
+        "name": f"{name} M={m}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
+        "samples": samples,
+        "settings": settings,
+    }
 
 
-def _ours(module: nn.Module, name: str, m: int, k: int, depth: int, width: int) -> Callable[[], None]:
+def _conditions(options: dict[str, Any]) -> str:
+    """What makes it harder than equal stages on fast links."""
+    parts = [f"slow stage +{options['uneven']:.0%}"] if options["uneven"] else []
+    parts += [f"jitter {options['jitter']:g}"] if options["jitter"] else []
+    parts += [f"delay {options['delay'] * 1e3:g} ms"] if options["delay"] else []
+    parts += [f"{options['bandwidth'] / 1e6:g} MB/s"] if options["bandwidth"] else []
+    return "".join(f", {part}" for part in parts)
+
+
+def _ours(device: Device, name: str, m: int, width: int) -> Step:
+    k, depth = dist.get_rank(), dist.get_world_size()
+    module = WaitingStage(device, width)
     place = PipelineStage(module, k, depth, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    pipe = Schedule(place, optimizer, nn.functional.mse_loss, name, m, liveness_timeout=None)
+    pipe = Schedule(place, _adam(module), nn.functional.mse_loss, name, m, liveness_timeout=None)
     x = torch.ones(BATCH, width)
-    return lambda: _forget(pipe.step(*((x,) if k == 0 else ()), target=x if k == depth - 1 else None))
-
-
-def _torchs(module: nn.Module, name: str, m: int, k: int, depth: int, width: int) -> Callable[[], None]:
-    place = PipelineStage(module, k, depth, torch.device("cpu"))
-    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-    schedule = getattr(pipelining, name)(place, m, nn.functional.mse_loss)
-    x = torch.ones(BATCH, width)
+    args, target = ((x,) if k == 0 else ()), (x if k == depth - 1 else None)
 
     def step() -> None:
-        schedule.step(*((x,) if k == 0 else ()), **({"target": x} if k == depth - 1 else {}))
-        optimizer.step()
-        optimizer.zero_grad()
+        pipe.step(*args, target=target)
 
     return step
 
 
-def _forget(value: object) -> None:
-    """For callers that want nothing back."""
+def _torchs(device: Device, name: str, m: int, width: int) -> Step:
+    part = 1 / len(TORCH[name](dist.get_rank(), dist.get_world_size()))
+    x = torch.ones(BATCH, width)
+    return rival_step(name, lambda *_: WaitingStage(device, width, part), m, nn.functional.mse_loss, _adam, x, x)
+
+
+def _adam(module: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(module.parameters(), lr=1e-4)
+
+
+def columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: a line per contender and condition."""
+    head = ["stages", "ms per stage", "conditions", "contender", "M", "efficiency", "lowest .. highest"]
+    body = []
+    for row in record.rows:
+        s = row.settings
+        conditions = _conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, **s})[2:] or "equal stages"
+        cells = [str(s["depth"]), f"{s['milliseconds']:g}", conditions, ("" if s["ours"] else "torch ") + s["method"]]
+        body.append([*cells, str(s["microbatches"]), f"{row.median:.3f}", f"{min(row.samples):.3f} .. {max(row.samples):.3f}"])
+    return head, body

@@ -14,9 +14,22 @@ from typing import Any
 
 from pipeoptim.errors import PipeOptimError
 
+DELAY, BANDWIDTH = "PIPEOPTIM_BENCH_DELAY", "PIPEOPTIM_BENCH_BANDWIDTH"
+"""Environment variables of a slow network: seconds, and bytes per second (0: no limit)."""
 
-def run_on_processes(target: str, options: dict[str, Any], processes: int, threads: int, timeout: float) -> list[Any]:
+
+def run_on_processes(
+    target: str,
+    options: dict[str, Any],
+    processes: int,
+    threads: int,
+    timeout: float,
+    delay: float = 0.0,
+    bandwidth: float = 0.0,
+) -> list[Any]:
     """Call ``module:function(**options)`` in ``processes`` processes that share a gloo group.
+
+    With ``delay`` (seconds) or ``bandwidth`` (bytes per second) its messages are late, see :mod:`pipeoptim.bench.slow`.
 
     Returns:
         What each returned, by rank; it must be JSON.
@@ -26,13 +39,15 @@ def run_on_processes(target: str, options: dict[str, Any], processes: int, threa
     """
     with tempfile.TemporaryDirectory(prefix="pipeoptim-bench-") as folder:
         job = Path(folder) / "job.json"
-        job.write_text(json.dumps({"target": target, "options": options, "threads": threads}))
+        job.write_text(json.dumps({"target": target, "options": options, "threads": threads, "slow": bool(delay or bandwidth)}))
         base = {
             **os.environ,
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(_free_port()),
             "WORLD_SIZE": str(processes),
             "OMP_NUM_THREADS": str(threads),
+            DELAY: str(delay),
+            BANDWIDTH: str(bandwidth),
         }
         command = [sys.executable, "-m", "pipeoptim.bench.worker", folder]
         started = [subprocess.Popen(command, env={**base, "RANK": str(rank)}) for rank in range(processes)]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.version import __version__
 
 
@@ -68,9 +69,28 @@ class Record:
     @staticmethod
     def read(path: Path) -> Record:
         """Read what :meth:`write` wrote."""
-        data = json.loads(path.read_text())
+        try:
+            data = json.loads(path.read_text())
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{path} is not a result file of pipeoptim bench: {error}") from error
+        if not isinstance(data, dict) or not {"benchmark", "unit", "settings", "rows", "machine"} <= set(data):
+            raise ConfigError(f"{path} is not a result file of pipeoptim bench: it has not all of their entries")
         data["rows"] = [Row(**row) for row in data["rows"]]
         return Record(**data)
+
+
+def merged(old: Record, new: Record) -> Record:
+    """The rows of ``new``, and before them those of ``old`` that ``new`` has no row of the same name for.
+
+    Raises:
+        ConfigError: they were taken on different machines or versions, or by different benchmarks.
+    """
+    if (old.machine, old.benchmark) != (new.machine, new.benchmark):
+        raise ConfigError("the figures in that file are of another machine, version or benchmark; write to another file")
+    names = {row.name for row in new.rows}
+    return Record(
+        new.benchmark, new.unit, new.settings, [row for row in old.rows if row.name not in names] + new.rows, new.machine
+    )
 
 
 def machine() -> dict[str, Any]:

@@ -7,13 +7,21 @@ table of that file behind it.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
+from pipeoptim.bench import efficiency, memory, scaling
+from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
-from pipeoptim.bench.record import Record
+from pipeoptim.bench.record import Record, Row
 from pipeoptim.errors import PipeOptimError
 
-_MARK = re.compile(r"<!-- table: (?P<file>[^ ]+) -->\n.*?<!-- end of table -->", re.DOTALL)
+_MARK = re.compile(
+    r"<!-- (?P<what>table|long run): (?P<file>[^ ]+)(?P<where>( \w+=[^ ]+)*) -->\n.*?<!-- end of (?P=what) -->", re.DOTALL
+)
+_GOALS = re.compile(r"<!-- goals: (?P<folder>[^ ]+) -->\n.*?<!-- end of goals -->", re.DOTALL)
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
@@ -22,6 +30,11 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         return predict_columns(record)
     if record.benchmark == "partition":
         return _partition_columns(record)
+    own = {"efficiency": efficiency.columns, "memory": memory.columns, "scaling": scaling.columns}
+    if record.benchmark in own:
+        return own[record.benchmark](record)
+    if record.benchmark == "throughput":
+        return _throughput_columns(record)
     rivals = [row.median for row in record.rows if row.settings.get("ours") is False]
     head = ["", f"median {record.unit}", "lowest .. highest"] + (["times the best of torch"] if rivals else [])
     body = []
@@ -29,6 +42,27 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         cells = [row.name, _short(row.median), f"{_short(min(row.samples))} .. {_short(max(row.samples))}"]
         body.append(cells + ([f"{row.median / max(rivals):.2f}"] if rivals else []))
     return head, body
+
+
+def _throughput_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Per model and mini-batch: every contender at its best M, and the ratio to the best of torch."""
+    groups: dict[tuple[Any, Any], dict[str, Row]] = {}
+    for row in record.rows:
+        s = row.settings
+        best = groups.setdefault((s.get("model"), s.get("batch")), {})
+        name = row.name.split(" M=")[0].rpartition(", ")[2]
+        if name not in best or row.median > best[name].median:
+            best[name] = row
+    head = ["model", "mini-batch", "", "best M", f"median {record.unit}", "lowest .. highest", "times the best of torch"]
+    first = 2 if len(groups) == 1 else 0
+    body = []
+    for (model, batch), rows in groups.items():
+        rival = max((row.median for row in rows.values() if not row.settings["ours"]), default=float("nan"))
+        for name, row in sorted(rows.items(), key=lambda item: -item[1].median):
+            cells = [str(model), str(batch), name, str(row.settings["microbatches"]), _short(row.median)]
+            cells += [f"{_short(min(row.samples))} .. {_short(max(row.samples))}", f"{row.median / rival:.2f}"]
+            body.append(cells[first:])
+    return head[first:], body
 
 
 def _partition_columns(record: Record) -> tuple[list[str], list[list[str]]]:
@@ -52,9 +86,9 @@ def caption(record: Record) -> str:
     return f"{record.benchmark}: {settings}. {where}; torch {m['torch']}, Python {m['python']}, pipeoptim {m['pipeoptim']}."
 
 
-def markdown(record: Record) -> str:
+def markdown(record: Record, of: Callable[[Record], tuple[list[str], list[list[str]]]] = columns) -> str:
     """The table as Markdown, its caption below."""
-    head, body = columns(record)
+    head, body = of(record)
     lines = ["| " + " | ".join(head) + " |", "|" + "---|" * len(head)]
     lines += ["| " + " | ".join(cells) + " |" for cells in body]
     return "\n".join([*lines, "", f"*{caption(record)}*"])
@@ -71,9 +105,19 @@ def render_document(path: Path, root: Path) -> str:
         source = root / match["file"]
         if not source.is_file():
             raise PipeOptimError(f"{path} wants a table of {match['file']}, which does not exist; run the benchmark first")
-        return f"<!-- table: {match['file']} -->\n{markdown(Record.read(source))}\n<!-- end of table -->"
+        record = _where(Record.read(source), match["where"])
+        text = markdown(record, scaling.long_columns if match["what"] == "long run" else columns)
+        return f"{match[0].splitlines()[0]}\n{text}\n<!-- end of {match['what']} -->"
 
-    return _MARK.sub(table, path.read_text())
+    text = _MARK.sub(table, path.read_text())
+    return _GOALS.sub(lambda m: f"<!-- goals: {m['folder']} -->\n{goals(root / m['folder'])}\n<!-- end of goals -->", text)
+
+
+def _where(record: Record, conditions: str) -> Record:
+    """The rows whose settings are as in ``conditions``, for instance ``model=mlp batch=64``."""
+    wanted = dict(part.split("=", 1) for part in conditions.split())
+    rows = [row for row in record.rows if all(str(row.settings.get(key)) == value for key, value in wanted.items())]
+    return replace(record, rows=rows, settings={**record.settings, **wanted})
 
 
 def _short(value: float) -> str:

@@ -1,7 +1,8 @@
-"""Samples per second of the methods here and of torch's own schedules: same stages, same mini-batch, same processes, one run.
+"""Samples per second of the methods here and of torch's own schedules: same model, same mini-batch, same processes, one run.
 
 The contenders take turns in the same processes, window after window, so that whatever disturbs the machine disturbs all. A
 window is timed from barrier to barrier; asynchronous pipelines stay filled from one window to the next, as they do in training.
+Schedules with two stages per process get the same model cut into twice as many.
 """
 
 from __future__ import annotations
@@ -13,105 +14,120 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
+from torch.optim import Optimizer
 
-from pipeoptim.bench.models import MODELS, Work
+from pipeoptim.bench.models import Work, build, cuts, short_name
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.rivals import TORCH, Step, depth_of, possible, rival_step
 from pipeoptim.engine import Schedule
-
-TORCH = ("ScheduleGPipe", "Schedule1F1B")
-Step = Callable[[], None]
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import METHODS
 
 
 def measure(
     model: str = "mlp",
-    batch: int = 64,
+    batches: list[int] | None = None,
     optimizer: str = "AdamW",
     methods: list[str] | None = None,
     microbatches: list[int] | None = None,
     torch_microbatches: list[int] | None = None,
     processes: int = 2,
     repeats: int = 5,
-    window: float = 1.0,
+    window: float = 0.5,
 ) -> Record:
     """Measure every contender.
 
     Args:
-        model: a key of :data:`pipeoptim.bench.models.MODELS`.
-        batch: size of the mini-batch.
+        model: a key of :data:`pipeoptim.bench.models.MODELS`, or ``module:function`` of a builder.
+        batches: sizes of the mini-batch, each measured in a run of its own.
         optimizer: a class of ``torch.optim``.
-        methods: names in ``METHODS``.
-        microbatches: M of the methods here.
+        methods: names in ``METHODS``; by default all.
+        microbatches: M of the methods here; those that need more are measured with M = D as well.
         torch_microbatches: M of torch's schedules.
-        processes: stages, one process of one thread each.
+        processes: processes of one thread each.
         repeats: windows per contender.
         window: seconds a window takes, about.
 
     Returns:
-        One row per contender, in samples per second.
+        One row per contender and M, in samples per second.
+
+    Raises:
+        ConfigError: there is no such model, optimizer or method.
     """
-    options = {
-        "model": model,
-        "batch": batch,
+    if not hasattr(torch.optim, optimizer):
+        raise ConfigError(f"optimizer {optimizer!r} is not a class of torch.optim")
+    shared = {
         "optimizer": optimizer,
-        "methods": methods or ["pipeoptim", "naive"],
-        "microbatches": microbatches or [1],
-        "torch_microbatches": torch_microbatches or [2, 4, 8],
+        "methods": list(methods or METHODS),
+        "microbatches": microbatches or [1, 2],
+        "torch_microbatches": torch_microbatches or [1, 2, 4, 8],
         "repeats": repeats,
         "window": window,
     }
-    count = len(options["methods"]) * len(options["microbatches"]) + len(TORCH) * len(options["torch_microbatches"])  # type: ignore[arg-type]
+    for name in shared["methods"]:  # type: ignore[attr-defined]
+        if name not in METHODS:
+            raise ConfigError(f"method {name!r} is not known; methods: {', '.join(METHODS)}")
+    build(model, 1)  # refused here, and not by every process
+    count = len(shared["methods"]) * (1 + len(shared["microbatches"])) + len(TORCH) * len(shared["torch_microbatches"])  # type: ignore[arg-type]
     timeout = 120 + 10 * count * (repeats + 2) * window
-    rows = run_on_processes("pipeoptim.bench.throughput:stage", options, processes, threads=1, timeout=timeout)[0]
-    return Record("throughput", "samples/s", {**options, "processes": processes, "threads": 1}, [Row(**r) for r in rows])
+    rows: list[Row] = []
+    for batch in batches or [64]:
+        options = {**shared, "model": model, "batch": batch}
+        found = run_on_processes("pipeoptim.bench.throughput:stage", options, processes, threads=1, timeout=timeout)[0]
+        rows += [Row(**row) for row in found]
+    return Record(
+        "throughput", "samples/s", {"optimizer": optimizer, "repeats": repeats, "processes": processes, "threads": 1}, rows
+    )
 
 
-def stage(
-    model: str,
-    batch: int,
-    optimizer: str,
-    methods: list[str],
-    microbatches: list[int],
-    torch_microbatches: list[int],
-    repeats: int,
-    window: float,
-) -> list[dict[str, Any]]:
+def stage(**options: Any) -> list[dict[str, Any]]:
     """The part of one process: build all contenders, let them take turns, return their samples."""
-    k, depth = dist.get_rank(), dist.get_world_size()
-    contenders: dict[str, tuple[dict[str, Any], Step]] = {}
-    for m in microbatches:
-        for method in methods:
-            step = _ours(_work(model, batch), optimizer, method, m, k, depth)
-            contenders[f"{method} M={m}"] = ({"method": method, "microbatches": m, "ours": True}, step)
-    for m in torch_microbatches:
-        for name in TORCH:
-            step = _torchs(_work(model, batch), optimizer, name, m, k, depth)
-            contenders[f"torch {name} M={m}"] = ({"method": name, "microbatches": m, "ours": False}, step)
+    contenders = dict(_contenders(options))
+    batch, window = options["batch"], options["window"]
     counts = {name: _steps_in(step, window) for name, (_, step) in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
-    for _ in range(repeats):
+    for _ in range(options["repeats"]):
         for name, (_, step) in contenders.items():
             samples[name].append(batch * counts[name] / _seconds(step, counts[name]))
     return [{"name": name, "samples": samples[name], "settings": contenders[name][0]} for name in contenders]
 
 
-def _work(model: str, batch: int) -> Work:
-    torch.manual_seed(0)
-    return MODELS[model](batch)
+def _contenders(options: dict[str, Any]) -> list[tuple[str, tuple[dict[str, Any], Step]]]:
+    model, batch, p, processes = options["model"], options["batch"], dist.get_rank(), dist.get_world_size()
+    depths = sorted({processes, *(depth_of(name, processes) for name in TORCH)})
+    cut = cuts(build(model, batch), depths)
+
+    def optimizer(module: nn.Module) -> Optimizer:
+        return getattr(torch.optim, options["optimizer"])(module.parameters(), lr=1e-3)  # type: ignore[no-any-return]
+
+    found = []
+
+    def add(name: str, m: int, ours: bool, step: Step) -> None:
+        settings = {"model": short_name(model), "batch": batch, "method": name, "microbatches": m, "ours": ours}
+        found.append((f"{short_name(model)}, {batch}, {'' if ours else 'torch '}{name} M={m}", (settings, step)))
+
+    for name in options["methods"]:
+        for m in options["microbatches"] + [processes] * METHODS[name].at_least_depth_microbatches:
+            if batch % m == 0 and (m >= processes or not METHODS[name].at_least_depth_microbatches):
+                work = build(model, batch)
+                add(name, m, True, _ours(work, _part(work, cut, p, processes), optimizer, name, m))
+    for name in TORCH:
+        for m in options["torch_microbatches"]:
+            if batch % m == 0 and possible(name, m, processes):
+                add(name, m, False, _torchs(build(model, batch), cut, optimizer, name, m))
+    return list({name: (name, contender) for name, contender in found}.values())
 
 
-def _cut(work: Work, k: int, depth: int) -> nn.Module:
-    per = len(work.blocks) / depth
-    return nn.Sequential(*work.blocks[round(k * per) : round((k + 1) * per)])
+def _part(work: Work, cut: dict[int, list[int]], k: int, depth: int) -> nn.Module:
+    return work.join(*work.blocks[cut[depth][k] : cut[depth][k + 1]])
 
 
-def _ours(work: Work, optimizer: str, method: str, m: int, k: int, depth: int) -> Step:
-    module = _cut(work, k, depth)
+def _ours(work: Work, module: nn.Module, optimizer: Callable[[nn.Module], Optimizer], method: str, m: int) -> Step:
+    k, depth = dist.get_rank(), dist.get_world_size()
     place = PipelineStage(module, k, depth, torch.device("cpu"))
-    opt = getattr(torch.optim, optimizer)(module.parameters(), lr=1e-3)
-    pipe = Schedule(place, opt, work.loss_fn, method, m, liveness_timeout=None)
+    pipe = Schedule(place, optimizer(module), work.loss_fn, method, m, liveness_timeout=None)
     args, target = ((work.x,) if k == 0 else ()), (work.y if k == depth - 1 else None)
 
     def step() -> None:
@@ -120,19 +136,8 @@ def _ours(work: Work, optimizer: str, method: str, m: int, k: int, depth: int) -
     return step
 
 
-def _torchs(work: Work, optimizer: str, name: str, m: int, k: int, depth: int) -> Step:
-    module = _cut(work, k, depth)
-    place = PipelineStage(module, k, depth, torch.device("cpu"))
-    opt = getattr(torch.optim, optimizer)(module.parameters(), lr=1e-3)
-    schedule = getattr(pipelining, name)(place, m, work.loss_fn)
-    args, keywords = ((work.x,) if k == 0 else ()), ({"target": work.y} if k == depth - 1 else {})
-
-    def step() -> None:
-        schedule.step(*args, **keywords)
-        opt.step()
-        opt.zero_grad()
-
-    return step
+def _torchs(work: Work, cut: dict[int, list[int]], optimizer: Callable[[nn.Module], Optimizer], name: str, m: int) -> Step:
+    return rival_step(name, lambda n, depth: _part(work, cut, n, depth), m, work.loss_fn, optimizer, work.x, work.y)
 
 
 def _seconds(step: Step, count: int) -> float:
@@ -146,7 +151,10 @@ def _seconds(step: Step, count: int) -> float:
 
 def _steps_in(step: Step, window: float) -> int:
     """How many steps take about ``window`` seconds; the same number in every process."""
-    _seconds(step, 5)
-    count = torch.tensor(max(3.0, window * 10 / _seconds(step, 10)))
+    _seconds(step, 2)
+    first = torch.tensor(_seconds(step, 2) / 2)
+    dist.broadcast(first, 0)
+    trial = max(2, min(10, int(window / float(first))))
+    count = torch.tensor(max(2.0, window * trial / _seconds(step, trial)))
     dist.broadcast(count, 0)
     return int(count)

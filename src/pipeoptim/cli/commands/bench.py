@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from pipeoptim.bench.record import Record
 
 bench = typer.Typer(
-    help="Measure speed: every figure is a ratio of medians in one run, written as JSON.",
+    help="""Measure speed and memory: every figure is a ratio of medians in one run, written as JSON with all samples.
+
+    Documents get their tables from these files: python benchmarks/render.py
+    """,
     no_args_is_help=True,
     rich_markup_mode=None,
 )
@@ -23,28 +26,142 @@ def _group() -> None:
     pass
 
 
+_ADD = Option("--add", help="Keep what the file holds of what is not measured now.")
+
+
 @bench.command()
 def throughput(
-    model: Annotated[str, Option(help="What is trained: mlp.")] = "mlp",
-    batch: Annotated[int, Option(help="Size of the mini-batch.")] = 64,
+    model: Annotated[str, Option(help="What is trained: mlp, or module:function of a builder.")] = "mlp",
+    batch: Annotated[
+        list[int] | None, Option(help="Size of the mini-batch; may be given several times. By default 64.")
+    ] = None,
     optimizer: Annotated[str, Option(help="Class of torch.optim.")] = "AdamW",
-    method: Annotated[list[str] | None, Option(help="Method to measure; may be given several times.")] = None,
+    method: Annotated[list[str] | None, Option(help="Method; may be given several times. By default all.")] = None,
+    microbatches: Annotated[list[int] | None, Option(help="M of the methods; several times. By default 1 and 2.")] = None,
+    torch_microbatches: Annotated[
+        list[int] | None, Option(help="M of torch's schedules; several times. By default 1, 2, 4 and 8, where possible.")
+    ] = None,
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 5,
-    window: Annotated[float, Option(help="Seconds per window.")] = 1.0,
+    window: Annotated[float, Option(help="Seconds per window.")] = 0.5,
+    add: Annotated[bool, _ADD] = False,
     out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/throughput.json"),
 ) -> None:
-    """Samples per second beside torch's own ScheduleGPipe and Schedule1F1B.
+    """Samples per second of all methods beside torch's own schedules, each at its best M.
 
-    Two processes of one thread each train the same stages on the same mini-batch; torch's schedules with 2, 4 and 8
-    micro-batches. Takes about a minute and a half.
+    Two processes of one thread each train the same model on the same mini-batch; against ScheduleGPipe, Schedule1F1B,
+    ScheduleInterleaved1F1B and ScheduleZBVZeroBubble, the last two with two stages per process. About three minutes per mini-batch.
 
-    Example:
-
-        pipeoptim bench throughput --method pipeoptim --method naive
+    \b
+    Examples:
+      pipeoptim bench throughput --method pipeoptim --method naive
+      pipeoptim bench throughput --model pipeoptim_zoo.speed:gpt --batch 8 --batch 32 --add
     """
     from pipeoptim.bench.throughput import measure
 
-    _report(measure(model, batch, optimizer, method, repeats=repeats, window=window), out)
+    _positive(repeats=repeats, window=window)
+    _report(measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window), out, add)
+
+
+@bench.command()
+def efficiency(
+    depth: Annotated[list[int] | None, Option(help="Stages, a process each; several times. By default 2, 4 and 8.")] = None,
+    milliseconds: Annotated[list[float] | None, Option(help="Time of a stage for a mini-batch; several times. 10.")] = None,
+    method: Annotated[list[str] | None, Option(help="Method; several times. By default pipeoptim and naive.")] = None,
+    microbatches: Annotated[list[int] | None, Option(help="M of the methods; several times. By default 1.")] = None,
+    torch_microbatches: Annotated[
+        list[int] | None, Option(help="M of torch's schedules; several times. By default none.")
+    ] = None,
+    jitter: Annotated[float, Option(help="Sigma of a log-normal factor on every wait.")] = 0.0,
+    uneven: Annotated[float, Option(help="How much slower the middle stage is: 0.5 for half as long again.")] = 0.0,
+    delay: Annotated[float, Option(help="Milliseconds that every message is late.")] = 0.0,
+    bandwidth: Annotated[float, Option(help="Megabytes per second of each link; 0 for no limit.")] = 0.0,
+    repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 3,
+    steps: Annotated[int, Option(help="Mini-batches per window.")] = 40,
+    add: Annotated[bool, _ADD] = False,
+    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/efficiency.json"),
+) -> None:
+    """Throughput times the slowest stage's own time, on stages that wait instead of computing: 1 is the limit.
+
+    \b
+    Examples:
+      pipeoptim bench efficiency --depth 8 --microbatches 8 --torch-microbatches 8
+      pipeoptim bench efficiency --depth 4 --delay 2 --bandwidth 10 --add
+    """
+    from pipeoptim.bench.efficiency import measure
+
+    _positive(repeats=repeats, steps=steps, depth=min(depth or [1]), milliseconds=min(milliseconds or [1]))
+    record = measure(
+        depth or [2, 4, 8],
+        milliseconds or [10.0],
+        method,
+        microbatches,
+        torch_microbatches,
+        jitter,
+        uneven,
+        delay / 1e3,
+        bandwidth * 1e6,
+        repeats=repeats,
+        steps=steps,
+    )
+    _report(record, out, add)
+
+
+@bench.command()
+def memory(
+    depth: Annotated[list[int] | None, Option(help="Stages; several times. By default 2 to 8.")] = None,
+    method: Annotated[list[str] | None, Option(help="Method; several times. By default all.")] = None,
+    add: Annotated[bool, _ADD] = False,
+    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/memory.json"),
+) -> None:
+    """The most weights and activations that each stage holds under each method, measured beside what is promised.
+
+    With M = 1 and M = D. About a minute.
+    """
+    from pipeoptim.bench.memory import measure
+
+    _positive(depth=min(depth or [1]))
+    _report(measure(depth, method), out, add)
+
+
+@bench.command()
+def scaling(
+    method: Annotated[str, Option(help="Method.")] = "pipeoptim",
+    updates: Annotated[int, Option(help="Length of the long run.")] = 10_000,
+    repeats: Annotated[int, Option(help="Turns per contender; the median is reported.")] = 5,
+    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/scaling.json"),
+) -> None:
+    """What a mini-batch costs as stages, tensors, weights, M and the length of the run grow. About two minutes."""
+    from pipeoptim.bench.scaling import measure
+
+    _positive(repeats=repeats)
+    _report(measure(method, updates, repeats), out)
+
+
+@bench.command()
+def compare(
+    old: Annotated[Path, typer.Argument(help="A result file.")], new: Annotated[Path, typer.Argument(help="A later one.")]
+) -> None:
+    """What moved between two result files, beyond noise.
+
+    A row has moved when no sample of one file lies among those of the other, and the bootstrap interval (95 %) of the ratio of
+    medians does not contain 1.
+
+    Example:
+
+        pipeoptim bench compare before.json benchmarks/results/throughput.json
+    """
+    from pipeoptim.bench.difference import compare as changes
+    from pipeoptim.bench.difference import differing_machines
+    from pipeoptim.bench.record import Record
+
+    a, b = Record.read(old), Record.read(new)
+    found = changes(a, b)
+    for line in differing_machines(a, b):
+        typer.echo(f"not the same: {line}")
+    for change in sorted(found, key=lambda change: not change.moved):
+        verdict = "moved" if change.moved else "noise"
+        typer.echo(f"{verdict}  {change.ratio:.3f} ({change.low:.3f} .. {change.high:.3f})  {change.name}")
+    typer.echo(f"{sum(change.moved for change in found)} of {len(found)} rows moved beyond noise (new / old, {b.unit})")
 
 
 @bench.command()
@@ -85,12 +202,23 @@ def predict(
     _report(merged(Record.read(out), record) if add and out.is_file() else record, out)
 
 
-def _report(record: Record, out: Path) -> None:
+def _positive(**values: float) -> None:
+    from pipeoptim.errors import ConfigError
+
+    for name, value in values.items():
+        if value <= 0:
+            raise ConfigError(f"{name} is {value:g}, must be above 0")
+
+
+def _report(record: Record, out: Path, add: bool = False) -> None:
     from rich.console import Console
     from rich.table import Table
 
+    from pipeoptim.bench.record import Record, merged
     from pipeoptim.bench.tables import caption, columns
 
+    if add and out.is_file():
+        record = merged(Record.read(out), record)
     head, body = columns(record)
     table = Table(*head)
     for cells in body:

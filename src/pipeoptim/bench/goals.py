@@ -1,0 +1,105 @@
+"""The goals of this library's speed and memory, each set beside what the result files say: reached, or missed by how much."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeoptim.bench.record import Record, Row
+
+REALISTIC = ("gpt", "resnet101", "gnmt8")
+
+
+@dataclass(frozen=True)
+class Goal:
+    """``value`` was measured for ``what`` and ought to be at least ``least``, or at most ``most``."""
+
+    what: str
+    value: float
+    least: float | None = None
+    most: float | None = None
+
+    @property
+    def missing(self) -> float:
+        """By how much it is missed; 0 where it is reached."""
+        below = 0.0 if self.least is None else self.least - self.value
+        above = 0.0 if self.most is None else self.value - self.most
+        return max(0.0, below, above)
+
+    def sentence(self) -> str:
+        """In words.
+
+        >>> Goal("efficiency", 0.95, least=0.97).sentence()
+        'efficiency: 0.950, **0.020 short of the goal** of at least 0.97'
+        """
+        wanted = f"at least {self.least:g}" if self.least is not None else f"at most {self.most:g}"
+        if not self.missing:
+            return f"{self.what}: {self.value:.3f}; goal reached ({wanted})"
+        side = "short of" if self.least is not None else "above"
+        return f"{self.what}: {self.value:.3f}, **{self.missing:.3f} {side} the goal** of {wanted}"
+
+
+def goals(folder: Path) -> list[Goal]:
+    """All goals that the result files in ``folder`` have figures for."""
+    found: list[Goal] = []
+    for name, read in (("efficiency", _efficiency), ("throughput", _throughput), ("memory", _memory)):
+        path = folder / f"{name}.json"
+        if path.is_file():
+            found += read(Record.read(path))
+    return found
+
+
+def markdown(folder: Path) -> str:
+    """The goals as a list, those that are missed first."""
+    every = sorted(goals(folder), key=lambda goal: goal.missing == 0)
+    missed = sum(goal.missing > 0 for goal in every)
+    return "\n".join([f"{missed} of {len(every)} measured goals are missed.", "", *(f"- {goal.sentence()}" for goal in every)])
+
+
+def _efficiency(record: Record) -> Iterator[Goal]:
+    def plain(row: Row) -> bool:
+        return not any(row.settings.get(what) for what in ("uneven", "jitter", "delay", "bandwidth"))
+
+    for row in record.rows:
+        s = row.settings
+        if s["method"] == "pipeoptim" and s["microbatches"] == 1 and plain(row):
+            what = f"efficiency of pipeoptim, {s['depth']} stages of {s['milliseconds']:g} ms"
+            if s["milliseconds"] >= 10:
+                yield Goal(what, row.median, least=0.97)
+            elif s["milliseconds"] >= 2 and s["depth"] <= 4:
+                yield Goal(what, row.median, least=0.90)
+    deep = [row for row in record.rows if (row.settings["depth"], row.settings["microbatches"]) == (8, 8) and plain(row)]
+    ours = max((row.median for row in deep if row.settings["method"] == "pipeoptim"), default=0.0)
+    rival = max((row.median for row in deep if not row.settings["ours"]), default=0.0)
+    if ours and rival:
+        yield Goal("8 stages, M = 8: pipeoptim over the best synchronous schedule of torch", ours / rival, least=1.6)
+
+
+def _throughput(record: Record) -> Iterator[Goal]:
+    groups: dict[tuple[Any, Any], list[Row]] = {}
+    for row in record.rows:
+        groups.setdefault((row.settings["model"], row.settings["batch"]), []).append(row)
+    for (model, batch), rows in groups.items():
+        best = {
+            name: max((row.median for row in rows if row.settings["method"] == name), default=0.0)
+            for name in ("pipeoptim", "naive")
+        }
+        rival = max((row.median for row in rows if not row.settings["ours"]), default=0.0)
+        where = f"{model}, mini-batch {batch}"
+        if best["pipeoptim"] and rival and (model in REALISTIC or (model, batch) == ("mlp", 64)):
+            least = 1.0 if model in REALISTIC else 1.5
+            yield Goal(f"{where}: pipeoptim over the best of torch", best["pipeoptim"] / rival, least=least)
+        if best["pipeoptim"] and best["naive"] and model in REALISTIC:
+            yield Goal(f"{where}: pipeoptim over naive", best["pipeoptim"] / best["naive"], least=0.97)
+
+
+def _memory(record: Record) -> Iterator[Goal]:
+    rows = [row.settings for row in record.rows if row.settings["method"] == "pipeoptim"]
+    if rows:
+        yield Goal(
+            "weights of pipeoptim, most copies of any stage at any depth", max(s["weight_copies"] for s in rows), most=2.02
+        )
+        over = max(s["in_flight"] - (s["depth"] - s["stage"]) for s in rows)
+        yield Goal("activations of pipeoptim, micro-batches held beyond D-k", over, most=0.0)

@@ -1,0 +1,160 @@
+"""Memory of every stage under every method, measured beside what is promised: weights, and activations between F and B.
+
+All stages run in this process on the engine's own per-stage code. Activations of a stage are the storages that its forwards
+received or made and that are still alive when an action is over, whoever holds them: they are found by watching every operation,
+not computed from shapes. Not counted are buffers of messages, gradients and the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeoptim.bench.live import LiveStorages
+from pipeoptim.bench.record import Record, Row
+from pipeoptim.engine import Emulator
+from pipeoptim.engine.stage import StageWorker
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import METHODS
+
+
+def measure(
+    depths: list[int] | None = None,
+    methods: list[str] | None = None,
+    microbatches: list[int] | None = None,
+    width: int = 64,
+    batch: int = 64,
+) -> Record:
+    """Measure every stage.
+
+    Args:
+        depths: numbers of stages.
+        methods: names in ``METHODS``; by default all.
+        microbatches: M; 0 stands for M = D.
+        width, batch: of the layers and the mini-batch, a multiple of M.
+
+    Returns:
+        A row per method, depth, M and stage, in bytes: the most weights, and in the settings the most activations.
+
+    Raises:
+        ConfigError: a batch that M does not divide, or a method that is not known.
+    """
+    rows = []
+    for name in methods or METHODS:
+        if name not in METHODS:
+            raise ConfigError(f"method {name!r} is not known; methods: {', '.join(METHODS)}")
+        for depth in depths or list(range(2, 9)):
+            for m in sorted({m or depth for m in microbatches or [1, 0]}):
+                if m >= depth or not METHODS[name].at_least_depth_microbatches:
+                    rows += _rows(name, depth, m, width, batch)
+    return Record("memory", "bytes", {"optimizer": "AdamW", "width": width, "rows per micro-batch": batch}, rows)
+
+
+def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[Row]:
+    torch.manual_seed(0)
+    stages = [nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU()) for _ in range(depth)]
+    pipe = Emulator(stages, lambda p: torch.optim.AdamW(p, lr=1e-3), _loss, name, m)
+    x, y = torch.randn(batch * m, width), torch.randn(batch * m, width)
+    with LiveStorages() as live:
+        watches = [_Watch(live, pipe._worker(k), [x, y]) for k in range(depth)]
+        for minibatches in (1, 2 * depth + 2):  # the very first shows whether modules change their inputs, which takes a copy
+            for watch in watches:
+                watch.one = watch.activations = 0
+            for _ in range(minibatches):
+                pipe.step(x, target=y)
+            pipe.drain()
+    rows = []
+    for k, (stage, watch) in enumerate(zip(stages, watches, strict=True)):
+        own = sum(p.untyped_storage().nbytes() for p in stage.parameters())
+        settings = {
+            "method": name,
+            "depth": depth,
+            "microbatches": m,
+            "stage": k,
+            "weights": own,
+            "weight_copies_promised": pipe.weight_copies(k),
+            "weight_copies": watch.weights / own,
+            "activations": watch.activations,
+            "activations_of_one": watch.one,
+            "in_flight_promised": pipe.program.in_flight(k),
+            "in_flight": watch.activations / watch.one,
+        }
+        rows.append(Row(f"{name} D={depth} M={m} stage {k}", [float(watch.weights)], settings))
+    return rows
+
+
+def _loss(output: Tensor, target: Tensor) -> Tensor:
+    """Not torch's mse_loss, whose result, one number, keeps the memory of all squares."""
+    return (output - target).square().mean()
+
+
+class _Watch:
+    """Looks at one stage after each of its actions."""
+
+    def __init__(self, live: LiveStorages, worker: StageWorker, batch: list[Tensor]) -> None:
+        self.live, self.worker, self.batch = live, worker, batch
+        self.weights = self.activations = self.one = 0
+        forward, backward, settle = worker.forward, worker.backward, worker.settle
+        worker.forward = self._in_forward(forward)  # type: ignore[method-assign]
+        worker.backward = self._after(backward)  # type: ignore[method-assign]
+        worker.settle = self._after(settle)  # type: ignore[method-assign]
+
+    def _in_forward(self, forward: Any) -> Any:
+        def watched(i: int, args: tuple[Any, ...], *rest: Any) -> Any:
+            self.worker.prepare(i)  # predicted weights are no activations
+            if self.worker.k > 0:  # the first stage's input is the user's own
+                self.live.note(self.worker.k, [a for a in args if isinstance(a, Tensor)])
+            self.live.owner = self.worker.k
+            try:
+                result = forward(i, args, *rest)
+            finally:
+                self.live.owner = None
+            self._look()
+            self.one = self.one or self._now()
+            return result
+
+        return watched
+
+    def _after(self, action: Any) -> Any:
+        def watched(*args: Any) -> Any:
+            result = action(*args)
+            self._look()
+            return result
+
+        return watched
+
+    def _look(self) -> None:
+        if self.live.owner is None:  # not in the middle of a forward
+            self.activations = max(self.activations, self._now())
+            self.weights = max(self.weights, self.worker.weight_bytes())
+
+    def _now(self) -> int:
+        worker = self.worker
+        copies = [tensor for copy in worker.weights._copies for tensor in copy.bases]
+        return self.live.live(worker.k, [*self.batch, *worker.module.parameters(), *worker.module.buffers(), *copies])
+
+
+def columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: a line per method, depth and M, the stage with the most weights and all stages' activations."""
+    head = [
+        "method",
+        "D",
+        "M",
+        "weights: most copies of a stage",
+        "promised",
+        "activations of stages 0 .. D-1, in micro-batches",
+        "promised",
+    ]
+    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    for row in record.rows:
+        s = row.settings
+        groups.setdefault((s["method"], s["depth"], s["microbatches"]), []).append(s)
+    body = []
+    for (name, depth, m), stages in groups.items():
+        cells = [name, str(depth), str(m), f"{max(s['weight_copies'] for s in stages):.2f}"]
+        cells.append(str(max(s["weight_copies_promised"] for s in stages)))
+        cells.append(" ".join(f"{s['in_flight']:.3g}" for s in stages))
+        body.append([*cells, " ".join(str(s["in_flight_promised"]) for s in stages)])
+    return head, body

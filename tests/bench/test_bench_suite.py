@@ -1,0 +1,175 @@
+"""The benchmarks measure what they say: memory by walking, links that are late, cuts, files and what moved between two."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from pipeoptim.bench import memory, scaling
+from pipeoptim.bench.difference import compare
+from pipeoptim.bench.goals import Goal, goals, markdown
+from pipeoptim.bench.live import LiveStorages
+from pipeoptim.bench.models import Work, _cuts, build
+from pipeoptim.bench.record import Record, Row, merged
+from pipeoptim.bench.tables import columns, render_document
+from pipeoptim.cli.app import _run
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import METHODS
+
+
+def record(*rows: Row, benchmark: str = "throughput") -> Record:
+    return Record(benchmark, "samples/s", {}, list(rows))
+
+
+def entry(method: str, m: int, *samples: float, ours: bool = True, model: str = "mlp", batch: int = 64) -> Row:
+    settings = {"model": model, "batch": batch, "method": method, "microbatches": m, "ours": ours}
+    return Row(f"{model}, {batch}, {method} M={m}", list(samples), settings)
+
+
+def test_live_storages_see_what_autograd_keeps() -> None:
+    """Known by hand: sigmoid saves its result, and nobody else holds it; after the backward it is gone."""
+    x = torch.zeros(1000, requires_grad=True)
+    with LiveStorages() as live:
+        live.owner = 3
+        y = x.sigmoid().sum()
+        live.owner = None
+        assert live.live(3) == 4000 + 4
+        assert live.live(3, [y]) == 4000
+        y.backward()
+        assert live.live(3) == 4
+
+
+def test_memory_of_every_method_is_what_it_promises() -> None:
+    found = memory.measure([3], width=16, batch=8)
+    assert {row.settings["method"] for row in found.rows} == set(METHODS)
+    for row in found.rows:
+        s = row.settings
+        assert row.samples == [s["weights"] * s["weight_copies_promised"]], row.name
+        assert s["in_flight"] == pytest.approx(s["in_flight_promised"], abs=0.02), row.name
+    stashed = next(row.settings for row in found.rows if row.name == "pipedream D=3 M=1 stage 0")
+    assert stashed["weight_copies"] == 3  # not the same for all: the walk sees stashed weights
+    line = next(cells for cells in columns(found)[1] if cells[:3] == ["pipeoptim", "3", "1"])
+    assert line[3:] == ["2.00", "2", "3 2 1", "3 2 1"]
+
+
+def test_memory_walk_sees_activations_that_are_kept_by_mistake(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = []
+    monkeypatch.setattr(memory, "_loss", lambda out, y: (kept.append(out), (out - y).square().mean())[1])
+    last = memory.measure([2], ["1f1b"], [1], width=16, batch=8).rows[-1].settings
+    assert last["in_flight"] > 1.5
+
+
+def test_scaling_measures_growth_and_a_long_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(scaling, "GROWTH", {"D": [scaling.Size(depth=1), scaling.Size(depth=2)], "M": [scaling.Size(m=2)]})
+    found = scaling.measure(updates=200, repeats=1, steps=2)
+    assert [line[:2] for line in scaling.columns(found)[1]] == [["D", "1"], ["D", "2"], ["M", "2"]]
+    long = [row for row in found.rows if row.settings["grows"] == "updates"]
+    assert [len(row.samples) for row in long] == [10, 10]
+    for row in long:
+        alive = row.settings["tensors_alive"]
+        assert row.settings["resident_bytes"][-1] > 1e7
+        assert alive[-1] < alive[1] + 40  # something that every mini-batch added would be 160
+    assert len(scaling.long_columns(found)[1]) == 2
+
+
+def test_cuts_balance_measured_time() -> None:
+    torch.manual_seed(0)
+    small = [nn.Linear(64, 64) for _ in range(3)]
+    large = nn.Sequential(*(nn.Linear(64, 64) for _ in range(60)))
+    work = Work([*small, large], torch.randn(32, 64), torch.randn(32, 64), nn.functional.mse_loss)
+    assert _cuts(work, [2])[2] == [0, 3, 4]
+    assert all(p.grad is None for block in work.blocks for p in block.parameters())
+
+
+def test_models_are_named_by_module_and_function() -> None:
+    work = build("pipeoptim_zoo.speed:gnmt8", 2)
+    out = work.join(*work.blocks)(work.x)
+    assert torch.isfinite(work.loss_fn(out, work.y))
+    assert torch.equal(next(work.blocks[0].parameters()), next(build("pipeoptim_zoo.speed:gnmt8", 2).blocks[0].parameters()))
+    for name, reason in (("gpt", "module:function"), ("torch:zeros", "must return")):
+        with pytest.raises(ConfigError, match=reason):
+            build(name, 2)
+
+
+def test_throughput_of_all_schedules_and_late_links(tmp_path: Path) -> None:
+    """Two short real runs: every schedule takes part, and a delay of the links is felt by those that wait for each other."""
+    out = tmp_path / "t.json"
+    command = ["bench", "throughput", "--method", "pipeoptim", "--method", "pipedream_2bw", "--torch-microbatches", "4"]
+    assert _run([*command, "--batch", "8", "--repeats", "1", "--window", "0.02", "--out", str(out)]) == 0
+    rows = Record.read(out).rows
+    torchs = {row.settings["method"] for row in rows if not row.settings["ours"]}
+    assert torchs == {"ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble"}
+    ours = [(r.settings["method"], r.settings["microbatches"]) for r in rows if r.settings["ours"]]
+    assert ours == [("pipeoptim", 1), ("pipeoptim", 2), ("pipedream_2bw", 2)]
+    out = tmp_path / "e.json"
+    command = ["bench", "efficiency", "--depth", "2", "--milliseconds", "3", "--method", "1f1b", "--torch-microbatches", "2"]
+    assert _run([*command, "--steps", "3", "--repeats", "1", "--delay", "100", "--bandwidth", "10", "--out", str(out)]) == 0
+    late = Record.read(out).rows
+    assert {row.settings["delay"] for row in late} == {0.1}
+    # A mini-batch needs a message each way, 200 ms; the device is busy for 3 ms of them (more where the machine is slow).
+    assert all(row.median < 0.5 for row in late)
+    assert len(columns(Record.read(out))[1]) == len(late) == 4
+
+
+def test_what_moved_is_what_noise_cannot_explain() -> None:
+    old = record(Row("same", [1.0, 1.1, 0.9]), Row("up", [1.0, 1.1, 0.9]), Row("overlaps", [1.0, 1.1, 0.9]), Row("gone", [1.0]))
+    new = record(Row("same", [1.05, 0.95, 1.0]), Row("up", [2.0, 2.1, 1.9]), Row("overlaps", [1.2, 1.3, 1.05]))
+    found = {change.name: change for change in compare(old, new)}
+    assert [name for name, change in found.items() if change.moved] == ["up"]
+    assert found["up"].ratio == pytest.approx(2.0)
+    assert found["up"].low <= 2.0 <= found["up"].high
+    with pytest.raises(ConfigError, match="no row in common"):
+        compare(old, record(Row("other", [1.0])))
+    with pytest.raises(ConfigError, match="one file is of"):
+        compare(old, record(Row("same", [1.0]), benchmark="memory"))
+
+
+def test_compare_command_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    a = record(Row("x", [1.0, 1.01])).write(tmp_path / "a.json")
+    b = record(Row("x", [3.0, 3.01])).write(tmp_path / "b.json")
+    assert _run(["bench", "compare", str(a), str(b)]) == 0
+    assert "moved  2.99" in capsys.readouterr().out
+    (tmp_path / "c.json").write_text(json.dumps([1]))
+    for bad in ("c.json", "missing.json"):
+        assert _run(["bench", "compare", str(a), str(tmp_path / bad)]) == 2
+        assert "is not a result file" in capsys.readouterr().err
+    assert _run(["bench", "throughput", "--method", "none"]) == 2
+    assert _run(["bench", "efficiency", "--depth", "0"]) == 2
+    assert _run(["bench", "scaling", "--updates", "7"]) == 2
+
+
+def test_best_m_is_chosen_and_goals_say_by_how_much(tmp_path: Path) -> None:
+    rows = [entry("pipeoptim", 1, 140.0), entry("pipeoptim", 2, 130.0), entry("naive", 1, 150.0)]
+    rows += [entry("ScheduleGPipe", m, value, ours=False) for m, value in ((2, 100.0), (4, 90.0))]
+    written = record(*rows)
+    lines = columns(written)[1]
+    assert [(line[0], line[1], line[-1]) for line in lines] == [
+        ("naive", "1", "1.50"),
+        ("pipeoptim", "1", "1.40"),
+        ("ScheduleGPipe", "2", "1.00"),
+    ]
+    written.write(tmp_path / "throughput.json")
+    (goal,) = goals(tmp_path)
+    assert goal == Goal("mlp, mini-batch 64: pipeoptim over the best of torch", 1.4, least=1.5)
+    assert "**0.100 short of the goal**" in markdown(tmp_path)
+    assert Goal("x", 2.1, most=2.02).missing == pytest.approx(0.08)
+    assert Goal("x", 2.0, most=2.02).missing == 0
+    page = tmp_path / "page.md"
+    page.write_text(
+        "<!-- table: throughput.json model=mlp batch=64 -->\n<!-- end of table -->\n<!-- goals: . -->\n<!-- end of goals -->\n"
+    )
+    text = render_document(page, tmp_path)
+    assert "| pipeoptim | 1 | 140 |" in text
+    assert "1 of 1 measured goals are missed." in text
+
+
+def test_files_are_merged_by_row() -> None:
+    old = record(entry("naive", 1, 1.0), entry("pipeoptim", 1, 1.0))
+    both = merged(old, record(entry("pipeoptim", 1, 2.0)))
+    assert [(row.settings["method"], row.median) for row in both.rows] == [("naive", 1.0), ("pipeoptim", 2.0)]
+    with pytest.raises(ConfigError, match="another machine"):
+        merged(old, record(benchmark="memory"))
