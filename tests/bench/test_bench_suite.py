@@ -164,7 +164,7 @@ def test_best_m_is_chosen_and_goals_say_by_how_much(tmp_path: Path) -> None:
     )
     text = render_document(page, tmp_path)
     assert "| pipeoptim | 1 | 140 |" in text
-    assert "1 of 1 measured goals are missed." in text
+    assert "Missed: 1 of 1 goals that were measured." in text
 
 
 def test_files_are_merged_by_row() -> None:

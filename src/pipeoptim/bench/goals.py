@@ -55,7 +55,7 @@ def markdown(folder: Path) -> str:
     """The goals as a list, those that are missed first."""
     every = sorted(goals(folder), key=lambda goal: goal.missing == 0)
     missed = sum(goal.missing > 0 for goal in every)
-    return "\n".join([f"{missed} of {len(every)} measured goals are missed.", "", *(f"- {goal.sentence()}" for goal in every)])
+    return "\n".join([f"Missed: {missed} of {len(every)} goals that were measured.", "", *(f"- {goal.sentence()}" for goal in every)])
 
 
 def _efficiency(record: Record) -> Iterator[Goal]:
@@ -80,7 +80,8 @@ def _efficiency(record: Record) -> Iterator[Goal]:
 def _throughput(record: Record) -> Iterator[Goal]:
     groups: dict[tuple[Any, Any], list[Row]] = {}
     for row in record.rows:
-        groups.setdefault((row.settings["model"], row.settings["batch"]), []).append(row)
+        s = {**record.settings, **row.settings}
+        groups.setdefault((s["model"], s["batch"]), []).append(row)
     for (model, batch), rows in groups.items():
         best = {
             name: max((row.median for row in rows if row.settings["method"] == name), default=0.0)
@@ -101,5 +102,5 @@ def _memory(record: Record) -> Iterator[Goal]:
         yield Goal(
             "weights of pipeoptim, most copies of any stage at any depth", max(s["weight_copies"] for s in rows), most=2.02
         )
-        over = max(s["in_flight"] - (s["depth"] - s["stage"]) for s in rows)
-        yield Goal("activations of pipeoptim, micro-batches held beyond D-k", over, most=0.0)
+        most = max(s["in_flight"] / (s["depth"] - s["stage"]) for s in rows)
+        yield Goal("activations of pipeoptim over those of D-k micro-batches, the most of any stage", most, most=1.0)

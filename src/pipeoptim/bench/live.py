@@ -39,14 +39,14 @@ class LiveStorages(TorchDispatchMode):  # type: ignore[no-untyped-call]
             storage = tensor.untyped_storage()
             found[storage._cdata] = StorageWeakRef(storage), storage.nbytes()  # type: ignore[no-untyped-call]
 
-    def live(self, owner: int, besides: Iterable[Tensor] = ()) -> int:
-        """Bytes of ``owner``'s storages that are alive, but for those of the tensors ``besides``."""
+    def live(self, owner: int, besides: Iterable[Tensor] = (), least: int = 0) -> int:
+        """Bytes of ``owner``'s storages that are alive, of ``least`` bytes or more, but for those of the tensors ``besides``."""
         found = self._found.setdefault(owner, {})
         gone = [address for address, (at, _) in found.items() if at.expired()]  # type: ignore[no-untyped-call]
         for address in gone:
             del found[address]
         apart = {tensor.untyped_storage()._cdata for tensor in besides}
-        return sum(nbytes for address, (_, nbytes) in found.items() if address not in apart)
+        return sum(nbytes for address, (_, nbytes) in found.items() if address not in apart and nbytes >= least)
 
 
 def resident_bytes() -> int:

@@ -2,7 +2,7 @@
 
 All stages run in this process on the engine's own per-stage code. Activations of a stage are the storages that its forwards
 received or made and that are still alive when an action is over, whoever holds them: they are found by watching every operation,
-not computed from shapes. Not counted are buffers of messages, gradients and the optimizer's state.
+not computed from shapes. Not counted are single numbers such as losses, buffers of messages, gradients and the optimizer's state.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ class _Watch:
     def _now(self) -> int:
         worker = self.worker
         copies = [tensor for copy in worker.weights._copies for tensor in copy.bases]
-        return self.live.live(worker.k, [*self.batch, *worker.module.parameters(), *worker.module.buffers(), *copies])
+        return self.live.live(worker.k, [*self.batch, *worker.module.parameters(), *worker.module.buffers(), *copies], least=64)
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
