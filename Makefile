@@ -30,7 +30,7 @@ types: $(STAMP)
 	$(RUN)/mypy
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist worksteal $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist loadfile $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info
