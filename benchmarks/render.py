@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from pipeoptim.bench.plot import growth_bars
+from pipeoptim.bench.record import Record
 from pipeoptim.bench.tables import render_document
 from pipeoptim.partitioning import BlockCost, Partition
 from pipeoptim.rules import KINDS, RULES
@@ -49,6 +51,7 @@ def documents() -> dict[Path, str]:
     stages = json.loads((ROOT / "benchmarks/results/partition_costs.json").read_text())
     stages["costs"] = [BlockCost(**cost) for cost in stages["costs"]]
     texts[ROOT / "docs/partition.svg"] = Partition([], **stages).to_svg()
+    texts[ROOT / "docs/scaling.svg"] = growth_bars(Record.read(ROOT / "benchmarks/results/scaling.json"), "D")
     return texts
 
 

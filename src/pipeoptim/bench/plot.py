@@ -1,4 +1,4 @@
-"""A result as a picture that documents carry: horizontal bars in SVG, one per contender."""
+"""A result as a picture that documents carry: horizontal bars in SVG, one per row."""
 
 from __future__ import annotations
 
@@ -43,3 +43,15 @@ def throughput_bars(record: Record, model: str, batch: int) -> str:
         best[key] = max(best.get(key, 0.0), row.median / rival)
     ordered = sorted(((name, value, ours) for (name, ours), value in best.items()), key=lambda bar: -bar[1])
     return bars(f"{model}, mini-batch {batch}: samples per second, the best of torch = 1", ordered)
+
+
+def growth_bars(record: Record, grows: str) -> str:
+    """Of ``pipeoptim bench scaling``: a bar per size for the pipeline, and one for the plain loop."""
+    values = []
+    for row in record.rows:
+        s = row.settings
+        if s["grows"] == grows:
+            ours = s["contender"] == "pipeline"
+            name = f"{grows} = {s[grows]}, {'pipeline' if ours else 'without a pipeline'}"
+            values.append((name, row.median / s["D"] / s["M"], ours))
+    return bars("ms per stage and micro-batch of small layers, all stages in one process", values)

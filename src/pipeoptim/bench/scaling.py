@@ -154,7 +154,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
 def long_columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of the long run: a line per stage."""
     head = ["stage", "updates", "ms per update, first tenth", "last tenth", "median of all tenths"]
-    head += ["MB resident after the first tenth", "after the last", "tensors alive after the first tenth", "after the last"]
+    head += ["MB resident after the first tenth", "the second", "the last", "tensors alive after the first tenth", "the last"]
     body = []
     for row in record.rows:
         s = row.settings
@@ -166,6 +166,6 @@ def long_columns(record: Record) -> tuple[list[str], list[list[str]]]:
                 f"{row.samples[-1]:.3g}",
                 f"{row.median:.3g}",
             ]
-            cells += [f"{s['resident_bytes'][n] / 1e6:.1f}" for n in (0, -1)]
+            cells += [f"{s['resident_bytes'][n] / 1e6:.1f}" for n in (0, 1, -1)]
             body.append(cells + [f"{s['tensors_alive'][n]:,}" for n in (0, -1)])
     return head, body
