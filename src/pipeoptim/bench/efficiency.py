@@ -159,7 +159,7 @@ def measure(
             "pipeoptim.bench.efficiency:stage", options, depth, threads=1, timeout=900, delay=delay, bandwidth=bandwidth
         )
         rows += [Row(**row) for row in found[0]]
-    return Record("efficiency", "efficiency", {**options, "depths": depths}, rows)
+    return Record("efficiency", "efficiency", {"width": width, "repeats": repeats}, rows)
 
 
 def stage(**options: Any) -> list[dict[str, Any]]:
