@@ -55,7 +55,9 @@ def markdown(folder: Path) -> str:
     """The goals as a list, those that are missed first."""
     every = sorted(goals(folder), key=lambda goal: goal.missing == 0)
     missed = sum(goal.missing > 0 for goal in every)
-    return "\n".join([f"Missed: {missed} of {len(every)} goals that were measured.", "", *(f"- {goal.sentence()}" for goal in every)])
+    return "\n".join(
+        [f"Missed: {missed} of {len(every)} goals that were measured.", "", *(f"- {goal.sentence()}" for goal in every)]
+    )
 
 
 def _efficiency(record: Record) -> Iterator[Goal]:
