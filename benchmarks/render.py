@@ -9,7 +9,7 @@ import re
 import sys
 from pathlib import Path
 
-from pipeoptim.bench.plot import growth_bars
+from pipeoptim.bench.plot import growth_bars, throughput_bars
 from pipeoptim.bench.record import Record
 from pipeoptim.bench.tables import render_document
 from pipeoptim.partitioning import BlockCost, Partition
@@ -51,6 +51,8 @@ def documents() -> dict[Path, str]:
     stages = json.loads((ROOT / "benchmarks/results/partition_costs.json").read_text())
     stages["costs"] = [BlockCost(**cost) for cost in stages["costs"]]
     texts[ROOT / "docs/partition.svg"] = Partition([], **stages).to_svg()
+    speed = Record.read(ROOT / "benchmarks/results/throughput.json")
+    texts[ROOT / "docs/throughput.svg"] = throughput_bars(speed, "mlp", 64)
     texts[ROOT / "docs/scaling.svg"] = growth_bars(Record.read(ROOT / "benchmarks/results/scaling.json"), "D")
     return texts
 
