@@ -85,6 +85,47 @@ def close(first: list[Tensor], second: list[Tensor], units: float = 8.0) -> None
         torch.testing.assert_close(a.detach(), b.detach(), rtol=units * 2**-23, atol=units * 2**-24)
 
 
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_a_step_without_prediction_is_torchs(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours, theirs = make(name, FORMS), make(name, FORMS)
+    predictor = Predictor(ours, kind="none")
+    used = []
+    for run in ("run_adam", "run_sgd"):
+        original = getattr(calls, run)
+        monkeypatch.setattr(calls, run, lambda jobs, original=original: (used.append(len(jobs)), original(jobs)))
+    for update in range(4):
+        for optimizer in (ours, theirs):
+            give_gradients(optimizer, update, without=1 if update == 3 else None)
+        predictor.step()
+        theirs.step()
+        close(weights_of(ours), weights_of(theirs))
+    made_by_torch = name not in ("sgd", "sgd_decay")  # the first step, which makes the state
+    assert used == [len(FORMS)] * (2 if made_by_torch else 3) + [len(FORMS) - 1]
+    assert ours.state_dict()["state"].keys() == theirs.state_dict()["state"].keys()
+    for mine, other in zip(ours.state.values(), theirs.state.values(), strict=True):
+        close([v for v in mine.values() if isinstance(v, Tensor)], [v for v in other.values() if isinstance(v, Tensor)])
+
+
+def test_tensors_that_were_fit_are_looked_at_again_when_they_change() -> None:
+    optimizer, predictor, out = stepped()
+    assert predictor.fused_step(out, 1)
+    weight = weights_of(optimizer)[0]
+    rows, columns = weight.shape
+    state = optimizer.state[weight]
+    kept, state["exp_avg"] = state["exp_avg"], torch.zeros(rows, 2 * columns)[:, ::2]
+    assert not predictor.fused_step(out, 1)  # a state with gaps
+    state["exp_avg"] = kept
+    assert predictor.fused_step(out, 1)
+    whole = weight.data
+    weight.data = torch.zeros(rows, 2 * columns)[:, ::2]
+    assert not predictor.fused_step(out, 1)  # a weight with gaps
+    weight.data = whole
+    weight.grad = torch.zeros(rows, 2 * columns)[:, ::2]
+    assert not predictor.fused_step(out, 1)  # a gradient with gaps
+    weight.grad = torch.zeros_like(whole)
+    assert predictor.fused_step(out, 1)
+
+
 @settings(max_examples=150)
 @given(st.data())
 def test_step_is_torchs_and_prediction_is_that_of_the_plain_path(data: st.DataObject) -> None:

@@ -11,10 +11,13 @@ option that the kernel lacks, no state yet, another type or device. Then the cal
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
+from operator import is_
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.profiler import record_function
 from torch.optim import Optimizer
 from torch.optim import optimizer as torch_optimizer
 
@@ -28,48 +31,111 @@ from pipeoptim.rules.registry import Rule
 from pipeoptim.rules.steps import Stepper
 
 
-@torch.no_grad()
-def step_and_predict(
-    optimizer: Optimizer, parts: Sequence[Item], rates: Sequence[tuple[Scalar, ...]], out: Sequence[Tensor]
-) -> bool:
-    """Step `optimizer` and write the weights predicted after it into `out`; False, and nothing done, if that cannot be.
+class FusedStep:
+    """Steps `optimizer` and predicts, mini-batch after mini-batch; remembers which tensors were found fit for a kernel.
 
     Args:
         optimizer: the one, or the combined one.
-        parts: its parameters, from `items`.
-        rates: for each param group the learning rates of the updates *after* this step.
-        out: one buffer per parameter.
     """
-    moving = []
-    for item, buffer in zip(parts, out, strict=True):
-        if item.weight.grad is not None:
-            moving.append(_Moving(item, _stepper(item.rule), item.weight.grad, item.state, buffer))
-    if not moving or not all(map(_unpatched, {optimizer, *members(optimizer)})) or not _covered(moving):
-        return False
-    with torch.autograd.profiler.record_function(f"Optimizer.step#{type(optimizer).__name__}.step_and_predict"):
-        counts = [part.state["step"] for part in moving if "step" in part.state]
-        if counts:
-            torch._foreach_add_(counts, _ONE)
-        jobs: dict[Stepper, list[Any]] = {}
-        recipes: dict[tuple[int, float], Any] = {}  # parameters of one group that are at the same step share all numbers
-        for part in moving:
-            item, stepper, grad, state, buffer = part
-            assert stepper is not None
-            key = item.group_number, state["step"].item() if "step" in state else 1.0
-            if key not in recipes:
-                recipes[key] = stepper.how(item.group, key[1], _ahead(part, stepper, rates[item.group_number]))
-            jobs.setdefault(stepper, []).append(stepper.job(recipes[key], item.weight, grad, state, buffer))
-        for stepper, theirs in jobs.items():
-            stepper.run(theirs)
-        _predict_others(parts, rates, out)
-    for stepped in (optimizer, *members(optimizer)):
-        if hasattr(stepped.step, "_wrapped_by_lr_sched"):
-            stepped._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
-    return True
+
+    def __init__(self, optimizer: Optimizer) -> None:
+        self.optimizer = optimizer
+        self._fit: dict[int, _Fit] = {}  # id of a buffer -> with what it was found fit
+
+    @torch.no_grad()
+    def __call__(
+        self,
+        parts: Sequence[Item],
+        rates: Sequence[tuple[Scalar, ...]] | None = None,
+        out: Sequence[Tensor] | None = None,
+    ) -> bool:
+        """Step, and write the weights predicted after it into `out`; False, and nothing done, if that cannot be.
+
+        Args:
+            parts: the optimizer's parameters, from `items`.
+            rates: for each param group the learning rates of the updates *after* this step.
+            out: one buffer per parameter. Without `rates` and `out` nothing is predicted.
+        """
+        buffers: Sequence[Tensor | None] = [None] * len(parts) if out is None else out
+        moving = []
+        for item, buffer in zip(parts, buffers, strict=True):
+            if (grad := item.weight.grad) is not None:
+                moving.append(_Moving(item, _stepper(item.rule), grad, item.state, buffer))
+        stepped = {self.optimizer, *members(self.optimizer)}
+        if not moving or not all(map(_unpatched, stepped)) or not self._covered(moving):
+            return False
+        name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
+        with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
+            _run(moving, rates)
+            if rates is not None and out is not None and len(moving) < len(parts):
+                _predict_others(parts, rates, out)
+        for one in stepped:
+            if hasattr(one.step, "_wrapped_by_lr_sched"):
+                one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
+        return True
+
+    def _covered(self, moving: Sequence[_Moving]) -> bool:
+        """Whether there is a kernel for every option and every tensor."""
+        covered: dict[int, bool] = {}
+        for item, stepper, grad, state, buffer in moving:
+            if stepper is None:
+                return False
+            if item.group_number not in covered:
+                covered[item.group_number] = stepper.covers(item.group)
+            states = stepper.state_tensors(state, item.group) if covered[item.group_number] else None
+            if states is None or not self._are_fit(item.weight, grad, buffer, states):
+                return False
+        return available()
+
+    def _are_fit(self, weight: Tensor, grad: Tensor, buffer: Tensor | None, states: Sequence[Tensor]) -> bool:
+        """As ``flat`` of all of them; of those that were fit before, only what can have changed is looked at."""
+        if buffer is None:
+            buffer = weight
+        known = self._fit.get(id(buffer))
+        if known is None or not known.is_of(weight, buffer, states):
+            if not flat([weight, grad, buffer, *states]):
+                return False
+            if len(self._fit) > 4 * len(self.optimizer.state) + 64:  # buffers come from few sets, used again and again
+                self._fit.clear()
+            self._fit[id(buffer)] = _Fit(buffer, weight.data_ptr(), weight.shape, tuple(states))
+            return True
+        return flat((weight, grad))
+
+
+class _Fit(NamedTuple):
+    """A buffer, and the weight and states that lie in memory as it does."""
+
+    buffer: Tensor
+    address: int
+    shape: torch.Size
+    states: tuple[Tensor, ...]
+
+    def is_of(self, weight: Tensor, buffer: Tensor, states: Sequence[Tensor]) -> bool:
+        """Whether these are still the same."""
+        same = buffer is self.buffer and weight.data_ptr() == self.address and weight.shape == self.shape
+        return same and len(states) == len(self.states) and all(map(is_, states, self.states))
+
+
+def _run(moving: Sequence[_Moving], rates: Sequence[tuple[Scalar, ...]] | None) -> None:
+    counts = [part.state["step"] for part in moving if "step" in part.state]
+    if counts:
+        torch._foreach_add_(counts, _ONE)
+    jobs: dict[Stepper, list[Any]] = {}
+    recipes: dict[tuple[int, float], Any] = {}  # parameters of one group that are at the same step share all numbers
+    for part in moving:
+        item, stepper, grad, state, buffer = part
+        assert stepper is not None
+        key = item.group_number, state["step"].item() if "step" in state else 1.0
+        if key not in recipes:
+            ahead = None if rates is None else _ahead(part, stepper, rates[item.group_number])
+            recipes[key] = stepper.how(item.group, key[1], ahead)
+        jobs.setdefault(stepper, []).append(stepper.job(recipes[key], item.weight, grad, state, buffer))
+    for stepper, theirs in jobs.items():
+        stepper.run(theirs)
 
 
 def could_fuse(parts: Sequence[Item]) -> bool:
-    """Whether `step_and_predict` has a kernel for every parameter; hooks and states are looked at in each step."""
+    """Whether `FusedStep` has a kernel for every parameter; hooks and states are looked at in each step."""
     if not parts or not all(_stepper(i.rule) is not None and i.weight.dtype is torch.float32 for i in parts):
         return False
     return all(i.weight.device.type == "cpu" for i in parts) and available()
@@ -86,7 +152,7 @@ class _Moving(NamedTuple):
     stepper: Stepper | None
     grad: Tensor
     state: State
-    buffer: Tensor
+    buffer: Tensor | None
 
 
 def _ahead(part: _Moving, stepper: Stepper, rates: tuple[Scalar, ...]) -> calls.Ahead:
@@ -102,20 +168,6 @@ def _ahead(part: _Moving, stepper: Stepper, rates: tuple[Scalar, ...]) -> calls.
         return calls.Ahead()
     assert not isinstance(move.keep, Tensor)
     return calls.Ahead(1.0 - move.keep, stepper.factors(move, grad, state))
-
-
-def _covered(moving: Sequence[_Moving]) -> bool:
-    """Whether there is a kernel for every option and every tensor."""
-    covered: dict[int, bool] = {}
-    for item, stepper, grad, state, buffer in moving:
-        if stepper is None:
-            return False
-        if item.group_number not in covered:
-            covered[item.group_number] = stepper.covers(item.group)
-        tensors = stepper.state_tensors(state, item.group) if covered[item.group_number] else None
-        if tensors is None or not flat([item.weight, grad, buffer, *tensors]):
-            return False
-    return available()
 
 
 def _predict_others(parts: Sequence[Item], rates: Sequence[tuple[Scalar, ...]], out: Sequence[Tensor]) -> None:

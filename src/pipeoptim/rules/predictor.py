@@ -15,7 +15,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_steps
 from pipeoptim.rules.drive import Item, items, parameters, write_by_rule
 from pipeoptim.rules.fallback import copy_weights, extrapolate
-from pipeoptim.rules.fused import could_fuse, step_and_predict
+from pipeoptim.rules.fused import FusedStep, could_fuse
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.move import Scalar
 
@@ -64,6 +64,10 @@ class Predictor:
         self.parts = parts
         self._made: list[Item] = []
         self._made_for: list[tuple[Any, ...]] | None = None
+        self._one_each: list[Item] = []  # a parameter of each group: kind and options are the group's
+        self._moves_by_itself = False  # whether any is predicted by displacement
+        self._fusable: bool | None = None  # None: not asked yet, which may build the kernels
+        self._fused_step = FusedStep(optimizer)
         self._items()  # refuses what cannot be predicted
         self._grads: Buffers | None = None
         self._known: Buffers | None = None  # by displacement: buffers that hold W + h * d ...
@@ -79,12 +83,14 @@ class Predictor:
     @property
     def needs_grad(self) -> bool:
         """Whether gradients are kept from one update to the next, so that they must not be zeroed in place."""
-        return any(item.needs_grad for item in self._items())
+        self._items()
+        return any(item.needs_grad for item in self._one_each)
 
     @property
     def needs_previous(self) -> bool:
         """Whether `before_step` writes present weights into `spare`."""
-        return any(item.kind == "displacement" for item in self._items())
+        self._items()
+        return self._moves_by_itself
 
     def _items(self) -> list[Item]:
         """As `items`, made anew only when the param groups are others than before."""
@@ -92,6 +98,9 @@ class Predictor:
         made_for = [(id(group), id(group["params"]), len(group["params"]), group.get("prediction")) for group in groups]
         if self._made_for != made_for:
             self._made, self._made_for = items(self.optimizer, self.kind, self.parts), made_for
+            self._one_each = list({item.group_number: item for item in self._made}.values())
+            self._moves_by_itself = any(item.kind == "displacement" for item in self._one_each)
+            self._fusable = None
         return self._made
 
     # -- an update -------------------------------------------------------------------------------------------------
@@ -99,7 +108,10 @@ class Predictor:
     @property
     def fuses(self) -> bool:
         """Whether `fused_step` can ever return True, so that a buffer is worth having ready."""
-        return self.fused == "auto" and could_fuse(self._items())
+        parts = self._items()
+        if self.fused == "auto" and self._fusable is None:
+            self._fusable = could_fuse(parts)
+        return bool(self._fusable)
 
     def fused_step(self, out: Sequence[Tensor], steps: int) -> bool:
         """Step the optimizer and write ``W_hat(t + 1 + steps)`` into `out` in the same pass over memory.
@@ -112,14 +124,19 @@ class Predictor:
             return False
         parts = self._items()
         rates = next_rates(self.optimizer, self.scheduler, steps, after=1)
-        if not step_and_predict(self.optimizer, parts, rates, out):
+        if not self._fused_step(parts, rates, out):
             return False
         self._known_at, self._adopt = steps, False
         self._known = None
-        if any(item.kind == "displacement" for item in parts):
+        if self._moves_by_itself:
             self._known = [b if item.kind == "displacement" else None for item, b in zip(parts, out, strict=True)]
         self._fused_for = self._circumstances(parts, rates)
         return True
+
+    def step(self) -> None:
+        """``optimizer.step()``, by the kernel of `fused_step` where it has one: for a stage that has nothing to predict."""
+        if not (self.fuses and self._fused_step(self._items())):
+            self.optimizer.step()
 
     def still_holds(self, steps: int) -> bool:
         """Whether the prediction of the last `fused_step` is what `predict_into` would write now.
@@ -130,12 +147,12 @@ class Predictor:
         return self._fused_for == self._circumstances(parts, next_rates(self.optimizer, self.scheduler, steps))
 
     def _circumstances(self, parts: Sequence[Item], rates: list[tuple[Scalar, ...]]) -> tuple[Any, ...]:
-        return rates, [(item.kind, item.weight._version) for item in parts]
+        return rates, [item.kind for item in self._one_each], [item.weight._version for item in parts]
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
         """Call just before ``optimizer.step()``. By displacement, fills `spare` with W_t; without one nothing is predicted."""
         parts = self._items()
-        if not any(item.kind == "displacement" for item in parts):
+        if not self._moves_by_itself:
             return
         self._known, self._known_at, self._adopt = None, PREVIOUS, False
         if spare is not None:
@@ -145,8 +162,8 @@ class Predictor:
 
     def after_step(self) -> None:
         """Call just after the step, with the gradients still in place."""
-        parts = self._items()
-        if any(item.needs_grad for item in parts):
+        if self.needs_grad:
+            parts = self._items()
             self._grads = [item.weight.grad if item.needs_grad else None for item in parts]
 
     # -- predictions ---------------------------------------------------------------------------------------------------

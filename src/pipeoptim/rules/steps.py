@@ -28,11 +28,11 @@ class Stepper(ABC):
         """What the step reads and writes besides weight and gradient; None before torch's own step has made it."""
 
     @abstractmethod
-    def how(self, group: Group, t: float, ahead: calls.Ahead) -> Any:
-        """The numbers of step t (counted from 1), and those of the prediction after it."""
+    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> Any:
+        """The numbers of step t (counted from 1), and those of the prediction after it, if there is one."""
 
     @abstractmethod
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor) -> Any:
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> Any:
         """The step of one parameter."""
 
     @abstractmethod
@@ -54,7 +54,7 @@ class AdamStepper(Stepper):
     def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
         return [state["exp_avg"], state["exp_avg_sq"]] if "exp_avg" in state else None
 
-    def how(self, group: Group, t: float, ahead: calls.Ahead) -> calls.AdamHow:
+    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
         lr, decay = _number(group["lr"]), _number(group["weight_decay"])
         beta1, beta2 = (_number(beta) for beta in group["betas"])
         decoupled = bool(group.get("decoupled_weight_decay", False))
@@ -70,7 +70,7 @@ class AdamStepper(Stepper):
             ahead=ahead,
         )
 
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor) -> calls.Adam:
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> calls.Adam:
         return calls.Adam(how, weight, grad, state["exp_avg"], state["exp_avg_sq"], out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
@@ -94,7 +94,7 @@ class SgdStepper(Stepper):
         buffer = state.get("momentum_buffer")
         return None if buffer is None else [buffer]
 
-    def how(self, group: Group, t: float, ahead: calls.Ahead) -> calls.SgdHow:
+    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.SgdHow:
         mu = _number(group["momentum"])
         return calls.SgdHow(
             lr=_number(group["lr"]),
@@ -106,7 +106,7 @@ class SgdStepper(Stepper):
             ahead=ahead,
         )
 
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor) -> calls.Sgd:
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> calls.Sgd:
         return calls.Sgd(how, weight, grad, state["momentum_buffer"] if how.mu else None, out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
