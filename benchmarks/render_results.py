@@ -165,6 +165,8 @@ def figure(everything: dict[str, dict[str, Any]]) -> None:
 
 def draw(ax: Any, comparison: dict[str, Any], order: list[str], title: str) -> None:
     """One panel; the dashed line is the synchronous loss."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, NullFormatter
+
     base = line(comparison, "1f1b")
     assert base is not None
     ax.axvline(base["val_loss"]["mean"], color="0.5", linestyle="--", linewidth=1)
@@ -178,8 +180,10 @@ def draw(ax: Any, comparison: dict[str, Any], order: list[str], title: str) -> N
         ax.plot(value["mean"], y, "o", color=colour, markersize=5)
     ax.set_title(title, fontsize=9)
     ax.set_xscale("log")
+    low, high = ax.get_xlim()
+    ax.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)) if high > 3 * low else MaxNLocator(5))
     ax.xaxis.set_major_formatter("{x:.3g}")
-    ax.xaxis.set_minor_formatter("{x:.2g}")
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.tick_params(axis="x", which="both", labelsize=7, rotation=45)
     ax.grid(axis="y", alpha=0.2)
     ax.set_ylim(-0.6, len(order) - 0.4)
