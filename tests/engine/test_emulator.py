@@ -98,7 +98,8 @@ def live_weight_bytes(shape_bytes):
     gc.collect()
     storages = {}
     for thing in gc.get_objects():
-        if type(thing) in (torch.Tensor, nn.Parameter):
+        # Other tests of the same process may have left sparse tensors, which have no storage.
+        if type(thing) in (torch.Tensor, nn.Parameter) and thing.layout is torch.strided:
             storage = thing.untyped_storage()
             if storage.nbytes() == shape_bytes:
                 storages[storage.data_ptr()] = storage.nbytes()
