@@ -51,8 +51,8 @@ RECIPES = {"digits": compare_models.digits, "chars": compare_models.chars}
 
 
 def methods(optimizer: str, split: bool, steps: int) -> tuple[str, ...]:
-    """All beside AdamW. Beside the others not those that bring their own optimizer, which would be the same again, nor gpipe,
-    which computes what 1f1b computes, nor variants; where mini-batches are split, a few to hold pipedream_2bw against.
+    """All methods; variants, and those that bring their own optimizer, beside AdamW only, for elsewhere they would be the same runs
+    again. Beside the others, where mini-batches are split, a few to hold pipedream_2bw against.
 
     PipeMare raises its learning rate over 1,000 updates by default, longer than these runs: here over a quarter of each.
     """
@@ -61,7 +61,7 @@ def methods(optimizer: str, split: bool, steps: int) -> tuple[str, ...]:
     elif split:
         names = [SYNCHRONOUS, "naive", "pipedream", "pipedream_2bw", "pipeoptim"]
     else:
-        names = [name for name, method in METHODS.items() if not (method.optimizer or name == "gpipe" or "+" in name)]
+        names = [name for name, method in METHODS.items() if not (method.optimizer or "+" in name)]
     return tuple(f"pipemare(anneal_updates={steps // 4})" if name == "pipemare" else name for name in names)
 
 
