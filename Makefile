@@ -14,7 +14,7 @@ help:
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,third-party]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,third-party,data]'
 	@touch $@
 
 train: $(STAMP)
