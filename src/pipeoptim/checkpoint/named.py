@@ -58,8 +58,7 @@ def collect(worker: StageWorker, found: Mapping[str, str], into: NamedState) -> 
         into.tensors[f"model/{found[name]}"] = value.detach()
     into.weights[k] = [found[name] for name in state["module"]]
     _collect_optimizer(worker, found, into)
-    for (_, p), value in zip(worker.masters.pairs, state.get("masters") or (), strict=True):
-        into.tensors[f"master/{_name_of(worker, p, found)}"] = value
+    into.tensors |= dict(zip(_masters(worker, found), state.get("masters") or (), strict=True))
     into.version = state["version"]
     into.scheduler = flatten(state["scheduler"], "scheduler", into.tensors) or into.scheduler
     own = {name: state[name] for name in OF_THE_STAGE if name in state}
@@ -77,7 +76,7 @@ def merged(worker: StageWorker, found: Mapping[str, str], saved: NamedState, sam
     if worker.optimizer is not None:
         state["optimizer"] = _optimizer_state(worker, found, saved)
     if worker.masters.pairs:
-        state["masters"] = [saved.tensors[f"master/{_name_of(worker, p, found)}"] for _, p in worker.masters.pairs]
+        state["masters"] = [saved.tensors[name] for name in _masters(worker, found)]
     state["version"] = saved.version
     if worker.scheduler is not None and saved.scheduler is not None:
         state["scheduler"] = rebuild(saved.scheduler, saved.tensors)
@@ -103,20 +102,26 @@ def needed(worker: StageWorker, found: Mapping[str, str], saved: NamedState, sam
         )
     tensors = {f"model/{original}" for original in found.values()}
     tensors |= {name for original in found.values() for name in tensors_in(saved.optimizer.get(original))}
-    tensors |= {f"master/{_name_of(worker, p, found)}" for _, p in worker.masters.pairs}
+    tensors |= set(_masters(worker, found))
     tensors |= tensors_in(saved.scheduler)
     tensors |= {name for groups in saved.groups for name in tensors_in(groups)}
     return tensors | (tensors_in(saved.own[worker.k]) if same_cut else set())
 
 
-def _name_of(worker: StageWorker, p: Tensor, found: Mapping[str, str]) -> str:
-    name = next(name for name, q in worker.module.named_parameters() if q is p)
-    return found[name]
+def _by_parameter(worker: StageWorker, found: Mapping[str, str]) -> dict[int, str]:
+    """Identity of a parameter of the stage -> its original name."""
+    return {id(p): found[name] for name, p in worker.module.named_parameters()}
+
+
+def _masters(worker: StageWorker, found: Mapping[str, str]) -> list[str]:
+    """Names of the tensors that hold the stage's masters, in their order."""
+    own = _by_parameter(worker, found) if worker.masters.pairs else {}
+    return [f"master/{own[id(p)]}" for _, p in worker.masters.pairs]
 
 
 def _parameters(worker: StageWorker, optimizer: Optimizer, found: Mapping[str, str]) -> list[str]:
     """Original names in the optimizer's own numbering."""
-    own = {id(p): found[name] for name, p in worker.module.named_parameters()}
+    own = _by_parameter(worker, found)
     return [own[id(module_parameter(p))] for group in optimizer.param_groups for p in group["params"]]
 
 
