@@ -26,7 +26,11 @@ TIMEOUT = 120.0
 
 
 class BuildError(Exception):
-    """No library could be made; the text says why."""
+    """No library could be made; the text says why, `remedy` what to do."""
+
+    def __init__(self, why: str, remedy: str) -> None:
+        super().__init__(" ".join(why.split()))
+        self.remedy = remedy
 
 
 def library_path() -> Path:
@@ -51,36 +55,45 @@ def library_path() -> Path:
             return path
         except OSError as error:
             last = str(error)
-    raise BuildError(last)
+    raise BuildError(f"there is nowhere to keep them ({last})", "let PIPEOPTIM_CACHE name a directory that is yours alone")
 
 
 def _compile(compiler: str, path: Path) -> None:
-    source = str(SOURCES / "optim.c")
     said = ""
     for extra in BEST_FIRST:
         handle, part = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
         os.close(handle)
         try:
-            done = subprocess.run(
-                [compiler, *FLAGS, *extra, source, "-o", part, "-lm"], capture_output=True, text=True, timeout=TIMEOUT
-            )
-            if done.returncode == 0:
+            said = _said([compiler, *FLAGS, *extra, str(SOURCES / "optim.c"), "-o", part, "-lm"])
+            if not said:
                 os.replace(part, path)  # readers see all of it or nothing
                 return
-            said = done.stderr.strip().splitlines()[0] if done.stderr.strip() else f"exit code {done.returncode}"
-        except subprocess.TimeoutExpired:
-            said = f"no answer within {TIMEOUT:g} s"
         finally:
             Path(part).unlink(missing_ok=True)
-    raise BuildError(f"{compiler} failed: {said}")
+    raise BuildError(f"{compiler} failed: {said}", "install gcc or clang, or let CC name another C compiler")
+
+
+def _said(command: list[str]) -> str:
+    """The line that says why the command failed; empty if it did not."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
+    except subprocess.TimeoutExpired:
+        return f"no answer within {TIMEOUT:g} s"
+    except OSError as error:  # found, but not a program of this machine
+        return str(error)
+    lines = done.stderr.strip().splitlines()
+    telling = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
+    return telling[0].strip() if done.returncode else ""
 
 
 def _compiler() -> str:
-    for name in filter(None, (os.environ.get("CC"), "cc", "gcc", "clang")):
+    chosen = os.environ.get("CC")
+    for name in filter(None, (chosen, "cc", "gcc", "clang")):
         found = shutil.which(name)
         if found:
             return found
-    raise BuildError("no C compiler found (cc, gcc, clang, or the one that CC names)")
+    named = f", nor the {chosen!r} that CC names" if chosen else ""
+    raise BuildError(f"no C compiler is found (cc, gcc or clang{named})", "install gcc or clang, or let CC name a C compiler")
 
 
 def _key(compiler: str) -> str:

@@ -6,6 +6,7 @@ import ctypes
 import os
 import warnings
 from functools import cache
+from pathlib import Path
 
 from pipeoptim.kernels import layout
 from pipeoptim.kernels.build import BuildError, library_path
@@ -33,20 +34,29 @@ def _load() -> tuple[ctypes.CDLL | None, str]:
     if os.environ.get("PIPEOPTIM_KERNELS", "").lower() in ("0", "off", "no", "false"):
         return None, "switched off by PIPEOPTIM_KERNELS"
     try:
-        loaded = ctypes.CDLL(str(library_path()))  # calls release the interpreter's lock
+        return _loaded(library_path()), ""
+    except BuildError as error:
+        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process tells it for all on this machine
+            warnings.warn(
+                "pipeoptim goes on without its C kernels, and predictions take several passes over memory instead of one, "
+                f"because {error}; {error.remedy}, or set PIPEOPTIM_KERNELS=0 to not be told",
+                stacklevel=2,
+            )
+        return None, str(error)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    """The library of that file, ready for calls, which release the interpreter's lock."""
+    try:
+        loaded = ctypes.CDLL(str(path))
         _check_layout(loaded)
         for name in ("adam", "sgd", "move"):
             entry = getattr(loaded, f"pipeoptim_{name}")
             entry.argtypes, entry.restype = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32), ctypes.c_int
-    except (BuildError, OSError, AttributeError) as error:
-        reason = " ".join(str(error).split())
-        warnings.warn(
-            f"pipeoptim works without its C kernels ({reason}): predictions take several passes over memory instead of one. "
-            "Install a C compiler, or set PIPEOPTIM_KERNELS=0 to not be told.",
-            stacklevel=2,
-        )
-        return None, reason
-    return loaded, ""
+    except (OSError, AttributeError) as error:
+        remedy = f"delete {path}, or let PIPEOPTIM_CACHE name another directory"
+        raise BuildError(f"the library cannot be loaded ({error})", remedy) from error
+    return loaded
 
 
 def _check_layout(loaded: ctypes.CDLL) -> None:

@@ -22,6 +22,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.kernels import available
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError
@@ -80,7 +81,10 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
     )
     arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
     run.result.unlink(missing_ok=True)
-    with _environment(OMP_NUM_THREADS=str(config.threads)), _silent_agent(), _signals_restored():
+    inherited = {"OMP_NUM_THREADS": str(config.threads)}
+    if not available():  # this process has said so; the workers say it only to their logs
+        inherited["PIPEOPTIM_KERNELS"] = "0"
+    with _environment(**inherited), _silent_agent(), _signals_restored():
         try:
             elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
         except ChildFailedError as error:
