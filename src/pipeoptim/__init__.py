@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
     from pipeoptim.engine import (
         Clip,
+        Compression,
         Emulator,
         InterleavedSchedule,
         PredictionError,
@@ -34,6 +35,7 @@ if TYPE_CHECKING:
 _LAZY = {
     "Clip": "pipeoptim.engine",
     "CombinedOptimizer": "pipeoptim.rules",
+    "Compression": "pipeoptim.engine",
     "Emulator": "pipeoptim.engine",
     "InterleavedSchedule": "pipeoptim.engine",
     "METHODS": "pipeoptim.methods",
@@ -65,6 +67,7 @@ __all__ = [
     "METHODS",
     "Clip",
     "CombinedOptimizer",
+    "Compression",
     "ConfigError",
     "Emulator",
     "InterleavedSchedule",

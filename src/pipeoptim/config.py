@@ -81,6 +81,9 @@ class TrainConfig:
         keep_checkpoints: how many of the newest are kept.
         threads: CPU threads of each process.
         clip: largest norm of the gradients, 0 for no clipping. clip_scope: whose norm, see :class:`pipeoptim.Clip`.
+        compress: ``"bf16"`` or ``"int8"``: activations and their gradients pass between stages in fewer bytes; ``""``: as they are.
+        error_feedback: ``"gradients"``, ``"activations"`` or ``"both"``: what a compressed message lost is added to the next; see
+            :class:`pipeoptim.Compression`.
         autocast: ``"bfloat16"``: forward and loss under ``torch.autocast``; ``""``: in the types of model and data.
         monitor_every: steps between measurements of the prediction error, 0 for none.
         tensorboard: also write the figures for TensorBoard, into the run's ``tensorboard`` folder.
@@ -115,6 +118,8 @@ class TrainConfig:
     clip: float = 0.0
     clip_scope: str = "global_delayed"
     autocast: str = ""
+    compress: str = ""
+    error_feedback: str = "none"
     monitor_every: int = 0
     tensorboard: bool = False
     trace: bool = False

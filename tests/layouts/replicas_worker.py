@@ -82,10 +82,11 @@ def whole(value):
 
 def resumed():
     """Six mini-batches in one go; and four, a state that only the first replica saves, and two more."""
-    found, batches = {}, list(cases.batches())[:6]
+    found, batches = {}, [(torch.cat([x, x]).float(), torch.cat([y, y]).float()) for x, y in list(cases.batches())[:6]]
+    options = {"replicas": mesh["data"], "compress": po.Compression("int8", "int8", "both")}
     for name, stop in (("whole", 6), ("halves", 4)):
-        module = noisy()
-        pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+        module = noisy().float()
+        pipe = schedule(module, torch.optim.AdamW(module.parameters()), **options)
         for n, (x, y) in enumerate(batches):
             if n == stop:
                 pipe.drain()
@@ -94,8 +95,8 @@ def resumed():
                     torch.save(state, path)
                 dist.barrier()
                 pipe.close()
-                module = noisy()
-                pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"])
+                module = noisy().float()
+                pipe = schedule(module, torch.optim.AdamW(module.parameters()), **options)
                 pipe.load_stage_state_dict(k, torch.load(path, weights_only=True))
             elif n == 4:
                 pipe.drain()

@@ -80,6 +80,8 @@ def test_dropout_and_batchnorm_are_each_replicas_own(folder):
         for name in one:
             assert torch.equal(one[name], other[name]) == ("running" not in name), name
         assert not torch.equal(*(s["cpu"] for s in runs[k, 0]["whole"]["random"]["replicas"]))
+        lost = [tree_leaves(s)[2] for s in runs[k, 0]["whole"]["compress"]["replicas"]]
+        assert lost[0].shape == (8, cases.WIDTH) and not torch.equal(*lost)
 
 
 def test_the_checkpoint_of_one_replica_resumes_all_bit_for_bit(folder):

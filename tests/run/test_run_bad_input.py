@@ -63,6 +63,8 @@ CASES = {
     "many threads": ([*TINY, "--threads", str(10**14)], [f"threads is {10**14}", "at most"]),
     "clip nan": ([*TINY, "--clip", "nan"], ["clip is nan", "finite number"]),
     "unknown scope without clip": ([*TINY, "--clip-scope", "globl"], ["'globl'", "global_delayed"]),
+    "unknown compression": ([*TINY, "--compress", "int4"], ["compress is 'int4'", "'bf16' or 'int8'"]),
+    "feedback of nothing": ([*TINY, "--error-feedback", "both"], ["'both'", "are not compressed", "compress them too"]),
     "name that is empty": ([*TINY, "--name", ""], ["name is ''", "one folder"]),
     "name of two lines": ([*TINY, "--name", "a\nb"], [r"'a\nb'", "one folder"]),
     "name that is too long": ([*TINY, "--name", "a" * 300], ["one folder"]),

@@ -40,6 +40,17 @@ def test_resumed_emulator_equals_one_that_never_stopped(method: str, tmp_path: P
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "halves")
 
 
+def test_resumed_run_remembers_what_compression_lost(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = replace(tiny.recipe(), compress="int8", error_feedback="both")
+    run(config, tmp_path / "whole", progress=False)
+    run(tiny.recipe(), tmp_path / "exact", progress=False)
+    crash(config, tmp_path / "halves", 19, monkeypatch)
+    run(config, tmp_path / "halves", resume=True, progress=False)
+    assert_same_state(tmp_path / "whole", tmp_path / "halves")
+    assert timeless(tmp_path / "whole") == timeless(tmp_path / "halves") != timeless(tmp_path / "exact")
+    assert TrainConfig.from_json((tmp_path / "whole" / "config.json").read_text()).compress == "int8"
+
+
 def test_the_comparison_would_notice(tmp_path: Path) -> None:
     """Another seed gives other weights: the tests here can fail."""
     run(tiny.recipe(), tmp_path / "one", progress=False)

@@ -1,6 +1,7 @@
 """Carrying actions out: all numerics in :mod:`.stage`, one process in :mod:`.emulator`, many in :mod:`.distributed`."""
 
 from pipeoptim.engine.clip import Clip
+from pipeoptim.engine.compress import Compression
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
 from pipeoptim.engine.feed import Whole
@@ -13,6 +14,7 @@ from pipeoptim.engine.trace import Trace
 
 __all__ = [
     "Clip",
+    "Compression",
     "Emulator",
     "InterleavedSchedule",
     "PredictionError",

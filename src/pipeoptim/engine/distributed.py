@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
+from pipeoptim.engine.compress import Compression, as_compression
 from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
@@ -34,6 +35,7 @@ from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
 
 _STOP = 1
+_PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
 _made = 0  # pipelines made in this process: keeps their keys in the store apart
 
 
@@ -60,6 +62,7 @@ class Schedule(Pipeline):
         scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
+        compress: as in :class:`~pipeoptim.Emulator`; equal in all processes.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -99,6 +102,7 @@ class Schedule(Pipeline):
         recompute: str = "backward",
         replicas: dist.ProcessGroup | DeviceMesh | None = None,
         overlap: bool = False,
+        compress: Compression | str | None = None,
         trace: Trace | None = None,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
@@ -110,7 +114,7 @@ class Schedule(Pipeline):
         super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap, trace)
         self.k, self.device, self.ranks = place.k, place.device, place.ranks
         seed = torch.initial_seed() if seed is None else seed
-        options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute)
+        options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
         exchanges = options.clip is not None and options.clip.exchanges
         norms = GatheredNorms(place.depth, timeout) if exchanges else None
         copies = read_replicas(replicas, place.module)
@@ -220,23 +224,28 @@ class Schedule(Pipeline):
     def stage_state_dict(self, k: int) -> dict[str, Any]:
         """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.base.Pipeline.stage_state_dict>`.
 
-        With ``replicas`` all of them call it, and it holds the random numbers of all, so that saving one of them is enough.
+        With ``replicas`` all of them call it, and it holds the random numbers of all, and what their compression lost, so that
+        saving one of them is enough.
         """
         state = super().stage_state_dict(k)
         if self._replicas is not None:
-            state["random"] = {**state["random"], "replicas": self._replicas.gather(state["random"])}
+            for name in filter(state.__contains__, _PER_REPLICA):
+                state[name] = {**state[name], "replicas": self._replicas.gather(state[name])}
         return state
 
     def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
         """As :meth:`Pipeline.load_stage_state_dict <pipeoptim.engine.base.Pipeline.load_stage_state_dict>`.
 
-        Each replica takes its own random numbers from it; one that the state does not know draws new ones.
+        Each replica takes its own random numbers from it, and what its own compression lost; one that the state does not know
+        draws new ones.
         """
-        everyone = state["random"].get("replicas")
-        if self._replicas is not None and everyone is not None and self._replicas.replicas.index < len(everyone):
-            state = {**state, "random": everyone[self._replicas.replicas.index]}
-        elif self._replicas is not None and self._replicas.replicas.index > 0:
-            state = {**state, "random": self.worker.random.state_dict()}
+        index = 0 if self._replicas is None else self._replicas.replicas.index
+        for name in filter(state.__contains__, _PER_REPLICA):
+            everyone = state[name].get("replicas", [])
+            if self._replicas is not None and index < len(everyone):
+                state = {**state, name: everyone[index]}
+            elif index > 0:
+                state = {**state, name: self.worker.state_dict()[name]}
         super().load_stage_state_dict(k, state)
 
     def _note_stop(self) -> None:
@@ -274,7 +283,8 @@ class Schedule(Pipeline):
             self.worker.hear(self._from_previous.loss_scale)
         output, share = self.worker.forward_part(i, args, feed, part, self._cutter)
         if self._to_next is not None:
-            self._to_next.send(output, _STOP if self._stop else 0, self.worker.tell(), part)
+            message = self.worker.compressor.pack_activations(i, output)
+            self._to_next.send(message, _STOP if self._stop else 0, self.worker.tell(), part)
         elif not part.empty:
             losses.append((output, share))
 
@@ -282,10 +292,11 @@ class Schedule(Pipeline):
         if self._from_next is None:
             gradients = self.worker.backward(i, [])
         else:
-            gradients = self._from_next.take()
+            gradients = self.worker.compressor.unpack(self._from_next.take())
             gradients = self.worker.backward(i, gradients, self._from_next.loss_scale)
         if self._to_previous is not None:
-            self._to_previous.send(gradients, loss_scale=self.worker.loss_scale)
+            scale = self.worker.loss_scale
+            self._to_previous.send(self.worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
 
     def _evaluate(self, feed: Feed) -> Tensor | None:
         args = feed.args
@@ -299,7 +310,7 @@ class Schedule(Pipeline):
 
     def _take_activation(self) -> Any:
         assert self._from_previous is not None
-        value = self._from_previous.take()
+        value = self.worker.compressor.unpack(self._from_previous.take())
         self._stop = bool(self._from_previous.flags & _STOP)
         return value
 

@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
+from pipeoptim.engine.compress import Compression, as_compression
 from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
 from pipeoptim.engine.norms import NormBoard
 from pipeoptim.engine.options import StageOptions, UpdateHook
@@ -63,6 +64,8 @@ class Emulator(Pipeline):
             (see :class:`~pipeoptim.InterleavedSchedule`); by default one stage per process.
         overlap: each update comes after the next forward of its stage, as ``Schedule(overlap=True)`` does to hide the time in which
             replicas average their gradients; that forward's gap is one more.
+        compress: ``"bf16"``, ``"int8"`` or a :class:`~pipeoptim.Compression`: what passes between stages loses what it would lose
+            on the way between processes that send fewer bytes.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -98,6 +101,7 @@ class Emulator(Pipeline):
         recompute: str = "backward",
         processes: int | None = None,
         overlap: bool = False,
+        compress: Compression | str | None = None,
         trace: Trace | None = None,
     ) -> None:
         stages = list(stages)
@@ -110,7 +114,7 @@ class Emulator(Pipeline):
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)
         seed = torch.initial_seed() if seed is None else seed
-        clip = as_clip(clip)
+        clip, compression = as_clip(clip), as_compression(compress)
         board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
@@ -124,11 +128,11 @@ class Emulator(Pipeline):
                 scheduler=rates[k],
                 prediction=prediction,
                 seed=seed,
-                options=StageOptions(clip, autocast, scalers[k], on_update, monitor, recompute),
+                options=StageOptions(clip, autocast, scalers[k], on_update, monitor, recompute, compression),
                 norms=None if board is None else board.end(k),
             )
         self._activations: list[deque[tuple[Any, float, Part]]] = [deque() for _ in stages]
-        self._gradients: list[deque[tuple[list[Tensor | None], float]]] = [deque() for _ in stages]
+        self._gradients: list[deque[tuple[Any, float]]] = [deque() for _ in stages]
 
     def step(
         self,
@@ -216,10 +220,11 @@ class Emulator(Pipeline):
         if action.kind is Kind.F:
             self._forward(k, i, feeds[i - first], losses)
         elif action.kind is Kind.B:
-            received = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
-            gradients = worker.backward(i, *received)
+            received, scale = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
+            gradients = worker.backward(i, worker.compressor.unpack(received) if received else [], scale)
             if k > 0:
-                self._gradients[k - 1].append((gradients, worker.loss_scale))
+                message = worker.compressor.pack_gradients(i, gradients, worker.loss_scale)
+                self._gradients[k - 1].append((message, worker.loss_scale))
         else:
             worker.update()
 
@@ -228,10 +233,11 @@ class Emulator(Pipeline):
         if k > 0:
             value, overflowed, part = self._activations[k].popleft()
             worker.hear(overflowed)
-            args = as_args(value)
+            args = as_args(worker.compressor.unpack(value))
         output, share = worker.forward_part(i, args, feed, part, self._cutter)
         if not worker.is_last:
-            self._activations[k + 1].append((transferred(output), worker.tell(), part))
+            message = transferred(worker.compressor.pack_activations(i, output))
+            self._activations[k + 1].append((message, worker.tell(), part))
         elif not part.empty:
             losses.append((output, share))
 

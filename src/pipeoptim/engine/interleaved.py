@@ -15,6 +15,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
+from pipeoptim.engine.compress import as_compression
 from pipeoptim.engine.distributed import Schedule, agree, own_store
 from pipeoptim.engine.feed import Cutter, Feed, StageKwargs, merge_kwargs
 from pipeoptim.engine.stage import LossFn
@@ -81,7 +82,8 @@ class InterleavedSchedule(Pipeline):
         expected = list(range(first.k % processes, first.depth, processes))
         if [stage.stage_index for stage in stages] != expected:
             raise ConfigError(f"stages {[s.stage_index for s in stages]} were given in process {first.k}; it holds {expected}")
-        settings = f"method={method} microbatches={microbatches} stages={first.depth}"
+        compress = as_compression(options.get("compress"))
+        settings = f"method={method} microbatches={microbatches} stages={first.depth} compress={compress}"
         shared = _Shared(first.ranks, len(stages), settings, timeout, liveness_timeout)
         self._shared = shared
         self._parts: dict[int, _Part] = {}

@@ -9,6 +9,7 @@ import torch
 from torch.amp.grad_scaler import GradScaler
 
 from pipeoptim.engine.clip import Clip
+from pipeoptim.engine.compress import Compression
 from pipeoptim.engine.precision import check_autocast
 from pipeoptim.errors import ConfigError
 
@@ -27,6 +28,7 @@ class StageOptions:
         on_update: called after every update.
         monitor: measure the predictions made at every version (True), or at every so many.
         recompute: on which weights activation checkpoints run again, see :mod:`pipeoptim.engine.recompute`.
+        compress: of what is sent to the stages before and after.
 
     Raises:
         ConfigError: a type that autocast does not know, or a monitor below 0.
@@ -38,6 +40,7 @@ class StageOptions:
     on_update: UpdateHook | None = None
     monitor: bool | int = False
     recompute: str = "backward"
+    compress: Compression | None = None
 
     def __post_init__(self) -> None:
         check_autocast(self.autocast)
@@ -52,7 +55,7 @@ class StageOptions:
     def describe(self) -> str:
         """What must be the same on every stage."""
         scaling = self.scaler is not None and self.scaler.is_enabled()
-        return f"clip={self.clip} autocast={self.autocast} scaler={'on' if scaling else 'off'}"
+        return f"clip={self.clip} autocast={self.autocast} scaler={'on' if scaling else 'off'} compress={self.compress}"
 
 
 OFF = StageOptions()

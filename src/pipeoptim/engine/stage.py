@@ -20,6 +20,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeoptim.engine.clip import Clipper
+from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.feed import Cutter, Feed, Part
 from pipeoptim.engine.losses import LossLog, collect_losses, read_loss
 from pipeoptim.engine.masters import MasterPredictor, Masters, module_parameter
@@ -123,6 +124,7 @@ class StageWorker:
         self.monitor: PredictionMonitor | None = None
         if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
             self.monitor = PredictionMonitor(_grouped(optimizer, params), k, int(options.monitor))
+        self.compressor = Compressor(options.compress, program.microbatches)
         self._announced = False  # the backwards of an update are done and the update is not carried out yet
         self._complete = False  # and its gradients are final but for clipping
         self._flights: dict[int, Flight] = {}
@@ -457,6 +459,8 @@ class StageWorker:
             state["clip"] = self.clipper.state_dict()
         if self.scaling is not None:
             state["scaling"] = self.scaling.state_dict()
+        if lost := self.compressor.state_dict():
+            state["compress"] = lost
         return state
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -476,6 +480,7 @@ class StageWorker:
             self.clipper.load_state_dict(state["clip"])
         if self.scaling is not None and "scaling" in state:
             self.scaling.load_state_dict(state["scaling"])
+        self.compressor.load_state_dict(state.get("compress", {}))
         if self.monitor is not None:
             self.monitor.forget()
         self.restart()

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.link import Receiver, Sender, Waiting
 from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.stage import StageWorker
@@ -34,6 +35,8 @@ class TracedWorker(StageWorker):
     def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
         self.row = row
         super().__init__(*args, **kwargs)
+        if self.compressor.compression is not None:
+            self.compressor = TracedCompressor(row, self.compressor)
 
     def prepare(self, i: int) -> None:
         self.settle()
@@ -75,6 +78,32 @@ class TracedWorker(StageWorker):
 
     def _number(self, i: int) -> int:
         return self.weights.restart * self.program.microbatches + i
+
+
+class TracedCompressor(Compressor):
+    """Notes packing and unpacking."""
+
+    def __init__(self, row: Row, plain: Compressor) -> None:
+        vars(self).update(vars(plain))
+        self.row = row
+
+    def pack_activations(self, i: int, tree: Any) -> Any:
+        began = self.row.now()
+        packed = super().pack_activations(i, tree)
+        self.row.add("pack", -1, began)
+        return packed
+
+    def pack_gradients(self, i: int, tree: Any, loss_scale: float) -> Any:
+        began = self.row.now()
+        packed = super().pack_gradients(i, tree, loss_scale)
+        self.row.add("pack", -1, began)
+        return packed
+
+    def unpack(self, tree: Any) -> Any:
+        began = self.row.now()
+        unpacked = super().unpack(tree)
+        self.row.add("unpack", -1, began)
+        return unpacked
 
 
 class TracedReceiver(Receiver):

@@ -78,7 +78,7 @@ def _check_method(config: TrainConfig) -> None:
 
 
 def _check_options(config: TrainConfig) -> None:
-    from pipeoptim.engine import Clip
+    from pipeoptim.engine import Clip, Compression
     from pipeoptim.methods import get_method
 
     clip = config.clip
@@ -89,6 +89,9 @@ def _check_options(config: TrainConfig) -> None:
         scope.check(get_method(config.method).program(config.stages, config.microbatches))
     if config.autocast not in ("", "bfloat16"):
         raise ConfigError(f"autocast is {config.autocast!r}, must be 'bfloat16', or '' for none")
+    if config.compress not in ("", "bf16", "int8"):
+        raise ConfigError(f"compress is {config.compress!r}, must be 'bf16' or 'int8', or '' for none")
+    Compression(config.compress or None, config.compress or None, config.error_feedback)
     if config.tensorboard:
         from pipeoptim.telemetry.tensorboard import check_installed
 

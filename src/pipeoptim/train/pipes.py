@@ -47,11 +47,12 @@ def _options(config: TrainConfig) -> dict[str, Any]:
     """What both engines are told alike."""
     import torch
 
-    from pipeoptim.engine import Clip, Trace
+    from pipeoptim.engine import Clip, Compression, Trace
 
     return {
         "clip": Clip(config.clip, config.clip_scope) if config.clip else None,
         "autocast": getattr(torch, config.autocast) if config.autocast else None,
+        "compress": Compression(config.compress, config.compress, config.error_feedback) if config.compress else None,
         "monitor": config.monitor_every,
         "trace": Trace(config.trace_steps) if config.trace else None,
     }

@@ -59,6 +59,13 @@ def train(
         str | None, Option(help="Whose norm: stage, global (waits for all stages) or global_delayed (default).")
     ] = None,
     autocast: Annotated[str | None, Option(help="bfloat16: compute forward and loss in it where torch.autocast does.")] = None,
+    compress: Annotated[
+        str | None, Option(help="bf16 or int8: activations and their gradients pass between stages in fewer bytes.")
+    ] = None,
+    error_feedback: Annotated[
+        str | None,
+        Option(help="With --compress, add what a message lost to the next one: none, gradients, activations or both."),
+    ] = None,
     monitor_every: Annotated[
         int | None, Option(help="Steps between measurements of the prediction error, for metrics.jsonl and the summary.")
     ] = None,
@@ -126,6 +133,8 @@ def train(
         "clip": clip,
         "clip_scope": clip_scope,
         "autocast": autocast,
+        "compress": compress,
+        "error_feedback": error_feedback,
         "monitor_every": monitor_every,
         "tensorboard": tensorboard,
         "trace": trace if trace_steps is None else True,

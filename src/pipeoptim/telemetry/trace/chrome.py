@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeoptim.schedule import Span as IdealSpan
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten
-from pipeoptim.telemetry.trace.shares import COMMUNICATION, COMPUTE, StageShares
+from pipeoptim.telemetry.trace.shares import COMMUNICATION, COMPUTE, PACKING, StageShares
 
 # Perfetto takes thread 0 for the idle thread, and a thread with the number of its process for the main one.
 RUN, IDEAL = 1000, 2000
@@ -72,7 +72,7 @@ def _label(span: TraceSpan) -> str:
 
 
 def _category(span: TraceSpan) -> str:
-    return "compute" if span.what in COMPUTE else "communication" if span.what in COMMUNICATION else span.what
+    return "compute" if span.what in COMPUTE else "communication" if span.what in COMMUNICATION + PACKING else span.what
 
 
 def _details(span: TraceSpan, m: int) -> dict[str, Any]:

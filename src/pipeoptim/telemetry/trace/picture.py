@@ -20,6 +20,8 @@ COLOURS = {
     "evaluate": "#72b7b2",
     "send": "#f58518",
     "receive": "#f58518",
+    "pack": "#f58518",
+    "unpack": "#f58518",
     "wait": "#e6e0d8",
 }
 _OTHER = "#9d755d"

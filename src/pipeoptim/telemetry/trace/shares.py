@@ -13,6 +13,7 @@ from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten
 
 COMPUTE = ("F", "B", "U", "predict", "evaluate")
 COMMUNICATION = ("send", "receive")
+PACKING = ("pack", "unpack")  # of compressed messages
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def shares(stages: Sequence[StageTrace]) -> list[StageShares]:
             if j != k and (other.clock, other.process) == (stage.clock, stage.process)
             for p in pieces[j]
         ]
-        turns = sum(max(0, min(p.end, end) - max(p.begin, begin)) for p in mates if p.what in COMPUTE + COMMUNICATION)
+        turns = sum(max(0, min(p.end, end) - max(p.begin, begin)) for p in mates if p.what in COMPUTE + COMMUNICATION + PACKING)
         sums: dict[str, int] = defaultdict(int)
         for piece in own:
             sums[_class(piece)] += piece.end - piece.begin
@@ -106,6 +107,6 @@ def _ideal_idle(spans: Sequence[IdealSpan], devices: Sequence[int]) -> list[floa
 def _class(span: TraceSpan) -> str:
     if span.what in COMPUTE:
         return "compute"
-    if span.what in COMMUNICATION:
+    if span.what in COMMUNICATION + PACKING:
         return "communication"
     return "waiting" if span.what == "wait" else "other"
