@@ -21,6 +21,7 @@ from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.compress import Compression, as_compression
 from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
+from pipeoptim.engine.link import pair
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.reduction import ALONE
@@ -350,6 +351,8 @@ class Schedule(Pipeline):
         self._to_next = None if last else sender(*end(0, self.k + 1))
         self._from_next = None if last else receiver(*end(1, self.k + 1), ahead=ahead)
         self._to_previous = None if first else sender(*end(1, self.k - 1))
+        pair(self._to_next, self._from_next)
+        pair(self._to_previous, self._from_previous)
 
 
 def own_store(ranks: tuple[int, ...]) -> tuple[Store, Store]:

@@ -151,6 +151,8 @@ def split(tree: Any, m: int, what: str, uneven: bool = False) -> list[Any]:
     Raises:
         ConfigError: a tensor has no dimension 0, or its length is not a multiple of ``m`` and they may not be uneven.
     """
+    if m == 1 and (tree is None or isinstance(tree, Tensor)):
+        return [tree]
     leaves, spec = tree_flatten(tree)
     if m == 1 and not any(type(leaf) is Whole for leaf in leaves):
         return [tree]

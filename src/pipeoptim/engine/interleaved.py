@@ -18,6 +18,7 @@ from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.compress import as_compression
 from pipeoptim.engine.distributed import Schedule, agree, own_store
 from pipeoptim.engine.feed import Cutter, Feed, StageKwargs, merge_kwargs
+from pipeoptim.engine.link import pair
 from pipeoptim.engine.stage import LossFn
 from pipeoptim.engine.trace import Row
 from pipeoptim.engine.upstream import read_stage
@@ -235,6 +236,8 @@ class _Part(Schedule):
         self._to_next = None if last else sender(*end(shared.activations, k, k + 1))
         self._from_next = None if last else receiver(*end(shared.gradients, k, k + 1), ahead=ahead)
         self._to_previous = None if first else sender(*end(shared.gradients, k - 1, k - 1))
+        pair(self._to_next, self._from_next)
+        pair(self._to_previous, self._from_previous)
 
 
 def _clone(store: Store) -> Store:

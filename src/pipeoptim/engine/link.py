@@ -3,6 +3,10 @@
 A receiver has the receive of the next message posted before that message is asked for, so that data move while the stage
 computes. The posted buffer has the size of the last message; when a format changes, the sender first sends an empty message of
 the old size that announces the new one. That costs one message, and only then.
+
+A sender copies what it sends: the caller may overwrite its tensors, and one message costs one call. The blocks it copies into
+are used again when the peer has them, so that a large message costs no new pages of memory. What the peer has taken it says in
+its own messages, in the other direction.
 """
 
 from __future__ import annotations
@@ -10,7 +14,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -28,7 +32,8 @@ class _End:
     def __init__(
         self, group: dist.ProcessGroup, peer: int, rank: int, device: torch.device, timeout: float, waiting: Waiting
     ) -> None:
-        self.group, self.peer, self.rank, self.device = group, peer, rank, device
+        self.group, self.peer, self.device = group, peer, device
+        self.place = dist.get_group_rank(group, rank)  # the peer's, in the group
         self.timeout = timedelta(seconds=timeout)
         self.waiting = waiting
         self.size = wire.HEADER
@@ -51,13 +56,23 @@ class _End:
         return f"stage {self.peer} died or closed its connection ({first})"
 
 
+class _Block(NamedTuple):
+    """Memory of one message, and where its tensors go in it; ``form`` where it can take another message of that format."""
+
+    memory: Tensor
+    places: list[Tensor | None]
+    form: wire.Format | None = None
+
+
 class Sender(_End):
     """Sends trees to stage ``peer``, whose process has global rank ``rank``."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._pending: deque[tuple[Any, Tensor]] = deque()
+        self._pending: deque[tuple[Any, _Block, int]] = deque()  # with the number of the message
+        self._free: list[_Block] = []  # of messages in the present format
         self._broken: StageFailure | None = None
+        self.opposite: Receiver | None = None
 
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, part: tuple[int, int] = (0, 0)) -> None:
         """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind.
@@ -65,42 +80,69 @@ class Sender(_End):
         ``flags``, ``loss_scale`` and ``part`` travel in the header (see :class:`~pipeoptim.engine.wire.Header`).
         """
         form, tensors = wire.format_of(tree)
+        self._finish_old()
         if form != self.format:
-            text = form.describe()
-            start = wire.HEADER + -(-len(text) // 64) * 64
-            block = self._block(start + form.payload)
-            notice = self._block(self.size)
-            wire.put_header(notice, self.sequence, flags, following=block.numel())
-            self._start(notice)
-            wire.put_header(block, self.sequence, flags, described=len(text), loss_scale=loss_scale, part=part)
-            block[wire.HEADER : wire.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
-            self.format, self.size = form, form.size
+            block = self._announce(form, flags, loss_scale, part)
         else:
-            block, start = self._block(self.size), wire.HEADER
-            wire.put_header(block, self.sequence, flags, loss_scale=loss_scale, part=part)
-        wire.write(block, start, form, tensors)
+            block = self._free.pop() if self._free else self._block(form.size, form)
+            wire.put_header(block.memory, self.sequence, flags, loss_scale=loss_scale, part=part, taken=self._taken())
+        wire.fill(block.places, tensors)
         self._start(block)
         self.sequence += 1
+
+    def _announce(self, form: wire.Format, flags: int, loss_scale: float, part: tuple[int, int]) -> _Block:
+        """Send notice of a message in a new format; the block of that message, its description written."""
+        text = form.describe()
+        start = wire.HEADER + -(-len(text) // 64) * 64
+        memory = self._memory(start + form.payload)
+        block = _Block(memory, wire.places(memory, start, form))
+        notice = _Block(self._memory(self.size), [])
+        wire.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
+        self._start(notice)
+        described, taken = len(text), self._taken()
+        wire.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, part, taken)
+        block.memory[wire.HEADER : wire.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        self.format, self.size = form, form.size
+        self._free.clear()
+        return block
+
+    def delivered(self, count: int) -> None:
+        """The peer has taken ``count`` messages."""
+        while self._pending and self._pending[0][2] < count:
+            self._finish()
 
     def flush(self) -> None:
         """Wait until everything is sent."""
         while self._pending:
-            work, _ = self._pending.popleft()
-            self.wait(work)
+            self._finish()
         if self._broken is not None:
             raise self._broken
 
-    def _block(self, size: int) -> Tensor:
+    def _block(self, size: int, form: wire.Format) -> _Block:
+        memory = self._memory(size)
+        return _Block(memory, wire.places(memory, wire.HEADER, form), self.format)
+
+    def _taken(self) -> int:
+        return 0 if self.opposite is None else self.opposite.sequence
+
+    def _memory(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _start(self, block: Tensor) -> None:
+    def _finish_old(self) -> None:
         while self._pending and (len(self._pending) > 8 or self._pending[0][0].is_completed()):
-            work, _ = self._pending.popleft()
-            self.wait(work)
+            self._finish()
         if self._broken is not None:
             raise self._broken
+
+    def _finish(self) -> None:
+        work, block, _ = self._pending.popleft()
+        self.wait(work)
+        if block.form is not None and block.form is self.format:
+            self._free.append(block)
+
+    def _start(self, block: _Block) -> None:
         try:
-            self._pending.append((dist.isend(block, self.rank, group=self.group), block))
+            self._pending.append((self.group.send([block.memory], self.place, 0), block, self.sequence))
         except RuntimeError as error:
             # Raised with the next message: a script that ends without a drain leaves gradients that nobody waits for.
             self._broken = StageFailure(self._reason(error))
@@ -114,6 +156,7 @@ class Receiver(_End):
         self.ahead = ahead
         self.flags, self.loss_scale, self.part = 0, 0.0, (0, 0)
         self._posted: tuple[Any, Tensor] | None = None
+        self.opposite: Sender | None = None
 
     def post(self) -> None:
         """Be ready for the next message."""
@@ -141,12 +184,14 @@ class Receiver(_End):
         self.flags, self.loss_scale, self.part = header.flags, header.loss_scale, (header.rows, header.of)
         if self.ahead:
             self.post()
+        if self.opposite is not None:
+            self.opposite.delivered(header.taken)
         return wire.read(block, start, self.format)
 
     def _receive(self, size: int) -> tuple[Any, Tensor]:
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
         try:
-            return dist.irecv(block, self.rank, group=self.group), block
+            return self.group.recv([block], self.place, 0), block
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
 
@@ -158,3 +203,9 @@ class Receiver(_End):
                 "call step, drain and eval_step in the same order?"
             )
         return header
+
+
+def pair(sender: Sender | None, receiver: Receiver | None) -> None:
+    """Both ends of one neighbour: messages in one direction say what was taken in the other."""
+    if sender is not None and receiver is not None:
+        sender.opposite, receiver.opposite = receiver, sender

@@ -8,8 +8,7 @@ everything that runs the module.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from typing import Any
 
 import torch
 
@@ -24,19 +23,26 @@ def check_autocast(dtype: torch.dtype | None) -> None:
         raise ConfigError(f"autocast is {dtype!r}, must be torch.bfloat16, torch.float16 or None")
 
 
-@contextmanager
-def computing(device_type: str, dtype: torch.dtype | None) -> Iterator[None]:
+class computing:  # noqa: N801  # used like a function
     """Run a module in this block: under autocast to ``dtype``, or with None under whatever the caller set up.
 
     The copies are thrown away also where no autocast is in sight (0.1 microseconds): a module may have a block of its own, and
     recomputation enters one during the backward and has been seen to leave copies behind.
     """
-    torch.clear_autocast_cache()
-    try:
-        if dtype is None:
-            yield
-        else:
-            with torch.autocast(device_type, dtype=dtype):
-                yield
-    finally:
+
+    __slots__ = ("_autocast",)
+
+    def __init__(self, device_type: str, dtype: torch.dtype | None) -> None:
+        self._autocast = None if dtype is None else torch.autocast(device_type, dtype=dtype)
+
+    def __enter__(self) -> None:
         torch.clear_autocast_cache()
+        if self._autocast is not None:
+            self._autocast.__enter__()  # type: ignore[no-untyped-call]
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            if self._autocast is not None:
+                self._autocast.__exit__(*error)
+        finally:
+            torch.clear_autocast_cache()

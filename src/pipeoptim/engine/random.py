@@ -6,12 +6,10 @@ processes draw, and the user's own random numbers (shuffling) change nothing in 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-
 import torch
 from torch import Tensor
 
+_cpu = torch.default_generator
 _STRIDE = 1_000_003  # keeps the seeds of the stages of neighbouring user seeds apart
 _REPLICA_STRIDE = 7_368_787_000_003  # and those of the replicas
 
@@ -31,24 +29,27 @@ class StageRandom:
         own = (seed + _STRIDE * (k + 1) + _REPLICA_STRIDE * replica) % 2**63
         self.cpu = torch.Generator().manual_seed(own).get_state()
         self.cuda = torch.Generator(device).manual_seed(own).get_state() if self.device is not None else None
+        self._outer = self.cpu
+        self._outer_cuda: Tensor | None = None
 
-    @contextmanager
-    def drawing(self) -> Iterator[None]:
+    def drawing(self) -> StageRandom:
         """Draw from the stage's state inside the block; the caller's state is back afterwards."""
-        outer = torch.get_rng_state()
-        torch.set_rng_state(self.cpu)
-        outer_cuda = None
+        return self
+
+    def __enter__(self) -> None:
+        self._outer = _cpu.get_state()
+        _cpu.set_state(self.cpu)
         if self.device is not None and self.cuda is not None:
-            outer_cuda = torch.cuda.get_rng_state(self.device)
+            self._outer_cuda = torch.cuda.get_rng_state(self.device)
             torch.cuda.set_rng_state(self.cuda, self.device)
-        try:
-            yield
-        finally:
-            self.cpu = torch.get_rng_state()
-            torch.set_rng_state(outer)
-            if outer_cuda is not None and self.device is not None:
-                self.cuda = torch.cuda.get_rng_state(self.device)
-                torch.cuda.set_rng_state(outer_cuda, self.device)
+
+    def __exit__(self, *_: object) -> None:
+        self.cpu = _cpu.get_state()
+        _cpu.set_state(self._outer)
+        if self._outer_cuda is not None and self.device is not None:
+            self.cuda = torch.cuda.get_rng_state(self.device)
+            torch.cuda.set_rng_state(self._outer_cuda, self.device)
+            self._outer_cuda = None
 
     def state_dict(self) -> dict[str, Tensor | None]:
         """The state as plain tensors."""

@@ -9,7 +9,8 @@ from __future__ import annotations
 import pickle
 import struct
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import cache
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -18,12 +19,13 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pipeoptim.engine.tree import check_leaf, portable
 from pipeoptim.errors import ConfigError
 
-HEADER = 64
+HEADER = 128  # bytes, of which 72 are used
 _MAGIC = 0x50697065_4F707431
+_HEADER = struct.Struct("<5qd3q")
 
 
 class Header(NamedTuple):
-    """The eight 64-bit integers of a message.
+    """The beginning of a message: 64-bit integers, and a float64 for the loss scale.
 
     Attributes:
         magic: tells a message from noise.
@@ -31,8 +33,9 @@ class Header(NamedTuple):
         flags: bit 0: stop requested.
         following: 0, or the size of the message in a new format that follows this empty one.
         described: in a message in a new format, the length of its description; else 0.
-        scale: the bits of a float64: see :attr:`loss_scale`.
+        loss_scale: with gradients, the loss scale that is in them; with activations, one that was too large, or 0.
         rows, of: with activations, which part of its mini-batch the micro-batch is.
+        taken: messages taken so far in the other direction.
     """
 
     magic: int
@@ -40,14 +43,10 @@ class Header(NamedTuple):
     flags: int
     following: int
     described: int
-    scale: int
+    loss_scale: float
     rows: int
     of: int
-
-    @property
-    def loss_scale(self) -> float:
-        """With gradients, the loss scale that is in them; with activations, one that was too large, or 0."""
-        return float(struct.unpack("<d", struct.pack("<q", self.scale))[0])
+    taken: int
 
 
 @dataclass(frozen=True)
@@ -97,13 +96,32 @@ class Format:
         return Format(spec, tuple(leaves), payload)
 
 
+def _flatten(tree: Any) -> tuple[list[Any], Any]:
+    """As ``tree_flatten``; the structures that stages usually send are known already: a tensor, or a list of them."""
+    if isinstance(tree, Tensor):
+        return [tree], _one()
+    if type(tree) is list and all(value is None or isinstance(value, Tensor) for value in tree):
+        return tree, _several(len(tree))
+    return tree_flatten(tree)
+
+
+@cache
+def _one() -> Any:
+    return tree_flatten(None)[1]
+
+
+@cache
+def _several(count: int) -> Any:
+    return tree_flatten([None] * count)[1]
+
+
 def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
     """The format of ``tree`` and its tensors in a layout that travels, in the order of their slots.
 
     Raises:
         ConfigError: a leaf cannot be sent.
     """
-    values, spec = tree_flatten(tree)
+    values, spec = _flatten(tree)
     leaves: list[Any] = []
     tensors: list[Tensor] = []
     offset = 0
@@ -121,12 +139,16 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
     return Format(spec, tuple(leaves), offset), tensors
 
 
-def write(block: Tensor, start: int, form: Format, tensors: list[Tensor]) -> None:
-    """Copy ``tensors`` to their slots in ``block``, the payload beginning at byte ``start``."""
-    slots = [leaf for leaf in form.leaves if isinstance(leaf, Slot)]
-    for slot, tensor in zip(slots, tensors, strict=True):
-        if slot.nbytes:
-            _at(block, start, slot).copy_(tensor)
+def places(block: Tensor, start: int, form: Format) -> list[Tensor | None]:
+    """Where the tensors of a message go in ``block``, the payload beginning at byte ``start``; None for empty ones."""
+    return [_at(block, start, leaf) if leaf.nbytes else None for leaf in form.leaves if isinstance(leaf, Slot)]
+
+
+def fill(places: list[Tensor | None], tensors: list[Tensor]) -> None:
+    """Copy ``tensors`` to their :func:`places`."""
+    for place, tensor in zip(places, tensors, strict=True):
+        if place is not None:
+            place.copy_(tensor)
 
 
 def read(block: Tensor, start: int, form: Format) -> Any:
@@ -146,7 +168,7 @@ def read(block: Tensor, start: int, form: Format) -> Any:
 def _at(block: Tensor, start: int, slot: Slot) -> Tensor:
     begin = start + slot.offset
     flat = block[begin : begin + slot.nbytes].view(slot.dtype)
-    return flat.as_strided(slot.shape, slot.stride, flat.storage_offset())
+    return flat.as_strided(slot.shape, slot.stride)
 
 
 def put_header(
@@ -157,16 +179,20 @@ def put_header(
     described: int = 0,
     loss_scale: float = 0.0,
     part: tuple[int, int] = (0, 0),
+    taken: int = 0,
 ) -> None:
     """Write the header of a message."""
-    (scale,) = struct.unpack("<q", struct.pack("<d", loss_scale))
-    values = [_MAGIC, sequence, flags, following, described, scale, *part]
-    block[:HEADER].view(torch.int64).copy_(torch.tensor(values, dtype=torch.int64))
+    values = (_MAGIC, sequence, flags, following, described, loss_scale, *part, taken)
+    if block.is_cpu:
+        _HEADER.pack_into(cast(Any, block.numpy()), 0, *values)
+    else:
+        block[: _HEADER.size].copy_(torch.frombuffer(bytearray(_HEADER.pack(*values)), dtype=torch.uint8))
 
 
 def get_header(block: Tensor) -> Header:
     """Read the header of a message; on a GPU this waits for it to arrive."""
-    return Header(*block[:HEADER].view(torch.int64).tolist())
+    begin = block if block.is_cpu else block[:HEADER].cpu()
+    return Header(*_HEADER.unpack_from(cast(Any, begin.numpy())))
 
 
 def is_ours(header: Header) -> bool:
