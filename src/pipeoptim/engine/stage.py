@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -103,6 +103,7 @@ class StageWorker:
             self.predictor = (
                 own(optimizer, program, k) if own else Predictor(optimizer, kind=prediction, scheduler=scheduler, parts=parts)
             )
+        self._optimizer_step = _stepping(optimizer, method, program, self.predictor, reduction)
         held, params = ([reduction.parts.get(p, p) for p in tensors] for tensors in (held, params))
         self.masters = Masters(held, params)
         if self.predictor is not None and self.masters.pairs:
@@ -323,19 +324,29 @@ class StageWorker:
         self.weights.before_update()
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values.
         if self.optimizer is not None and not skipped:
-            with _unsafe_preserve_version_counter(tuple(self.weights.params)), self._scaled_lr(self.optimizer):
-                self.weights.update(self.optimizer.step, self._ahead())
+            scaled = nullcontext() if self.method.lr_scale is None else self._scaled_lr(self.optimizer, self.method.lr_scale)
+            with _unsafe_preserve_version_counter(tuple(self.weights.params)), scaled:
+                self.weights.update(self._optimizer_step, self._ahead())
                 self.masters.write_back()
         if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
             self.weights.update(_nothing)
             self.weights.version += 1
         else:
             self.weights.after_update()
-        if self.optimizer is not None:
-            self.optimizer.zero_grad(set_to_none=True)
+        self._zero_grad()
         if self.scheduler is not None and not skipped:
             self.scheduler.step()
         self._after_update()
+
+    def _zero_grad(self) -> None:
+        if self.optimizer is None:
+            return
+        if type(self.optimizer).zero_grad is Optimizer.zero_grad:  # what it does, without its preparations
+            for group in self.optimizer.param_groups:
+                for p in group["params"]:
+                    p.grad = None
+        else:
+            self.optimizer.zero_grad(set_to_none=True)
 
     def ready(self) -> bool:
         """Whether :meth:`settle` would not wait for a stage whose turn is later (see the emulator)."""
@@ -371,11 +382,9 @@ class StageWorker:
         return next(filter(None, (self.method.forward.steps_ahead(self.program, self.k, i) for i in coming)), 0)
 
     @contextmanager
-    def _scaled_lr(self, optimizer: Optimizer) -> Iterator[None]:
+    def _scaled_lr(self, optimizer: Optimizer, lr_scale: Callable[[Program, int, int], float]) -> Iterator[None]:
         """The learning rate that the method wants for this update; the user's own is back afterwards."""
-        scale = 1.0
-        if self.method.lr_scale is not None:
-            scale = self.method.lr_scale(self.program, self.k, self.weights.version)
+        scale = lr_scale(self.program, self.k, self.weights.version)
         if scale == 1.0:
             yield
             return
@@ -495,6 +504,23 @@ class StageWorker:
 
 def _nothing() -> None:
     """The step of an update that is skipped."""
+
+
+def _stepping(
+    optimizer: Optimizer | None, method: Method, program: Program, predictor: WeightPredictor | None, reduction: Reduction
+) -> Callable[[], object]:
+    """What moves the weights of a stage.
+
+    Where the other stages step and predict in one pass, the stage that predicts nothing steps by the same kernel: rounded alike,
+    and it is the slowest stage (it has the loss as well), so that its step decides how fast the pipeline is.
+    """
+    if optimizer is None:
+        return _nothing
+    kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
+    if predictor is None and kernels:
+        with suppress(ConfigError):  # optimizers that no weights can be predicted for
+            return Predictor(optimizer, kind="none", parts=reduction.parts).step
+    return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
 
 
 def _optimized(
