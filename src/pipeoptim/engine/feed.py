@@ -88,6 +88,8 @@ class Cutter:
         Raises:
             ConfigError: a tensor has no dimension 0, or they cannot be cut alike.
         """
+        if self.m == 1 and self.weigh is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
+            return [Feed(args, kwargs, target, NOTHING, NOTHING, None)]
         inputs = split((args, kwargs), self.m, what, self.uneven)
         targets = split(target, self.m, f"target of {what}", self.uneven)
         parts = _parts((args, kwargs), self.m, what)
@@ -127,6 +129,11 @@ class Cutter:
         return None if part.of == part.rows * self.m else part.rows / part.of
 
 
+def _plain(values: Sequence[Any]) -> bool:
+    """Whether all are tensors or None, so that none is or holds a :class:`Whole`."""
+    return all(value is None or isinstance(value, Tensor) for value in values)
+
+
 def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: StageKwargs | None) -> dict[int, dict[str, Any]]:
     """Keyword arguments per stage: ``kwargs`` are those of stage ``k``.
 
@@ -151,8 +158,6 @@ def split(tree: Any, m: int, what: str, uneven: bool = False) -> list[Any]:
     Raises:
         ConfigError: a tensor has no dimension 0, or its length is not a multiple of ``m`` and they may not be uneven.
     """
-    if m == 1 and (tree is None or isinstance(tree, Tensor)):
-        return [tree]
     leaves, spec = tree_flatten(tree)
     if m == 1 and not any(type(leaf) is Whole for leaf in leaves):
         return [tree]
