@@ -13,6 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 
 import fuzz_cases
 import pipeoptim as po
+from pipeoptim.engine import link
 
 out, count, limit = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 faulthandler.dump_traceback_later(limit, exit=True)  # the watchdog: a hang ends with the place where it hangs
@@ -35,7 +36,7 @@ def hand_back(pipe):
     """Match the receives that are posted ahead, so that the next pipeline finds its groups empty."""
     for sender in (pipe._to_next, pipe._to_previous):
         if sender is not None:
-            sender._start(sender._block(sender.size))
+            sender._start(link._Block(sender._memory(sender.size), []))
     for receiver in (pipe._from_previous, pipe._from_next):
         if receiver is not None:
             receiver.post()
