@@ -51,8 +51,8 @@ class Ahead:
 
 @dataclass(frozen=True)
 class AdamHow:
-    """``g = sign g + coupled w``, ``m = b1 m + (1-b1) g``, ``v = b2 v + (1-b2) g^2``,
-    ``w = w - decay w - rate m / (sqrt(v) inverse + eps)``.
+    """``g = sign g + coupled w``, ``m = b1 m + (1-b1) g``, ``v = b2 v + gain g^2``,
+    ``w = w - decay w - rate m / (sqrt(v) inverse + eps)``; without m, g in its place. `gain`: 1 - b2 unless given.
     """
 
     b1: float
@@ -64,6 +64,7 @@ class AdamHow:
     coupled: float = 0.0
     decay: float = 0.0
     ahead: Ahead | None = None
+    gain: float | None = None
 
     @property
     def form(self) -> int:
@@ -81,7 +82,7 @@ class AdamHow:
         scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if self.form == layout.BY_TERMS else 0)
         return layout.ADAM_TAIL.pack(
             self.form, streamed, count, 0,
-            self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2,
+            self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2 if self.gain is None else self.gain,
             self.decay, self.rate, self.inverse, self.eps,
             a.lose, scale, a.steps or 0.0, 0.0,
         )  # fmt: skip
@@ -118,7 +119,7 @@ class Adam(NamedTuple):
     how: AdamHow
     w: Tensor
     g: Tensor
-    m: Tensor
+    m: Tensor | None
     v: Tensor
     out: Tensor | None = None
 
@@ -145,11 +146,9 @@ def run_adam(jobs: Sequence[Adam]) -> None:
             kept.append(table)
             recipes[id(how)] = how.tail(streamed), ctypes.addressof(table)
         tail, factors = recipes[id(how)]
-        packed.append(
-            layout.ADAM_HEAD.pack(
-                w.numel(), w.data_ptr(), g.data_ptr(), m.data_ptr(), v.data_ptr(), 0 if out is None else out.data_ptr(), factors
-            )
-        )
+        moments = 0 if m is None else m.data_ptr(), v.data_ptr()
+        addresses = w.data_ptr(), g.data_ptr(), *moments, 0 if out is None else out.data_ptr()
+        packed.append(layout.ADAM_HEAD.pack(w.numel(), *addresses, factors))
         packed.append(tail)
     _run("adam", len(jobs), packed)
 

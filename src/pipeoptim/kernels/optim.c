@@ -9,7 +9,6 @@
 #include <stdlib.h>
 
 #define CHUNK 65536 /* floats per piece of work */
-#define SPAN 1024   /* floats per page of memory: the hardware's prefetchers stop at its end */
 #define INLINE static inline __attribute__((always_inline))
 
 enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3 };
@@ -20,7 +19,7 @@ struct adam {
     int64_t n;
     float *w;
     const float *g;
-    float *m, *v, *out;
+    float *m, *v, *out; /* m: NULL where the gradient itself is divided by the root (Adagrad, RMSprop) */
     const struct factor *factors; /* BY_TERMS: what each term multiplies, and its 1/divisor of the root */
     int32_t form, streamed, count, unused;
     float sign, coupled, b1, b1c, b2, b2c, decay, rate, inverse, eps; /* the step */
@@ -59,10 +58,10 @@ INLINE vec quotient(vec value, vec square, float inverse, float eps) { return va
 INLINE vec less(vec w, float part) { return part == 0 ? w : w - w * part; }
 INLINE vec more(vec g, vec w, float part) { return part == 0 ? g : g + w * part; }
 
-INLINE vec adam_step(const struct adam *a, int form, vec g, vec *m, vec *v, vec *w) {
+INLINE vec adam_step(const struct adam *a, int form, int momentum, vec g, vec *m, vec *v, vec *w) {
     vec old = *w;
     g = more(g * a->sign, old, a->coupled);
-    *m = *m * a->b1 + g * a->b1c;
+    *m = momentum ? *m * a->b1 + g * a->b1c : g;
     *v = *v * a->b2 + g * g * a->b2c;
     vec q = quotient(*m, *v, a->inverse, a->eps);
     vec now = *w = less(old, a->decay) - q * a->rate;
@@ -104,11 +103,12 @@ INLINE void put(float *p, vec x, int64_t part, int streamed) {
     else store(p, x);
 }
 
-INLINE void adam_at(const struct adam *a, int64_t i, int64_t part, int form, int streamed) {
-    vec g = part ? load_part(a->g + i, part, 0) : load(a->g + i), m = part ? load_part(a->m + i, part, 0) : load(a->m + i);
-    vec v = part ? load_part(a->v + i, part, 1) : load(a->v + i), w = part ? load_part(a->w + i, part, 0) : load(a->w + i);
-    vec out = adam_step(a, form, g, &m, &v, &w);
-    put(a->m + i, m, part, 0);
+INLINE void adam_at(const struct adam *a, int64_t i, int64_t part, int form, int momentum, int streamed) {
+    vec g = part ? load_part(a->g + i, part, 0) : load(a->g + i), w = part ? load_part(a->w + i, part, 0) : load(a->w + i);
+    vec m = !momentum ? all(0) : part ? load_part(a->m + i, part, 0) : load(a->m + i);
+    vec v = part ? load_part(a->v + i, part, 1) : load(a->v + i);
+    vec out = adam_step(a, form, momentum, g, &m, &v, &w);
+    if (momentum) put(a->m + i, m, part, 0);
     put(a->v + i, v, part, 0);
     put(a->w + i, w, part, 0);
     if (form) put(a->out + i, out, part, streamed);
@@ -123,41 +123,33 @@ INLINE void sgd_at(const struct sgd *a, int64_t i, int64_t part, int form, int m
     if (form) put(a->out + i, out, part, streamed);
 }
 
-INLINE void touch(const float *p, int64_t i) {
-    __builtin_prefetch(p + i + SPAN);
-    __builtin_prefetch(p + i + SPAN + 16);
-}
-
-/* Walk from `i` to `end`: a part up to the first aligned address of `out`, whole vectors page by page, and the last part. */
-#define WALK(AT, TOUCH, out, streamed)                                                                                        \
+/* Walk from `i` to `end`: a part up to the first aligned address of `out`, whole vectors, and the last part. Fetching ahead is
+ * left to the hardware: asking for lines by hand was slower, at every distance that was tried. */
+#define WALK(AT, out, streamed)                                                                                               \
     do {                                                                                                                      \
         int64_t head = (streamed) ? before_aligned((out) + i, end - i) : 0;                                                   \
         if (head) { int64_t part = head; AT; i += head; }                                                                     \
-        while (i + LANES <= end) {                                                                                            \
-            int64_t stop = i + SPAN < end ? i + SPAN : end;                                                                   \
-            if (i + SPAN + 32 < end) { TOUCH; }                                                                               \
-            for (; i + LANES <= stop; i += LANES) { const int64_t part = 0; AT; }                                             \
-        }                                                                                                                     \
+        for (; i + LANES <= end; i += LANES) { const int64_t part = 0; AT; }                                                  \
         if (i < end) { int64_t part = end - i; AT; }                                                                          \
     } while (0)
 
-#define ADAM(form, streamed)                                                                                                  \
-    WALK(adam_at(a, i, part, form, streamed), (touch(a->g, i), touch(a->m, i), touch(a->v, i), touch(a->w, i)), a->out, streamed)
+#define ADAM(form, momentum, streamed) WALK(adam_at(a, i, part, form, momentum, streamed), a->out, streamed)
+#define ADAM_EITHER(form, streamed)                                                                                           \
+    do { if (a->m) ADAM(form, 1, streamed); else ADAM(form, 0, streamed); } while (0)
 
 /* A copy of the job: the compiler sees that nothing written through its pointers changes it. */
 static void adam_range(const struct adam *job, int64_t i, int64_t end) {
     const struct adam copy = *job, *a = &copy;
     int streamed = CAN_STREAM && a->streamed;
     switch (a->form) {
-    case NO_PREDICTION: ADAM(NO_PREDICTION, 0); break;
-    case BY_RULE: if (streamed) ADAM(BY_RULE, 1); else ADAM(BY_RULE, 0); break;
-    case BY_DISPLACEMENT: if (streamed) ADAM(BY_DISPLACEMENT, 1); else ADAM(BY_DISPLACEMENT, 0); break;
-    default: ADAM(BY_TERMS, 0);
+    case NO_PREDICTION: ADAM_EITHER(NO_PREDICTION, 0); break;
+    case BY_RULE: if (streamed) ADAM_EITHER(BY_RULE, 1); else ADAM_EITHER(BY_RULE, 0); break;
+    case BY_DISPLACEMENT: if (streamed) ADAM_EITHER(BY_DISPLACEMENT, 1); else ADAM_EITHER(BY_DISPLACEMENT, 0); break;
+    default: ADAM_EITHER(BY_TERMS, 0);
     }
 }
 
-#define SGD(form, momentum, streamed)                                                                                         \
-    WALK(sgd_at(a, i, part, form, momentum, streamed), (touch(a->g, i), touch(a->w, i)), a->out, streamed)
+#define SGD(form, momentum, streamed) WALK(sgd_at(a, i, part, form, momentum, streamed), a->out, streamed)
 #define SGD_EITHER(form, streamed)                                                                                            \
     do { if (a->b) SGD(form, 1, streamed); else SGD(form, 0, streamed); } while (0)
 
@@ -171,7 +163,7 @@ static void sgd_range(const struct sgd *job, int64_t i, int64_t end) {
     }
 }
 
-#define MOVE(streamed) WALK(put(a->out + i, moved(a, i, part), part, streamed), (void)0, a->out, streamed)
+#define MOVE(streamed) WALK(put(a->out + i, moved(a, i, part), part, streamed), a->out, streamed)
 
 static void move_range(const struct move *job, int64_t i, int64_t end) {
     struct term one;

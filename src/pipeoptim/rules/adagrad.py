@@ -7,6 +7,15 @@ from torch import Tensor
 
 from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken, total
 from pipeoptim.rules.registry import Rule, register_rule
+from pipeoptim.rules.steps import RootStepper
+
+
+class AdagradStepper(RootStepper):
+    """All squares are kept; the rate may fall."""
+
+    def numbers(self, group: Group, t: float) -> tuple[float, float, float]:
+        """See the class."""
+        return 1.0, 1.0, float(group["lr"]) / (1 + (t - 1) * group["lr_decay"])
 
 
 @register_rule(torch.optim.Adagrad)
@@ -20,6 +29,7 @@ class AdagradRule(Rule):
     )
     source = "torch.optim.Adagrad; Duchi et al. 2011; prediction form of arXiv 2312.00839"
     no_decayed = "Adagrad keeps no momentum that could decay"
+    stepper = AdagradStepper("sum")
 
     def needs_grad(self, group: Group, kind: str) -> bool:
         """The state holds squares only."""

@@ -3,12 +3,32 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
+from pipeoptim.kernels import calls
 from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, decoupled_keep, scalar, steps_taken
 from pipeoptim.rules.registry import Rule, register_rule
+from pipeoptim.rules.steps import AdamStepper
+
+
+class RAdamStepper(AdamStepper):
+    """Adam's step with another rate and divisor, once it is rectified: torch itself takes the few steps before."""
+
+    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
+        """See the class."""
+        tensors = super().state_tensors(state, group)
+        rectified = tensors is not None and _rectified(float(state["step"]) + 1, float(group["betas"][1])) is not None
+        return tensors if rectified else None
+
+    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
+        """See the class."""
+        factor = _rectified(t, float(group["betas"][1]))
+        assert factor is not None
+        adam = super().how(group, t, ahead)
+        return replace(adam, rate=adam.rate * factor, inverse=1.0)
 
 
 @register_rule(torch.optim.RAdam)
@@ -21,6 +41,7 @@ class RAdamRule(Rule):
         "later up to the growth of rect_t."
     )
     source = "torch.optim.RAdam; Liu et al., arXiv 1908.03265; prediction form of arXiv 2312.00839"
+    stepper = RAdamStepper()
 
     def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
         """See the class."""

@@ -7,6 +7,19 @@ from torch import Tensor
 
 from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken
 from pipeoptim.rules.registry import Rule, register_rule
+from pipeoptim.rules.steps import RootStepper
+
+
+class RMSpropStepper(RootStepper):
+    """A running mean of squares, not centered and without momentum."""
+
+    def covers(self, group: Group) -> bool:
+        """See the class."""
+        return super().covers(group) and not group["centered"] and group["momentum"] == 0
+
+    def numbers(self, group: Group, t: float) -> tuple[float, float, float]:
+        """See the class."""
+        return float(group["alpha"]), 1.0 - float(group["alpha"]), float(group["lr"])
 
 
 @register_rule(torch.optim.RMSprop)
@@ -18,6 +31,7 @@ class RMSpropRule(Rule):
         "decay). Under a constant gradient exact once v has converged (after several 1/(1-alpha) updates)."
     )
     source = "torch.optim.RMSprop; Tieleman and Hinton 2012; prediction form of arXiv 2312.00839, whose code has it too"
+    stepper = RMSpropStepper("square_avg")
 
     def needs_grad(self, group: Group, kind: str) -> bool:
         """Without momentum the state holds squares only."""

@@ -1,7 +1,8 @@
 """What an optimizer itself does in a step, as a job for a kernel that predicts in the same pass over memory.
 
-Only where the step is plain enough and common enough to be worth it: Adam, AdamW and SGD. A stepper belongs to a rule
-(`Rule.stepper`); everything it does not cover runs torch's own step, followed by a prediction of its own.
+Only where the step is plain enough to be worth it: Adam and what has its form (AdamW, RAdam), SGD, and what divides the gradient by
+a root (Adagrad, RMSprop). A stepper belongs to a rule (`Rule.stepper`); everything it does not cover runs torch's own step, followed
+by a prediction of its own.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ class AdamStepper(Stepper):
 
     def covers(self, group: Group) -> bool:
         numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
-        return not (group["amsgrad"] or group["capturable"] or group["differentiable"]) and _are_numbers(numbers)
+        return not (group.get("amsgrad", False) or group["capturable"] or group["differentiable"]) and _are_numbers(numbers)
 
     def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
         return [state["exp_avg"], state["exp_avg_sq"]] if "exp_avg" in state else None
@@ -75,6 +76,47 @@ class AdamStepper(Stepper):
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.value is state["exp_avg"] and t.root is state["exp_avg_sq"] for t in move.terms)
+        return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
+
+    def run(self, jobs: Sequence[calls.Adam]) -> None:
+        calls.run_adam(jobs)
+
+
+class RootStepper(Stepper):
+    """The gradient over a root of squares: ``v = b2 v + gain g^2``, ``w = w - rate g / (sqrt(v) + eps)``.
+
+    Args:
+        squares: name of v in the state.
+
+    Without weight decay: the prediction would have to take it from the weights after the step.
+    """
+
+    def __init__(self, squares: str) -> None:
+        self.squares = squares
+
+    @abstractmethod
+    def numbers(self, group: Group, t: float) -> tuple[float, float, float]:
+        """b2, gain and rate of step t."""
+
+    def covers(self, group: Group) -> bool:
+        plain = not (group["differentiable"] or group.get("capturable", False))
+        return plain and _are_numbers((group["lr"], group["weight_decay"])) and _number(group["weight_decay"]) == 0
+
+    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
+        return [state[self.squares]] if self.squares in state else None
+
+    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
+        b2, gain, rate = self.numbers(group, t)
+        sign = -1.0 if group["maximize"] else 1.0
+        return calls.AdamHow(
+            b1=0.0, b2=b2, gain=gain, rate=rate, inverse=1.0, eps=_number(group["eps"]), sign=sign, ahead=ahead
+        )
+
+    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> calls.Adam:
+        return calls.Adam(how, weight, grad, None, state[self.squares], out)
+
+    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+        assert all(t.root is state[self.squares] for t in move.terms)
         return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
 
     def run(self, jobs: Sequence[calls.Adam]) -> None:
