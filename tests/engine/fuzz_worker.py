@@ -13,6 +13,7 @@ from torch.distributed.pipelining import PipelineStage
 
 import fuzz_cases
 import pipeoptim as po
+from pipeoptim.engine import groups as made_by_engine
 from pipeoptim.engine import link
 
 out, count, limit = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
@@ -26,8 +27,8 @@ groups = {ranks: [dist.new_group(list(ranks)) for _ in range(2)] for ranks in cu
 asked = Counter()
 
 
-def reuse(ranks, **_):
-    """Instead of ``dist.new_group``: connecting anew for every pipeline would take longer than running it."""
+def reuse(ranks, *_):
+    """Instead of a group of its own: connecting anew for every pipeline would take longer than running it."""
     asked[tuple(ranks)] += 1
     return groups[tuple(ranks)][asked[tuple(ranks)] % 2]
 
@@ -43,7 +44,7 @@ def hand_back(pipe):
             receiver.wait(receiver._posted[0])
 
 
-dist.new_group = reuse
+made_by_engine.new_group, made_by_engine.destroy = reuse, lambda group: None
 digests = {}
 for row in fuzz_cases.rounds(count):
     first, case = next((first, case) for first, case in row if first <= rank < first + case.depth)

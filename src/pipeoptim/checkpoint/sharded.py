@@ -41,7 +41,7 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
         names: for every stage, name in the original model -> name in the stage (``Partition.names``). By default as in
             :func:`full_state_dict`; another number of stages finds its weights by these names.
         background: return as soon as the state is copied to memory; training goes on while it is written. Wait for
-            ``result()`` of what is returned, in all processes, before the next save and before the program ends.
+            ``result()`` of what is returned, in all processes, before the next save and before ``pipe.close()``.
 
     Returns:
         A future; done already unless ``background``.

@@ -2,42 +2,34 @@
 
 from __future__ import annotations
 
-from functools import cached_property
 from typing import TYPE_CHECKING, Any
-from weakref import WeakKeyDictionary
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
     from pipeoptim.engine.base import Pipeline
+    from pipeoptim.engine.groups import Ties
 
 
 class Together:
     """The processes of one pipeline; one process for an emulated one.
 
     Args:
-        ranks: global rank of the process of each stage, None where all stages live here.
+        ties: theirs, None where all stages live here.
     """
 
-    def __init__(self, ranks: tuple[int, ...] | None) -> None:
-        self.ranks = None if ranks is None else list(dict.fromkeys(ranks))
+    def __init__(self, ties: Ties | None) -> None:
+        self.ties = ties
 
-    @cached_property
+    @property
     def group(self) -> dist.ProcessGroup | None:
         """On the CPU, whatever the pipeline computes on; made by all its processes when they first need it."""
-        import torch.distributed as dist
-
-        if self.ranks is None:
-            return None
-        made: dist.ProcessGroup = dist.new_group(self.ranks, backend="gloo", use_local_synchronization=True)
-        return made
+        return None if self.ties is None else self.ties.group("saving", "gloo")
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process of stage 0."""
-        import torch.distributed as dist
-
-        return self.ranks is None or dist.get_rank() == self.ranks[0]
+        return self.ties is None or self.ties.index == 0
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -60,18 +52,13 @@ class Together:
         """The ``value`` of every process on the first; None on the others."""
         import torch.distributed as dist
 
-        if self.group is None or self.ranks is None:
+        if self.group is None or self.ties is None:
             return [value]
         values: list[Any] | None = [None] * dist.get_world_size(self.group) if self.is_first else None
-        dist.gather_object(value, values, dst=self.ranks[0], group=self.group)
+        dist.gather_object(value, values, dst=self.ties.ranks[0], group=self.group)
         return values
 
 
-_known: WeakKeyDictionary[Any, Together] = WeakKeyDictionary()
-
-
 def together(pipe: Pipeline) -> Together:
-    """The processes of ``pipe``, with one group for all that it ever saves."""
-    if pipe not in _known:
-        _known[pipe] = Together(pipe.ranks)
-    return _known[pipe]
+    """The processes of ``pipe``."""
+    return Together(pipe.ties)

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.engine.feed import Cutter
+from pipeoptim.engine.feed import Cutter, Feed, StageKwargs, merge_kwargs
+from pipeoptim.engine.groups import Ties
 from pipeoptim.engine.monitor import PredictionError
 from pipeoptim.engine.stage import StageWorker
 from pipeoptim.engine.trace import Row, Trace
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
 
+T = TypeVar("T")
 Counted = tuple[Tensor, float | None]
 """The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
 
@@ -26,10 +29,14 @@ class Pipeline:
         depth, microbatches: D and M.
         program: the action program of all stages.
         ranks: global rank of the process of each stage; None where all stages live in this process.
+        ties: what its processes share; None where there is one.
         trace: what records it; None where nothing does.
     """
 
     ranks: tuple[int, ...] | None = None
+    ties: Ties | None = None
+    _place = "stage"  # what messages call a process by, with the number of its first stage
+    _closed = False
 
     def __init__(
         self,
@@ -56,9 +63,61 @@ class Pipeline:
         """The stages that live in this process."""
         return sorted(self._workers)
 
+    def step(
+        self,
+        *args: Any,
+        target: Any = None,
+        losses: list[Tensor] | None = None,
+        stage_kwargs: StageKwargs | None = None,
+        **kwargs: Any,
+    ) -> Tensor | None:
+        """Feed one mini-batch: F of its micro-batches, and the backwards that are due by then.
+
+        Args:
+            args: input of the model; where stage 0 lives.
+            target: for ``loss_fn``, with the output of the last stage; where that lives.
+            losses: a list that is filled with the loss of each micro-batch, as torch's schedules do; where the last stage lives.
+            kwargs: for the first stage that lives here.
+            stage_kwargs: those of every stage, ``{2: {"mask": mask}}``; only those of the stages that live here are used, so that all
+                processes can make the same call.
+
+        Returns:
+            The mini-batch's loss (mean over micro-batches, detached) where the last stage lives; None elsewhere.
+
+        Raises:
+            ConfigError: arguments on the wrong stage, a batch that M does not divide, or a loss that is no scalar.
+            StageFailure: another stage died or does not answer.
+        """
+        feeds = self._cut(self._cutter, args, kwargs, stage_kwargs, target)
+        if 0 in self._workers:
+            self._guard(self._note_stop)
+        found: list[Counted] = []
+        for worker in self._workers.values():
+            worker.losses.begin()
+        self._guard(lambda: self._advance(feeds, found))
+        self._steps += 1
+        if self._synchronous():
+            self.drain()
+        return self._mean(found, losses)
+
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
-        raise NotImplementedError
+        if not self._closed:
+            self._guard(self._finish)
+            self._restart()
+
+    def eval_step(
+        self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
+    ) -> Tensor | None:
+        """Loss on the latest weights, in eval mode and without gradient, where the last stage lives; None elsewhere.
+
+        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
+        stage uses the latest weights it has, which in mid-flight are of different versions.
+        """
+        if drain:
+            self.drain()
+        (feed,) = self._cut(Cutter(1), args, kwargs, stage_kwargs, target)
+        return self._guard(lambda: self._evaluate(feed))
 
     def stage_module(self, k: int) -> nn.Module:
         """The module of stage ``k``, with the latest weights."""
@@ -136,6 +195,38 @@ class Pipeline:
 
     def close(self) -> None:
         """Give back what the pipeline holds outside the process. Nothing here; connections in ``Schedule``."""
+
+    # -- what engines differ in --------------------------------------------------------------------------------------
+
+    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+        """The actions of the next mini-batch."""
+        raise NotImplementedError
+
+    def _finish(self) -> None:
+        """The actions still in flight."""
+        raise NotImplementedError
+
+    def _evaluate(self, feed: Feed) -> Tensor | None:
+        """Forward through the stages that live here, on the latest weights."""
+        raise NotImplementedError
+
+    def _guard(self, work: Callable[[], T]) -> T:
+        """Run ``work``, which may wait for other processes."""
+        return work()
+
+    # -- what they have in common ------------------------------------------------------------------------------------
+
+    def _cut(
+        self, cutter: Cutter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
+    ) -> list[Feed]:
+        """What was given to the stages that live here, by micro-batches."""
+        first = self.local_stages[0]
+        here = f"{self._place} {first}"
+        if args and first > 0:
+            raise ConfigError(f"{here} was given {len(args)} inputs; only {self._place} 0 takes them, use keywords for others")
+        every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
+        mine = {k: own for k, own in every.items() if k in self._workers and own}
+        return cutter.cut("the inputs" if self.ranks is None else f"the inputs of {here}", args, mine, target)
 
     def _synchronous(self) -> bool:
         """Whether training is still in the part that the method wants synchronous; the same on every stage."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import timedelta
 from typing import Any
 
 import torch
@@ -11,20 +10,20 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.amp.grad_scaler import GradScaler
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.base import Counted, Pipeline
+from pipeoptim.engine.base import Counted, Pipeline, T
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.compress import Compression, as_compression
-from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
-from pipeoptim.engine.link import pair
+from pipeoptim.engine.feed import Cutter, Feed, Part, Weigh
+from pipeoptim.engine.groups import Ties
+from pipeoptim.engine.link import Receiver, Sender, pair
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
-from pipeoptim.engine.reduction import ALONE
+from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.replicas import ReplicaSet, read_replicas
 from pipeoptim.engine.stage import LossFn
 from pipeoptim.engine.trace import Row, Trace
@@ -37,7 +36,6 @@ from pipeoptim.schedule import Action, Kind
 
 _STOP = 1
 _PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
-_made = 0  # pipelines made in this process: keeps their keys in the store apart
 
 
 class Schedule(Pipeline):
@@ -81,6 +79,16 @@ class Schedule(Pipeline):
     """
 
     _stages_here = 1  # stages per process (see InterleavedSchedule)
+    ties: Ties
+    _failed = False
+    _from_previous: Receiver | None = None
+    _from_next: Receiver | None = None
+    _to_next: Sender | None = None
+    _to_previous: Sender | None = None
+    _norms: GatheredNorms | None = None
+    _replicas: ReplicaSet | None = None
+    _reduction: Reduction = ALONE
+    _watch: Watch | None = None
 
     def __init__(
         self,
@@ -111,116 +119,79 @@ class Schedule(Pipeline):
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
         place = read_stage(stage, self._stages_here)
-        cutter = Cutter(microbatches, uneven, weigh)
-        super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap, trace)
-        self.k, self.device, self.ranks = place.k, place.device, place.ranks
-        seed = torch.initial_seed() if seed is None else seed
-        options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
-        exchanges = options.clip is not None and options.clip.exchanges
-        norms = GatheredNorms(place.depth, timeout) if exchanges else None
-        copies = read_replicas(replicas, place.module)
-        settings = (
-            f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
-            f"{options.describe()} replicas={copies.count} overlap={overlap}"
-        )
-        self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings) if copies.count > 1 else None
-        row = self._row(self.k, self.device) if copies.index == 0 else None
-        worker = traced.worker(row)(
-            place.module,
-            optimizer,
-            self.method,
-            self.program,
-            self.k,
-            loss_fn,
-            scheduler=scheduler,
-            prediction=prediction,
-            seed=seed,
-            device=self.device,
-            options=options,
-            norms=traced.norms(row, norms),
-            reduction=ALONE if self._replicas is None else self._replicas.reduction(place.module, optimizer, uneven),
-        )
-        self.worker = self._workers[self.k] = worker
-        self._connect(
-            place.ranks,
-            timeout,
-            liveness_timeout,
-            settings,
-            row,
-        )
-        if norms is not None:  # all processes have agreed by now that there is such a group
-            norms.connect(dist.new_group(list(place.ranks), backend="gloo", use_local_synchronization=True))
-
-    # -- what users call -------------------------------------------------------------------------------------------
-
-    def step(
-        self,
-        *args: Any,
-        target: Any = None,
-        losses: list[Tensor] | None = None,
-        stage_kwargs: StageKwargs | None = None,
-        **kwargs: Any,
-    ) -> Tensor | None:
-        """Feed one mini-batch: F of its micro-batches, and the backwards that are due by then.
-
-        Args:
-            args: input of the model; stage 0 only.
-            target: for ``loss_fn``; last stage only.
-            losses: a list that is filled with the loss of each micro-batch, as torch's schedules do; last stage only.
-            kwargs: for this stage's module.
-            stage_kwargs: those of every stage, ``{2: {"mask": mask}}``, so that all processes can make the same call; only
-                this stage's are used.
-
-        Returns:
-            The mini-batch's loss, detached, on the last stage; None on the others.
-
-        Raises:
-            ConfigError: arguments on the wrong stage, or a batch that M does not divide.
-            StageFailure: another stage died or does not answer.
-        """
-        if args and self.k > 0:
-            raise ConfigError(f"stage {self.k} was given {len(args)} inputs; only stage 0 takes them, use keywords for others")
-        if self.k == 0:
-            self._guard(self._note_stop)
-        feeds = self._cut(self._cutter, args, kwargs, stage_kwargs, target)
-        found: list[Counted] = []
-        for worker in self._workers.values():
-            worker.losses.begin()
-        first = self._steps * self.microbatches
-        self._guard(lambda: self._run(self.program.step(self.k, self._steps), first, feeds, found, self.program.flushes))
-        self._steps += 1
-        if self._synchronous():
-            self.drain()
-        return self._mean(found, losses)
-
-    def drain(self) -> None:
-        """Run the backwards and updates still in flight; afterwards every stage has the same version."""
-        self._guard(lambda: self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True))
-        self._restart()
-
-    def eval_step(
-        self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
-    ) -> Tensor | None:
-        """Loss on the latest weights, in eval mode and without gradient; on the last stage, None on the others.
-
-        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
-        stage uses the latest weights it has, which in mid-flight are of different versions.
-        """
-        if drain:
-            self.drain()
-        (feed,) = self._cut(Cutter(1), args, kwargs, stage_kwargs, target)
-        loss: Tensor | None = self._guard(lambda: self._evaluate(feed))
-        return loss
+        self.ties = self._tie(place.ranks, timeout)
+        try:
+            cutter = Cutter(microbatches, uneven, weigh)
+            super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap, trace)
+            self.k, self.device, self.ranks = place.k, place.device, place.ranks
+            options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
+            if options.clip is not None and options.clip.exchanges:
+                self._norms = GatheredNorms(place.depth, timeout)
+            copies = read_replicas(replicas, place.module)
+            settings = (
+                f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
+                f"{options.describe()} replicas={copies.count} overlap={overlap}"
+            )
+            if copies.count > 1:
+                self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings)
+                self._reduction = self._replicas.reduction(place.module, optimizer, uneven)
+            row = self._row(self.k, self.device) if copies.index == 0 else None
+            worker = traced.worker(row)(
+                place.module,
+                optimizer,
+                self.method,
+                self.program,
+                self.k,
+                loss_fn,
+                scheduler=scheduler,
+                prediction=prediction,
+                seed=torch.initial_seed() if seed is None else seed,
+                device=self.device,
+                options=options,
+                norms=traced.norms(row, self._norms),
+                reduction=self._reduction,
+            )
+            self.worker = self._workers[self.k] = worker
+            self._connect(liveness_timeout, settings, row)
+            if self._norms is not None:  # all processes have agreed by now that there is such a group
+                self._norms.connect(self.ties.group("norms", "gloo"))
+        except BaseException as error:
+            self.ties.refuse(error)
+            self._failed = True
+            self.close()
+            raise
 
     def close(self) -> None:
-        """Wait for the last sends and stop the watch. Call it once, after the last :meth:`drain`."""
-        for link in (self._to_next, self._to_previous):
-            if link is not None:
-                self._guard(link.flush)
-        if self._watch is not None:
-            self._watch.close()
-        if self._replicas is not None:
-            self._replicas.close()
+        """Give back the connections, process groups and threads. Call it in all processes, after the last :meth:`drain`.
+
+        Waits for the last sends, but for nothing after a failure. A second call does nothing. State can still be read afterwards.
+        """
+        rest = not self._failed and not self._steps
+        try:
+            for link in (self._to_next, self._to_previous):
+                if link is not None and not self._failed:
+                    self._flush(link)
+            if self._norms is not None and rest and not self._closed:
+                self._guard(self._norms.settle)
+        finally:
+            self._closed = True
+            for end in (self._from_previous, self._from_next, self._to_next, self._to_previous):
+                if end is not None:
+                    end.opposite = None  # else the two would keep each other, and their groups
+            self._from_previous = self._from_next = self._to_next = self._to_previous = None
+            self._reduction.close()
+            if self._norms is not None:
+                self._norms.close()
+            if self._replicas is not None:
+                self._replicas.close(rest)
+            self._untie(rest)
+
+    def _flush(self, link: Sender) -> None:
+        try:
+            self._guard(link.flush)
+        except StageFailure:
+            if not self._steps:
+                raise  # else there was no drain, and nobody takes the last gradients; the wait ends when the peer closes
 
     def stage_state_dict(self, k: int) -> dict[str, Any]:
         """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.base.Pipeline.stage_state_dict>`.
@@ -255,13 +226,14 @@ class Schedule(Pipeline):
         else:
             self._stop = self._replicas.agree_to_stop(self._stop_wanted) or self._stop
 
-    def _cut(
-        self, cutter: Cutter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
-    ) -> list[Feed]:
-        mine = merge_kwargs(self.depth, kwargs, self.k, stage_kwargs).get(self.k)
-        return cutter.cut(f"the inputs of stage {self.k}", args, {self.k: mine} if mine else {}, target)
-
     # -- actions -----------------------------------------------------------------------------------------------------
+
+    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+        first = self._steps * self.microbatches
+        self._run(self.program.step(self.k, self._steps), first, feeds, losses, self.program.flushes)
+
+    def _finish(self) -> None:
+        self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True)
 
     def _run(self, actions: list[Action], first: int, feeds: list[Feed], losses: list[Counted], settle: bool) -> None:
         for action in actions:
@@ -317,65 +289,64 @@ class Schedule(Pipeline):
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
-    def _guard(self, work: Callable[[], Any]) -> Any:
+    def _guard(self, work: Callable[[], T]) -> T:
         """Run ``work``; when a neighbour fails, say which stage failed first."""
+        if self._closed:
+            raise ConfigError("the pipeline is closed; call close() after the last step and eval_step, or make a new one")
         try:
             return work()
         except StageFailure as error:
+            self._failed = True
             cause = str(error) if self._watch is None else self._watch.cause(f"{error} [seen by stage {self.k}]")
             raise StageFailure(cause) from error
 
-    def _connect(self, ranks: tuple[int, ...], timeout: float, liveness: float | None, settings: str, row: Row | None) -> None:
-        """One group per direction, so that neither waits for the other; the watch; and a check that all agree."""
-        self._watch: Watch | None = None
-        everywhere, store = own_store(ranks)
-        agree(store, self.k, self.depth, settings, timeout)
-        if liveness is not None and self.depth > 1:
-            clone = getattr(store, "clone", None)  # a connection of its own: the watch must not wait behind others
-            self._watch = Watch(clone() if clone is not None else store, self.k, self.depth, liveness)
-        if liveness is not None and self._replicas is not None:
-            clone = getattr(everywhere, "clone", None)
-            self._replicas.watch(clone() if clone is not None else everywhere, liveness)
-        groups = [
-            dist.new_group(list(ranks), timeout=timedelta(seconds=timeout), use_local_synchronization=True) for _ in range(2)
-        ]
-        waiting = self._watch.waiting if self._watch is not None else _nobody_watches
+    def _tie(self, ranks: tuple[int, ...], timeout: float) -> Ties:
+        return Ties("pipeline", ranks, timeout)
 
-        def end(direction: int, peer: int) -> tuple[Any, ...]:
-            return groups[direction], peer, ranks[peer], self.device, timeout, waiting
+    def _untie(self, wait: bool) -> None:
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+        self.ties.close(wait)
+
+    def _connect(self, liveness: float | None, settings: str, row: Row | None) -> None:
+        """A check that all agree; the watch; and one group per direction, so that neither waits for the other."""
+        agree(self.ties, settings)
+        if liveness is not None and self.depth > 1:
+            self._watch = Watch(self.ties.clone(), self.k, self.depth, liveness)
+        if liveness is not None and self._replicas is not None:
+            self._replicas.watch(liveness)
+        waiting = self._watch.waiting if self._watch is not None else _nobody_watches
+        groups = [self.ties.group(name) for name in ("activations", "gradients")]
+        self._link(row, lambda direction, _: groups[direction], waiting)
+
+    def _link(
+        self, row: Row | None, group: Callable[[int, int], dist.ProcessGroup], waiting: Callable[[int | None], None]
+    ) -> None:
+        """The links to the stages before and after; ``group(direction, boundary)`` is what they go through."""
+        assert self.ranks is not None
+        ranks, timeout = self.ranks, self.ties.timeout.total_seconds()
+
+        def end(direction: int, boundary: int, peer: int) -> tuple[Any, ...]:
+            return group(direction, boundary), peer, ranks[peer], self.device, timeout, waiting
 
         ahead = self.device.type == "cpu"  # a receive that is never matched would keep a GPU's stream busy
-        first, last = self.k == 0, self.k == self.depth - 1
+        k, first, last = self.k, self.k == 0, self.k == self.depth - 1
         receiver, sender = traced.links(row)
-        self._from_previous = None if first else receiver(*end(0, self.k - 1), ahead=ahead)
-        self._to_next = None if last else sender(*end(0, self.k + 1))
-        self._from_next = None if last else receiver(*end(1, self.k + 1), ahead=ahead)
-        self._to_previous = None if first else sender(*end(1, self.k - 1))
+        self._from_previous = None if first else receiver(*end(0, k - 1, k - 1), ahead=ahead)
+        self._to_next = None if last else sender(*end(0, k, k + 1))
+        self._from_next = None if last else receiver(*end(1, k, k + 1), ahead=ahead)
+        self._to_previous = None if first else sender(*end(1, k - 1, k - 1))
         pair(self._to_next, self._from_next)
         pair(self._to_previous, self._from_previous)
 
 
-def own_store(ranks: tuple[int, ...]) -> tuple[Store, Store]:
-    """Parts of the shared store for a new pipeline: with its replicas, and for itself. All processes make theirs in one order."""
-    global _made
-    everywhere = PrefixStore(f"pipeoptim/{_made}", dist.distributed_c10d._get_default_store())
-    _made += 1
-    return everywhere, PrefixStore(str(ranks[0]), everywhere)
-
-
-def agree(store: Store, k: int, count: int, settings: str, timeout: float, name: str = "stage") -> None:
-    """All ``count`` processes must run the same method with the same settings; find out before the first message."""
-    keys = [f"settings/{j}" for j in range(count)]
-    store.set(keys[k], settings)
-    try:
-        store.wait(keys, timedelta(seconds=timeout))
-    except RuntimeError as error:
-        missing = [j for j, key in enumerate(keys) if not store.check([key])]
-        raise StageFailure(f"{name}s {missing} were not set up within {timeout:g} s") from error
-    for j, key in enumerate(keys):
-        theirs = store.get(key).decode()
+def agree(ties: Ties, settings: str) -> None:
+    """All processes must run the same method with the same settings; find out before the first message."""
+    for j, theirs in enumerate(ties.exchange(settings)):
         if theirs != settings:
-            raise ConfigError(f"{name} {k} was set up with {settings}, {name} {j} with {theirs}; give all the same")
+            own, other = ties.name.format(ties.index), ties.name.format(j)
+            raise ConfigError(f"{own} was set up with {settings}, {other} with {theirs}; give all the same")
 
 
 def _nobody_watches(peer: int | None) -> None:

@@ -16,7 +16,7 @@ from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.compress import Compression, as_compression
-from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh, merge_kwargs
+from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh
 from pipeoptim.engine.norms import NormBoard
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn
@@ -153,36 +153,26 @@ class Emulator(Pipeline):
         Raises:
             ConfigError: the batch cannot be split into M equal micro-batches, or the loss is not a scalar.
         """
-        self._note_stop()
-        feeds = self._cutter.cut("the inputs", args, merge_kwargs(self.depth, kwargs, 0, stage_kwargs), target)
-        found: list[Counted] = []
-        for worker in self._workers.values():
-            worker.losses.begin()
-        first = self._steps * self.microbatches
-        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, found)
-        self._steps += 1
-        if self._synchronous():
-            self.drain()
-        loss = self._mean(found, losses)
+        loss = super().step(*args, target=target, losses=losses, stage_kwargs=stage_kwargs, **kwargs)
         assert loss is not None
         return loss
-
-    def drain(self) -> None:
-        """Run the backwards and updates still in flight; afterwards every stage has the same version."""
-        self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
-        self._restart()
 
     def eval_step(
         self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
     ) -> Tensor:
-        """Loss on the latest weights, in eval mode and without gradient.
+        """As :meth:`Pipeline.eval_step <pipeoptim.engine.base.Pipeline.eval_step>`; the loss is always here."""
+        loss = super().eval_step(*args, target=target, drain=drain, stage_kwargs=stage_kwargs, **kwargs)
+        assert loss is not None
+        return loss
 
-        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
-        stage uses the latest weights it has, which in mid-flight are of different versions.
-        """
-        if drain:
-            self.drain()
-        (feed,) = Cutter(1).cut("the inputs", args, merge_kwargs(self.depth, kwargs, 0, stage_kwargs), target)
+    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+        first = self._steps * self.microbatches
+        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, losses)
+
+    def _finish(self) -> None:
+        self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
+
+    def _evaluate(self, feed: Feed) -> Tensor:
         value: Any = feed.args
         for k, worker in self._workers.items():
             inputs = value if k == 0 else as_args(transferred(value))

@@ -89,10 +89,20 @@ class GatheredNorms:
         self.timeout = timedelta(seconds=timeout)
         self._group: dist.ProcessGroup | None = None
         self._works: dict[int, tuple[Any, list[Tensor], Tensor]] = {}
+        self._told: dict[int, list[float]] = {}
 
     def connect(self, group: dist.ProcessGroup) -> None:
         """Use ``group``, one of its own and on the CPU: it waits for no activation, and no activation waits for it."""
         self._group = group
+
+    def settle(self) -> None:
+        """Wait for what has been posted; it can be taken later."""
+        self._told |= {version: self.take(version) for version in list(self._works)}
+
+    def close(self) -> None:
+        """Let go of the group."""
+        self._group = None
+        self._works.clear()
 
     def post(self, version: int, norm: float) -> None:
         mine = torch.tensor([norm], dtype=torch.float64)
@@ -106,6 +116,8 @@ class GatheredNorms:
         return True
 
     def take(self, version: int) -> list[float]:
+        if version in self._told:
+            return self._told.pop(version)
         work, every, _ = self._works.pop(version)
         try:
             work.wait(self.timeout)

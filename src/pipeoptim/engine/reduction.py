@@ -67,6 +67,10 @@ class Reduction(Protocol):
         """The norm of the stage's gradient, from that of the parts that this process holds."""
         ...
 
+    def close(self) -> None:
+        """There is nothing more to average; let go of groups and of the module."""
+        ...
+
 
 class Alone:
     """A stage without replicas."""
@@ -101,6 +105,9 @@ class Alone:
         """The same."""
         return norm
 
+    def close(self) -> None:
+        """Nothing to do."""
+
 
 ALONE = Alone()
 
@@ -124,15 +131,15 @@ class MeanGradients(Alone):
     def __init__(
         self, params: Sequence[Tensor], group: dist.ProcessGroup, index: int, timeout: timedelta, during_backward: bool = True
     ) -> None:
-        self.group, self.index, self.timeout = group, index, timeout
+        self.group: dist.ProcessGroup | None = group
+        self.index, self.timeout = index, timeout
         self.buckets = _buckets([p for p in params if p.requires_grad])
         self._place = {p: n for n, bucket in enumerate(self.buckets) for p in bucket.params}
         self._missing: list[set[Tensor]] = []  # per bucket, in a last backward: parameters whose gradient is still to come
         self._next = len(self.buckets)  # buckets before this one have been started
         self._counting = False
-        if during_backward:
-            for p in self._place:
-                p.register_post_accumulate_grad_hook(self._arrived)  # type: ignore[no-untyped-call]
+        hooked = self._place if during_backward else ()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in hooked]  # type: ignore[no-untyped-call]
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
         """From now on each gradient that arrives is final, if ``last``."""
@@ -160,6 +167,7 @@ class MeanGradients(Alone):
             self._reduce(self._next)
 
     def _reduce(self, n: int) -> None:
+        assert self.group is not None, "closed"
         try:
             self.buckets[n].reduce(self.group)
         except RuntimeError as error:
@@ -173,6 +181,12 @@ class MeanGradients(Alone):
                 bucket.finish(self.timeout)
             except RuntimeError as error:
                 raise failure(error) from error
+
+    def close(self) -> None:
+        """Take the hooks off the parameters, and let go of the group."""
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks, self.buckets, self.group = [], [], None
 
 
 class ByDDP(Alone):

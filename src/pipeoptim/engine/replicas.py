@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
+from pipeoptim.engine.groups import Ties
 from pipeoptim.engine.masters import module_parameter
 from pipeoptim.engine.reduction import ByDDP, MeanGradients, Reduction, failure
 from pipeoptim.engine.sharded import BySharding, sharding_mesh
@@ -89,21 +89,27 @@ class ReplicaSet:
 
     def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, settings: str) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
-        self.control = dist.new_group(list(replicas.ranks), self.timeout, "gloo", use_local_synchronization=True)
+        self._ties = Ties("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
         self._watch: Watch | None = None
         place = f"stage {k} of {depth}"
-        for rank, (theirs, given) in zip(replicas.ranks, self.gather((place, settings)), strict=True):
+        for rank, told in zip(replicas.ranks, self._ties.exchange(f"{place}\n{settings}"), strict=True):
+            theirs, given = told.split("\n", 1)
             if theirs != place:
                 raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
             if given != settings:
                 raise ConfigError(f"{place} was set up with {settings}, its replica on rank {rank} with {given}")
+        self._ties.group("control", "gloo")  # made while all are here
 
-    def watch(self, store: Store, liveness: float) -> None:
+    @property
+    def control(self) -> dist.ProcessGroup:
+        """On the CPU, for what is no gradient."""
+        return self._ties.group("control", "gloo")
+
+    def watch(self, liveness: float) -> None:
         """End this process when another replica gives no sign of life for ``liveness`` seconds."""
-        prefix = PrefixStore(f"replicas/{self.k}", store)
-        count = self.replicas.count
-        self._watch = Watch(prefix, self.replicas.index, count, liveness, f"replica {{}} of stage {self.k}")
+        ties = self._ties
+        self._watch = Watch(ties.clone(), ties.index, self.replicas.count, liveness, ties.name)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all replicas, in their order. All of them call this."""
@@ -130,7 +136,7 @@ class ReplicaSet:
                 return BySharding(module, mesh, self.replicas.index)
             return ByDDP(module, self.replicas.index)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
-        group = dist.new_group(list(ranks), self.timeout, use_local_synchronization=True)
+        group = self._ties.group("gradients")
         same_start([*module.parameters(), *module.buffers(), *(held if mastered else [])], group, ranks[0])
         return MeanGradients(held, group, self.replicas.index, self.timeout, during_backward=not mastered)
 
@@ -147,10 +153,13 @@ class ReplicaSet:
             raise failure(error) from error
         return bool(vote.item())
 
-    def close(self) -> None:
-        """Stop the watch."""
+    def close(self, wait: bool) -> None:
+        """Stop the watch and give back the groups."""
         if self._watch is not None:
             self._watch.close()
+            self._watch = None
+        self._votes.clear()
+        self._ties.close(wait)
 
 
 def same_start(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:

@@ -62,6 +62,8 @@ class Watch:
             self._stop.set()
             self._set("beat", "gone")
             atexit.unregister(self.close)
+            if threading.current_thread() is not self._thread:
+                self._thread.join(timeout=1.0)  # unless the store hangs it ends at once
 
     def _run(self) -> None:
         count = 0
