@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         master_weights,
     )
     from pipeoptim.methods import METHODS, Method, get_method, register_method
-    from pipeoptim.partitioning import Partition, partition
+    from pipeoptim.partitioning import Partition, partition, untie
     from pipeoptim.rules import CombinedOptimizer, muon_adamw, predict_weights, register_rule, track
     from pipeoptim.telemetry.trace import merge_trace
 
@@ -61,6 +61,7 @@ _LAZY = {
     "save_sharded": "pipeoptim.checkpoint",
     "save_weights": "pipeoptim.checkpoint",
     "track": "pipeoptim.rules",
+    "untie": "pipeoptim.partitioning",
 }
 
 __all__ = [
@@ -96,6 +97,7 @@ __all__ = [
     "save_sharded",
     "save_weights",
     "track",
+    "untie",
 ]
 
 

@@ -2,7 +2,8 @@
 
 What belongs to a weight (the weight, its optimizer state, its float32 master) is named by it and goes wherever the weight goes.
 What belongs to a pipeline (version, learning-rate schedule, options of param groups) is the same on all stages. What belongs to
-a stage (its random stream, what its predictor, clipping and compression remember) returns only to a stage of the same weights.
+a stage (its random stream, what its predictor, clipping and compression remember, gradients of tied weights on their way) returns only
+to a stage of the same weights.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from pipeoptim.engine.stage import StageWorker
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.combined import CombinedOptimizer, members
 
-OF_THE_STAGE = ("random", "predictor", "clip", "scaling", "compress")
+OF_THE_STAGE = ("random", "predictor", "clip", "scaling", "compress", "tied")
 """Entries of ``StageWorker.state_dict`` that make sense for the same cut only."""
 
 

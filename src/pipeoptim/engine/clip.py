@@ -109,6 +109,7 @@ class Clipper:
         program: of the pipeline.
         norms: the exchange with the other stages; None for scope "stage".
         whole: from the norm of ``params`` to that of the stage, where this process holds a part of it.
+        elsewhere: those of ``params`` whose gradient another stage counts in the norm over all stages.
 
     Attributes:
         used: the norm that scaled the newest update; None before the first.
@@ -121,19 +122,24 @@ class Clipper:
         program: Program,
         norms: Norms | None,
         whole: Callable[[Tensor], Tensor] = lambda norm: norm,
+        elsewhere: Sequence[Tensor] = (),
     ) -> None:
         clip.check(program)
         assert (norms is not None) == clip.exchanges
         self.rule, self.params, self.norms = clip, list(params), norms
+        others = {id(p) for p in elsewhere}
+        self._counted = [p for p in self.params if id(p) not in others]
         self.delay, self._whole = clip.delay(program), whole
         self.used: Tensor | float | None = None
-        self._own: Tensor = torch.tensor(0.0)
+        self._none = torch.zeros((), dtype=self.params[0].dtype if self.params else None)
+        self._own: Tensor = self._none
         self._posted: deque[int] = deque()  # versions whose global norm was not taken yet
         self._known: dict[int, float] = {}  # version -> its global norm
 
     def announce(self, version: int) -> None:
         """The gradients of the update after ``version`` are complete: take their norm and tell it."""
-        self._own = self._whole(get_total_norm([p.grad for p in self.params if p.grad is not None]))
+        grads = [p.grad for p in self._counted if p.grad is not None]
+        self._own = self._whole(get_total_norm(grads) if grads else self._none)
         if self.norms is not None:
             self.norms.post(version, float(self._own))
             self._posted.append(version)

@@ -20,6 +20,8 @@ from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh
 from pipeoptim.engine.norms import NormBoard
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.sums import SumBoard
+from pipeoptim.engine.tied import Tied, TieEnd, Ties, check_alike, describe, read_ties
 from pipeoptim.engine.trace import Trace
 from pipeoptim.engine.tree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -66,6 +68,8 @@ class Emulator(Pipeline):
             replicas average their gradients; that forward's gap is one more.
         compress: ``"bf16"``, ``"int8"`` or a :class:`~pipeoptim.Compression`: what passes between stages loses what it would lose
             on the way between processes that send fewer bytes.
+        tied: weights of which several stages have a copy, which are kept equal: ``po.partition(...).tied``, or for each of them a list
+            of (stage, name of the parameter): ``[[(0, "embed.weight"), (1, "head.weight")]]`` (see :mod:`pipeoptim.engine.tied`).
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -103,6 +107,7 @@ class Emulator(Pipeline):
         overlap: bool = False,
         compress: Compression | str | None = None,
         trace: Trace | None = None,
+        tied: Ties | None = None,
     ) -> None:
         stages = list(stages)
         if not stages:
@@ -116,6 +121,9 @@ class Emulator(Pipeline):
         seed = torch.initial_seed() if seed is None else seed
         clip, compression = as_clip(clip), as_compression(compress)
         board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
+        scaled = any(one is not None and one.is_enabled() for one in scalers)
+        ties = read_ties(tied, self.program, self.method, clip, scaled)
+        sums = [SumBoard(tie.holders) for tie in ties]
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
             self._workers[k] = traced.worker(row)(
@@ -130,7 +138,10 @@ class Emulator(Pipeline):
                 seed=seed,
                 options=StageOptions(clip, autocast, scalers[k], on_update, monitor, recompute, compression),
                 norms=None if board is None else board.end(k),
+                ties=[TieEnd(tie, k, own.end(k)) for tie, own in zip(ties, sums, strict=True) if k in tie.holders],
             )
+        for tie in ties:
+            self._join(tie)
         self._activations: list[deque[tuple[Any, float, Part]]] = [deque() for _ in stages]
         self._gradients: list[deque[tuple[Any, float]]] = [deque() for _ in stages]
 
@@ -194,7 +205,19 @@ class Emulator(Pipeline):
                 raise PipeOptimError(f"the program deadlocks at {[str(q[0]) for q in queues if q]}")
         if settle or self.program.flushes:
             for worker in self._workers.values():
+                worker.ready()  # tells what the others wait for
+            for worker in self._workers.values():
                 worker.settle()
+
+    def _join(self, tie: Tied) -> None:
+        """Let all copies of a tied weight begin with the values of the first."""
+        workers = [self._workers[k] for k in tie.holders]
+        check_alike(tie, [describe(w.tied_weight(tie), w.optimizer, w.scheduler) for w in workers])
+        copies = [weight for worker in workers if (weight := worker.tied_weight(tie)) is not None]
+        with torch.no_grad():
+            for copy in copies[1:]:
+                for own, first in zip(copy.values, copies[0].values, strict=True):
+                    own.copy_(first)
 
     def _can(self, k: int, action: Action) -> bool:
         if not self._workers[k].ready():
@@ -239,8 +262,8 @@ def _refuse_shared(stages: list[nn.Module]) -> None:
             first, theirs = owners.setdefault(p, (k, name))
             if first != k and p.requires_grad:
                 raise ConfigError(
-                    f"stages {first} and {k} share a parameter ({theirs!r} and {name!r}), which each would update by its own part of "
-                    "the gradient; give each a copy, or keep both uses in one stage"
+                    f"stages {first} and {k} share a parameter ({theirs!r} and {name!r}), of which each needs a copy, since they update at "
+                    "different times; stages, tied = po.untie(stages) makes copies, which tied=tied keeps equal"
                 )
 
 

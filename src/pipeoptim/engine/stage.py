@@ -7,7 +7,7 @@ nothing of other stages: activations and gradients come in and go out as plain v
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any
@@ -32,6 +32,7 @@ from pipeoptim.engine.random import StageRandom
 from pipeoptim.engine.recompute import check_recompute, recomputing
 from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.scaling import LossScale
+from pipeoptim.engine.tied import Tied, TiedWeight, TieEnd
 from pipeoptim.engine.tree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
@@ -70,6 +71,7 @@ class StageWorker:
         options: clipping, precision and what else a training loop may have.
         norms: exchange of gradient norms with the other stages, where clipping needs it.
         reduction: makes gradients the mean over the replicas of this stage.
+        ties: weights that other stages have copies of.
 
     Raises:
         ConfigError: optimizer and module do not belong together, or the optimizer needs a closure.
@@ -91,9 +93,10 @@ class StageWorker:
         options: StageOptions = OFF,
         norms: Norms | None = None,
         reduction: Reduction = ALONE,
+        ties: Sequence[TieEnd] = (),
     ) -> None:
         held, params = _optimized(module, optimizer, scheduler, k)
-        _check_parts(reduction, method, options)
+        _check_parts(reduction, method, options, ties)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
@@ -119,7 +122,12 @@ class StageWorker:
         self._keeps = self._stashes or options.recompute == "forward"  # the weights of a forward until its backward
         if not (self._stashes and options.recompute == "forward"):  # there, forward and backward have the same weights
             check_recompute(options.recompute, module, reduction.by_place)
-        self.clipper = Clipper(options.clip, held, program, norms, reduction.whole_norm) if options.clip is not None else None
+        copies = (tie.on(reduction.bare(module), held, params, program) for tie in ties)
+        self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
+        self.clipper: Clipper | None = None
+        if options.clip is not None:
+            twice = [weight.held for weight in self.tied if not weight.counted]
+            self.clipper = Clipper(options.clip, held, program, norms, reduction.whole_norm, twice)
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
         self.monitor: PredictionMonitor | None = None
@@ -127,7 +135,8 @@ class StageWorker:
             self.monitor = PredictionMonitor(_grouped(optimizer, params), k, int(options.monitor))
         self.compressor = Compressor(options.compress, program.microbatches)
         self._announced = False  # the backwards of an update are done and the update is not carried out yet
-        self._complete = False  # and its gradients are final but for clipping
+        self._own = False  # and its gradients are final but for tied weights and clipping
+        self._complete = False  # and but for clipping
         self._flights: dict[int, Flight] = {}
         self._ready: tuple[int, Held] | None = None
         self._next_forward = 0
@@ -294,20 +303,42 @@ class StageWorker:
     def update(self) -> None:
         """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
 
-        Where it waits for other processes (replicas, or other stages when clipping by the global norm) only its part in the
-        exchange is begun here, and the rest is done by :meth:`settle`, which the stage's next F or B calls.
+        Where it waits for others (replicas, or other stages for tied weights and when clipping by the global norm) only its part
+        in the exchange is begun here, and the rest is done by :meth:`settle`, which the stage's next F or B calls.
         """
         self._announced = True
         if self.clipper is not None and self.clipper.rule.waits and self.program.depth > 1:
-            self._complete_gradients()  # the other stages wait for our norm
+            self._own_gradients()
+            if self._sums_ready():
+                self._complete_gradients()  # the other stages wait for our norm
+        elif self.tied and not self.reduction.deferred:
+            self._own_gradients()
         elif not self.reduction.deferred:
             self.settle()
 
-    def _complete_gradients(self) -> None:
-        """Gradients become what clipping starts from: the mean over the replicas, without loss scale."""
+    def _own_gradients(self) -> None:
+        """Gradients become the mean over the replicas, without loss scale; those of tied weights are told to the other holders."""
+        if self._own:
+            return
         self.reduction.finish()
         if self.scaling is not None:
             self.scaling.unscale(self._held)
+        for weight in self.tied:
+            weight.post(self.weights.version)
+        self._own = True
+
+    def tied_weight(self, tie: Tied) -> TiedWeight | None:
+        """This stage's copy of a tied weight; None where nothing trains it."""
+        return next((weight for weight in self.tied if weight.name == tie.name_on(self.k)), None)
+
+    def _sums_ready(self) -> bool:
+        return all(weight.ready(self.weights.version) for weight in self.tied)
+
+    def _complete_gradients(self) -> None:
+        """Gradients become what clipping starts from: those of tied weights the sum over their holders."""
+        self._own_gradients()
+        for weight in self.tied:
+            weight.take(self.weights.version)
         if self.clipper is not None:
             self.clipper.announce(self.weights.version)
         self._complete = True
@@ -319,7 +350,7 @@ class StageWorker:
         if not self._complete:
             self._complete_gradients()
         skipped = not self._clip()
-        self._announced = self._complete = False
+        self._announced = self._own = self._complete = False
         self._retain()
         self.weights.before_update()
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values.
@@ -349,8 +380,16 @@ class StageWorker:
             self.optimizer.zero_grad(set_to_none=True)
 
     def ready(self) -> bool:
-        """Whether :meth:`settle` would not wait for a stage whose turn is later (see the emulator)."""
-        return not self._announced or self.clipper is None or self.clipper.ready(self.weights.version)
+        """Whether :meth:`settle` would not wait for a stage whose turn is later (see the emulator); tells others what it now can."""
+        if not self._announced:
+            return True
+        if not self._complete and not self._sums_ready():
+            return False
+        if self.clipper is None:
+            return True
+        if not self._complete:
+            self._complete_gradients()
+        return self.clipper.ready(self.weights.version)
 
     def _clip(self) -> bool:
         """Scale the gradients. Returns False where loss scaling finds that the update must be skipped."""
@@ -466,6 +505,8 @@ class StageWorker:
             state["masters"] = self.masters.state_dict()
         if self.clipper is not None:
             state["clip"] = self.clipper.state_dict()
+        if self.tied:
+            state["tied"] = {weight.name: weight.state_dict() for weight in self.tied}
         if self.scaling is not None:
             state["scaling"] = self.scaling.state_dict()
         if lost := self.compressor.state_dict():
@@ -487,6 +528,8 @@ class StageWorker:
         self.masters.load_state_dict(state.get("masters"))
         if self.clipper is not None and "clip" in state:
             self.clipper.load_state_dict(state["clip"])
+        for weight in self.tied:
+            weight.load_state_dict(state.get("tied", {}).get(weight.name))
         if self.scaling is not None and "scaling" in state:
             self.scaling.load_state_dict(state["scaling"])
         self.compressor.load_state_dict(state.get("compress", {}))
@@ -550,9 +593,14 @@ def _optimized(
     return held, params
 
 
-def _check_parts(reduction: Reduction, method: Method, options: StageOptions) -> None:
+def _check_parts(reduction: Reduction, method: Method, options: StageOptions, ties: Sequence[TieEnd]) -> None:
     if not reduction.parts:
         return
+    if ties:
+        raise ConfigError(
+            f"the weight {ties[0].tie} is tied, but the stage's parameters are sharded; use replicas= without fully_shard, or "
+            "leave it out of tied"
+        )
     if method.predictor is not None:
         raise ConfigError(
             f"method {method.name!r} keeps averages of whole gradients, but the stage's parameters are sharded; use replicas= "

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+from torch import Tensor
+
 from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.link import Receiver, Sender, Waiting
 from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.sums import Exchange
 from pipeoptim.engine.trace import Row
 from pipeoptim.schedule import Kind
 
@@ -27,6 +30,11 @@ def links(row: Row | None) -> tuple[Callable[..., Receiver], Callable[..., Sende
 def norms(row: Row | None, exchange: Norms | None) -> Norms | None:
     """``exchange`` itself, or its recorded form."""
     return exchange if row is None or exchange is None else TracedNorms(row, exchange)
+
+
+def sums(row: Row | None, exchange: Exchange) -> Exchange:
+    """``exchange`` itself, or its recorded form."""
+    return exchange if row is None else TracedSums(row, exchange)
 
 
 class TracedWorker(StageWorker):
@@ -145,6 +153,20 @@ class TracedNorms:
         norms = self.norms.take(version)
         self.row.add("wait", version, began)
         return norms
+
+
+class TracedSums:
+    """Notes the wait for the gradients of the other holders of a tied weight."""
+
+    def __init__(self, row: Row, exchange: Exchange) -> None:
+        self.row, self.exchange = row, exchange
+        self.post, self.ready = exchange.post, exchange.ready
+
+    def take(self, version: int) -> Tensor:
+        began = self.row.now()
+        found = self.exchange.take(version)
+        self.row.add("wait", version, began)
+        return found
 
 
 def _noted(row: Row, waiting: Waiting) -> Waiting:

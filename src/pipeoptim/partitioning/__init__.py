@@ -1,9 +1,10 @@
 """Where to cut a model: what its blocks cost on the real device, and the best contiguous cut for those costs."""
 
+from pipeoptim.engine.tied import Tied
 from pipeoptim.partitioning.api import partition
 from pipeoptim.partitioning.balance import best_cut, best_replicas
-from pipeoptim.partitioning.places import Tied, full_state_dict
+from pipeoptim.partitioning.places import full_state_dict, untie
 from pipeoptim.partitioning.profile import BlockCost, profile
 from pipeoptim.partitioning.result import Partition
 
-__all__ = ["BlockCost", "Partition", "Tied", "best_cut", "best_replicas", "full_state_dict", "partition", "profile"]
+__all__ = ["BlockCost", "Partition", "Tied", "best_cut", "best_replicas", "full_state_dict", "partition", "profile", "untie"]

@@ -12,7 +12,7 @@ from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.blocks import Blocks, sliceable
 from pipeoptim.partitioning.choice import Wanted, choose
 from pipeoptim.partitioning.layered import Layered
-from pipeoptim.partitioning.places import find_places, untie
+from pipeoptim.partitioning.places import find_places, separated
 from pipeoptim.partitioning.profile import BlockCost
 from pipeoptim.partitioning.result import Partition
 
@@ -101,7 +101,7 @@ def partition(
     shared = splitter.stages(plan.ranges)
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     names, tied = find_places(whole, shared)
-    stages = untie(shared)
+    stages = separated(shared)
     splitter.check(stages)
     lengths = [end - start for start, end in plan.ranges]
     return Partition(stages, lengths, list(costs), plan.seconds, plan.memory, names, tied, how, plan.replicas)

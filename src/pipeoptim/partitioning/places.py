@@ -3,25 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from pipeoptim.engine.tied import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.shadow import shadow, slots
-
-
-@dataclass(frozen=True)
-class Tied:
-    """One parameter of the model that several stages use; each of them has a copy of its own.
-
-    Attributes:
-        names: in the model.
-        places: (stage, name in that stage), the first one first.
-    """
-
-    names: tuple[str, ...]
-    places: tuple[tuple[int, str], ...]
 
 
 def full_state_dict(names: Sequence[Mapping[str, str]], states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -66,7 +53,29 @@ def find_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dic
     return names, tied
 
 
-def untie(stages: Sequence[nn.Module]) -> list[nn.Module]:
+def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
+    """Stages that share no parameter, and which of their parameters were one: for ``tied=``, which keeps them equal.
+
+    Each stage after the first that holds a parameter gets a copy of it, in the stage itself unless modules are shared as well.
+    Make optimizers afterwards.
+
+    Args:
+        stages: modules that run one after the other.
+
+    Example:
+        >>> import torch, pipeoptim as po
+        >>> embed, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
+        >>> head.weight = embed.weight
+        >>> stages, tied = po.untie([embed, head])
+        >>> tied[0].places
+        ((0, 'weight'), (1, 'weight'))
+        >>> pipe = po.Emulator(stages, torch.optim.AdamW, nn.functional.cross_entropy, tied=tied)
+    """
+    _, tied = find_places(nn.ModuleList(stages), stages)
+    return separated(stages), tied
+
+
+def separated(stages: Sequence[nn.Module]) -> list[nn.Module]:
     """Stages that share nothing: each after the first that holds a parameter or buffer gets a copy of its own, tied within the
     stage as before."""
     seen: set[int] = set()

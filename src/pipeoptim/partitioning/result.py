@@ -7,7 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pipeoptim.partitioning.places import Tied, full_state_dict
+from pipeoptim.engine.tied import Tied
+from pipeoptim.partitioning.places import full_state_dict
 from pipeoptim.partitioning.profile import BlockCost
 
 
@@ -24,8 +25,8 @@ class Partition:
         replicas: devices of each stage.
         names: per stage, name in the model's ``state_dict`` -> name in the stage's; with those of tied weights on every stage
             that has a copy.
-        tied: parameters of the model that several stages use. Each stage has a copy of its own, equal at first: their
-            gradients must be added up, or the weights untied.
+        tied: parameters of the model that several stages use. Each stage has a copy of its own; ``tied=`` of the engines keeps them
+            equal, without it they learn apart.
         how: ``"blocks"``, ``"layers"`` or ``"trace"``.
     """
 

@@ -6,6 +6,7 @@ the timeline that draws it. What a stage does, and how old its weights are when 
 
 from pipeoptim.schedule.actions import Action, Kind
 from pipeoptim.schedule.draw import to_svg, to_text
+from pipeoptim.schedule.known import common_delay
 from pipeoptim.schedule.orders import INTERLEAVED, ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
 from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
@@ -20,6 +21,7 @@ __all__ = [
     "Program",
     "Span",
     "bubble",
+    "common_delay",
     "count_gaps",
     "replay",
     "timeline",

@@ -1,0 +1,138 @@
+"""How the stages that hold a tied weight tell each other its gradients: through memory in the emulator, all-reduced in processes.
+
+Gradients are told apart by the version of the weights that they will update, which for one mini-batch is the same on every stage.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from datetime import timedelta
+from typing import Any, Protocol
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeoptim.errors import StageFailure
+
+
+class Exchange(Protocol):
+    """How the holders of one tied weight tell each other its gradients; versions are those that the gradients will update."""
+
+    def post(self, version: int, gradient: Tensor) -> None:
+        """Tell the others; does not wait. The gradient is the exchange's own from now on."""
+        ...
+
+    def ready(self, version: int) -> bool:
+        """Whether :meth:`take` will end; always, where the other stages act by themselves."""
+        ...
+
+    def take(self, version: int) -> Tensor:
+        """The sum over the holders, the same bits on all of them; once per version, in the order in which they were posted."""
+        ...
+
+
+class SumBoard:
+    """The exchange between stages of one process. Stage ``k`` uses ``board.end(k)``."""
+
+    def __init__(self, holders: Sequence[int]) -> None:
+        self.holders = tuple(holders)
+        self._gradients: dict[int, dict[int, Tensor]] = {}
+        self._sums: dict[int, list[Tensor]] = {}  # version -> one per holder that has not taken it
+
+    def end(self, k: int) -> Exchange:
+        """What stage ``k`` holds."""
+        return _BoardEnd(self, k)
+
+    def post(self, k: int, version: int, gradient: Tensor) -> None:
+        """Note the gradient of stage ``k``."""
+        told = self._gradients.setdefault(version, {})
+        told[k] = gradient
+        if len(told) == len(self.holders):
+            found = in_order([told[j] for j in self.holders])
+            self._sums[version] = [found, *(found.clone() for _ in self.holders[1:])]
+            del self._gradients[version]
+
+    def ready(self, version: int) -> bool:
+        """Whether all holders have noted theirs."""
+        return version in self._sums
+
+    def take(self, version: int) -> Tensor:
+        """The sum; forgotten when every holder has taken it."""
+        assert self.ready(version), f"the gradients of version {version} are not complete"
+        found = self._sums[version].pop()
+        if not self._sums[version]:
+            del self._sums[version]
+        return found
+
+
+class _BoardEnd:
+    def __init__(self, board: SumBoard, k: int) -> None:
+        self.board, self.k = board, k
+
+    def post(self, version: int, gradient: Tensor) -> None:
+        self.board.post(self.k, version, gradient)
+
+    def ready(self, version: int) -> bool:
+        return self.board.ready(version)
+
+    def take(self, version: int) -> Tensor:
+        return self.board.take(version)
+
+
+class ReducedSums:
+    """The exchange between processes, started at once and waited for late.
+
+    Two holders all-reduce, whose sum does not depend on its order; more of them gather the gradients and add them up in the order
+    of the stages, as the emulator does.
+
+    Args:
+        timeout: seconds to wait for the others.
+    """
+
+    def __init__(self, timeout: float) -> None:
+        self.timeout = timedelta(seconds=timeout)
+        self._group: dist.ProcessGroup | None = None
+        self._works: dict[int, tuple[Any, list[Tensor]]] = {}
+
+    def connect(self, group: dist.ProcessGroup) -> None:
+        """Use ``group``, one of the holders and for this alone: it waits for no activation, and no activation waits for it."""
+        self._group = group
+
+    def post(self, version: int, gradient: Tensor) -> None:
+        assert self._group is not None
+        count = self._group.size()
+        try:
+            if count == 2:
+                every = [gradient]
+                work = dist.all_reduce(gradient, group=self._group, async_op=True)
+            else:
+                every = [torch.empty_like(gradient) for _ in range(count)]
+                work = dist.all_gather(every, gradient, group=self._group, async_op=True)
+        except RuntimeError as error:
+            raise _failure(error) from error
+        self._works[version] = work, every
+
+    def ready(self, version: int) -> bool:
+        return True
+
+    def take(self, version: int) -> Tensor:
+        work, every = self._works.pop(version)
+        try:
+            work.wait(self.timeout)
+        except RuntimeError as error:
+            raise _failure(error) from error
+        return in_order(every)
+
+
+def in_order(gradients: Sequence[Tensor]) -> Tensor:
+    """Their sum from the first to the last, in the first one's memory, so that all engines get the same bits."""
+    found, *others = gradients
+    for other in others:
+        found.add_(other)
+    return found
+
+
+def _failure(error: RuntimeError) -> StageFailure:
+    first = (str(error).splitlines() or ["no reason given"])[0][:160]
+    return StageFailure(f"a stage died or did not tell its gradient of a tied weight ({first})")

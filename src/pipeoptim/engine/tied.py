@@ -1,0 +1,246 @@
+"""Weights that several stages use, such as an embedding that is also the output layer: one weight, a copy on each of its stages.
+
+Each stage that uses a tied weight (a *holder*) has a copy of it and an optimizer state of its own, and knows the gradient of its
+own use only. After B of mini-batch n every holder tells its gradient, and update n of every holder takes the sum over the
+holders of their gradients of mini-batch n - d:
+
+    d = 0 where the pipeline flushes, which is exact;
+    d = :func:`~pipeoptim.schedule.common_delay` elsewhere, the smallest for which nobody waits: ceil(D/M) for first and last stage.
+
+Updates 0 .. d-1 have no gradient for it (None, so that optimizers leave it alone). All holders begin with the same values, take
+the same gradients in the same order and have the same optimizer settings, so their copies are equal bit for bit at equal versions.
+
+Others add the gradients up where the pipeline is empty: Megatron-LM all-reduces those of the embedding between first and last
+stage before each step, DeepSpeed those of its ``TiedLayerSpec``. A pipeline that never flushes has no such place, so it pays by d.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine.clip import Clip
+from pipeoptim.engine.sums import Exchange
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method
+from pipeoptim.rules.combined import members
+from pipeoptim.schedule import Program, common_delay
+
+
+@dataclass(frozen=True)
+class Tied:
+    """One weight that several stages use; each of them has a copy of its own.
+
+    Attributes:
+        names: in the model.
+        places: (stage, name of the parameter in that stage), the first one first.
+    """
+
+    names: tuple[str, ...]
+    places: tuple[tuple[int, str], ...]
+
+    @property
+    def holders(self) -> tuple[int, ...]:
+        """The stages."""
+        return tuple(k for k, _ in self.places)
+
+    def name_on(self, k: int) -> str:
+        """Its name on stage ``k``."""
+        return dict(self.places)[k]
+
+    def __str__(self) -> str:
+        return " = ".join(f"{name!r} of stage {k}" for k, name in self.places)
+
+
+Ties = Sequence[Tied | Sequence[tuple[int, str]]]
+"""What users give: entries of ``Partition.tied``, or plain lists of (stage, name) of each copy."""
+
+
+def read_ties(given: Ties | None, program: Program, method: Method, clip: Clip | None, scaled: bool) -> list[Tied]:
+    """``given`` in one form, each tie's places in the order of the stages, after checks.
+
+    Raises:
+        ConfigError: places that cannot be, or something that would move the copies apart.
+    """
+    ties = [_read(tie, program.depth) for tie in given or ()]
+    seen: set[tuple[int, str]] = set()
+    for tie in ties:
+        if seen & set(tie.places):
+            raise ConfigError(f"tied names {tie} twice; give one list with all places of that weight")
+        seen |= set(tie.places)
+    if ties:
+        _check(ties, program, method, clip, scaled)
+    return ties
+
+
+def _read(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
+    places = tie.places if isinstance(tie, Tied) else tie
+    try:
+        found = tuple(sorted((int(k), str(name)) for k, name in places))
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"tied holds {tie!r}, must hold entries of a partition's tied, or lists of (stage, name of the parameter) of each copy: "
+            '[[(0, "embed.weight"), (1, "head.weight")]]'
+        ) from None
+    stages = [k for k, _ in found]
+    if len(set(stages)) < 2 or len(set(stages)) < len(stages) or not all(0 <= k < depth for k in stages):
+        raise ConfigError(
+            f"tied holds {list(found)}, must name two or more different stages of 0 .. {depth - 1}, one parameter on each; "
+            "weights shared inside one stage are tied by themselves"
+        )
+    return Tied(tie.names if isinstance(tie, Tied) else tuple(name for _, name in found), found)
+
+
+def _check(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool) -> None:
+    if program.interleaved:
+        raise ConfigError("weights tied across stages are worked out for one stage per process; leave processes or tied out")
+    if clip is not None and not clip.waits:
+        raise ConfigError(
+            f"clipping with scope {clip.scope!r} scales each stage's gradients by a number of its own, so the copies of a tied weight "
+            "would move apart; use scope 'global', or no clipping"
+        )
+    if scaled:
+        raise ConfigError(
+            "loss scaling lets each stage skip updates by itself, so the copies of a tied weight would move apart; use bfloat16 "
+            "without a scaler, or untie the weights"
+        )
+    for tie in ties:
+        for version in (0, method.synchronous_updates):
+            rates = [method.lr_scale(program, k, version) if method.lr_scale else 1.0 for k in tie.holders]
+            if len(set(rates)) > 1:
+                raise ConfigError(
+                    f"method {method.name!r} scales the learning rates of stages {list(tie.holders)} by {rates}, so the copies of "
+                    f"the tied weight {tie.names[0]!r} would move apart; use another method, or untie the weights"
+                )
+
+
+class TiedWeight:
+    """A holder's copy of a tied weight.
+
+    Args:
+        name, parameter: on this stage.
+        held: what the optimizer moves: the parameter, or its master.
+        exchange: with the other holders.
+        delay: d.
+        counted: whether this is the stage that counts it in a norm over all stages; one holder does.
+    """
+
+    def __init__(self, name: str, parameter: Tensor, held: Tensor, exchange: Exchange, delay: int, counted: bool) -> None:
+        self.name, self.parameter, self.held = name, parameter, held
+        self.exchange, self.delay, self.counted = exchange, delay, counted
+        self._posted: deque[int] = deque()  # versions whose sum was not taken yet
+        self._known: dict[int, Tensor] = {}  # version -> its sum
+
+    @property
+    def values(self) -> list[Tensor]:
+        """What must begin alike on all holders."""
+        return [self.held] if self.held is self.parameter else [self.held, self.parameter]
+
+    def post(self, version: int) -> None:
+        """Tell this stage's own gradient of the update after ``version``; zeros if it has none."""
+        gradient, self.held.grad = self.held.grad, None
+        if gradient is None:
+            gradient = torch.zeros_like(self.held, requires_grad=False)
+        if gradient.is_sparse:
+            raise ConfigError(f"the tied weight {self.name!r} has a sparse gradient; make its Embedding with sparse=False")
+        self.exchange.post(version, gradient.contiguous())
+        self._posted.append(version)
+
+    def ready(self, version: int) -> bool:
+        """Whether :meth:`take` would not wait for a stage that cannot act meanwhile (the emulator's stages take turns)."""
+        due = version - self.delay
+        return due not in self._posted or self.exchange.ready(due)
+
+    def take(self, version: int) -> None:
+        """Put in place the gradient of the update after ``version``: the sum for version - d; None where there is none."""
+        due = version - self.delay
+        while self._posted and self._posted[0] <= due:
+            self._take_oldest()
+        self.held.grad = self._known.pop(due, None)
+
+    def _take_oldest(self) -> None:
+        version = self._posted.popleft()
+        self._known[version] = self.exchange.take(version)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Sums that coming updates use."""
+        while self._posted:
+            self._take_oldest()
+        return {"versions": list(self._known), "sums": list(self._known.values())}
+
+    def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
+        """Take over :meth:`state_dict`; None: no gradient is under way."""
+        while self._posted:
+            self._take_oldest()
+        state = state or {"versions": [], "sums": []}
+        self._known = {v: g.to(self.held.device).clone() for v, g in zip(state["versions"], state["sums"], strict=True)}
+
+
+@dataclass(frozen=True)
+class TieEnd:
+    """A tied weight as stage ``k`` is told of it: which parameter, and how to reach the other holders."""
+
+    tie: Tied
+    k: int
+    exchange: Exchange
+
+    def on(self, module: nn.Module, held: Sequence[Tensor], params: Sequence[Tensor], program: Program) -> TiedWeight | None:
+        """The stage's copy; ``held``: what the optimizer moves, in the order of the module's ``params``. None if it moves another.
+
+        Raises:
+            ConfigError: the module has no such parameter.
+        """
+        name = self.tie.name_on(self.k)
+        parameter = dict(module.named_parameters(remove_duplicate=False)).get(name)
+        if parameter is None:
+            raise ConfigError(
+                f"tied names {name!r} of stage {self.k}, which has no such parameter; see stage.named_parameters()"
+            )
+        found = next((h for h, p in zip(held, params, strict=True) if p is parameter), None)
+        if found is None:
+            return None
+        delay, counted = common_delay(program, self.tie.holders), self.k == self.tie.holders[0]
+        return TiedWeight(name, parameter, found, self.exchange, delay, counted)
+
+
+def describe(weight: TiedWeight | None, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> str:
+    """All that decides how an update moves a stage's copy, in words that must be the same on all holders."""
+    if weight is None or optimizer is None:
+        return "nothing that moves it"
+    held, found = weight.held, "nothing"
+    for member in members(optimizer):
+        for group in member.param_groups:
+            if any(p is held for p in group["params"]):
+                options = (f"{name}={_plain(group[name])}" for name in sorted(group) if name not in _ELSEWHERE)
+                found = f"{type(member).__name__}({', '.join(options)})"
+    rate = "" if scheduler is None else f" with {type(scheduler).__name__}"
+    shape = f"{str(weight.parameter.dtype).removeprefix('torch.')} {list(weight.parameter.shape)}"
+    return f"{found}{rate} on {shape}"
+
+
+_ELSEWHERE = ("params", "param_names", "initial_lr", "prediction")
+
+
+def _plain(value: Any) -> Any:
+    return value.tolist() if isinstance(value, Tensor) else value
+
+
+def check_alike(tie: Tied, described: Sequence[str]) -> None:
+    """``described``: by each of the holders.
+
+    Raises:
+        ConfigError: they differ.
+    """
+    for k, words in zip(tie.holders, described, strict=True):
+        if words != described[0]:
+            raise ConfigError(
+                f"the tied weight {tie} has {described[0]} on stage {tie.holders[0]} and {words} on stage {k}, so its copies would "
+                "move apart; give both the same optimizer, settings and learning rate"
+            )

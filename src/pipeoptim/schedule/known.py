@@ -1,0 +1,58 @@
+"""What a stage can count on: which updates of other stages come before its own, whatever the stages' speeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+
+from pipeoptim.schedule.actions import Kind
+from pipeoptim.schedule.program import Program
+from pipeoptim.schedule.timeline import Span, replay
+
+
+@lru_cache(maxsize=256)
+def common_delay(program: Program, stages: tuple[int, ...]) -> int:
+    """The smallest d such that update n of each of ``stages`` comes after update n - d of all of them without waiting for it.
+
+    "Comes after" by the action program alone: by the order of each stage's own actions, and because an F needs the F before it
+    and a B the B behind it. So what a stage tells at its update n - d is known at update n of the others, if it is sent at once.
+    0 where the pipeline flushes: there every stage has done its backwards before any stage goes on.
+
+    Args:
+        program: of the pipeline.
+        stages: who tell each other something.
+
+    Example:
+        >>> common_delay(Program("async_1f1b", 4), (0, 3)), common_delay(Program("async_1f1b", 4, 4), (0, 3))
+        (4, 1)
+        >>> common_delay(Program("async_1f1b", 4), (0, 2)), common_delay(Program("1f1b", 4, 4), (0, 3))
+        (3, 0)
+    """
+    if program.flushes:
+        return 0
+    processes = range(program.processes or program.depth)
+    plans = [[a for n in range(2 * program.depth + 2) for a in program.process_step(p, n)] for p in processes]
+    found = 0
+    for span, updates in _updates_before(replay(plans, program.depth, lambda k, kind: 1.0), program):  # noqa: ARG005
+        if span.action.kind is Kind.U and span.k in stages:
+            found = max(found, span.action.number + 1 - min(updates[j] for j in stages))
+    return found
+
+
+def _updates_before(spans: Sequence[Span], program: Program) -> list[tuple[Span, list[int]]]:
+    """Each action, in an order in which each comes after what it needs, with the updates of every stage made by its end."""
+    of_process = [[0] * program.depth for _ in range(program.processes or program.depth)]
+    of_action: dict[tuple[int, Kind, int], list[int]] = {}
+    result = []
+    for span in spans:
+        k, (kind, number) = span.k, span.action
+        p = program.process_of(k)
+        needed = of_action.get((k - 1 if kind is Kind.F else k + 1, kind, number), of_process[p])
+        known = list(map(max, of_process[p], of_process[p] if kind is Kind.U else needed))
+        known[k] += kind is Kind.U
+        of_process[p] = of_action[k, kind, number] = known
+        result.append((span, known))
+    return result
+
+
+__all__ = ["common_delay"]
