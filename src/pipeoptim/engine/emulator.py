@@ -121,7 +121,7 @@ class Emulator(Pipeline):
         seed = torch.initial_seed() if seed is None else seed
         clip, compression = as_clip(clip), as_compression(compress)
         board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
-        scaled = any(one is not None and one.is_enabled() for one in scalers)
+        scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
         ties = read_ties(tied, self.program, self.method, clip, scaled)
         sums = [SumBoard(tie.holders) for tie in ties]
         for k, module in enumerate(stages):

@@ -10,7 +10,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -102,11 +102,13 @@ class StageWorker:
         self.is_last = k == program.depth - 1
         self.predictor: WeightPredictor | None = None
         if optimizer is not None and method.predicts_on(program, k):
-            own, parts = method.predictor, reduction.parts
+            own, parts, fused = method.predictor, reduction.parts, _by_kernels(ties)
             self.predictor = (
-                own(optimizer, program, k) if own else Predictor(optimizer, kind=prediction, scheduler=scheduler, parts=parts)
+                own(optimizer, program, k)
+                if own
+                else Predictor(optimizer, kind=prediction, scheduler=scheduler, fused=fused, parts=parts)
             )
-        self._optimizer_step = _stepping(optimizer, method, program, self.predictor, reduction)
+        self._optimizer_step = _stepping(optimizer, method, program, self.predictor, reduction, ties)
         held, params = ([reduction.parts.get(p, p) for p in tensors] for tensors in (held, params))
         self.masters = Masters(held, params)
         if self.predictor is not None and self.masters.pairs:
@@ -550,7 +552,12 @@ def _nothing() -> None:
 
 
 def _stepping(
-    optimizer: Optimizer | None, method: Method, program: Program, predictor: WeightPredictor | None, reduction: Reduction
+    optimizer: Optimizer | None,
+    method: Method,
+    program: Program,
+    predictor: WeightPredictor | None,
+    reduction: Reduction,
+    ties: Sequence[TieEnd],
 ) -> Callable[[], object]:
     """What moves the weights of a stage.
 
@@ -560,10 +567,15 @@ def _stepping(
     if optimizer is None:
         return _nothing
     kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
-    if predictor is None and kernels:
+    if predictor is None and kernels and _by_kernels(ties):
         with suppress(ConfigError):  # optimizers that no weights can be predicted for
             return Predictor(optimizer, kind="none", parts=reduction.parts).step
     return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
+
+
+def _by_kernels(ties: Sequence[TieEnd]) -> Literal["auto", False]:
+    """Whether kernels may step: torch's own step everywhere keeps the copies of tied weights equal bit for bit."""
+    return False if ties else "auto"
 
 
 def _optimized(
