@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -24,8 +25,10 @@ from pipeoptim.engine.link import Receiver, Sender, pair
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.reduction import ALONE, Reduction
-from pipeoptim.engine.replicas import ReplicaSet, read_replicas
+from pipeoptim.engine.replicas import ReplicaSet, read_replicas, same_start
 from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.sums import ReducedSums
+from pipeoptim.engine.tied import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
 from pipeoptim.engine.trace import Row, Trace
 from pipeoptim.engine.tree import as_args
 from pipeoptim.engine.upstream import read_stage
@@ -61,7 +64,7 @@ class Schedule(Pipeline):
         scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
-        compress: as in :class:`~pipeoptim.Emulator`; equal in all processes.
+        compress, tied: as in :class:`~pipeoptim.Emulator`; equal in all processes.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -86,6 +89,7 @@ class Schedule(Pipeline):
     _to_next: Sender | None = None
     _to_previous: Sender | None = None
     _norms: GatheredNorms | None = None
+    _sums: Mapping[Tied, ReducedSums] = MappingProxyType({})
     _replicas: ReplicaSet | None = None
     _reduction: Reduction = ALONE
     _watch: Watch | None = None
@@ -113,6 +117,7 @@ class Schedule(Pipeline):
         overlap: bool = False,
         compress: Compression | str | None = None,
         trace: Trace | None = None,
+        tied: TiedWeights | None = None,
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
@@ -128,9 +133,12 @@ class Schedule(Pipeline):
             if options.clip is not None and options.clip.exchanges:
                 self._norms = GatheredNorms(place.depth, timeout)
             copies = read_replicas(replicas, place.module)
+            scaled = scaler is not None and scaler.is_enabled()
+            shared = read_tied(tied, self.program, self.method, options.clip, scaled)
+            self._sums = {tie: ReducedSums(timeout) for tie in shared if self.k in tie.holders}
             settings = (
                 f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
-                f"{options.describe()} replicas={copies.count} overlap={overlap}"
+                f"{options.describe()} replicas={copies.count} overlap={overlap} tied=[{'; '.join(map(str, shared))}]"
             )
             if copies.count > 1:
                 self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings)
@@ -150,11 +158,16 @@ class Schedule(Pipeline):
                 options=options,
                 norms=traced.norms(row, self._norms),
                 reduction=self._reduction,
+                ties=[TieEnd(tie, self.k, traced.sums(row, own)) for tie, own in self._sums.items()],
             )
             self.worker = self._workers[self.k] = worker
             self._connect(liveness_timeout, settings, row)
             if self._norms is not None:  # all processes have agreed by now that there is such a group
                 self._norms.connect(self.ties.group("norms", "gloo"))
+            for tie, own in self._sums.items():
+                weight = self.worker.tied_weight(tie)
+                if weight is not None:
+                    same_start(weight.values, own.group, self.ranks[tie.holders[0]])
         except BaseException as error:
             self.ties.refuse(error)
             self._failed = True
@@ -171,8 +184,9 @@ class Schedule(Pipeline):
             for link in (self._to_next, self._to_previous):
                 if link is not None and not self._failed:
                     self._flush(link)
-            if self._norms is not None and rest and not self._closed:
-                self._guard(self._norms.settle)
+            for exchange in (self._norms, *self._sums.values()):
+                if exchange is not None and rest and not self._closed:
+                    self._guard(exchange.settle)
         finally:
             self._closed = True
             for end in (self._from_previous, self._from_next, self._to_next, self._to_previous):
@@ -182,6 +196,8 @@ class Schedule(Pipeline):
             self._reduction.close()
             if self._norms is not None:
                 self._norms.close()
+            for sums in self._sums.values():
+                sums.close(rest)
             if self._replicas is not None:
                 self._replicas.close(rest)
             self._untie(rest)
@@ -300,6 +316,15 @@ class Schedule(Pipeline):
             cause = str(error) if self._watch is None else self._watch.cause(f"{error} [seen by stage {self.k}]")
             raise StageFailure(cause) from error
 
+    def _meet(self, tie: Tied, sums: ReducedSums) -> None:
+        """Find the other holders of a tied weight, who must move it alike."""
+        assert self.ranks is not None
+        ranks = [self.ranks[k] for k in tie.holders]
+        holders = Ties("tied", ranks, self.ties.timeout.total_seconds(), f"holder {{}} of {tie.names[0]!r}")
+        own = describe(self.worker.tied_weight(tie), self.worker.optimizer, self.worker.scheduler)
+        check_alike(tie, holders.exchange(own))
+        sums.connect(holders)
+
     def _tie(self, ranks: tuple[int, ...], timeout: float) -> Ties:
         return Ties("pipeline", ranks, timeout)
 
@@ -312,6 +337,8 @@ class Schedule(Pipeline):
     def _connect(self, liveness: float | None, settings: str, row: Row | None) -> None:
         """A check that all agree; the watch; and one group per direction, so that neither waits for the other."""
         agree(self.ties, settings)
+        for tie, sums in self._sums.items():
+            self._meet(tie, sums)
         if liveness is not None and self.depth > 1:
             self._watch = Watch(self.ties.clone(), self.k, self.depth, liveness)
         if liveness is not None and self._replicas is not None:

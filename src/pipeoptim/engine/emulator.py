@@ -21,7 +21,7 @@ from pipeoptim.engine.norms import NormBoard
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.stage import LossFn
 from pipeoptim.engine.sums import SumBoard
-from pipeoptim.engine.tied import Tied, TieEnd, Ties, check_alike, describe, read_ties
+from pipeoptim.engine.tied import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
 from pipeoptim.engine.trace import Trace
 from pipeoptim.engine.tree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -107,7 +107,7 @@ class Emulator(Pipeline):
         overlap: bool = False,
         compress: Compression | str | None = None,
         trace: Trace | None = None,
-        tied: Ties | None = None,
+        tied: TiedWeights | None = None,
     ) -> None:
         stages = list(stages)
         if not stages:
@@ -122,7 +122,7 @@ class Emulator(Pipeline):
         clip, compression = as_clip(clip), as_compression(compress)
         board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
-        ties = read_ties(tied, self.program, self.method, clip, scaled)
+        ties = read_tied(tied, self.program, self.method, clip, scaled)
         sums = [SumBoard(tie.holders) for tie in ties]
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))

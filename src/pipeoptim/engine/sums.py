@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeoptim.engine.groups import Ties
 from pipeoptim.errors import StageFailure
 
 
@@ -92,23 +93,39 @@ class ReducedSums:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timedelta(seconds=timeout)
-        self._group: dist.ProcessGroup | None = None
+        self._holders: Ties | None = None
         self._works: dict[int, tuple[Any, list[Tensor]]] = {}
+        self._told: dict[int, Tensor] = {}
 
-    def connect(self, group: dist.ProcessGroup) -> None:
-        """Use ``group``, one of the holders and for this alone: it waits for no activation, and no activation waits for it."""
-        self._group = group
+    def connect(self, holders: Ties) -> None:
+        """Use a group of ``holders`` for this alone: it waits for no activation, and no activation waits for it."""
+        self._holders = holders
+
+    @property
+    def group(self) -> dist.ProcessGroup:
+        """That group."""
+        assert self._holders is not None
+        return self._holders.group("sums")
+
+    def settle(self) -> None:
+        """Wait for what has been posted; it can be taken later."""
+        self._told |= {version: self.take(version) for version in list(self._works)}
+
+    def close(self, wait: bool) -> None:
+        """Give the group back."""
+        self._works.clear()
+        if self._holders is not None:
+            self._holders.close(wait)
 
     def post(self, version: int, gradient: Tensor) -> None:
-        assert self._group is not None
-        count = self._group.size()
+        count = self.group.size()
         try:
             if count == 2:
                 every = [gradient]
-                work = dist.all_reduce(gradient, group=self._group, async_op=True)
+                work = dist.all_reduce(gradient, group=self.group, async_op=True)
             else:
                 every = [torch.empty_like(gradient) for _ in range(count)]
-                work = dist.all_gather(every, gradient, group=self._group, async_op=True)
+                work = dist.all_gather(every, gradient, group=self.group, async_op=True)
         except RuntimeError as error:
             raise _failure(error) from error
         self._works[version] = work, every
@@ -117,6 +134,8 @@ class ReducedSums:
         return True
 
     def take(self, version: int) -> Tensor:
+        if version in self._told:
+            return self._told.pop(version)
         work, every = self._works.pop(version)
         try:
             work.wait(self.timeout)

@@ -59,11 +59,11 @@ class Tied:
         return " = ".join(f"{name!r} of stage {k}" for k, name in self.places)
 
 
-Ties = Sequence[Tied | Sequence[tuple[int, str]]]
+TiedWeights = Sequence[Tied | Sequence[tuple[int, str]]]
 """What users give: entries of ``Partition.tied``, or plain lists of (stage, name) of each copy."""
 
 
-def read_ties(given: Ties | None, program: Program, method: Method, clip: Clip | None, scaled: bool) -> list[Tied]:
+def read_tied(given: TiedWeights | None, program: Program, method: Method, clip: Clip | None, scaled: bool) -> list[Tied]:
     """``given`` in one form, each tie's places in the order of the stages, after checks.
 
     Raises:
