@@ -115,6 +115,28 @@ def test_throughput_of_all_schedules_and_late_links(tmp_path: Path) -> None:
     assert len(columns(Record.read(out))[1]) == len(late) == 4
 
 
+def test_compressed_messages_are_small_and_fast_on_a_slow_link(tmp_path: Path) -> None:
+    """At 1 Mbit/s a message of 8 x 512 numbers takes 132 ms, as int8 34 ms, and two processes wait for nothing else."""
+    out = tmp_path / "t.json"
+    command = ["bench", "transfer", "--model", "mlp=8", "--megabits", "1", "--repeats", "1", "--window", "0.1"]
+    assert _run([*command, "--out", str(out)]) == 0
+    rows = Record.read(out).rows
+    assert [row.settings["transfer"] for row in rows] == ["as it is", "bf16", "int8"]
+    assert [row.settings["message_bytes"] for row in rows] == [64 + 8 * 512 * 4, 64 + 8 * 512 * 2, 64 + 8 * 512 + 64]
+    assert rows[0].median < 8 / 0.13  # the link is as slow as it was asked to be
+    assert rows[2].median > 1.5 * rows[0].median
+    assert columns(Record.read(out))[1][2][4] == "4,224 (0.26)"
+    assert _run(["bench", "transfer", "--model", "mlp"]) == 2
+
+
+def test_losses_are_compared_seed_by_seed() -> None:
+    rows = [Row("a", [2.0, 3.0], {"sent": "as it is", "error_feedback": "none"})]
+    rows += [Row("b", [2.1, 3.3], {"sent": "int8", "error_feedback": "both"})]
+    lines = columns(record(*rows, benchmark="transfer loss"))[1]
+    assert lines[0] == ["as it is", "none", "2.500", "", "", ""]
+    assert lines[1] == ["int8", "both", "2.700", "+0.200", "0.100", "+0.100 +0.300"]
+
+
 def test_what_moved_is_what_noise_cannot_explain() -> None:
     old = record(Row("same", [1.0, 1.1, 0.9]), Row("up", [1.0, 1.1, 0.9]), Row("overlaps", [1.0, 1.1, 0.9]), Row("gone", [1.0]))
     new = record(Row("same", [1.05, 0.95, 1.0]), Row("up", [2.0, 2.1, 1.9]), Row("overlaps", [1.2, 1.3, 1.05]))

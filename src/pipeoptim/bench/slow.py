@@ -18,6 +18,9 @@ import torch.distributed as dist
 
 from pipeoptim.bench.processes import BANDWIDTH, DELAY
 
+SENT: list[int] = []
+"""Bytes of every message that left this process; whoever counts clears it."""
+
 
 class _Work(dist.Work):
     """A send that waits for its time."""
@@ -46,6 +49,7 @@ class _Link:
 
     def send(self, tensors: Any, peer: int, tag: int) -> _Work:
         nbytes = sum(t.numel() * t.element_size() for t in tensors)
+        SENT.append(nbytes)
         seconds = nbytes / self.bandwidth if self.bandwidth else 0.0
         self.free = max(self.free, time.monotonic()) + seconds
         work = _Work()

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench import efficiency, memory, scaling
+from pipeoptim.bench import efficiency, memory, scaling, transfer
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record, Row
@@ -31,6 +31,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     if record.benchmark == "partition":
         return _partition_columns(record)
     own = {"efficiency": efficiency.columns, "memory": memory.columns, "scaling": scaling.columns}
+    own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}
     if record.benchmark in own:
         return own[record.benchmark](record)
     if record.benchmark == "throughput":

@@ -86,11 +86,11 @@ def stage(**options: Any) -> list[dict[str, Any]]:
     """The part of one process: build all contenders, let them take turns, return their samples."""
     contenders = dict(_contenders(options))
     batch, window = options["batch"], options["window"]
-    counts = {name: _steps_in(step, window) for name, (_, step) in contenders.items()}
+    counts = {name: steps_in(step, window) for name, (_, step) in contenders.items()}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for _ in range(options["repeats"]):
         for name, (_, step) in contenders.items():
-            samples[name].append(batch * counts[name] / _seconds(step, counts[name]))
+            samples[name].append(batch * counts[name] / seconds(step, counts[name]))
     return [{"name": name, "samples": samples[name], "settings": contenders[name][0]} for name in contenders]
 
 
@@ -140,7 +140,8 @@ def _torchs(work: Work, cut: dict[int, list[int]], optimizer: Callable[[nn.Modul
     return rival_step(name, lambda n, depth: _part(work, cut, n, depth), m, work.loss_fn, optimizer, work.x, work.y)
 
 
-def _seconds(step: Step, count: int) -> float:
+def seconds(step: Step, count: int) -> float:
+    """What ``count`` steps take, from barrier to barrier."""
     dist.barrier()
     start = time.perf_counter()
     for _ in range(count):
@@ -149,12 +150,12 @@ def _seconds(step: Step, count: int) -> float:
     return time.perf_counter() - start
 
 
-def _steps_in(step: Step, window: float) -> int:
+def steps_in(step: Step, window: float) -> int:
     """How many steps take about ``window`` seconds; the same number in every process."""
-    _seconds(step, 2)
-    first = torch.tensor(_seconds(step, 2) / 2)
+    seconds(step, 2)
+    first = torch.tensor(seconds(step, 2) / 2)
     dist.broadcast(first, 0)
     trial = max(2, min(10, int(window / float(first))))
-    count = torch.tensor(max(2.0, window * trial / _seconds(step, trial)))
+    count = torch.tensor(max(2.0, window * trial / seconds(step, trial)))
     dist.broadcast(count, 0)
     return int(count)

@@ -107,6 +107,37 @@ def efficiency(
 
 
 @bench.command()
+def transfer(
+    model: Annotated[
+        list[str] | None,
+        Option(help="What is trained, with its mini-batch: mlp=64 (default), or module:function=8. Several times."),
+    ] = None,
+    megabits: Annotated[
+        list[float] | None, Option(help="Megabits per second of each link; several times. By default 1000, 100 and 10.")
+    ] = None,
+    method: Annotated[str, Option(help="Method.")] = "pipeoptim",
+    repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 5,
+    window: Annotated[float, Option(help="Seconds per window.")] = 0.5,
+    add: Annotated[bool, _ADD] = False,
+    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/transfer.json"),
+) -> None:
+    """Samples per second over slow links, with activations and gradients sent as they are, as bf16 and as int8.
+
+    Two processes of one thread each; each direction between them has a link of its own. About 30 seconds per model and link.
+
+    \b
+    Examples:
+      pipeoptim bench transfer --megabits 100
+      pipeoptim bench transfer --model mlp=64 --model pipeoptim_zoo.speed:gpt=8
+    """
+    from pipeoptim.bench.transfer import measure
+
+    _positive(repeats=repeats, window=window, megabits=min(megabits or [1]))
+    models = dict(_sized(text) for text in model or ["mlp=64"])
+    _report(measure(models, megabits or [1000.0, 100.0, 10.0], method, repeats, window), out, add)
+
+
+@bench.command()
 def memory(
     depth: Annotated[list[int] | None, Option(help="Stages; several times. By default 2 to 8.")] = None,
     method: Annotated[list[str] | None, Option(help="Method; several times. By default all.")] = None,
@@ -200,6 +231,15 @@ def predict(
         )
     record = measure(weights, threads, repeats, budget, optimizer)
     _report(merged(Record.read(out), record) if add and out.is_file() else record, out)
+
+
+def _sized(text: str) -> tuple[str, int]:
+    from pipeoptim.errors import ConfigError
+
+    name, _, batch = text.rpartition("=")
+    if not name or not batch.isdecimal() or int(batch) < 1:
+        raise ConfigError(f"model is {text!r}, must be a model and its mini-batch, for example mlp=64")
+    return name, int(batch)
 
 
 def _positive(**values: float) -> None:
