@@ -15,7 +15,7 @@ import compress_cases as cases
 import pipeoptim as po
 import stage_processes
 from pipeoptim.engine.compress import KINDS, ROW, Channel, Compressor, Packed, pack_tensor, unpack, unpack_tensor
-from pipeoptim.engine.wire import format_of
+from pipeoptim.engine.wire import HEADER, format_of
 
 HERE = Path(__file__).parent
 SHAPES = [(ROW,), (5, 40), (3, 4, 64), (2, 6, 5, 7), (40, 3), (2, 1, 33)]
@@ -236,7 +236,7 @@ def test_processes_equal_the_emulator_bit_for_bit(written, name):
 def test_bytes_on_the_wire_and_settings_that_differ(written):
     for output in written[1]:
         plain, half, quarter = (int(n) for n in output.splitlines()[0].split()[1:])
-        assert plain == 64 + 32 * 512 * 4
+        assert plain == HEADER + 32 * 512 * 4
         assert 0.49 < half / plain < 0.51
         assert 0.25 < quarter / plain < 0.26
         assert output.count("give all the same") == 3
