@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -13,13 +15,44 @@ from pipeoptim_zoo.models.resnet import resnet101 as classifier
 
 __all__ = ["gnmt8", "gpt", "resnet101"]
 
+VOCABULARY = 1000
+
+
+class _InOrder(torch.autograd.Function):
+    @staticmethod
+    def forward(_: Any, x: Tensor) -> Tensor:
+        return x.clone(memory_format=torch.contiguous_format)  # and no view: ScheduleZBVZeroBubble detaches it in place
+
+    @staticmethod
+    def backward(_: Any, *gradients: Tensor) -> Tensor:
+        return gradients[0].contiguous()
+
+
+class Tidy(Chain):
+    """A stage as torch's schedules can run it; all contenders get it.
+
+    They send contiguous tensors and gradients only, and find out shapes by running each stage on memory that nobody has written
+    to, where a token may be any number and a bool any byte.
+    """
+
+    def forward(self, *xs: Any) -> Any:
+        """The blocks one after the other."""
+        out = super().forward(*map(_tidy, xs))
+        return tuple(map(_tidy, out)) if isinstance(out, tuple) else _tidy(out)
+
+
+def _tidy(x: Tensor) -> Tensor:
+    if x.is_floating_point():
+        return _InOrder.apply(x)  # type: ignore[no-any-return,no-untyped-call]
+    return x.view(torch.uint8) != 0 if x.dtype == torch.bool else x % VOCABULARY
+
 
 def token_loss(logits: Tensor, target: Tensor) -> Tensor:
     """Cross entropy, mean over all tokens."""
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def gpt(batch: int, width: int = 128, layers: int = 6, context: int = 64, vocabulary: int = 1000) -> Work:
+def gpt(batch: int, width: int = 128, layers: int = 6, context: int = 64, vocabulary: int = VOCABULARY) -> Work:
     """A GPT of 1.4 million weights."""
     model = language_model(vocabulary, context, width, layers, heads=4)
     x, y = (torch.randint(vocabulary, (batch, context)) for _ in range(2))
@@ -34,8 +67,8 @@ def resnet101(batch: int, width: float = 0.25, classes: int = 100) -> Work:
     )
 
 
-def gnmt8(batch: int, width: int = 64, length: int = 12, vocabulary: int = 1000) -> Work:
+def gnmt8(batch: int, width: int = 64, length: int = 12, vocabulary: int = VOCABULARY) -> Work:
     """GNMT-8 with 64 units per layer and sentences of 12 tokens."""
     model = translator(vocabulary, length, width, dropout=0.0)
     x = torch.randint(1, vocabulary, (batch, 2 * length))
-    return Work(list(model), x, torch.randint(1, vocabulary, (batch, length)), token_loss, Chain)
+    return Work(list(model), x, torch.randint(1, vocabulary, (batch, length)), token_loss, Tidy)

@@ -46,7 +46,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def _throughput_columns(record: Record) -> tuple[list[str], list[list[str]]]:
-    """Per model and mini-batch: every contender at its best M, and the ratio to the best of torch."""
+    """Every contender at its best M: of one model and mini-batch with its samples, of several the ratios to the best of torch."""
     groups: dict[tuple[Any, Any], dict[str, Row]] = {}
     for row in record.rows:
         s = row.settings
@@ -54,16 +54,47 @@ def _throughput_columns(record: Record) -> tuple[list[str], list[list[str]]]:
         name = row.name.split(" M=")[0].rpartition(", ")[2]
         if name not in best or row.median > best[name].median:
             best[name] = row
-    head = ["model", "mini-batch", "", "best M", f"median {record.unit}", "lowest .. highest", "times the best of torch"]
-    first = 2 if len(groups) == 1 else 0
+    rivals = {
+        key: max((r for r in rows.values() if not r.settings["ours"]), key=_median, default=None)
+        for key, rows in groups.items()
+    }
+    if len(groups) > 1:
+        return _ratios(groups, rivals)
+    head = ["", "best M", f"median {record.unit}", "lowest .. highest", "times the best of torch"]
     body = []
-    for (model, batch), rows in groups.items():
-        rival = max((row.median for row in rows.values() if not row.settings["ours"]), default=float("nan"))
+    for key, rows in groups.items():
         for name, row in sorted(rows.items(), key=lambda item: -item[1].median):
-            cells = [str(model), str(batch), name, str(row.settings["microbatches"]), _short(row.median)]
-            cells += [f"{_short(min(row.samples))} .. {_short(max(row.samples))}", f"{row.median / rival:.2f}"]
-            body.append(cells[first:])
-    return head[first:], body
+            cells = [name, str(row.settings["microbatches"]), _short(row.median)]
+            cells += [f"{_short(min(row.samples))} .. {_short(max(row.samples))}", _times(row, rivals[key])]
+            body.append(cells)
+    return head, body
+
+
+def _ratios(
+    groups: dict[tuple[Any, Any], dict[str, Row]], rivals: dict[tuple[Any, Any], Row | None]
+) -> tuple[list[str], list[list[str]]]:
+    """A line per contender, a column per model and mini-batch, fastest on average first."""
+    names = {name: [rows.get(name) for rows in groups.values()] for rows in groups.values() for name in rows}
+    lines = {name: [_times(row, rivals[key]) for key, row in zip(groups, found, strict=True)] for name, found in names.items()}
+
+    def average(name: str) -> float:
+        known = [float(cell) for cell in lines[name] if cell]
+        return sum(known) / len(known)
+
+    body = [[name, *lines[name]] for name in sorted(lines, key=average, reverse=True)]
+    absolute = ["" if best is None else _short(best.median) for best in rivals.values()]
+    return ["times the best of torch", *(f"{model}, {batch}" for model, batch in groups)], [
+        *body,
+        ["best of torch, samples/s", *absolute],
+    ]
+
+
+def _times(row: Row | None, rival: Row | None) -> str:
+    return "" if row is None or rival is None else f"{row.median / rival.median:.2f}"
+
+
+def _median(row: Row) -> float:
+    return row.median
 
 
 def _partition_columns(record: Record) -> tuple[list[str], list[list[str]]]:

@@ -36,6 +36,7 @@ def measure(
     processes: int = 2,
     repeats: int = 5,
     window: float = 0.5,
+    fused: bool = False,
 ) -> Record:
     """Measure every contender.
 
@@ -49,6 +50,7 @@ def measure(
         processes: processes of one thread each.
         repeats: windows per contender.
         window: seconds a window takes, about.
+        fused: give all contenders an optimizer with torch's fused step, instead of the default one.
 
     Returns:
         One row per contender and M, in samples per second.
@@ -65,6 +67,7 @@ def measure(
         "torch_microbatches": torch_microbatches or [1, 2, 4, 8],
         "repeats": repeats,
         "window": window,
+        "fused": fused,
     }
     for name in shared["methods"]:  # type: ignore[attr-defined]
         if name not in METHODS:
@@ -100,13 +103,15 @@ def _contenders(options: dict[str, Any]) -> list[tuple[str, tuple[dict[str, Any]
     cut = cuts(build(model, batch), depths)
 
     def optimizer(module: nn.Module) -> Optimizer:
-        return getattr(torch.optim, options["optimizer"])(module.parameters(), lr=1e-3)  # type: ignore[no-any-return]
+        how = {"fused": True} if options["fused"] else {}
+        return getattr(torch.optim, options["optimizer"])(module.parameters(), lr=1e-3, **how)  # type: ignore[no-any-return]
 
     found = []
+    label = short_name(model) + (" (fused step)" if options["fused"] else "")
 
     def add(name: str, m: int, ours: bool, step: Step) -> None:
-        settings = {"model": short_name(model), "batch": batch, "method": name, "microbatches": m, "ours": ours}
-        found.append((f"{short_name(model)}, {batch}, {'' if ours else 'torch '}{name} M={m}", (settings, step)))
+        settings = {"model": label, "batch": batch, "method": name, "microbatches": m, "ours": ours}
+        found.append((f"{label}, {batch}, {'' if ours else 'torch '}{name} M={m}", (settings, step)))
 
     for name in options["methods"]:
         for m in options["microbatches"] + [processes] * METHODS[name].at_least_depth_microbatches:

@@ -43,6 +43,7 @@ def throughput(
     ] = None,
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 5,
     window: Annotated[float, Option(help="Seconds per window.")] = 0.5,
+    fused: Annotated[bool, Option("--fused", help="All contenders get torch's fused step of the optimizer.")] = False,
     add: Annotated[bool, _ADD] = False,
     out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/throughput.json"),
 ) -> None:
@@ -59,7 +60,7 @@ def throughput(
     from pipeoptim.bench.throughput import measure
 
     _positive(repeats=repeats, window=window)
-    _report(measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window), out, add)
+    _report(measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window, fused), out, add)
 
 
 @bench.command()
