@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import pipeoptim as po
-from pipeoptim.engine.monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor
+from pipeoptim.engine.monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor, _products
+from pipeoptim.kernels import available
 from pipeoptim.methods import Method
 from pipeoptim.weights import Latest, Predicted
 
@@ -84,7 +85,7 @@ def gap(program, k, i, drains, m):
 
 def test_measuring_changes_nothing():
     finals = []
-    for monitor in (False, True):
+    for monitor in (False, 1):
         stages = layers(4)
         pipe = po.Emulator(stages, two_groups, loss_fn, monitor=monitor)
         for x, y in data(10):
@@ -109,13 +110,43 @@ def test_the_sample_is_bounded_and_spread():
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(sample, again, strict=True))
 
 
+def test_small_stages_are_measured_seldomer_by_default():
+    for weights, every in ((80, 1), (60, 1), (30, 2), (23, 3), (0.001, 10)):
+        assert PredictionMonitor([[torch.empty(int(1e6 * weights), device="meta")]], 0, coordinates=10).every == every
+    pipe = po.Emulator(layers(4), two_groups, loss_fn, monitor=True)
+    versions = set()
+    for x, y in data(30):
+        pipe.step(x, target=y)
+        versions |= {error.version - error.steps for error in pipe.prediction_error(0)}
+    assert versions == {0, 10, 20}
+
+
+@pytest.mark.skipif(not available(), reason="no C compiler")
+def test_the_kernel_takes_what_torch_takes():
+    torch.manual_seed(0)
+    weights = [torch.randn(300, 400), torch.randn(7), torch.randn(40, 30).t(), torch.randn(5000)]
+    halves = [w.bfloat16() for w in weights]
+    monitor = PredictionMonitor([weights[:2], [], weights[3:]], 0)  # contiguous
+    flat = [weights[0], weights[1], weights[3]]
+    assert monitor._take is not None and monitor._take([halves[0], *flat[1:]]) is None
+    samples = [[w + n * torch.randn_like(w) for w in flat] for n in range(3)]
+    taken = [monitor._take(sample) for sample in samples]
+    for sample, found in zip(samples, taken, strict=True):
+        assert torch.equal(found, torch.cat([sample[n].take(where) for n, where in monitor._places]))
+    torch.testing.assert_close(torch.tensor(monitor._take.products(*taken)), _products(*taken, monitor._parts).float())
+    strided = PredictionMonitor([weights], 0)
+    assert strided._take(weights) is None
+    expected = torch.cat([weights[n].take(where) for n, where in strided._places])
+    assert torch.equal(strided._sample(weights), expected)
+
+
 def test_a_sample_tells_the_error_of_all():
     torch.manual_seed(0)
     before = [torch.randn(300, 400), torch.randn(400)]
     move = [torch.randn_like(w) for w in before]
     now = [w + d for w, d in zip(before, move, strict=True)]
     predicted = [w + 0.5 * d + 0.1 * torch.randn_like(w) for w, d in zip(before, move, strict=True)]
-    monitor = PredictionMonitor([before], 3)
+    monitor = PredictionMonitor([before], 3, every=1)
     monitor.predicted(4, 2, before, predicted)
     monitor.updated(5, before)
     assert monitor.figures() == []
@@ -154,7 +185,7 @@ class Backwards:
 
 def test_a_prediction_worse_than_none_is_told_once_with_stage_and_group():
     wrong = Method("wrong", "async_1f1b", Predicted(), Latest(), summary="for the test", predictor=Backwards)
-    pipe = po.Emulator(layers(2), lambda p: torch.optim.Adam(p, lr=1e-4), loss_fn, wrong, monitor=True)
+    pipe = po.Emulator(layers(2), lambda p: torch.optim.Adam(p, lr=1e-4), loss_fn, wrong, monitor=1)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for x, y in data(1) * (2 * WINDOW + 10):
@@ -166,7 +197,7 @@ def test_a_prediction_worse_than_none_is_told_once_with_stage_and_group():
 
 def test_the_warning_comes_again_after_a_recovery():
     before, now = [torch.zeros(8)], [torch.ones(8)]
-    monitor = PredictionMonitor([before], 0)
+    monitor = PredictionMonitor([before], 0, every=1)
     told, version = [], 0
     for error, count in ((3.0, WINDOW + 5), (0.1, 2 * WINDOW), (3.0, WINDOW + 5)):
         with warnings.catch_warnings(record=True) as caught:
@@ -183,7 +214,7 @@ def test_the_warning_comes_again_after_a_recovery():
 
 
 def test_weights_that_do_not_move_have_no_error():
-    monitor = PredictionMonitor([[torch.zeros(4)]], 0)
+    monitor = PredictionMonitor([[torch.zeros(4)]], 0, every=1)
     monitor.predicted(0, 1, [torch.zeros(4)], [torch.ones(4)])
     monitor.updated(1, [torch.zeros(4)])
     (error,) = monitor.figures()

@@ -53,7 +53,8 @@ class Emulator(Pipeline):
         autocast: ``torch.bfloat16`` or ``torch.float16``: F and the loss run under ``torch.autocast``.
         scaler: loss scaling for float16: one ``torch.amp.GradScaler`` per stage, or a callable that makes one.
         on_update: ``on_update(k, version)``, called after every update of every stage; averages of weights go here.
-        monitor: measure the predictions made at every version (True) or every n-th; see :meth:`prediction_error`.
+        monitor: measure the predictions made at every n-th version, see :meth:`prediction_error`; True: at every one of stages
+            with 60 million weights, of smaller ones seldomer, but at every 10th in any case, which costs less than 1 % of a step.
         trace: records what every stage does and when, see :class:`pipeoptim.Trace`.
         uneven: a batch that M does not divide is cut into micro-batches that differ by one row, each counting by its share of
             the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.

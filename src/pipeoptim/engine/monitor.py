@@ -15,10 +15,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from pipeoptim.kernels import Take, available
+
 COORDINATES = 4096  # per parameter group and stage
 TENSORS = 16  # of a group that coordinates are taken from: each one costs a kernel call
 RUN = 16  # neighbouring elements of a tensor that are taken together
 WINDOW = 20  # measurements that the warning averages over
+LARGE = 60_000_000  # weights of a stage whose update takes 100 times as long as a measurement, and more
+SELDOM = 10  # versions between measurements of small stages, whose forwards and backwards take longer than their update
 
 
 class PredictionWarning(UserWarning):
@@ -55,7 +59,8 @@ class PredictionMonitor:
     Args:
         groups: the parameters of each parameter group, as the module holds them.
         k: the stage.
-        every: measure the predictions made at every so many versions.
+        every: measure the predictions made at every so many versions; by default at every one of stages with 60 million weights,
+            half as often with half as many, and so on, but at every 10th in any case.
         coordinates, tensors: size of the sample of a group; drawn once, equal in every run.
     """
 
@@ -63,21 +68,28 @@ class PredictionMonitor:
         self,
         groups: Sequence[Sequence[Tensor]],
         k: int,
-        every: int = 1,
+        every: int | None = None,
         coordinates: int = COORDINATES,
         tensors: int = TENSORS,
     ) -> None:
-        self.k, self.every = k, every
+        weights = sum(p.numel() for group in groups for p in group)
+        self.k, self.every = k, every or min(SELDOM, math.ceil(LARGE / max(1, weights)))
         generator = torch.Generator().manual_seed(1_000_003 * (k + 1))
         self._samples: list[list[tuple[int, Tensor]]] = []  # of a group: which tensor, which of its elements
-        first = 0
+        self._parts: list[slice] = []  # of a group: its part of a sample
+        first = taken = 0
         for group in groups:
             chosen = _choose([p.numel() for p in group], coordinates, tensors, generator)
             self._samples.append([(first + n, where.to(group[n].device)) for n, where in chosen])
             first += len(group)
-        self._latest: tuple[int, list[Tensor]] | None = None  # version, samples of its weights
-        self._pending: dict[tuple[int, int], tuple[list[Tensor], list[Tensor]]] = {}  # (t + s, s) -> W_t, W_hat
-        self._found: deque[tuple[int, int, Tensor]] = deque()  # measured, still on the device
+            size = sum(where.numel() for _, where in chosen)
+            self._parts.append(slice(taken, taken + size))
+            taken += size
+        self._places = [place for sample in self._samples for place in sample]
+        self._take = Take(self._samples) if all(where.is_cpu for _, where in self._places) else None
+        self._latest: tuple[int, Tensor] | None = None  # version, a sample of its weights
+        self._pending: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (t + s, s) -> W_t, W_hat
+        self._found: deque[tuple[int, int, Tensor | list[list[float]]]] = deque()  # measured, perhaps still on the device
         self._figures: dict[int, PredictionError] = {}
         self._windows: list[deque[float]] = [deque(maxlen=WINDOW) for _ in groups]
         self._worse = [False for _ in groups]
@@ -92,9 +104,7 @@ class PredictionMonitor:
         for target, steps in [key for key in self._pending if key[0] <= version]:
             before, predicted = self._pending.pop((target, steps))
             if target == version:
-                now = self._at(version, params)
-                triples = zip(before, predicted, now, strict=True)
-                self._found.append((version, steps, torch.stack([_compare(*triple) for triple in triples])))
+                self._found.append((version, steps, self._compare(before, predicted, self._at(version, params))))
                 if len(self._found) > 1:  # the newest may still be on its way through the device's queue
                     self._read()
 
@@ -109,20 +119,27 @@ class PredictionMonitor:
         self._pending.clear()
         self._latest = None
 
-    def _at(self, version: int, params: Sequence[Tensor]) -> list[Tensor]:
+    def _at(self, version: int, params: Sequence[Tensor]) -> Tensor:
         if self._latest is None or self._latest[0] != version:
             self._latest = version, self._sample(params)
         return self._latest[1]
 
-    @torch.no_grad()
-    def _sample(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        empty = torch.empty(0, device=tensors[0].device) if tensors else torch.empty(0)
-        taken = [[_wide(tensors[n].take(where)) for n, where in sample] for sample in self._samples]
-        return [parts[0] if len(parts) == 1 else torch.cat(parts) if parts else empty for parts in taken]
+    def _sample(self, tensors: Sequence[Tensor]) -> Tensor:
+        taken = self._take(tensors) if self._take is not None else None
+        if taken is not None or not self._places:
+            return torch.empty(0) if taken is None else taken
+        with torch.no_grad():
+            return torch.cat([_wide(tensors[n].take(where)) for n, where in self._places])
+
+    def _compare(self, before: Tensor, predicted: Tensor, now: Tensor) -> Tensor | list[list[float]]:
+        by_kernel = self._take is not None and all(s.is_cpu and s.dtype is torch.float32 for s in (before, predicted, now))
+        if self._take is not None and by_kernel and available():
+            return self._take.products(before, predicted, now)
+        return _products(before, predicted, now, self._parts)
 
     def _read(self) -> None:
         version, steps, table = self._found.popleft()
-        for n, row in enumerate(table.tolist()):
+        for n, row in enumerate(table.tolist() if isinstance(table, Tensor) else table):
             error, cosine, scale = _figures(row)
             self._judge(n, error, version)
             self._figures[n] = PredictionError(self.k, n, version, steps, error, cosine, scale, self._worse[n])
@@ -177,19 +194,21 @@ def _wide(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _compare(before: Tensor, predicted: Tensor, now: Tensor) -> Tensor:
-    """The products of the predicted and the real displacement with each other: all that the figures need."""
-    both = torch.stack([predicted - before, now - before]).double()
-    return both @ both.T
+def _products(before: Tensor, predicted: Tensor, now: Tensor, parts: Sequence[slice]) -> Tensor:
+    """For each part the products of the predicted and the real displacement with each other: all that the figures need."""
+    expected, real = torch.stack([predicted, now]).sub_(before).double()
+    return torch.stack(
+        [x[part] @ y[part] for part in parts for x, y in ((expected, expected), (expected, real), (real, real))]
+    ).view(-1, 3)
 
 
-def _figures(products: list[list[float]]) -> tuple[float | None, float | None, float | None]:
-    """Relative error, cosine and best scale from :func:`_compare`; None where they mean nothing.
+def _figures(products: list[float]) -> tuple[float | None, float | None, float | None]:
+    """Relative error, cosine and best scale from :func:`_products`; None where they mean nothing.
 
-    >>> _figures([[1.0, 2.0], [2.0, 4.0]])
+    >>> _figures([1.0, 2.0, 4.0])
     (0.5, 1.0, 2.0)
     """
-    (expected, together), (_, real) = products
+    expected, together, real = products
     if not math.isfinite(expected + real):
         return None, None, None
     error = math.sqrt(max(0.0, expected - 2 * together + real) / real) if real else None

@@ -26,7 +26,7 @@ class StageOptions:
         autocast: type that F and the loss are computed in where torch.autocast lowers it.
         scaler: loss scaling for float16; one of its own per stage.
         on_update: called after every update.
-        monitor: measure the predictions made at every version (True), or at every so many.
+        monitor: measure the predictions made at every so many versions; True: as many as keep the cost below 1 % of the update, at most 10.
         recompute: on which weights activation checkpoints run again, see :mod:`pipeoptim.engine.recompute`.
         compress: of what is sent to the stages before and after.
 

@@ -134,7 +134,9 @@ class StageWorker:
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
         self.monitor: PredictionMonitor | None = None
         if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
-            self.monitor = PredictionMonitor(_grouped(optimizer, params), k, int(options.monitor))
+            self.monitor = PredictionMonitor(
+                _grouped(optimizer, params), k, None if options.monitor is True else options.monitor
+            )
         self.compressor = Compressor(options.compress, program.microbatches)
         self._announced = False  # the backwards of an update are done and the update is not carried out yet
         self._own = False  # and its gradients are final but for tied weights and clipping

@@ -10,6 +10,7 @@ Set ``PIPEOPTIM_KERNELS=0`` to do without, ``PIPEOPTIM_CACHE`` to choose where c
 from pipeoptim.kernels.calls import Adam, AdamHow, Ahead, Move, Sgd, SgdHow, Term, copy, run_adam, run_moves, run_sgd
 from pipeoptim.kernels.library import available, why_not
 from pipeoptim.kernels.memory import flat
+from pipeoptim.kernels.take import Take
 
 __all__ = [
     "Adam",
@@ -18,6 +19,7 @@ __all__ = [
     "Move",
     "Sgd",
     "SgdHow",
+    "Take",
     "Term",
     "available",
     "copy",

@@ -53,6 +53,10 @@ def _loaded(path: Path) -> ctypes.CDLL:
         for name in ("adam", "sgd", "move"):
             entry = getattr(loaded, f"pipeoptim_{name}")
             entry.argtypes, entry.restype = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32), ctypes.c_int
+        address, number = ctypes.c_void_p, ctypes.c_int64
+        loaded.pipeoptim_take.argtypes, loaded.pipeoptim_take.restype = (number, address), None
+        loaded.pipeoptim_products.argtypes = (address, address, address, number, address, address)
+        loaded.pipeoptim_products.restype = None
     except (OSError, AttributeError) as error:
         remedy = f"delete {path}, or let PIPEOPTIM_CACHE name another directory"
         raise BuildError(f"the library cannot be loaded ({error})", remedy) from error

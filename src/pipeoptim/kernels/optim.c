@@ -211,6 +211,44 @@ ENTRY(pipeoptim_adam, adam)
 ENTRY(pipeoptim_sgd, sgd)
 ENTRY(pipeoptim_move, move)
 
+/* -- small samples of many tensors ------------------------------------------------------------------------------------------ */
+
+struct run { int64_t start, length; }; /* neighbouring elements */
+
+struct sample {
+    const float *from;
+    const struct run *runs;
+    float *out;
+    int64_t count;
+};
+
+/* All is asked for before any of it is used: it comes from far apart, and fetches can overlap. */
+void pipeoptim_take(int64_t count, const struct sample *jobs) {
+    for (int64_t j = 0; j < count; j++)
+        for (int64_t r = 0; r < jobs[j].count; r++) __builtin_prefetch(jobs[j].from + jobs[j].runs[r].start);
+    for (int64_t j = 0; j < count; j++) {
+        float *out = jobs[j].out;
+        for (int64_t r = 0; r < jobs[j].count; r++) {
+            const struct run run = jobs[j].runs[r];
+            memcpy(out, jobs[j].from + run.start, (size_t)run.length * sizeof(float));
+            out += run.length;
+        }
+    }
+}
+
+/* For each part (up to its end) the squares and the product of `predicted - before` and `now - before`, in double. */
+void pipeoptim_products(const float *before, const float *predicted, const float *now, int64_t parts, const int64_t *ends, double *sums) {
+    int64_t i = 0;
+    for (int64_t p = 0; p < parts; p++) {
+        double expected = 0, together = 0, real = 0;
+        for (; i < ends[p]; i++) {
+            double a = (double)(predicted[i] - before[i]), b = (double)(now[i] - before[i]);
+            expected += a * a, together += a * b, real += b * b;
+        }
+        sums[3 * p] = expected, sums[3 * p + 1] = together, sums[3 * p + 2] = real;
+    }
+}
+
 /* The sizes of the structures, so that the caller can check that it packs the same. */
 void pipeoptim_sizes(int64_t *sizes) {
     sizes[0] = sizeof(struct adam), sizes[1] = sizeof(struct sgd), sizes[2] = sizeof(struct move), sizes[3] = sizeof(struct term);
