@@ -22,10 +22,11 @@ class Case:
     odd: bool = False  # a module that leaves parameters without a gradient, and shares others
     overlap: bool = False
     prediction: str = "refined"
+    tied: bool = False  # the first layers of both stages
 
     def name(self) -> str:
         clip = "" if self.clip is None else self.clip.scope
-        return f"{self.method}-{self.m}-{self.wrap}-{clip}-{self.optimizer}-{self.odd}-{self.overlap}-{self.prediction}"
+        return f"{self.method}-{self.m}-{self.wrap}-{clip}-{self.optimizer}-{self.odd}-{self.overlap}-{self.prediction}-{self.tied}"
 
 
 class Odd(nn.Module):
@@ -79,6 +80,8 @@ def emulate(case: Case) -> tuple[po.Emulator, torch.Tensor]:
     opts = [optimizer(case, mod.parameters()) for mod in modules]
     rates = [scheduler(opt) for opt in opts]
     options = {"overlap": True} if case.overlap else {}
+    if case.tied:
+        options["tied"] = TIED
     pipe = po.Emulator(
         modules,
         opts,
@@ -100,6 +103,7 @@ def emulate(case: Case) -> tuple[po.Emulator, torch.Tensor]:
     return pipe, torch.stack(losses)
 
 
+TIED = [[(0, "0.weight"), (1, "0.weight")]]
 CLIPS = [po.Clip(0.05), po.Clip(0.05, "global"), po.Clip(0.05, "global_delayed")]
 ODD = [Case(odd=True, optimizer=o, m=m) for o, m in (("adamw", 1), ("sgd", 2))]
 
@@ -113,12 +117,14 @@ def plain() -> list[Case]:
         *ODD,
         Case(overlap=True),
         Case("pipedream", 2, overlap=True),
+        *(Case(tied=True, m=m, overlap=overlap) for m, overlap in ((1, False), (2, True))),
+        Case("1f1b", 2, tied=True, clip=CLIPS[1], optimizer="sgd"),
     ]
 
 
 def wrapped() -> list[Case]:
     """What can differ when torch's wrapper averages: micro-batches, other backward weights, clipping, odd modules."""
-    return [Case(), Case("spectrain", 2), Case(clip=CLIPS[1], m=2), *ODD]
+    return [Case(), Case("spectrain", 2), Case(clip=CLIPS[1], m=2), Case(tied=True, m=2), *ODD]
 
 
 def sharded() -> list[Case]:

@@ -50,6 +50,8 @@ def equal_case(case):
                 p.add_(1.0)  # the first replica's weights are those that count
     if case.overlap:
         options["overlap"] = True
+    if case.tied:
+        options["tied"] = cases.TIED
     opt = cases.optimizer(case, module.parameters())
     options |= {"scheduler": cases.scheduler(opt), "clip": case.clip, "prediction": case.prediction}
     pipe = schedule(module, opt, case.m, case.method, **options)
@@ -150,7 +152,8 @@ def refusals():
     adamw = torch.optim.AdamW
     words.append(refused(sharded, adamw(sharded.parameters())))
     fully_shard(sharded, mesh=mesh["data"])
-    for options in ({"scaler": torch.amp.GradScaler("cpu")}, {"method": "spectrain"}, {"uneven": True}):
+    wrong = ({"scaler": torch.amp.GradScaler("cpu")}, {"method": "spectrain"}, {"uneven": True}, {"tied": cases.TIED})
+    for options in wrong:
         words.append(refused(sharded, adamw(sharded.parameters()), **options))
     wrapper = DistributedDataParallel(module, process_group=mesh["data"].get_group(), static_graph=True)
     words.append(refused(wrapper, adamw(wrapper.parameters())))

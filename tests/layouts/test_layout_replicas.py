@@ -123,8 +123,9 @@ def test_wrong_replicas_are_refused_with_a_sentence(folder):
         assert "cannot scale its loss" in words[4]
         assert "'spectrain' keeps averages" in words[5]
         assert "no uneven micro-batches" in words[6]
-        assert "static_graph=True" in words[7]
-        assert k > 0 or "Adafactor moves each matrix as a whole" in words[8]
+        assert "is tied, but the stage's parameters are sharded" in words[7]
+        assert "static_graph=True" in words[8]
+        assert k > 0 or "Adafactor moves each matrix as a whole" in words[9]
 
 
 def test_a_killed_replica_ends_all_others(tmp_path):

@@ -81,7 +81,11 @@ def gnmt8() -> Case:
     return Case(gnmt8(40, 6, width=8, dropout=0.0), (ids,), {}, torch.randint(40, (4, 5)), logits_loss)
 
 
-CASES = {"gpt2": gpt2, "llama": llama, "bert": bert, "vit": vit, "resnet101": resnet101, "gnmt8": gnmt8}
+def gpt2_tied() -> Case:
+    return gpt2(tie=True)
+
+
+CASES = {"gpt2": gpt2, "gpt2_tied": gpt2_tied, "llama": llama, "bert": bert, "vit": vit, "resnet101": resnet101, "gnmt8": gnmt8}
 
 
 def case(name: str) -> Case:
@@ -93,7 +97,7 @@ def optimizer(parameters):
     return torch.optim.SGD(parameters, lr=0.05, momentum=0.9)
 
 
-BLOCKS = {"gpt2": 5, "llama": 5, "bert": 5, "vit": 5, "resnet101": 36, "gnmt8": 11}
+BLOCKS = {"gpt2": 5, "gpt2_tied": 5, "llama": 5, "bert": 5, "vit": 5, "resnet101": 36, "gnmt8": 11}
 
 
 def equal_costs(name):

@@ -34,7 +34,7 @@ def train(k: int, depth: int, case, costs):
     stage = cut.stages[k]
     torch.manual_seed(3)
     place = PipelineStage(stage, k, depth, torch.device("cpu"))
-    pipe = po.Schedule(place, models.optimizer(stage.parameters()), case.loss, timeout=60)
+    pipe = po.Schedule(place, models.optimizer(stage.parameters()), case.loss, timeout=60, tied=cut.tied)
     losses = []
     for args, kwargs, target in models.feeds(case):
         first = (args, kwargs) if k == 0 else ([], {})

@@ -137,6 +137,35 @@ def test_memory_is_that_of_the_method():
     assert partition(model, 4, costs=costs, method="pipeoptim").memory_bytes == [3000, 3000, 3000, 2000]
 
 
+def tied_ends(width=16, words=40):
+    """An embedding, two layers, and the embedding again as the head."""
+    embed, head = nn.Embedding(words, width), nn.Linear(width, words, bias=False)
+    head.weight = embed.weight
+    return nn.Sequential(embed, nn.Linear(width, width), nn.Linear(width, width), head)
+
+
+@pytest.mark.parametrize(
+    ("method", "depth", "sums"), [("1f1b", 1, 0), ("1f1b", 2, 0), ("pipeoptim", 2, 2), ("pipedream", 4, 4)]
+)
+def test_every_stage_counts_its_own_copy_of_a_tied_weight_once(method, depth, sums):
+    model = tied_ends()
+    costs = [BlockCost(str(n), 0, 1, 0, 0, sum(p.nbytes for p in block.parameters())) for n, block in enumerate(model)]
+    cut = partition(model, depth, costs=costs, method=method)
+    tied = model[0].weight.nbytes
+    for k, stage in enumerate(cut.stages):
+        own = sum(p.nbytes for p in stage.parameters())
+        elsewhere = any(k in tie.holders for tie in cut.tied)
+        copies = po.Emulator(cut.stages, torch.optim.SGD, nn.functional.cross_entropy, method).weight_copies(k)
+        assert cut.memory_bytes[k] == own * (copies + 1) + sums * tied * elsewhere
+    if depth > 1:
+        last = cut.memory_bytes[-1]
+        assert last >= 2 * tied and cut.tied[0].holders == (0, depth - 1)
+        limits = [10**9] * (depth - 1)
+        assert partition(tied_ends(), depth, costs=costs, method=method, memory=[*limits, last]).lengths == cut.lengths
+        with pytest.raises(po.ConfigError, match="under these limits"):  # less than the head alone, with one gradient
+            partition(tied_ends(), depth, costs=costs, method=method, memory=[*limits, (2 + sums) * tied - 1])
+
+
 def test_stages_compute_what_the_model_computes_and_measuring_leaves_no_trace():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 64), nn.BatchNorm1d(64), nn.ReLU(), nn.Linear(64, 8), nn.Dropout(0.5), nn.Linear(8, 8))

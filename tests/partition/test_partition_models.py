@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import warnings
 
 import pytest
 import torch
@@ -48,8 +49,8 @@ def test_flush_training_of_stages_equals_training_the_model_and_loads_back_into_
         model = copy.deepcopy(start)
         cut = po.partition(model, depth, case.args, case.kwargs, costs=costs)
         costs = cut.costs
-        assert not cut.tied
-        pipe = po.Emulator(cut.stages, models.optimizer, case.loss, method="1f1b", microbatches=2)
+        assert bool(cut.tied) == name.endswith("_tied")
+        pipe = po.Emulator(cut.stages, models.optimizer, case.loss, method="1f1b", microbatches=2, tied=cut.tied)
         for _ in range(STEPS):
             pipe.step(*case.args, target=case.target, **case.kwargs)
         pipe.drain()
@@ -107,6 +108,27 @@ def test_tied_weights_are_named_and_copied():
     assert cut.names[1]["lm_head.weight"] == tie.places[1][1]
     assert "on stages 0, 1" in cut.to_text()
     assert not po.partition(case.model, 1, case.args, case.kwargs).tied
+
+
+def test_a_trace_keeps_tied_weights_tied_and_leaves_the_model_as_it_was():
+    case = models.case("gpt2_tied")
+    expected = train_whole(models.case("gpt2_tied"), 1)
+    plain = [dict(vars(module)) for module in case.model.modules()]
+    for depth in (3, 2):  # again: what tracing leaves in the model would break a second trace
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # it has modules for dropout
+            cut = po.partition(case.model, depth, case.args, case.kwargs, how="trace")
+        assert [vars(module).keys() for module in case.model.modules()] == [before.keys() for before in plain]
+        (tie,) = cut.tied
+        assert set(tie.names) == {"transformer.wte.weight", "lm_head.weight"} and tie.holders == (0, depth - 1)
+        embedding = case.model.transformer.wte.weight
+        assert cut.stages[0].get_parameter(tie.name_on(0)) is embedding
+        assert sum(p.shape == embedding.shape for stage in cut.stages for p in stage.parameters()) == 2
+    pipe = po.Emulator(cut.stages, models.optimizer, case.loss, method="1f1b", tied=cut.tied)
+    for _ in range(STEPS):
+        pipe.step(*case.args, target=case.target, **case.kwargs)
+    for key, value in cut.full_state_dict().items():
+        assert torch.allclose(expected[key], value, rtol=2e-4, atol=2e-6), f"{key} differs"
 
 
 def test_a_model_without_values_is_cut_and_filled_stage_by_stage():

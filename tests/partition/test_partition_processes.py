@@ -10,7 +10,7 @@ import pipeoptim as po
 import stage_processes
 
 # One worker: it imports everything once and forks a process per stage.
-RUNS = {2: ["llama", "resnet101"], 3: ["gpt2", "gnmt8"], 4: ["gpt2", "llama", "resnet101", "gnmt8"]}
+RUNS = {2: ["llama", "resnet101", "gpt2_tied"], 3: ["gpt2", "gnmt8", "gpt2_tied"], 4: ["gpt2", "llama", "resnet101", "gnmt8"]}
 
 
 def test_asynchronous_training_in_processes_equals_the_emulator_bit_for_bit(tmp_path, monkeypatch):
@@ -20,7 +20,7 @@ def test_asynchronous_training_in_processes_equals_the_emulator_bit_for_bit(tmp_
         for name in names:
             case = models.case(name)
             cut = po.partition(case.model, depth, case.args, case.kwargs, costs=models.equal_costs(name))
-            pipe = po.Emulator(cut.stages, models.optimizer, case.loss, seed=3)
+            pipe = po.Emulator(cut.stages, models.optimizer, case.loss, seed=3, tied=cut.tied)
             losses = [pipe.step(*args, target=target, **kwargs) for args, kwargs, target in models.feeds(case)]
             pipe.drain()
             for k, stage in enumerate(cut.stages):

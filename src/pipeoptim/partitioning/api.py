@@ -15,6 +15,7 @@ from pipeoptim.partitioning.layered import Layered
 from pipeoptim.partitioning.places import find_places, separated
 from pipeoptim.partitioning.profile import BlockCost
 from pipeoptim.partitioning.result import Partition
+from pipeoptim.partitioning.shared import Weights, shared_weights
 
 HOW = ("auto", "blocks", "layers", "trace")
 
@@ -27,7 +28,7 @@ class Splitter(Protocol):
 
     def may_cut(self, c: int) -> bool: ...
     def costs(self) -> list[BlockCost]: ...
-    def weight_bytes(self) -> list[int]: ...
+    def weights(self) -> list[Weights]: ...
     def stages(self, ranges: Sequence[tuple[int, int]]) -> list[nn.Module]: ...
     def check(self, stages: Sequence[nn.Module]) -> None: ...
 
@@ -52,7 +53,8 @@ def partition(
     """Cut ``model`` into ``num_stages`` contiguous stages so that the slowest one is as fast as possible.
 
     The time of stage k is the sum of its blocks' seconds over ``speeds[k]``. Its memory is what ``method`` needs there: copies
-    of the weights, one gradient, and the activations of the micro-batches in flight. The cut is exact, not a heuristic.
+    of the weights, one gradient, the activations of the micro-batches in flight, and for weights that other stages use as well the
+    sums of gradients on their way. The cut is exact, not a heuristic.
 
     With ``devices`` a stage may have several, which share its mini-batches and add up their gradients; see
     :func:`~pipeoptim.partitioning.best_replicas`.
@@ -97,7 +99,7 @@ def partition(
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
     allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
     wanted = Wanted(num_stages, get_method(method), microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
-    plan = choose(list(costs), wanted)
+    plan = choose(list(costs), wanted, shared_weights(splitter.weights()))
     shared = splitter.stages(plan.ranges)
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
     names, tied = find_places(whole, shared)
@@ -144,7 +146,8 @@ def _splitter(
 
 def _unmeasured(splitter: Splitter) -> list[BlockCost]:
     """Costs where nothing is to be chosen: bytes of the weights, no seconds."""
-    return [BlockCost(name, 0.0, 0.0, 0, 0, size) for name, size in zip(splitter.names, splitter.weight_bytes(), strict=True)]
+    pairs = zip(splitter.names, splitter.weights(), strict=True)
+    return [BlockCost(name, 0.0, 0.0, 0, 0, sum(own.values())) for name, own in pairs]
 
 
 def _numbers(pins: Sequence[int | str], names: Sequence[str]) -> set[int]:

@@ -10,6 +10,7 @@ from torch import nn
 from pipeoptim.engine.tree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.profile import BlockCost, profile
+from pipeoptim.partitioning.shared import Weights, weights_of
 
 
 def sliceable(model: Any) -> bool:
@@ -61,9 +62,9 @@ class Blocks:
             raise ConfigError("neither sample_args nor costs were given; pass one mini-batch as sample_args to measure with")
         return profile(self.blocks, self.args, self.names)
 
-    def weight_bytes(self) -> list[int]:
-        """Bytes of the parameters of each block."""
-        return [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
+    def weights(self) -> list[Weights]:
+        """Those of each block."""
+        return [weights_of(block) for block in self.blocks]
 
     def stages(self, ranges: Sequence[tuple[int, int]]) -> list[nn.Module]:
         """One stage per range of blocks; they hold the model's own modules."""

@@ -11,6 +11,8 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies
 from pipeoptim.partitioning.balance import best_cut, best_replicated_cut, shared
 from pipeoptim.partitioning.profile import BlockCost
+from pipeoptim.partitioning.shared import SharedWeight
+from pipeoptim.schedule import common_delay
 
 
 @dataclass(frozen=True)
@@ -38,18 +40,20 @@ class Plan:
     memory: list[int]
 
 
-def choose(costs: list[BlockCost], wanted: Wanted) -> Plan:
+def choose(costs: list[BlockCost], wanted: Wanted, shared_by: Sequence[SharedWeight] = ()) -> Plan:
     """The plan whose slowest stage is the fastest; among equals the one with the fewest stages.
+
+    ``shared_by``: weights that several blocks count.
 
     Raises:
         ConfigError: there is none.
     """
     if wanted.devices is None or wanted.stages is not None:
-        return _of_depth(costs, wanted, wanted.stages or 1)
+        return _of_depth(costs, wanted, wanted.stages or 1, shared_by)
     plans, refused = [], None
     for depth in range(1, min(wanted.devices, len(costs)) + 1):
         try:
-            plans.append(_of_depth(costs, wanted, depth))
+            plans.append(_of_depth(costs, wanted, depth, shared_by))
         except ConfigError as error:
             refused = refused or error
     if not plans:
@@ -58,7 +62,7 @@ def choose(costs: list[BlockCost], wanted: Wanted) -> Plan:
     return min(plans, key=lambda plan: max(plan.seconds))
 
 
-def _of_depth(costs: list[BlockCost], wanted: Wanted, depth: int) -> Plan:
+def _of_depth(costs: list[BlockCost], wanted: Wanted, depth: int, shared_by: Sequence[SharedWeight]) -> Plan:
     blocks = len(costs)
     if len(wanted.allowed) < depth - 1:
         raise ConfigError(
@@ -66,7 +70,7 @@ def _of_depth(costs: list[BlockCost], wanted: Wanted, depth: int) -> Plan:
             "cut: elsewhere more than a layer's own output is used later; use fewer stages, name other layers, or partition with "
             'how="trace"'
         )
-    scale = _Scale(costs, wanted, depth)
+    scale = _Scale(costs, wanted, depth, shared_by)
     limits: Sequence[float] = wanted.memory or [inf]
 
     def cost(k: int, start: int, end: int, m: int) -> float:
@@ -90,12 +94,14 @@ def _of_depth(costs: list[BlockCost], wanted: Wanted, depth: int) -> Plan:
 class _Scale:
     """Seconds and bytes of a range of blocks as a stage."""
 
-    def __init__(self, costs: list[BlockCost], wanted: Wanted, depth: int) -> None:
+    def __init__(self, costs: list[BlockCost], wanted: Wanted, depth: int, shared_by: Sequence[SharedWeight]) -> None:
+        self.shared_by = shared_by
         self.costs, self.m, self.bandwidth = costs, wanted.microbatches, wanted.bandwidth
         self.speeds = wanted.speeds or [1.0] * depth
         program = wanted.method.program(depth, self.m)
         self.copies = [copies(wanted.method, depth, self.m, k) for k in range(depth)]
         self.in_flight = [program.in_flight(k) for k in range(depth)]
+        self._delay = common_delay(program, (0, depth - 1)) if shared_by else 0  # of gradients of shared weights, at most
         self._time = [0.0, *accumulate(c.seconds for c in costs)]
         self._size = [0, *accumulate(c.weight_bytes for c in costs)]
         self._saved = [0, *accumulate(c.saved_bytes for c in costs)]
@@ -105,8 +111,15 @@ class _Scale:
         if self.bandwidth is None:
             return own
         sends = 2 * self.costs[end - 1].output_bytes / self.bandwidth if end < len(self.costs) else 0.0
-        return max(shared(own, self._size[end] - self._size[start], replicas, self.bandwidth), sends / replicas)
+        return max(shared(own, self.weight_bytes(start, end), replicas, self.bandwidth), sends / replicas)
+
+    def weight_bytes(self, start: int, end: int) -> int:
+        """Of the blocks ``start .. end-1``; a weight that several of them use is there once."""
+        twice = sum(weight.nbytes * max(0, weight.inside(start, end) - 1) for weight in self.shared_by)
+        return self._size[end] - self._size[start] - twice
 
     def memory(self, k: int, start: int, end: int) -> int:
         saved = (self._saved[end] - self._saved[start]) // self.m
-        return (self._size[end] - self._size[start]) * (self.copies[k] + 1) + saved * self.in_flight[k]
+        elsewhere = (w.nbytes for w in self.shared_by if 0 < w.inside(start, end) < len(w.blocks))
+        sums = self._delay * sum(elsewhere)
+        return self.weight_bytes(start, end) * (self.copies[k] + 1) + sums + saved * self.in_flight[k]

@@ -17,6 +17,7 @@ from pipeoptim.partitioning.measure import measure
 from pipeoptim.partitioning.pieces import LayerStage
 from pipeoptim.partitioning.profile import BlockCost
 from pipeoptim.partitioning.shadow import is_meta, shadow, slots
+from pipeoptim.partitioning.shared import Weights
 from pipeoptim.partitioning.watch import cuts, watch
 
 
@@ -73,20 +74,20 @@ class Layered:
                 "the model is on the meta device, where nothing can be measured; pass costs, or all cuts as pins "
                 "(one less than stages)"
             )
-        weights = self.weight_bytes()
+        weights = [sum(own.values()) for own in self.weights()]
         found = measure(self.model, self.layers, self.inputs)
         return [
             BlockCost(name, forward, backward, output, saved, size)
             for name, (forward, backward, output, saved), size in zip(self.names, found, weights, strict=True)
         ]
 
-    def weight_bytes(self) -> list[int]:
-        """Bytes of the parameters that each block uses."""
-        sizes: list[dict[int, int]] = [{} for _ in self.names]
+    def weights(self) -> list[Weights]:
+        """Those that each block uses."""
+        found: list[Weights] = [{} for _ in self.names]
         for slot in slots(self.model):
             for phase in () if slot.buffer else self._uses[slot.names[0]]:
-                sizes[phase][id(slot.tensor)] = slot.tensor.nbytes
-        return [sum(found.values()) for found in sizes]
+                found[phase][id(slot.tensor)] = slot.tensor.nbytes
+        return found
 
     def stages(self, ranges: Sequence[tuple[int, int]]) -> list[nn.Module]:
         """One stage per range of blocks; they hold the model's own tensors."""

@@ -84,14 +84,14 @@ def separated(stages: Sequence[nn.Module]) -> list[nn.Module]:
     for stage in stages:
         own = shadow(stage) if modules & {id(m) for m in stage.modules()} else stage
         copies: dict[int, Tensor] = {}
-        for slot in slots(own):
-            tensor = slot.tensor
+        held = slots(own)
+        tensors = [slot.tensor for slot in held]
+        for slot, tensor in zip(held, tensors, strict=True):
             if id(tensor) in seen:
                 if id(tensor) not in copies:
                     copies[id(tensor)] = _copy(tensor)
                 slot.put(copies[id(tensor)])
-            elif id(tensor) not in {id(c) for c in copies.values()}:
-                seen.add(id(tensor))
+        seen |= {id(tensor) for tensor in tensors}
         modules |= {id(m) for m in own.modules()}
         result.append(own)
     return result

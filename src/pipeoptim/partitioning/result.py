@@ -21,7 +21,8 @@ class Partition:
         lengths: blocks per stage.
         costs: of the blocks, which the cut was chosen by.
         seconds: F and B of each stage for a mini-batch, on its own device.
-        memory_bytes: weights, their copies, gradients and activations of each stage while ``method`` trains.
+        memory_bytes: weights, their copies, gradients and activations of each stage while ``method`` trains; of a tied weight each of
+            its stages counts a copy, and the sums of gradients on their way.
         replicas: devices of each stage.
         names: per stage, name in the model's ``state_dict`` -> name in the stage's; with those of tied weights on every stage
             that has a copy.

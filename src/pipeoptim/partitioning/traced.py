@@ -21,7 +21,8 @@ from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, paramete
 from pipeoptim.partitioning.blocks import Run
 from pipeoptim.partitioning.layers import find_layers
 from pipeoptim.partitioning.profile import BlockCost, profile
-from pipeoptim.partitioning.shadow import is_meta
+from pipeoptim.partitioning.shadow import is_meta, slots
+from pipeoptim.partitioning.shared import Weights, weights_of
 from pipeoptim.partitioning.watch import watch
 
 
@@ -111,6 +112,8 @@ class Traced:
         found = find_layers(model, log, layers)
         self.names, self.measurable = [*found, f"after {found[-1]}"], True
         self.blocks: list[nn.Module] = list(_blocks(self._trace(found)))
+        for block in self.blocks:
+            _take_own(block.part, model)  # type: ignore[arg-type]
         self.names = self.names[: len(self.blocks)]
         self.blocks[0] = First(self.blocks[0], signature, self.inputs)  # type: ignore[arg-type]
         self.blocks[-1] = Last(self.blocks[-1], log.output)
@@ -127,6 +130,8 @@ class Traced:
 
     def _trace(self, found: list[str]) -> fx.GraphModule:
         ends = dict.fromkeys(found, SplitPoint.END)
+        layers = [self.model.get_submodule(name) for name in found]
+        before = [vars(layer).get("forward") for layer in layers]
         try:
             return pipeline(self.model, tuple(self.inputs[0]), self.inputs[1], split_spec=ends).split_gm
         except Exception as error:
@@ -135,6 +140,14 @@ class Traced:
                 f"torch.export cannot trace the {type(self.model).__name__} ({type(error).__name__}: {reason}); partition with "
                 'how="layers", or pass the list of its blocks'
             ) from error
+        finally:
+            for layer, forward in zip(
+                layers, before, strict=True
+            ):  # pipeline() leaves its own there, which no second trace survives
+                vars(layer).pop("_orig_forward", None)
+                vars(layer).pop("forward", None)
+                if forward is not None:
+                    vars(layer)["forward"] = forward
 
     def may_cut(self, c: int) -> bool:
         """Between any two."""
@@ -154,9 +167,9 @@ class Traced:
             for c in found
         ]
 
-    def weight_bytes(self) -> list[int]:
-        """Bytes of the parameters of each block."""
-        return [sum(p.nbytes for p in block.parameters()) for block in self.blocks]
+    def weights(self) -> list[Weights]:
+        """Those of each block."""
+        return [weights_of(block) for block in self.blocks]
 
     def stages(self, ranges: Sequence[tuple[int, int]]) -> list[nn.Module]:
         """One stage per range of blocks; they hold the model's own tensors."""
@@ -190,6 +203,31 @@ def _blocks(gm: fx.GraphModule) -> list[Block]:
         arguments = [_Name(a.name) if isinstance(a, fx.Node) else a for a in call.args]
         blocks.append(Block(gm.get_submodule(call.target), arguments, before, live, made[call]))
     return blocks
+
+
+def _take_own(part: nn.Module, model: nn.Module) -> None:
+    """Tied weights become the model's own again, of which a trace makes copies; what the graph of ``part`` does not use goes."""
+    _drop_unused(part)
+    own = dict(model.named_parameters(remove_duplicate=False))
+    for slot in slots(part):
+        original = own.get(slot.names[0])
+        if original is not None and not slot.buffer and original.shape == slot.tensor.shape:
+            slot.put(original)
+
+
+def _drop_unused(module: nn.Module, called: Sequence[str] = ()) -> None:
+    """Take away what neither the graph of ``module`` nor its caller, who uses ``called`` of it, refers to."""
+    graph = getattr(module, "graph", None)
+    if graph is not None:
+        called = [*called, *(str(node.target) for node in graph.nodes if node.op in ("call_module", "get_attr"))]
+    elif not called:
+        return
+    for name, child in list(module.named_children()):
+        inside = [target.removeprefix(f"{name}.") for target in called if target.startswith(f"{name}.")]
+        if name in called or inside:
+            _drop_unused(child, inside)
+        else:
+            delattr(module, name)
 
 
 def _at(names: list[str], index: int, name: str) -> list[str]:

@@ -31,7 +31,10 @@ def common_delay(program: Program, stages: tuple[int, ...]) -> int:
     if program.flushes:
         return 0
     processes = range(program.processes or program.depth)
-    plans = [[a for n in range(2 * program.depth + 2) for a in program.process_step(p, n)] for p in processes]
+    fed = (
+        4 * -(-program.depth // program.microbatches) + 2
+    )  # the first mini-batches know less of each other than all later ones
+    plans = [[a for n in range(fed) for a in program.process_step(p, n)] for p in processes]
     found = 0
     for span, updates in _updates_before(replay(plans, program.depth, lambda k, kind: 1.0), program):  # noqa: ARG005
         if span.action.kind is Kind.U and span.k in stages:
