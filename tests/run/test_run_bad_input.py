@@ -46,7 +46,10 @@ CASES = {
     "negative eval-every": ([*TINY, "--eval-every", "-1"], ["eval_every is -1"]),
     "no threads": ([*TINY, "--threads", "0"], ["threads is 0"]),
     "loss that is no scalar": (["--recipe", "tiny:vector_loss"], ["shape [8]", "must be a scalar", "mean"]),
-    "weights on two stages": (["--recipe", "tiny:tied_weights"], ["tied across stages", "untie"]),
+    "clipping of tied weights": (
+        ["--recipe", "tiny:tied_weights", "--clip", "1.0"],
+        ["scope 'global_delayed'", "use scope 'global'"],
+    ),
     "loss without gradient": (["--recipe", "tiny:detached_loss"], ["has no gradient", "nothing would be trained"]),
     "nothing to train": (["--recipe", "tiny:nothing_to_train"], ["none of the 2 blocks", "parameters to train"]),
     "model and data": (["--recipe", "tiny:misfit"], ["does not fit micro-batches of 8 of the data"]),

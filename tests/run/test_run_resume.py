@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 import processes
 import tiny
@@ -49,6 +50,23 @@ def test_resumed_run_remembers_what_compression_lost(tmp_path: Path, monkeypatch
     assert_same_state(tmp_path / "whole", tmp_path / "halves")
     assert timeless(tmp_path / "whole") == timeless(tmp_path / "halves") != timeless(tmp_path / "exact")
     assert TrainConfig.from_json((tmp_path / "whole" / "config.json").read_text()).compress == "int8"
+
+
+@pytest.mark.parametrize("engine", ["emulator", "processes"])
+def test_copies_of_a_tied_weight_are_equal_and_resume(engine: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = tiny.tied_weights()
+    run(config, tmp_path / "whole", progress=False)
+    if engine == "processes":
+        monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent), prepend=os.pathsep)  # they import tiny as well
+        run(replace(config, engine="processes"), tmp_path / "halves", progress=False)
+    else:
+        crash(config, tmp_path / "halves", 19, monkeypatch)
+        run(config, tmp_path / "halves", resume=True, progress=False)
+    assert_same_state(tmp_path / "whole", tmp_path / "halves")
+    step, states = final_states(tmp_path / "halves")
+    first, last = (states[k]["module"] for k in (0, config.stages - 1))
+    names = [(a, b) for a in first for b in last if a.endswith("weight") and torch.equal(first[a], last[b])]
+    assert step == 24 and names, "no weight of the last stage equals one of the first"
 
 
 def test_the_comparison_would_notice(tmp_path: Path) -> None:

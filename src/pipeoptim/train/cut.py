@@ -50,7 +50,7 @@ def cut(model: nn.Module, stages: int) -> list[nn.Module]:
         model: an ``nn.Sequential``, or a container with ``len`` and slices that are modules themselves.
 
     Raises:
-        ConfigError: not such a container, too few blocks, or a parameter that two stages would share.
+        ConfigError: not such a container, or too few blocks.
 
     Example:
         >>> [len(stage) for stage in cut(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 2)]
@@ -71,17 +71,4 @@ def cut(model: nn.Module, stages: int) -> list[nn.Module]:
     for length in balance(costs, stages):
         pieces.append(blocks[start : start + length])
         start += length
-    _check_not_shared(pieces)
     return pieces
-
-
-def _check_not_shared(pieces: Sequence[nn.Module]) -> None:
-    owner: dict[int, int] = {}
-    for k, piece in enumerate(pieces):
-        for name, parameter in piece.named_parameters():
-            first = owner.setdefault(id(parameter), k)
-            if first != k:
-                raise ConfigError(
-                    f"parameter {name!r} of stage {k} is also on stage {first}; "
-                    "weights tied across stages cannot be trained: untie them, or use fewer stages"
-                )

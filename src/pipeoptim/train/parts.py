@@ -17,7 +17,11 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.config import TrainConfig
+from pipeoptim.engine.clip import Clip
+from pipeoptim.engine.tied import Tied, read_tied
 from pipeoptim.errors import ConfigError
+from pipeoptim.methods import get_method
+from pipeoptim.partitioning.places import untie
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.cut import cut
 from pipeoptim.train.targets import build
@@ -43,6 +47,7 @@ class Parts:
     optimizer: optimizers.Factory
     scheduler: Callable[[Optimizer], LRScheduler]
     validation: Sequence[tuple[Tensor, Tensor]]
+    tied: Sequence[Tied] = ()
 
     def only(self, k: int) -> Parts:
         """Without the weights of the other stages."""
@@ -64,8 +69,16 @@ def build_parts(config: TrainConfig) -> Parts:
         model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
-    stages = cut(model, config.stages)
-    return Parts(config, task, stages, optimizer, scheduler, _validation(task, config))
+    stages, tied = untie(cut(model, config.stages))
+    _check_tied(config, tied)
+    return Parts(config, task, stages, optimizer, scheduler, _validation(task, config), tied)
+
+
+def _check_tied(config: TrainConfig, tied: Sequence[Tied]) -> None:
+    """Copies of a weight that several stages use would move apart under some settings."""
+    method = get_method(config.method)
+    program = method.program(config.stages, config.microbatches)
+    read_tied(tied, program, method, Clip(config.clip, config.clip_scope) if config.clip else None, scaled=False)
 
 
 def read_data(config: TrainConfig) -> Task:

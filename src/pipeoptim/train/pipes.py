@@ -73,6 +73,7 @@ def emulator(parts: Parts, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
         schedulers=[parts.scheduler(optimizer) for optimizer in optimizers],
         prediction=config.prediction,
         seed=config.seed,
+        tied=parts.tied,
         **_options(config),
     )
     return pipe, dict(enumerate(optimizers))
@@ -97,6 +98,7 @@ def schedule(parts: Parts, k: int, loss: LossFn) -> tuple[Pipe, dict[int, Optimi
         scheduler=parts.scheduler(optimizer),
         prediction=config.prediction,
         seed=config.seed,
+        tied=parts.tied,
         **_options(config),
     )
     return pipe, {k: optimizer}
