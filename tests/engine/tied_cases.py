@@ -26,11 +26,12 @@ class Case:
     clip: po.Clip | None = None
     dtype: torch.dtype = torch.float32
     overlap: bool = False
+    trace: bool = False
 
 
 CASES = {
     "pipeoptim": Case(),
-    "naive": Case("naive", 2),
+    "naive": Case("naive", 2, trace=True),
     "flush": Case("1f1b", 2),
     "three": Case("pipedream", 1, MIDDLE),
     "two": Case("spectrain", 2, INNER, "sgd"),
@@ -77,7 +78,8 @@ def loss_fn(output, target):
 
 
 def options(case):
-    return {"clip": case.clip, "tied": case.tied, "seed": 3, **({"overlap": True} if case.overlap else {})}
+    more = {"overlap": True} if case.overlap else {}
+    return {"clip": case.clip, "tied": case.tied, "seed": 3, "trace": po.Trace() if case.trace else None, **more}
 
 
 def train(pipe):

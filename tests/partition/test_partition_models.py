@@ -131,6 +131,26 @@ def test_a_trace_keeps_tied_weights_tied_and_leaves_the_model_as_it_was():
         assert torch.allclose(expected[key], value, rtol=2e-4, atol=2e-6), f"{key} differs"
 
 
+@pytest.mark.parametrize(("before", "after"), [(3, 1), (1, 3), (3, 2)])
+def test_a_tied_model_resumes_with_another_number_of_stages(before, after, tmp_path):
+    def build(depth):
+        case = models.case("gpt2_tied")
+        cut = po.partition(case.model, depth, case.args, case.kwargs, costs=models.equal_costs("gpt2_tied"))
+        return case, cut, po.Emulator(cut.stages, models.optimizer, case.loss, "1f1b", 2, tied=cut.tied)
+
+    case, cut, pipe = build(before)
+    for n in range(2 * STEPS):
+        if n == STEPS:
+            po.save_sharded(pipe, tmp_path / "saved", cut.names)
+        pipe.step(*case.args, target=case.target, **case.kwargs)
+    _, other, resumed = build(after)
+    assert not po.load_sharded(resumed, tmp_path / "saved", other.names)
+    for _ in range(STEPS):
+        resumed.step(*case.args, target=case.target, **case.kwargs)
+    for key, value in cut.full_state_dict().items():
+        assert torch.allclose(other.full_state_dict()[key], value, rtol=2e-4, atol=2e-6), f"{key} differs"
+
+
 def test_a_model_without_values_is_cut_and_filled_stage_by_stage():
     case = models.case("llama")
     with torch.device("meta"):

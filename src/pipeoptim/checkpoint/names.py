@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import TYPE_CHECKING
+
+from torch import nn
 
 from pipeoptim.checkpoint.together import together
 from pipeoptim.errors import ConfigError
@@ -45,7 +47,10 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, l
 
 
 def unique_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str]]:
-    """As :func:`original_names`, one name for each, and no two alike: a second stage's copy of a tied weight gets ``@1``."""
+    """As :func:`original_names`, one name for each weight, and no two alike: a second stage's copy of a tied weight gets ``@1``.
+
+    Entries of a stage that are the same weight have the same name.
+    """
     found = original_names(pipe, names)
     everywhere = {k: own for part in together(pipe).gather(found) for k, own in part.items()}
     seen: Counter[str] = Counter()
@@ -54,7 +59,23 @@ def unique_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str
         firsts = dict.fromkeys(originals[0] for originals in everywhere[k].values())
         result[k] = {own: _numbered(o[0], seen[o[0]]) for own, o in everywhere[k].items()}
         seen.update(firsts.keys())
-    return {k: result[k] for k in found}
+    return {k: _once(pipe.stage_module(k), result[k]) for k in found}
+
+
+def _once(module: nn.Module, named: dict[str, str]) -> dict[str, str]:
+    first: dict[int, str] = {}
+    same = {own: id(p) for own, p in module.named_parameters(remove_duplicate=False)}
+    return {own: first.setdefault(same[own], name) if own in same else name for own, name in named.items()}
+
+
+def saved_name(name: str, known: Collection[str]) -> str:
+    """Under which name a copy of a tied weight is in a checkpoint: that of the weight itself, where it was saved with fewer copies.
+
+    Example:
+        >>> saved_name("wte.weight@1", {"wte.weight"})
+        'wte.weight'
+    """
+    return name.rpartition("@")[0] if "@" in name and name not in known else name
 
 
 def _numbered(name: str, n: int) -> str:

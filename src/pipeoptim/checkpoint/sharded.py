@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 
 from pipeoptim.checkpoint.named import NamedState, collect, merged, needed
-from pipeoptim.checkpoint.names import Names, unique_names
+from pipeoptim.checkpoint.names import Names, saved_name, unique_names
 from pipeoptim.checkpoint.together import Together, together
 from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
@@ -113,14 +114,21 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
             depth == pipe.depth and all(saved.weights.get(k) == list(found.values()) for k, found in names_of.items())
         )
     )
+    known = {name for own in saved.weights.values() for name in own}
+    names_of = {k: {own: saved_name(name, known) for own, name in found.items()} for k, found in names_of.items()}
     reader = HuggingFaceStorageReader(str(folder))
     there = reader.read_metadata().state_dict_metadata
     wanted = {name for k in pipe.local_stages for name in needed(pipe.stage_worker(k), names_of[k], saved, same)}
     saved.tensors = {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
     with _quietly(processes):
         load(dict(saved.tensors), storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
+    seen: set[str] = set()
     for k in pipe.local_stages:
-        pipe.load_stage_state_dict(k, merged(pipe.stage_worker(k), names_of[k], saved, same))
+        state = merged(pipe.stage_worker(k), names_of[k], saved, same)
+        if seen & set(names_of[k].values()):  # optimizers keep what they load: a copy of a tied weight needs a state of its own
+            state["optimizer"] = tree_map_only(torch.Tensor, torch.clone, state["optimizer"])
+        seen |= set(names_of[k].values())
+        pipe.load_stage_state_dict(k, state)
     processes.barrier()
     return same
 

@@ -42,12 +42,15 @@ def find_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dic
     places: dict[int, list[tuple[int, str]]] = {}
     parameters = {id(p) for p in model.parameters()}
     for k, stage in enumerate(stages):
-        mapping: dict[str, str] = {}
+        entries: dict[int, list[str]] = {}
         for own, tensor in stage.state_dict(keep_vars=True).items():
-            for original in originals.get(id(tensor), []):
-                mapping.setdefault(original, own)
-            if id(tensor) in parameters and k not in [j for j, _ in places.get(id(tensor), [])]:
-                places.setdefault(id(tensor), []).append((k, own))
+            entries.setdefault(id(tensor), []).append(own)
+        mapping: dict[str, str] = {}
+        for key, owns in entries.items():
+            for n, original in enumerate(originals.get(key, [])):
+                mapping[original] = owns[min(n, len(owns) - 1)]  # every entry of a weight that the stage uses twice
+            if key in parameters:
+                places.setdefault(key, []).append((k, owns[0]))
         names.append(mapping)
     tied = [Tied(tuple(originals[i]), tuple(where)) for i, where in places.items() if len(where) > 1]
     return names, tied
