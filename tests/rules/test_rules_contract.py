@@ -165,7 +165,7 @@ def test_predicts_after_a_step_and_right_after_loading_a_state(cls: type[Optimiz
 # ---- every option of every class ------------------------------------------------------------------------------------------------
 
 IMPLEMENTATIONS = {"foreach", "fused", "capturable", "differentiable"}
-"""How torch computes; `differentiable` is refused, `capturable` needs an accelerator. The others have cases of their own."""
+"""How torch computes; `differentiable` is refused, `capturable` is tried in test_rules_capturable. The others have cases of their own."""
 
 TRIED_ELSEWHERE = {
     (torch.optim.Muon, "ns_coefficients"),  # read by torch's own function
