@@ -134,11 +134,11 @@ def test_compressed_messages_are_small_and_fast_on_a_slow_link(tmp_path: Path) -
 
 
 def test_losses_are_compared_seed_by_seed() -> None:
-    rows = [Row("a", [2.0, 3.0], {"sent": "as it is", "error_feedback": "none"})]
-    rows += [Row("b", [2.1, 3.3], {"sent": "int8", "error_feedback": "both"})]
+    rows = [Row("a", [2.0, 3.0], {"lr": 0.1, "sent": "as it is", "error_feedback": "none"})]
+    rows += [Row("b", [2.1, 3.3], {"lr": 0.1, "sent": "int8", "error_feedback": "both"})]
     lines = columns(record(*rows, benchmark="transfer loss"))[1]
-    assert lines[0] == ["as it is", "none", "2.500", "", "", ""]
-    assert lines[1] == ["int8", "both", "2.700", "+0.200", "0.100", "+0.100 +0.300"]
+    assert lines[0] == ["0.1", "as it is", "none", "2.5000", "", "", ""]
+    assert lines[1] == ["0.1", "int8", "both", "2.7000", "+0.2000", "0.1000", "+0.1000 +0.3000"]
 
 
 def test_what_moved_is_what_noise_cannot_explain() -> None:

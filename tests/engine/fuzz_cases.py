@@ -142,6 +142,7 @@ class Case:
         self.drain_at = rng.randrange(self.steps)
         self.eval_at = rng.randrange(self.steps)
         self.with_kwargs = [k for k in range(self.depth) if rng.random() < 0.3]
+        self.compress = rng.choice((None, None, "bf16", "int8", po.Compression("int8", "bf16", "both")))
 
     def module(self, k):
         torch.manual_seed(1000 * self.seed + k)
@@ -158,7 +159,8 @@ class Case:
         return torch.optim.AdamW(params, lr=0.01) if self.optimizer == "adamw" else torch.optim.RMSprop(params, lr=0.005)
 
     def options(self):
-        return {"method": self.method, "microbatches": self.m, "seed": self.seed, "uneven": self.uneven}
+        shared = {"method": self.method, "microbatches": self.m, "seed": self.seed}
+        return {**shared, "uneven": self.uneven, "compress": self.compress}
 
     def batches(self):
         rng, g = random.Random(f"{self.seed} data"), torch.Generator().manual_seed(self.seed)

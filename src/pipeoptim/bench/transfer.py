@@ -131,14 +131,15 @@ def _place(row: Row) -> tuple[Any, ...]:
 
 def loss_columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of ``benchmarks/transfer_loss.py``: every way of sending beside sending as it is, seed by seed."""
-    head = ["sent", "error feedback", "validation loss, mean", "mean change", "standard error", "change by seed"]
+    head = ["lr", "sent", "error feedback", "validation loss, mean", "mean change", "standard error", "change by seed"]
     body = []
-    plain = next(row.samples for row in record.rows if row.settings["sent"] == "as it is")
+    plain = {row.settings["lr"]: row.samples for row in record.rows if row.settings["sent"] == "as it is"}
     for row in record.rows:
-        changes = [own - exact for own, exact in zip(row.samples, plain, strict=True)]
-        cells = [row.settings["sent"], row.settings["error_feedback"], f"{mean(row.samples):.3f}"]
-        if any(changes):
-            error = f"{stdev(changes) / len(changes) ** 0.5:.3f}" if len(changes) > 1 else ""
-            cells += [f"{mean(changes):+.3f}", error, " ".join(f"{change:+.3f}" for change in changes)]
+        s = row.settings
+        cells = [f"{s['lr']:g}", s["sent"], s["error_feedback"], f"{mean(row.samples):.4f}"]
+        if s["sent"] != "as it is":
+            changes = [own - exact for own, exact in zip(row.samples, plain[s["lr"]], strict=True)]
+            error = f"{stdev(changes) / len(changes) ** 0.5:.4f}" if len(changes) > 1 else ""
+            cells += [f"{mean(changes):+.4f}", error, " ".join(f"{change:+.4f}" for change in changes)]
         body.append([*cells, "", "", ""][: len(head)])
     return head, body
