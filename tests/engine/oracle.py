@@ -133,6 +133,17 @@ class Rule:
         return d
 
 
+def feed(pipe, batches, segments):
+    """What :func:`train` does, on a real pipeline: segments of mini-batches with a drain after each. The losses."""
+    losses, fed = [], iter(batches)
+    for minibatches in segments:
+        for _ in range(minibatches):
+            x, y = next(fed)
+            losses.append(pipe.step(x, target=y).item())
+        pipe.drain()
+    return losses
+
+
 def train(
     initial,
     rule,

@@ -142,12 +142,7 @@ def test_emulator_equals_the_oracle(method, depth, m, layers, rule, drains, seed
     batches = [(torch.randn(m, WIDTH).double(), torch.randn(m, WIDTH).double()) for _ in range(total)]
 
     pipe = po.Emulator(stages, rule.torch, torch.nn.functional.mse_loss, method=method, microbatches=m)
-    losses, fed = [], iter(batches)
-    for minibatches in segments:
-        for _ in range(minibatches):
-            x, y = next(fed)
-            losses.append(pipe.step(x, target=y).item())
-        pipe.drain()
+    losses = oracle.feed(pipe, batches, segments)
 
     rate = annealed(depth, m, 1000) if method == "pipemare" else lambda k, version: 1.0
     gammas = [0.135 ** (1 / delay(k, depth, m)) for k in range(depth)]

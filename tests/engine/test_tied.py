@@ -101,12 +101,7 @@ def test_asynchronous_methods_equal_an_oracle_that_delays_the_sums(method, depth
     segments = [depth + 1, 2, total - depth - 3]
     batches = data(total, m)
     pipe = po.Emulator(stages, rule.torch, mse, method, m, tied=tied)
-    fed = iter(batches)
-    for minibatches in segments:
-        for _ in range(minibatches):
-            x, y = next(fed)
-            pipe.step(x, target=y)
-        pipe.drain()
+    oracle.feed(pipe, batches, segments)
 
     def predicted(u):
         pairs = zip(u.stage.weights[u.at_f], rule.ahead(u.stage, u.at_f), strict=True)

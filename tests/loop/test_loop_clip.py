@@ -122,12 +122,7 @@ def test_asynchronous_methods_equal_the_oracle(method, depth, m, scope, limit, d
     segments = [depth + 1, 2, total - depth - 3] if drains else [total]
     batches = data(total, m)
     pipe = po.Emulator(stages, rule.torch, loss_fn, method, m, clip=po.Clip(limit, scope))
-    fed = iter(batches)
-    for minibatches in segments:
-        for _ in range(minibatches):
-            x, y = next(fed)
-            pipe.step(x, target=y)
-        pipe.drain()
+    oracle.feed(pipe, batches, segments)
 
     def at_forward(u):
         return u.stage.weights[u.at_f]
