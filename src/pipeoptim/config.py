@@ -69,7 +69,14 @@ class TrainConfig:
         lr_schedule: ``constant``, ``cosine``, ``milestones``, ``step`` or ``"module:function"``; advances once per update.
         method: a name in ``pipeoptim.METHODS``.
         prediction: kind of weight prediction, for methods that predict.
-        stages: depth D. microbatches: M per mini-batch. batch_size: samples per mini-batch, a multiple of M.
+        stages: depth D. microbatches: M per mini-batch. batch_size: samples per mini-batch, of all replicas together; a multiple of M
+            times ``replicas``.
+        chunks: stages per process, of stages that are not neighbours: stage k lives on process k mod (stages / chunks).
+        replicas: copies of the pipeline, each for its part of every mini-batch; only with ``engine="processes"``.
+        overlap: average the gradients of replicas while the next forward runs, at a version gap of one more.
+        uneven: batch_size need not be a multiple of M; micro-batches differ by one sample, and each counts by its share.
+        recompute: activation checkpointing of every block: it runs again in the backward, on the weights of the ``"backward"`` or of
+            the first ``"forward"``; ``""``: none.
         steps: mini-batches to train on in all; 0 for as many as ``epochs`` passes over the training examples have, which is
             known when the data is read (the run's ``config.json`` has the number).
         epochs: counts only where ``steps`` is 0.
@@ -105,6 +112,11 @@ class TrainConfig:
     prediction: str = "refined"
     stages: int = 4
     microbatches: int = 1
+    chunks: int = 1
+    replicas: int = 1
+    overlap: bool = False
+    uneven: bool = False
+    recompute: str = ""
     batch_size: int = 32
     steps: int = 300
     epochs: int = 0
@@ -157,6 +169,9 @@ class TrainConfig:
     def fingerprint(self) -> str:
         """SHA-256 of all that determines the weights: equal where one run may continue the other."""
         data = {name: value for name, value in asdict(self).items() if name not in NOT_IN_FINGERPRINT}
+        for f in fields(self):  # so that a later version, with more fields, can still continue this run
+            if f.name in data and getattr(self, f.name) == f.default:
+                del data[f.name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 

@@ -75,7 +75,7 @@ def worker_pids(run: Path) -> dict[int, int]:
     """stage -> process id, of the last launch, as its processes told their logs."""
     launches = sorted(run.glob("logs/launch-*"))
     logs = sorted(launches[-1].glob("stage-*.err")) if launches else []
-    found = [re.search(r"stage (\d+): process (\d+)", log.read_text()) for log in logs]
+    found = [re.search(r"rank (\d+): process (\d+)", log.read_text()) for log in logs]
     return {int(match[1]): int(match[2]) for match in found if match}
 
 

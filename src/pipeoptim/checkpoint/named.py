@@ -137,6 +137,11 @@ def _collect_optimizer(worker: StageWorker, found: Mapping[str, str], into: Name
     for n, (member, state) in enumerate(zip(members(worker.optimizer), _states(worker.optimizer), strict=True)):
         numbered = _parameters(worker, member, found)
         for index, values in state["state"].items():
+            if not isinstance(index, int):
+                raise ConfigError(
+                    f"{type(member).__name__} of stage {worker.k} keeps state of its own, {index!r}, that belongs to no weight and cannot "
+                    "go to other stages; save stage_state_dict(k) instead, or use another optimizer"
+                )
             name = numbered[index]
             into.optimizer[name] = flatten(values, f"optimizer/{name}", into.tensors)
         options = [{key: v for key, v in group.items() if key != "params"} for group in state["param_groups"]]

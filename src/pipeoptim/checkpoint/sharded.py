@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeoptim.checkpoint.named import NamedState, collect, merged, needed
 from pipeoptim.checkpoint.names import Names, saved_name, unique_names
-from pipeoptim.checkpoint.together import Together, together
+from pipeoptim.checkpoint.together import Together, refuse_sharded, together
 from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
 
@@ -48,7 +48,8 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
         A future; done already unless ``background``.
 
     Raises:
-        ConfigError: the folder exists, or there is state that is neither tensors nor plain data.
+        ConfigError: the folder exists, there is state that is neither tensors nor plain data, or a stage is sharded over its
+            replicas.
 
     Example:
         >>> import tempfile, torch, pipeoptim as po
@@ -64,6 +65,7 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
 
     pipe.drain()
     folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
+    refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     state = NamedState()
     for k in pipe.local_stages:
@@ -108,6 +110,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     from torch.distributed.checkpoint.state_dict_loader import load
 
     folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
+    refuse_sharded(pipe, processes)
     saved, depth = _read_plain(folder)
     same = all(
         processes.gather(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipeoptim.errors import ConfigError
+
 if TYPE_CHECKING:
     import torch.distributed as dist
 
@@ -57,6 +59,18 @@ class Together:
         values: list[Any] | None = [None] * dist.get_world_size(self.group) if self.is_first else None
         dist.gather_object(value, values, dst=self.ties.ranks[0], group=self.group)
         return values
+
+
+def refuse_sharded(pipe: Pipeline, processes: Together) -> None:
+    """Raises ConfigError, in all processes, where a stage is spread over processes that are not of this pipeline."""
+    sharded = [
+        k for part in processes.gather([k for k in pipe.local_stages if pipe.stage_worker(k).reduction.parts]) for k in part
+    ]
+    if sharded:
+        raise ConfigError(
+            f"stage {sharded[0]} is sharded over its replicas, so no pipeline has all of it to write; save full_state_dict(pipe), which "
+            "all replicas call, and to go on later the stage_state_dict(k) of every process"
+        )
 
 
 def together(pipe: Pipeline) -> Together:

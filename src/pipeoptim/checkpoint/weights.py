@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.checkpoint.names import Names, inverted, original_names
-from pipeoptim.checkpoint.together import together
+from pipeoptim.checkpoint.together import refuse_sharded, together
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,7 +31,8 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     """The latest weights and buffers of all stages under their names in the original model, on the CPU.
 
     Drains first. With one process per stage all call it; the process of stage 0 gets everything, the others None. It then holds
-    the whole model: :func:`save_weights` needs no process that does. A weight that several stages have is the first one's.
+    the whole model: :func:`save_weights` needs no process that does. A weight that several stages have is the first one's. Where
+    ``fully_shard`` spread stages over replicas, all replicas call it.
 
     Args:
         pipe: an ``Emulator`` or ``Schedule``.
@@ -77,7 +78,7 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
         folder: must not exist.
 
     Raises:
-        ConfigError: the folder exists, or ``names`` does not cover a stage.
+        ConfigError: the folder exists, ``names`` does not cover a stage, or a stage is sharded over its replicas.
 
     Example:
         >>> import tempfile, torch, pipeoptim as po
@@ -91,6 +92,7 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
 
     pipe.drain()
     folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     where: dict[str, tuple[str, int]] = {}
     first = _first_stages(processes.gather(names_of))
@@ -184,7 +186,8 @@ def _stage_tensors(module: nn.Module, k: int, found: Mapping[str, list[str]]) ->
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
-    return tensor.detach().to("cpu", copy=True)
+    whole: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # of a shard; its replicas all ask
+    return (tensor.detach() if whole is None else whole().detach()).to("cpu", copy=True)
 
 
 def _once(tensors: Iterable[tuple[list[str], Tensor]]) -> Iterable[tuple[list[str], Tensor]]:

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
     from pipeoptim.train.result import RunResult
+    from pipeoptim.train.rundir import RunDir
 
-__all__ = ["run"]
+__all__ = ["recut", "run"]
 
 
 def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress: bool = True) -> RunResult:
@@ -50,3 +51,21 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress
     from pipeoptim.train import api
 
     return api.run(config, run_dir, resume=resume, progress=progress)
+
+
+def recut(run_dir: RunDir, config: TrainConfig) -> RunDir:
+    """The newest checkpoint of a run, cut as ``config`` says, as the beginning of a run of its own, to be resumed.
+
+    Args:
+        run_dir: of the run; it stays as it is.
+        config: its configuration but for stages, chunks and replicas.
+
+    Returns:
+        The new run's directory, ``<name>-<stages>-stages``, beside the other.
+
+    Raises:
+        ConfigError: there is no checkpoint, the new directory exists, or the model or the state of its optimizers cannot be cut so.
+    """
+    from pipeoptim.train import recutting
+
+    return recutting.recut(run_dir, config)

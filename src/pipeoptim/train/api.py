@@ -14,6 +14,7 @@ from pipeoptim.train.checks import check
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import OneProcess
 from pipeoptim.train.launcher import launch
+from pipeoptim.train.layout import layout_of
 from pipeoptim.train.parts import build_parts, cpu_threads, probe
 from pipeoptim.train.pipes import emulator
 from pipeoptim.train.result import RunResult
@@ -29,8 +30,8 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress
     directory = RunDir(Path(run_dir))
     train = _joined if under_torchrun() else _emulated if config.engine == "emulator" else _launched
     result = train(config, directory, resume, quiet=not progress)
-    if reports():
-        title = f"{directory.path.name}: {config.method}, {config.stages} stages"
+    if reports(config):
+        title = f"{directory.path.name}: {config.method}, {layout_of(config).describe()}"
         loss_curve(result.rows(), directory.curve, title)
     return result
 

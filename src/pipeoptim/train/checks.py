@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 from pipeoptim.config import ENGINES, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.names import unknown
 
+if TYPE_CHECKING:
+    from pipeoptim.schedule import Program
+
+RECOMPUTATIONS = ("backward", "forward")
 PREDICTIONS = ("refined", "paper", "decayed", "displacement")
 
 _AT_LEAST = {
     "stages": 1,
     "microbatches": 1,
+    "chunks": 1,
+    "replicas": 1,
     "batch_size": 1,
     "steps": 0,
     "epochs": 0,
@@ -48,18 +55,54 @@ def check(config: TrainConfig) -> None:
         raise unknown("engine", config.engine, ENGINES)
     if config.prediction not in PREDICTIONS:
         raise unknown("prediction", config.prediction, PREDICTIONS)
+    _check_layout(config)
     _check_microbatches(config)
     _check_lr(config)
     _check_method(config)
     _check_options(config)
 
 
+def _check_layout(config: TrainConfig) -> None:
+    stages, chunks = config.stages, config.chunks
+    if stages % chunks:
+        raise ConfigError(
+            f"chunks is {chunks}, which does not divide the {stages} stages; every process has equally many stages"
+        )
+    if chunks > 1 and stages == chunks:
+        raise ConfigError(f"chunks is {chunks}, which puts all {stages} stages on one process; set chunks to a smaller divisor")
+    if config.replicas > 1 and config.engine != "processes":
+        raise ConfigError(
+            f"replicas is {config.replicas}, but engine is 'emulator', which trains one pipeline on the whole mini-batch; use engine "
+            "'processes', or leave replicas out: both learn the same"
+        )
+    if config.recompute not in ("", *RECOMPUTATIONS):
+        raise ConfigError(
+            f"recompute is {config.recompute!r}, must be 'backward' or 'forward' (the weights that blocks run again on), or '' for none"
+        )
+
+
 def _check_microbatches(config: TrainConfig) -> None:
-    size, parts = config.batch_size, config.microbatches
+    size, replicas = config.batch_size, config.replicas
+    parts = replicas if config.uneven else replicas * config.microbatches
     if size % parts:
         below, above = size - size % parts, size + parts - size % parts
         choice = f"{below} or {above}" if below else f"{above}"
-        raise ConfigError(f"batch_size {size} cannot be split into {parts} equal micro-batches; set batch_size to {choice}")
+        into = f"{config.microbatches} equal micro-batches" + (f" on each of {replicas} replicas" if replicas > 1 else "")
+        into = f"equal parts for {replicas} replicas" if config.uneven else into
+        remedy = "" if config.uneven else ", or use uneven"
+        raise ConfigError(f"batch_size {size} cannot be split into {into}; set batch_size to {choice}{remedy}")
+
+
+def program(config: TrainConfig) -> Program:
+    """What the stages will do.
+
+    Raises:
+        ConfigError: the method cannot do it with so many stages, micro-batches, stages per process, or with overlap.
+    """
+    from pipeoptim.methods import get_method
+
+    processes = config.stages // config.chunks if config.chunks > 1 else None
+    return get_method(config.method).program(config.stages, config.microbatches, processes, config.overlap)
 
 
 def _check_lr(config: TrainConfig) -> None:
@@ -72,21 +115,18 @@ def _check_lr(config: TrainConfig) -> None:
 
 
 def _check_method(config: TrainConfig) -> None:
-    from pipeoptim.methods import get_method
-
-    get_method(config.method).program(config.stages, config.microbatches)
+    program(config)
 
 
 def _check_options(config: TrainConfig) -> None:
     from pipeoptim.engine import Clip, Compression
-    from pipeoptim.methods import get_method
 
     clip = config.clip
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not math.isfinite(clip) or clip < 0:
         raise ConfigError(f"clip is {clip!r}, must be a finite number, for example 1.0, or 0 for no clipping")
     scope = Clip(clip or 1.0, config.clip_scope)  # a wrong one is said also while it has no effect
     if clip:
-        scope.check(get_method(config.method).program(config.stages, config.microbatches))
+        scope.check(program(config))
     if config.autocast not in ("", "bfloat16"):
         raise ConfigError(f"autocast is {config.autocast!r}, must be 'bfloat16', or '' for none")
     if config.compress not in ("", "bf16", "int8"):

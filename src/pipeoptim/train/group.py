@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
+from pipeoptim.errors import StageFailure
 from pipeoptim.train.figures import Figures, LocalFigures, StoreFigures
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+    from torch import Tensor
+
+    from pipeoptim.train.layout import Layout
 
 
 class Group(Protocol):
@@ -19,8 +26,17 @@ class Group(Protocol):
         """Wait for all."""
         ...
 
+    @property
+    def reporter(self) -> int:
+        """Which process has the figures: that of the last stage, in the first replica."""
+        ...
+
     def gather(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, in the order of the stages, on every process."""
+        """The ``value`` of every process, on every process."""
+        ...
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """Of the losses of all replicas; called where the last stage is."""
         ...
 
     def figures(self) -> Figures:
@@ -32,6 +48,7 @@ class OneProcess:
     """The group of an emulated run."""
 
     is_first = True
+    reporter = 0
 
     def barrier(self) -> None:
         """Nobody to wait for."""
@@ -40,13 +57,26 @@ class OneProcess:
         """Just its own."""
         return [value]
 
+    def mean(self, loss: Tensor) -> Tensor:
+        """Itself."""
+        return loss
+
     def figures(self) -> Figures:
         """They are there."""
         return LocalFigures()
 
 
 class Distributed:
-    """The default process group of ``torch.distributed``."""
+    """The default process group of ``torch.distributed``.
+
+    Args:
+        layout: who is what in it.
+        replicas: the processes that hold the same stages as this one, if there are others.
+    """
+
+    def __init__(self, layout: Layout, replicas: dist.ProcessGroup | None = None) -> None:
+        self.layout, self.replicas = layout, replicas
+        self.reporter = layout.reporter
 
     @property
     def is_first(self) -> bool:
@@ -70,7 +100,20 @@ class Distributed:
         return values
 
     def figures(self) -> Figures:
-        """Through the store of the process group."""
+        """Through the store of the process group; those of the first replica."""
         import torch.distributed as dist
 
-        return StoreFigures(dist.get_rank(), dist.get_world_size())
+        return StoreFigures(dist.get_rank(), self.layout.width)
+
+    def mean(self, loss: Tensor) -> Tensor:
+        """By an all-reduce among the processes of the last stage."""
+        import torch.distributed as dist
+
+        if self.replicas is None:
+            return loss
+        total = loss.detach().clone()
+        try:
+            dist.all_reduce(total, group=self.replicas)
+        except RuntimeError as error:
+            raise StageFailure("a replica of the last stage died or does not answer") from error
+        return total / self.layout.replicas

@@ -1,4 +1,4 @@
-"""Starting one process per stage with torch's elastic agent (what torchrun runs), and telling how they ended.
+"""Starting the processes of the stages with torch's elastic agent (what torchrun runs), and telling how they ended.
 
 Ctrl-C reaches the agent, which passes it on to the workers and waits for them: they stop cleanly and save. A second
 Ctrl-C makes it terminate them.
@@ -23,6 +23,7 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
+from pipeoptim.train.layout import Layout, layout_of
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError
@@ -34,9 +35,9 @@ STOP_SECONDS = "120"
 class StageLogs(LogsSpecs):
     """``<folder>/stage-<k>.out`` and ``.err``; only the last stage writes to the terminal (its progress bar)."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, layout: Layout) -> None:
         super().__init__(log_dir=str(folder))
-        self.folder = folder
+        self.folder, self.layout = folder, layout
 
     @property
     def root_log_dir(self) -> str:
@@ -46,31 +47,37 @@ class StageLogs(LogsSpecs):
     def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
         """File names for the processes whose environments are ``envs``."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        outs = {k: str(self.folder / f"stage-{k}.out") for k in envs}
-        outs[max(envs)] = ""
-        errors = {k: str(self.folder / f"stage-{k}.error.json") for k in envs}
-        for k, env in envs.items():
-            env["TORCHELASTIC_ERROR_FILE"] = errors[k]
-        return LogsDest(stdouts=outs, stderrs={k: self.err(k) for k in envs}, error_files=errors)
+        outs = {rank: self._path(rank, "out") for rank in envs}
+        outs[self.layout.reporter] = ""
+        errors = {rank: self._path(rank, "error.json") for rank in envs}
+        for rank, env in envs.items():
+            env["TORCHELASTIC_ERROR_FILE"] = errors[rank]
+        return LogsDest(stdouts=outs, stderrs={rank: self.err(rank) for rank in envs}, error_files=errors)
 
-    def err(self, k: int) -> str:
-        """What stage ``k`` writes to stderr."""
-        return str(self.folder / f"stage-{k}.err")
+    def err(self, rank: int) -> str:
+        """What a process writes to stderr."""
+        return self._path(rank, "err")
+
+    def _path(self, rank: int, kind: str) -> str:
+        replica, stages = self.layout.place(rank)
+        of = f"-replica-{replica}" if self.layout.replicas > 1 else ""
+        return str(self.folder / f"stage-{'-'.join(map(str, stages))}{of}.{kind}")
 
 
 def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunResult:
-    """Run ``config`` from ``start`` in ``config.stages`` processes on this machine; returns when all have ended.
+    """Run ``config`` from ``start`` in as many processes as its layout has, on this machine; returns when all have ended.
 
     Raises:
         StageFailure: a stage failed; the message names it, says why, and how to resume.
         ConfigError: a stage found the configuration impossible.
         AbortedError: aborted before it could save.
     """
-    logs = StageLogs(_next_folder(run.logs))
+    layout = layout_of(config)
+    logs = StageLogs(_next_folder(run.logs), layout)
     settings = LaunchConfig(
         min_nodes=1,
         max_nodes=1,
-        nproc_per_node=config.stages,
+        nproc_per_node=layout.processes,
         run_id=uuid.uuid4().hex,
         rdzv_backend="c10d",
         rdzv_endpoint="localhost:0",
@@ -106,12 +113,12 @@ def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDi
     def order(k: int) -> tuple[bool, bool, int]:
         return failures[k].exitcode == -signal.SIGTERM, told[k].startswith("StageFailure"), failures[k].timestamp
 
-    stage = min(failures, key=order)
-    kind, colon, text = told[stage].partition(": ")
+    rank = min(failures, key=order)
+    kind, colon, text = told[rank].partition(": ")
     if kind == "ConfigError":
         return ConfigError(text)
-    reason = text if colon and kind in ("StageFailure", "DivergedError", "PipeOptimError") else told[stage]
-    return StageFailure(f"stage {stage} failed: {reason} (log: {logs.err(stage)}); {run.how_to_resume()}")
+    reason = text if colon and kind in ("StageFailure", "DivergedError", "PipeOptimError") else told[rank]
+    return StageFailure(f"{logs.layout.name(rank)} failed: {reason} (log: {logs.err(rank)}); {run.how_to_resume()}")
 
 
 def _reason(failure: ProcessFailure, log: str) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
+from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.telemetry import prediction
@@ -34,6 +35,7 @@ class Loop:
         save: writes a checkpoint of a drained pipeline, given the number of mini-batches done.
         stop: set by Ctrl-C; counts where stage 0 is.
         weight_bytes: filled with the bytes of weights that each stage held.
+        mean: of the losses of all replicas.
         figures: brings measured prediction errors to the recorder.
         errors: filled with the prediction errors of the stages here.
     """
@@ -46,6 +48,7 @@ class Loop:
     save: Callable[[int], None]
     stop: StopOnInterrupt
     weight_bytes: dict[int, int]
+    mean: Callable[[Tensor], Tensor]
     figures: Figures
     errors: prediction.StageErrors
 
@@ -83,9 +86,12 @@ class Loop:
         lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
         began = time.perf_counter()
         with self._shown("data"):
-            x, y = self.parts.task.train_batch(step, batch_size) if first or last else (None, None)
+            x, y = map(self.parts.share, self.parts.task.train_batch(step, batch_size)) if first or last else (None, None)
         value = pipe.step(*((x,) if first else ()), target=y if last else None)
-        if value is not None and self.recorder:
+        if value is None:
+            return
+        value = self.mean(value)
+        if self.recorder:
             self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began)
 
     def _validate(self, step: int) -> None:
@@ -97,7 +103,8 @@ class Loop:
         """Tell how good the stages' newest predictions were."""
         measured = [row for k in self.pipe.local_stages for row in prediction.rows(self.pipe.prediction_error(k))]
         self.errors.note(measured)
-        self.figures.post(step, measured)
+        if self.parts.replica == 0:
+            self.figures.post(step, measured)
         self._record_predictions(wait=False)
 
     def _record_predictions(self, wait: bool) -> None:

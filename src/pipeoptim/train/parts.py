@@ -23,7 +23,9 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
 from pipeoptim.partitioning.places import untie
 from pipeoptim.train import lr_schedules, optimizers
+from pipeoptim.train.checks import program
 from pipeoptim.train.cut import cut
+from pipeoptim.train.recomputed import checkpoint_blocks
 from pipeoptim.train.targets import build
 
 
@@ -39,7 +41,7 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class Parts:
-    """Everything that the engines are given."""
+    """Everything that the engines are given; ``replica`` of the run's trains here."""
 
     config: TrainConfig
     task: Task
@@ -48,10 +50,20 @@ class Parts:
     scheduler: Callable[[Optimizer], LRScheduler]
     validation: Sequence[tuple[Tensor, Tensor]]
     tied: Sequence[Tied] = ()
+    replica: int = 0
 
-    def only(self, k: int) -> Parts:
-        """Without the weights of the other stages."""
-        return replace(self, stages=[stage if j == k else nn.Identity() for j, stage in enumerate(self.stages)])
+    def only(self, replica: int, stages: Sequence[int]) -> Parts:
+        """Those of some stages of a replica, without the weights of the others."""
+        mine = [stage if k in stages else nn.Identity() for k, stage in enumerate(self.stages)]
+        return replace(self, stages=mine, replica=replica)
+
+    def share(self, batch: Tensor) -> Tensor:
+        """This replica's part of a mini-batch: of each micro-batch, so that together the replicas train on the same ones as one."""
+        replicas, m = self.config.replicas, self.config.microbatches
+        if replicas == 1:
+            return batch
+        parts = batch.chunk(m) if len(batch) % (replicas * m) == 0 else (batch,)
+        return torch.cat([part.chunk(replicas)[self.replica] for part in parts])
 
 
 def build_parts(config: TrainConfig) -> Parts:
@@ -70,15 +82,17 @@ def build_parts(config: TrainConfig) -> Parts:
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
     stages, tied = untie(cut(model, config.stages))
-    _check_tied(config, tied)
+    read_tied(
+        tied,
+        program(config),
+        get_method(config.method),
+        Clip(config.clip, config.clip_scope) if config.clip else None,
+        scaled=False,  # copies of a weight that several stages use would move apart under some settings
+    )
+    if config.recompute:
+        for stage in stages:
+            checkpoint_blocks(stage)
     return Parts(config, task, stages, optimizer, scheduler, _validation(task, config), tied)
-
-
-def _check_tied(config: TrainConfig, tied: Sequence[Tied]) -> None:
-    """Copies of a weight that several stages use would move apart under some settings."""
-    method = get_method(config.method)
-    program = method.program(config.stages, config.microbatches)
-    read_tied(tied, program, method, Clip(config.clip, config.clip_scope) if config.clip else None, scaled=False)
 
 
 def read_data(config: TrainConfig) -> Task:
@@ -150,7 +164,7 @@ def probe(parts: Parts) -> None:
             refuses its options.
     """
     x, y = parts.task.train_batch(0, parts.config.batch_size)
-    size = len(x) // parts.config.microbatches
+    size = max(1, len(x) // (parts.config.microbatches * parts.config.replicas))
     for k, stage in enumerate(parts.stages):
         parts.scheduler(parts.optimizer(stage.parameters(), k))
     try:

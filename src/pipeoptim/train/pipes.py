@@ -1,17 +1,19 @@
-"""Making the engine of a run from its parts: the whole pipeline here, or the stage of this process."""
+"""Making the engine of a run from its parts: the whole pipeline here, or the stages of this process."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pipeoptim.config import TrainConfig
+from pipeoptim.train.layout import layout_of
 from pipeoptim.train.parts import Parts
 
 if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
     from pipeoptim.engine import PredictionError, Trace
 
 
@@ -43,18 +45,27 @@ class Pipe(Protocol):
 LossFn = Callable[[Any, Any], Tensor]
 
 
-def _options(config: TrainConfig) -> dict[str, Any]:
+def _options(parts: Parts) -> dict[str, Any]:
     """What both engines are told alike."""
     import torch
 
     from pipeoptim.engine import Clip, Compression, Trace
 
+    config = parts.config
     return {
+        "method": config.method,
+        "microbatches": config.microbatches,
+        "prediction": config.prediction,
+        "seed": config.seed,
+        "tied": parts.tied,
         "clip": Clip(config.clip, config.clip_scope) if config.clip else None,
         "autocast": getattr(torch, config.autocast) if config.autocast else None,
         "compress": Compression(config.compress, config.compress, config.error_feedback) if config.compress else None,
         "monitor": config.monitor_every,
-        "trace": Trace(config.trace_steps) if config.trace else None,
+        "overlap": config.overlap,
+        "uneven": config.uneven,
+        "recompute": config.recompute or "backward",
+        "trace": Trace(config.trace_steps) if config.trace and parts.replica == 0 else None,
     }
 
 
@@ -63,42 +74,26 @@ def emulator(parts: Parts, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
     from pipeoptim.engine import Emulator
 
     optimizers = [parts.optimizer(stage.parameters(), k) for k, stage in enumerate(parts.stages)]
-    config = parts.config
-    pipe = Emulator(
-        parts.stages,
-        optimizers,
-        loss,
-        method=config.method,
-        microbatches=config.microbatches,
-        schedulers=[parts.scheduler(optimizer) for optimizer in optimizers],
-        prediction=config.prediction,
-        seed=config.seed,
-        tied=parts.tied,
-        **_options(config),
-    )
+    rates = [parts.scheduler(optimizer) for optimizer in optimizers]
+    layout = layout_of(parts.config)
+    processes = layout.width if layout.chunks > 1 else None
+    pipe = Emulator(parts.stages, optimizers, loss, schedulers=rates, processes=processes, **_options(parts))
     return pipe, dict(enumerate(optimizers))
 
 
-def schedule(parts: Parts, k: int, loss: LossFn) -> tuple[Pipe, dict[int, Optimizer]]:
-    """Stage ``k`` in this process, the others in the other processes of the default process group."""
+def schedule(parts: Parts, stages: Sequence[int], loss: LossFn, mesh: DeviceMesh | None) -> tuple[Pipe, dict[int, Optimizer]]:
+    """``stages`` in this process, the others in other processes: of the default group, or of replicas laid out by ``mesh``."""
     import torch
     from torch.distributed.pipelining import PipelineStage
 
-    from pipeoptim.engine import Schedule
+    from pipeoptim.engine import InterleavedSchedule, Schedule
 
-    config, module = parts.config, parts.stages[k]
-    optimizer = parts.optimizer(module.parameters(), k)
-    stage = PipelineStage(module, k, config.stages, torch.device("cpu"))
-    pipe = Schedule(
-        stage,
-        optimizer,
-        loss,
-        method=config.method,
-        microbatches=config.microbatches,
-        scheduler=parts.scheduler(optimizer),
-        prediction=config.prediction,
-        seed=config.seed,
-        tied=parts.tied,
-        **_options(config),
-    )
-    return pipe, {k: optimizer}
+    depth, device = parts.config.stages, torch.device("cpu")
+    group = None if mesh is None else mesh["pipe"].get_group()
+    made = [PipelineStage(parts.stages[k], k, depth, device, group=group) for k in stages]
+    optimizers = {k: parts.optimizer(parts.stages[k].parameters(), k) for k in stages}
+    rates = [parts.scheduler(optimizer) for optimizer in optimizers.values()]
+    options = {**_options(parts), "replicas": None if mesh is None else mesh["data"]}
+    if len(made) > 1:
+        return InterleavedSchedule(made, list(optimizers.values()), loss, schedulers=rates, **options), optimizers
+    return Schedule(made[0], optimizers[stages[0]], loss, scheduler=rates[0], **options), optimizers

@@ -8,9 +8,13 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
+
+if TYPE_CHECKING:
+    from pipeoptim.checkpoint import Meta
 
 DEFAULT_OUT = Path("runs")
 
@@ -129,17 +133,11 @@ class Start:
     checkpoint: Path | None = None
 
 
-def begin(run: RunDir, config: TrainConfig) -> Start:
-    """A new run: make its directory."""
-    run.create(config)
-    return Start()
-
-
-def resume(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> Start:
-    """Take up ``run`` at its newest complete checkpoint; torn ones are mentioned to ``say`` and passed over.
+def newest(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> tuple[Path, Meta]:
+    """The newest complete checkpoint of ``run``; torn ones are mentioned to ``say`` and passed over.
 
     Raises:
-        ConfigError: there is none, it is of another configuration, or the run is finished.
+        ConfigError: there is none, or it is of another configuration.
     """
     from pipeoptim.checkpoint import find
 
@@ -153,16 +151,32 @@ def resume(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> Star
             f"checkpoint {found.folder} is of another configuration than {run.config}; "
             "restore that file, or start a new run with another --name"
         )
-    if found.meta.step >= config.steps:
-        raise ConfigError(f"run {run.path} is finished ({found.meta.step} of {config.steps} steps); {_what_else(config)}")
+    for folder, reason in found.torn:
+        say(f"checkpoint {folder} is torn ({reason}); resuming from {found.folder.name}")
+    return found.folder, found.meta
+
+
+def begin(run: RunDir, config: TrainConfig) -> Start:
+    """A new run: make its directory."""
+    run.create(config)
+    return Start()
+
+
+def resume(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> Start:
+    """Take up ``run`` at its newest complete checkpoint; torn ones are mentioned to ``say`` and passed over.
+
+    Raises:
+        ConfigError: there is none, it is of another configuration, or the run is finished.
+    """
+    folder, meta = newest(run, config, say)
+    if meta.step >= config.steps:
+        raise ConfigError(f"run {run.path} is finished ({meta.step} of {config.steps} steps); {_what_else(config)}")
     if config != run.read_config():
         _check_longer(config, run.read_config())
         run.write_config(config)
     if config.trace:  # the new one may be of fewer stages
         shutil.rmtree(run.trace, ignore_errors=True)
-    for folder, reason in found.torn:
-        say(f"checkpoint {folder} is torn ({reason}); resuming from {found.folder.name}")
-    return Start(found.meta.step, found.folder)
+    return Start(meta.step, folder)
 
 
 def _what_else(config: TrainConfig) -> str:

@@ -48,7 +48,7 @@ def run_session(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", PredictionWarning)  # the recorder says it, also for stages in other processes
         recorder = None
-        if pipe.depth - 1 in pipe.local_stages:
+        if pipe.depth - 1 in pipe.local_stages and parts.replica == 0:
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
@@ -56,18 +56,18 @@ def run_session(
             recorder = Recorder(file, view, config.batch_size, board)
 
         def save_all(step: int) -> None:
-            states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}
+            states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}  # with what differs between replicas
             save(
                 run.checkpoints,
                 step,
-                states,
+                states if parts.replica == 0 else {},
                 config=config.fingerprint(),
                 group=group,
                 keep=config.keep_checkpoints,
                 versions=versions(),
             )
 
-        loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {}, group.figures(), StageErrors())
+        loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {}, group.mean, group.figures(), StageErrors())
         done = loop.run(start.step)
     if pipe.trace is not None:
         pipe.trace.save(run.trace)
@@ -89,10 +89,12 @@ def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, don
             "samples_per_second": recorder.samples_per_second,
             "seconds": seconds,
         }
-    gathered = group.gather(([_facts(parts, pipe, k, loop) for k in pipe.local_stages], figures))
-    stages = tuple(facts for part, _ in gathered for facts in part)
-    if pipe.trace is not None:  # all have saved theirs before the gathering
-        stages = with_shares(stages, group.gather(merge_trace(run.trace) if loop.recorder is not None else None)[-1])
+    facts = [_facts(parts, pipe, k, loop) for k in pipe.local_stages] if parts.replica == 0 else []
+    gathered = group.gather((facts, figures))
+    stages = tuple(sorted((one for part, _ in gathered for one in part), key=lambda one: one.stage))
+    if parts.config.trace:  # all have saved theirs before the gathering
+        merged = group.gather(merge_trace(run.trace) if loop.recorder is not None else None)
+        stages = with_shares(stages, merged[group.reporter])
     return RunResult(
         run_dir=run.path,
         status="finished" if done == parts.config.steps else "stopped",
@@ -100,7 +102,7 @@ def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, don
         stages=stages,
         data=parts.task.describe(),
         versions=versions(),
-        **gathered[-1][1],
+        **gathered[group.reporter][1],
     )
 
 

@@ -1,4 +1,4 @@
-"""One process of a run, one stage: ``python -m pipeoptim.train.worker RUN_DIR``, started by the launcher.
+"""One process of a run, with its stages: ``python -m pipeoptim.train.worker RUN_DIR``, started by the launcher.
 
 Under a torchrun of the user's own, every process is ``pipeoptim train`` itself and comes in through :func:`join`.
 """
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str], stop: StopOnInterrupt) -> None:
-    """Train the stage that the environment variable RANK says."""
+    """Train the stages that the environment variable RANK says."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
     from pipeoptim.train.rundir import RunDir
@@ -63,21 +63,28 @@ def process_group() -> Iterator[None]:
 
 
 def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopOnInterrupt, quiet: bool) -> RunResult:
-    """Train this process's stage of ``config``; the process group exists."""
+    """Train this process's stages of ``config``; the process group exists."""
     import torch.distributed as dist
+    from torch.distributed.device_mesh import init_device_mesh
 
     from pipeoptim.train.evaluate import ObservedLoss
     from pipeoptim.train.group import Distributed
+    from pipeoptim.train.layout import layout_of
     from pipeoptim.train.parts import build_parts, cpu_threads
     from pipeoptim.train.pipes import schedule
     from pipeoptim.train.session import run_session
 
-    k = dist.get_rank()
+    layout = layout_of(config)
+    replica, stages = layout.place(dist.get_rank())
+    mesh = None
+    if layout.replicas > 1:
+        mesh = init_device_mesh("cpu", (layout.replicas, layout.width), mesh_dim_names=("data", "pipe"))
+    group = Distributed(layout, None if mesh is None else mesh["data"].get_group())
     with cpu_threads(config.threads):
-        parts = build_parts(config).only(k)
+        parts = build_parts(config).only(replica, stages)
         loss = ObservedLoss(parts.task)
-        pipe, optimizers = schedule(parts, k, loss)
-        result = run_session(run, parts, pipe, optimizers, loss, Distributed(), start, stop, quiet)
+        pipe, optimizers = schedule(parts, stages, loss, mesh)
+        result = run_session(run, parts, pipe, optimizers, loss, group, start, stop, quiet)
         pipe.close()
     return result
 
@@ -87,24 +94,29 @@ def under_torchrun() -> bool:
     return "RANK" in os.environ and int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
-def reports() -> bool:
+def reports(config: TrainConfig) -> bool:
     """Whether this process is the one that shows the result (the last stage's, which has the figures)."""
-    return not under_torchrun() or os.environ["RANK"] == str(int(os.environ["WORLD_SIZE"]) - 1)
+    from pipeoptim.train.layout import layout_of
+
+    return not under_torchrun() or os.environ["RANK"] == str(layout_of(config).reporter)
 
 
 def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: bool) -> RunResult:
     """Train as one process of the user's own torchrun. Stage 0 makes or checks the run directory, for all.
 
     Raises:
-        ConfigError: the number of processes is not the number of stages, or stage 0 refused the run.
+        ConfigError: the number of processes is not that of the layout, or stage 0 refused the run.
     """
     import torch.distributed as dist
 
     from pipeoptim.errors import ConfigError
+    from pipeoptim.train.layout import layout_of
 
-    world = int(os.environ["WORLD_SIZE"])
-    if world != config.stages:
-        raise ConfigError(f"torchrun started {world} processes, but stages is {config.stages}; start one process per stage")
+    world, layout = int(os.environ["WORLD_SIZE"]), layout_of(config)
+    if world != layout.processes:
+        raise ConfigError(
+            f"torchrun started {world} processes, but the run has {layout.describe()}; start {layout.processes} processes"
+        )
     with interruptible(StopOnInterrupt()) as stop, process_group():
         answer: list[Start | str] = [""]
         if dist.get_rank() == 0:
@@ -145,5 +157,5 @@ def end_with_parent() -> None:
 if __name__ == "__main__":
     with interruptible(StopOnInterrupt()) as asked:
         end_with_parent()
-        print(f"stage {os.environ.get('RANK')}: process {os.getpid()}", file=sys.stderr, flush=True)
+        print(f"rank {os.environ.get('RANK')}: process {os.getpid()}", file=sys.stderr, flush=True)
         main(sys.argv[1:], asked)

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 DEFAULT_RECIPE = "chars"
 
-#: What may be changed when a run is taken up again.
+#: What may be changed when a run is taken up again; the first in a run directory of its own.
+RECUT = ("stages", "chunks", "replicas")
 ON_RESUME = ("engine", "steps", "eval_every", "monitor_every", "tensorboard", "trace", "trace_steps")
 
 
@@ -30,6 +31,33 @@ def train(
     stages: Annotated[int | None, Option(help="Depth: pieces that the model is cut into.")] = None,
     microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; must divide the batch size.")] = None,
     batch_size: Annotated[int | None, Option(help="Samples per mini-batch, that is, per update.")] = None,
+    chunks: Annotated[
+        int | None,
+        Option(
+            help="Stages per process, in an interleaved order; for layers that cost unevenly. Processes: stages / chunks x replicas."
+        ),
+    ] = None,
+    replicas: Annotated[
+        int | None,
+        Option(
+            help="Copies of the pipeline, each for its part of every mini-batch (data parallel); with --engine processes, whose number "
+            "is then stages / chunks x replicas."
+        ),
+    ] = None,
+    overlap: Annotated[
+        bool | None,
+        Option("--overlap", help="Average the gradients of replicas during the next forward, at a version gap of one more."),
+    ] = None,
+    uneven: Annotated[
+        bool | None, Option("--uneven", help="Micro-batches may differ by one sample: they need not divide the batch size.")
+    ] = None,
+    recompute: Annotated[
+        str | None,
+        Option(
+            help="Activation checkpointing: keep the inputs of blocks only, and run blocks again in the backward, on its weights "
+            "(backward) or, exactly, on those of the first forward (forward)."
+        ),
+    ] = None,
     optimizer: Annotated[
         str | None,
         Option(
@@ -49,7 +77,7 @@ def train(
     seed: Annotated[int | None, Option(help="Of the initial weights, the data order and dropout.")] = None,
     prediction: Annotated[str | None, Option(help="Weight prediction: refined, paper, decayed or displacement.")] = None,
     engine: Annotated[
-        str | None, Option(help="emulator: all stages in this process. processes: one process per stage.")
+        str | None, Option(help="emulator: all stages in this process. processes: one process per stage (but see --chunks).")
     ] = None,
     eval_every: Annotated[int | None, Option(help="Steps between validations; 0: only at the end.")] = None,
     checkpoint_every: Annotated[int | None, Option(help="Steps between checkpoints; 0: only at the end.")] = None,
@@ -108,13 +136,17 @@ def train(
           Matrices are predicted by their last displacement, biases and norms not at all.
       pipeoptim train --recipe vgg16-cifar100 --tiny
           A setting of the paper, small enough for a minute on two cores. Without --tiny it needs CIFAR-100 in data/.
+      pipeoptim train --engine processes --stages 2 --replicas 2
+          Two pipelines on four processes, each for one half of every mini-batch.
       pipeoptim train --resume --name chars-pipeoptim
           Continue after Ctrl-C or a crash, bit for bit.
+      pipeoptim train --resume --name chars-pipeoptim --stages 2
+          Continue with another number of stages, in runs/chars-pipeoptim-2-stages: weights and optimizer state move.
 
-    Ctrl-C saves and says how to continue; a second Ctrl-C aborts. Under torchrun (one process per stage), add
-    --engine processes.
+    Ctrl-C saves and says how to continue; a second Ctrl-C aborts. Under torchrun (one process per stage, or as --chunks and
+    --replicas say), add --engine processes.
     """
-    from pipeoptim.train import run
+    from pipeoptim.train import recut, run
     from pipeoptim.train.recipes import full_name, get_recipe
     from pipeoptim.train.rundir import RunDir
 
@@ -122,6 +154,11 @@ def train(
         "method": method,
         "stages": stages,
         "microbatches": microbatches,
+        "chunks": chunks,
+        "replicas": replicas,
+        "overlap": overlap,
+        "uneven": uneven,
+        "recompute": recompute,
         "batch_size": batch_size,
         "steps": steps,
         "seed": seed,
@@ -148,6 +185,8 @@ def train(
         default = f"{full_name(wanted, tiny)}-{method or 'pipeoptim'}"
         directory = RunDir(out / _checked(default if name is None else name))
         config = _resumed(directory, given, full_name(recipe, tiny) if recipe else None, optimizer, lr)
+        if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
+            directory = recut(directory, config)
     else:
         config = _new(get_recipe(wanted, tiny), given, optimizer, lr, group)
         directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
@@ -178,7 +217,7 @@ def _resumed(
 ) -> TrainConfig:
     """The run's own configuration. What was given must agree with it, but for what may change."""
     config = directory.read_config()
-    fixed = {key: value for key, value in given.items() if key not in ON_RESUME}
+    fixed = {key: value for key, value in given.items() if key not in (*ON_RESUME, *RECUT)}
     fixed |= {"recipe": recipe} if recipe is not None else {}
     pairs = [(key, value, getattr(config, key)) for key, value in fixed.items()]
     pairs += [("optimizer", optimizer, config.optimizer.target)] if optimizer is not None else []
@@ -189,7 +228,7 @@ def _resumed(
             raise ConfigError(
                 f"{option} is {value}, but run {directory.path} was begun with {own}; leave {option} out when resuming"
             )
-    return replace(config, **{key: value for key, value in given.items() if key in ON_RESUME})
+    return replace(config, **{key: value for key, value in given.items() if key in (*ON_RESUME, *RECUT)})
 
 
 def _checked(name: str) -> str:
@@ -204,11 +243,13 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool) ->
     import typer
 
     from pipeoptim.telemetry.summary import print_summary
+    from pipeoptim.train.layout import layout_of
     from pipeoptim.train.worker import reports
 
-    if not quiet and reports():
-        print_summary(result, directory.read_config().steps, f"{config.method}, {config.stages} stages, engine {config.engine}")
+    if not quiet and reports(config):
+        how = f"{config.method}, {layout_of(config).describe()}, engine {config.engine}"
+        print_summary(result, directory.read_config().steps, how)
     if result.status == "stopped":
-        if reports():
+        if reports(config):
             print(f"stopped at step {result.step}; resume with: {directory.resume_command()}")
         raise typer.Exit(130)

@@ -1,0 +1,99 @@
+"""Going on with another number of stages: a run's newest checkpoint, cut anew, is the beginning of a run of its own.
+
+The model is built twice in this process, as it was cut and as it will be, and the state goes through a sharded checkpoint
+(:mod:`pipeoptim.checkpoint.sharded`). Weights, optimizer states, learning rates and versions are the same afterwards; the stages'
+random numbers (dropout) and what their predictors, clipping and compression remember begin anew, since they belonged to other stages.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from pipeoptim.checkpoint import load_sharded, load_stage, save, save_sharded
+from pipeoptim.config import TrainConfig
+from pipeoptim.engine.tied import Tied
+from pipeoptim.errors import ConfigError
+from pipeoptim.train.checks import check
+from pipeoptim.train.group import OneProcess
+from pipeoptim.train.layout import layout_of
+from pipeoptim.train.parts import build_parts, cpu_threads, probe
+from pipeoptim.train.pipes import emulator
+from pipeoptim.train.result import versions
+from pipeoptim.train.rundir import RunDir, newest
+from pipeoptim.train.worker import under_torchrun
+
+
+def recut(run: RunDir, config: TrainConfig) -> RunDir:
+    """See :func:`pipeoptim.train.recut`."""
+    check(config)
+    if under_torchrun():
+        raise ConfigError("a run cannot be cut anew under torchrun; do so without it, Ctrl-C, then resume under it")
+    before = run.read_config()
+    folder, meta = newest(run, before, say=_say)
+    new = RunDir(run.path.with_name(f"{run.path.name}-{_label(config)}"))
+    new.check_new()
+    states = _moved(folder, before, config)
+    new.create(config)
+    save(
+        new.checkpoints,
+        meta.step,
+        states,
+        config=config.fingerprint(),
+        group=OneProcess(),
+        keep=config.keep_checkpoints,
+        versions=versions(),
+    )
+    if run.metrics.exists():
+        shutil.copyfile(run.metrics, new.metrics)  # rows after the checkpoint go when the run is resumed
+    _say(
+        f"run {run.path} had {layout_of(before).describe()}; it goes on from step {meta.step} with {layout_of(config).describe()} in "
+        f"{new.path}: the same weights, optimizer states and learning rates, new random numbers"
+    )
+    return new
+
+
+def _label(config: TrainConfig) -> str:
+    parts = [f"{config.stages}-stages"]
+    parts += [f"{config.chunks}-chunks"] if config.chunks > 1 else []
+    parts += [f"{config.replicas}-replicas"] if config.replicas > 1 else []
+    return "-".join(parts)
+
+
+def _moved(checkpoint: Path, before: TrainConfig, after: TrainConfig) -> dict[int, dict[str, Any]]:
+    """The states of the stages of ``after``, from the checkpoint of those of ``before``."""
+    with cpu_threads(after.threads), TemporaryDirectory() as folder:
+        (old, old_tied), (new, new_tied) = _pipe(before), _pipe(after)
+        for k in old.local_stages:
+            old.load_stage_state_dict(k, load_stage(checkpoint, k))
+        save_sharded(old, Path(folder) / "moved", _numbered(old, old_tied))
+        load_sharded(new, Path(folder) / "moved", _numbered(new, new_tied))
+        return {k: new.stage_state_dict(k) for k in new.local_stages}
+
+
+def _pipe(config: TrainConfig) -> tuple[Any, Sequence[Tied]]:
+    parts = build_parts(config)
+    probe(parts)
+    return emulator(parts, parts.task.loss)[0], parts.tied
+
+
+def _numbered(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:
+    """Names that no cut changes: the tensors of a model have the same order in whatever contiguous pieces, and the copies of a tied weight
+    have the number of the first."""
+    numbers: dict[tuple[int, str], str] = {}
+    for k in pipe.local_stages:
+        for own in pipe.stage_module(k).state_dict():
+            numbers[k, own] = f"tensor {len(numbers)}"
+    for tie in tied:
+        first, *others = tie.places
+        for place in others:
+            numbers[place] = numbers[first]
+    return [{number: own for (j, own), number in numbers.items() if j == k} for k in pipe.local_stages]
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
