@@ -1,7 +1,11 @@
 """Random small pipelines, drawn from a seed, so that every process can build its own stage and the emulator all of them.
 
 Between two stages there is a random tree of tensors that carry gradients, detached ones, masks, integer ids, None and plain
-values; some leaves come and go with the number of rows. Rows and sequence length change from step to step, or do not.
+values; some leaves come and go with the number of rows. Rows and sequence length change from step to step, or do not. Stages add
+losses of their own, recompute parts of themselves, or are compiled; they may live two on a process, or have replicas.
+
+Two replicas equal one pipeline bit for bit when the first one's loss counts twice, which is exact, and the second one's not at all:
+the mean of their gradients is then the gradient of the one. Without averaging, both would differ.
 """
 
 import hashlib
@@ -12,6 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.utils._pytree import tree_flatten, tree_leaves
+from torch.utils.checkpoint import checkpoint
 
 import pipeoptim as po
 
@@ -69,6 +74,9 @@ class Block(nn.Module):
             nn.Dropout(rng.choice((0.0, 0.3))),
         )
         self.gives = nn.ModuleDict({str(w): nn.Linear(self.hidden, w, bias=False) for w in WIDTHS})
+        self.adds = f"stage {k}" if k in case.adding else None
+        self.recomputes = k in case.recomputing
+        self.factor = 1.0
 
     def forward(self, *args, **kwargs):
         values = tree_leaves((args, kwargs))
@@ -83,7 +91,10 @@ class Block(nn.Module):
                 h = h + self.embed(value)
             elif isinstance(value, (int, float)):
                 h = h + 0.1 * value
-        h = self.after(self.norm(h))
+        h = self.norm(h)
+        h = checkpoint(self.after, h, use_reentrant=False) if self.recomputes else self.after(h)
+        if self.adds:
+            po.add_loss(self.adds, self.factor * h.square().mean())
         found, spec = leaves_of(self.returns)
         return spec.unflatten([self.give(kind, width, h) for kind, width in found])
 
@@ -124,10 +135,12 @@ class Case:
 
     seed: int
     depth: int
+    layout: str = ""
 
     def __post_init__(self):
         rng = random.Random(self.seed)
-        self.method = rng.choice(sorted(po.METHODS))
+        able = [m for m, x in po.METHODS.items() if x.order == "async_1f1b" and x.forward.any_order and x.backward.any_order]
+        self.method = rng.choice(sorted(able if self.layout == "interleaved" else po.METHODS))
         self.m = rng.randint(1, 4)
         if po.METHODS[self.method].at_least_depth_microbatches:
             self.m = max(self.m, self.depth)
@@ -142,13 +155,23 @@ class Case:
         self.drain_at = rng.randrange(self.steps)
         self.eval_at = rng.randrange(self.steps)
         self.with_kwargs = [k for k in range(self.depth) if rng.random() < 0.3]
+        self.adding = [k for k in range(self.depth) if rng.random() < 0.2]
+        self.recomputing = [k for k in range(self.depth) if rng.random() < 0.2]
+        self.recompute = rng.choice(("forward", "backward"))
+        self.compiled = COMPILED.get(self.seed)
+        if self.compiled:  # what a compiler would be asked to do again and again is drawn by the other cases
+            self.changing, self.uneven, self.recompute, self.adding, self.recomputing = False, False, "backward", [], []
+            self.structures = [("grad", 3)] * self.depth
         self.compress = rng.choice((None, None, "bf16", "int8", po.Compression("int8", "bf16", "both")))
+        if self.compiled or self.layout == "replicas":  # replicas are compared with an exact oracle
+            self.compress = None
 
     def module(self, k):
         torch.manual_seed(1000 * self.seed + k)
         if self.kinds[k] == "plain":
             return Plain()
-        return Block(self, k).requires_grad_(self.kinds[k] != "frozen")
+        block = Block(self, k).requires_grad_(self.kinds[k] != "frozen")
+        return torch.compile(block, backend=self.compiled) if self.compiled else block
 
     def make_optimizer(self, module):
         params = [p for p in module.parameters() if p.requires_grad]
@@ -159,8 +182,13 @@ class Case:
         return torch.optim.AdamW(params, lr=0.01) if self.optimizer == "adamw" else torch.optim.RMSprop(params, lr=0.005)
 
     def options(self):
-        shared = {"method": self.method, "microbatches": self.m, "seed": self.seed}
-        return {**shared, "uneven": self.uneven, "compress": self.compress}
+        options = {"method": self.method, "microbatches": self.m, "seed": self.seed, "uneven": self.uneven}
+        return options | {"recompute": self.recompute, "compress": self.compress}
+
+    @property
+    def processes(self):
+        """Of one pipeline."""
+        return self.depth // 2 if self.layout == "interleaved" else self.depth
 
     def batches(self):
         rng, g = random.Random(f"{self.seed} data"), torch.Generator().manual_seed(self.seed)
@@ -173,23 +201,37 @@ class Case:
             extra = {k: {"extra": torch.randn(rows, length, 5, generator=g), "scale": 0.5} for k in self.with_kwargs}
             yield x, y, extra
 
-    def train(self, pipe):
-        """Feed the run to ``pipe``; one digest per stage that lives there."""
-        losses = []
+    def train(self, pipe, factor=1.0):
+        """Feed the run to ``pipe``, whose losses are ``factor`` times what they should be; one digest per stage that lives there."""
+        losses, parts = [], []
         for n, (x, y, extra) in enumerate(self.batches()):
             args = [x] if 0 in pipe.local_stages else []
             losses.append(pipe.step(*args, target=y, stage_kwargs=extra))
             if n == self.eval_at:
                 losses.append(pipe.eval_step(*args, target=y, stage_kwargs=extra, drain=False))
+            parts.append(pipe.loss_parts)
             if n == self.drain_at:
                 pipe.drain()
         pipe.drain()
-        last = self.depth - 1
-        return {k: digest([pipe.stage_state_dict(k), losses if k == last else []]) for k in pipe.local_stages}
+        if self.depth - 1 in pipe.local_stages:
+            losses = [loss / factor for loss in losses]
+        return {
+            k: self.digest(k, pipe, losses, [p[f"stage {k}"] / factor for p in parts if f"stage {k}" in p])
+            for k in pipe.local_stages
+        }
+
+    def digest(self, k, pipe, losses, parts):
+        state = pipe.stage_state_dict(k)
+        state["random"].pop("replicas", None)
+        return digest([state, parts, losses if k == self.depth - 1 else []])
 
 
 def loss_fn(output, target):
     return nn.functional.mse_loss(output, target)
+
+
+#: seed -> backend: compiling takes as long as fifty other cases
+COMPILED = {33: "eager", 44: "aot_eager"}
 
 
 def digest(tree):
@@ -198,19 +240,31 @@ def digest(tree):
     for value in tree_leaves(tree):
         if isinstance(value, torch.Tensor):
             found.update(f"{value.dtype}{tuple(value.shape)}".encode())
-            found.update(value.detach().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+            plain = value.detach() + 0 if value.is_floating_point() else value.detach()  # -0.0 and 0.0 are equal
+            found.update(plain.contiguous().flatten().view(torch.uint8).numpy().tobytes())
         else:
             found.update(repr(value).encode())
     return found.hexdigest()
 
 
 def rounds(count):
-    """``count`` cases in rounds that keep four processes busy: per round, (first process, case) of each pipeline."""
+    """``count`` cases in rounds that keep four processes busy: per round, (its processes, the case) of each pipeline."""
+    layouts = (
+        ("", (4,)),
+        ("", (4,)),
+        ("", (2, 2)),
+        ("", (2, 2)),
+        ("", (1, 3)),
+        ("", (3, 1)),
+        ("interleaved", (4, 4)),
+        ("replicas", (2,)),
+    )
     seed = 0
     while seed < count:
-        rng = random.Random(f"round {seed}")
-        cut, row = rng.choice(((4,), (4,), (2, 2), (1, 3), (3, 1))), []
+        (layout, cut), row, first = random.Random(f"round {seed}").choice(layouts), [], 0
         for depth in cut:
-            row.append((sum(c.depth for _, c in row), Case(seed, depth)))
-            seed += 1
+            case = Case(seed, depth, layout)
+            ranks = tuple(range(first, first + case.processes)) if layout != "replicas" else (0, 1, 2, 3)
+            row.append((ranks, case))
+            first, seed = first + len(ranks), seed + 1
         yield row

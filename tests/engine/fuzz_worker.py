@@ -22,41 +22,73 @@ warnings.simplefilter("ignore")
 torch.set_num_threads(1)
 rank = int(os.environ["RANK"])
 dist.init_process_group("gloo")
-cuts = ((0, 1, 2, 3), (0, 1), (2, 3), (0,), (1, 2, 3), (0, 1, 2), (3,))
-groups = {ranks: [dist.new_group(list(ranks)) for _ in range(2)] for ranks in cuts}
-asked = Counter()
+asked, made, connect = Counter(), {}, made_by_engine.new_group
 
 
-def reuse(ranks, *_):
+def reuse(ranks, name, *rest):
     """Instead of a group of its own: connecting anew for every pipeline would take longer than running it."""
-    asked[tuple(ranks)] += 1
-    return groups[tuple(ranks)][asked[tuple(ranks)] % 2]
+    use = tuple(ranks), name.rpartition("-")[2]
+    asked[use] += 1
+    key = *use, asked[use] % 2
+    if key not in made:
+        made[key] = connect(ranks, name, *rest)
+    return made[key]
 
 
-def hand_back(pipe):
+def hand_back(parts):
     """Match the receives that are posted ahead, so that the next pipeline finds its groups empty."""
-    for sender in (pipe._to_next, pipe._to_previous):
-        if sender is not None:
-            sender._start(link._Block(sender._memory(sender.size), []))
-    for receiver in (pipe._from_previous, pipe._from_next):
-        if receiver is not None:
-            receiver.post()
-            receiver.wait(receiver._posted[0])
+    for sender in (sender for part in parts for sender in (part._to_next, part._to_previous) if sender is not None):
+        sender._start(link._Block(sender._memory(sender.size), []))
+    for receiver in (receiver for part in parts for receiver in (part._from_previous, part._from_next) if receiver is not None):
+        receiver.post()
+        receiver.wait(receiver._posted[0])
 
 
+def pipeline(case, ranks, loss_fn, **options):
+    """The stages of this process, and what drives them."""
+    place = ranks.index(rank)
+    modules = {k: case.module(k) for k in range(place, case.depth, len(ranks))}
+    optimizers = [case.make_optimizer(module) for module in modules.values()]
+    stages = [PipelineStage(module, k, case.depth, torch.device("cpu"), group=groups[ranks]) for k, module in modules.items()]
+    options |= {"timeout": 60, "liveness_timeout": None, **case.options()}
+    if len(stages) > 1:
+        return po.InterleavedSchedule(stages, optimizers, loss_fn, **options)
+    return po.Schedule(stages[0], optimizers[0], loss_fn, **options)
+
+
+def train(case, ranks):
+    pipe = pipeline(case, ranks, fuzz_cases.loss_fn)
+    found = case.train(pipe)
+    hand_back(getattr(pipe, "_parts", {0: pipe}).values())
+    pipe.close()
+    return found
+
+
+def train_replica(case):
+    """The first replica's loss counts twice, the second one's not at all."""
+    replica, k = divmod(rank, 2)
+    factor = 0.0 if replica else 2.0
+    pipe = pipeline(
+        case, (2 * replica, 2 * replica + 1), lambda *given: factor * fuzz_cases.loss_fn(*given), replicas=groups[k, k + 2]
+    )
+    pipe.stage_module(k).factor = factor
+    found = case.train(pipe, factor)
+    hand_back([pipe])
+    pipe.close()
+    return {} if replica else found
+
+
+groups = {
+    ranks: dist.new_group(list(ranks))
+    for ranks in ((0, 1, 2, 3), (0, 1), (2, 3), (0,), (1, 2, 3), (0, 1, 2), (3,), (0, 2), (1, 3))
+}
 made_by_engine.new_group, made_by_engine.destroy = reuse, lambda group: None
 digests = {}
 for row in fuzz_cases.rounds(count):
-    first, case = next((first, case) for first, case in row if first <= rank < first + case.depth)
-    k, ranks = rank - first, tuple(range(first, first + case.depth))
-    print(f"case {case.seed}, stage {k}", flush=True)
-    module = case.module(k)
-    stage = PipelineStage(module, k, case.depth, torch.device("cpu"), group=groups[ranks][0])
-    options = {"timeout": 60, "liveness_timeout": None, **case.options()}
-    pipe = po.Schedule(stage, case.make_optimizer(module), fuzz_cases.loss_fn, **options)
-    digests.update({f"{case.seed}/{k}": d for k, d in case.train(pipe).items()})
-    hand_back(pipe)
-    pipe.close()
+    ranks, case = next((ranks, case) for ranks, case in row if rank in ranks)
+    print(f"case {case.seed} {case.layout}", flush=True)
+    found = train_replica(case) if case.layout == "replicas" else train(case, ranks)
+    digests.update({f"{case.seed}/{k}": d for k, d in found.items()})
 with open(f"{out}/{rank}.json", "w") as file:
     json.dump(digests, file)
 dist.barrier()
