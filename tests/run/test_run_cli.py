@@ -69,7 +69,7 @@ def test_resume_refuses_other_options(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     run(tiny.recipe(), "runs/tiny", progress=False)
-    for option, value, own in (("--lr", "0.5", "0.01"), ("--stages", "3", "2"), ("--optimizer", "sgd", "adamw")):
+    for option, value, own in (("--lr", "0.5", "0.01"), ("--microbatches", "2", "1"), ("--optimizer", "sgd", "adamw")):
         assert _run(["train", "--resume", "--name", "tiny", option, value]) == 2
         error = capsys.readouterr().err
         assert f"{option} is {value}" in error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
@@ -14,6 +14,7 @@ from pipeoptim.errors import ConfigError
 if TYPE_CHECKING:
     from pipeoptim.engine.base import Pipeline
 
+T = TypeVar("T")
 Names = Sequence[Mapping[str, str]]
 """For every stage: name in the original model -> name in the stage (``Partition.names``)."""
 
@@ -106,3 +107,27 @@ def inverted(names: Mapping[str, str]) -> dict[str, list[str]]:
     for original, own in names.items():
         found.setdefault(own, []).append(original)
     return found
+
+
+def merge(names: Mapping[int, Mapping[str, Sequence[str]]], states: Mapping[int, Mapping[str, T]]) -> dict[str, T]:
+    """What stages have by their own names, by those of the original model; of a name that several have, the first one's.
+
+    Args:
+        names: stage -> name in the stage -> its names in the original model.
+        states: stage -> name in the stage -> anything.
+
+    Raises:
+        ConfigError: a state lacks a name.
+
+    Example:
+        >>> merge({0: {"w": ["a", "b"]}, 1: {"w": ["b"], "v": ["c"]}}, {0: {"w": 1}, 1: {"w": 2, "v": 3}})
+        {'a': 1, 'b': 1, 'c': 3}
+    """
+    whole: dict[str, T] = {}
+    for k in sorted(names):
+        for own, originals in names[k].items():
+            if own not in states[k]:
+                raise ConfigError(f"the state of stage {k} has no {own!r}; pass the state_dict() of each stage, in order")
+            for original in originals:
+                whole.setdefault(original, states[k][own])
+    return whole

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.checkpoint.names import Names, inverted, original_names
+from pipeoptim.checkpoint.names import Names, inverted, merge, original_names
 from pipeoptim.checkpoint.together import refuse_sharded, together
 from pipeoptim.errors import ConfigError
 
@@ -52,18 +52,12 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     """
     pipe.drain()
     found = original_names(pipe, names)
-    stages = [_stage_tensors(pipe.stage_module(k), k, found[k]) for k in pipe.local_stages]
-    own = {k: [(originals, _on_cpu(t)) for originals, t in stage] for k, stage in zip(pipe.local_stages, stages, strict=True)}
-    parts = together(pipe).gather_at_first(own)
+    states = {k: {name: _on_cpu(t) for name, t in _stage_tensors(pipe.stage_module(k), k)} for k in pipe.local_stages}
+    parts = together(pipe).gather_at_first((found, states))
     if parts is None:
         return None
-    everywhere = {k: entries for part in parts for k, entries in part.items()}
-    full: dict[str, Tensor] = {}
-    for k in sorted(everywhere):
-        for originals, tensor in everywhere[k]:
-            for name in originals:
-                full.setdefault(name, tensor)
-    return full
+    everywhere = [{k: own for part in parts for k, own in part[n].items()} for n in (0, 1)]
+    return merge(*everywhere)
 
 
 def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None) -> None:
@@ -97,8 +91,8 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     where: dict[str, tuple[str, int]] = {}
     first = _first_stages(processes.gather(names_of))
     for k in pipe.local_stages:
-        found = _once(_stage_tensors(pipe.stage_module(k), k, names_of[k]))
-        tensors = {originals[0]: _on_cpu(t).contiguous() for originals, t in found if first[originals[0]] == k}
+        once = ((names_of[k][name][0], t) for name, t in _once(_stage_tensors(pipe.stage_module(k), k)))
+        tensors = {original: _on_cpu(t).contiguous() for original, t in once if first[original] == k}
         file = f"model-{k + 1:05d}-of-{pipe.depth:05d}.safetensors"
         save_file(tensors, part / file, metadata={"format": "pt"})
         where |= {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
@@ -175,14 +169,14 @@ def begin_folder(folder: Path, processes: Any) -> Path:
 def _first_stages(parts: Sequence[Mapping[int, Mapping[str, Sequence[str]]]]) -> dict[str, int]:
     """Original name -> the first stage that has it."""
     everywhere = {k: own for part in parts for k, own in part.items()}
-    return {name: k for k in sorted(everywhere, reverse=True) for originals in everywhere[k].values() for name in originals}
+    return merge(everywhere, {k: dict.fromkeys(own, k) for k, own in everywhere.items()})
 
 
-def _stage_tensors(module: nn.Module, k: int, found: Mapping[str, list[str]]) -> Iterable[tuple[list[str], Tensor]]:
+def _stage_tensors(module: nn.Module, k: int) -> Iterable[tuple[str, Tensor]]:
     for name, value in module.state_dict().items():
         if not isinstance(value, Tensor):
             raise ConfigError(f"stage {k} has {name!r} in its state_dict, a {type(value).__name__}; only tensors are saved")
-        yield found[name], value
+        yield name, value
 
 
 def _on_cpu(tensor: Tensor) -> Tensor:
@@ -190,14 +184,14 @@ def _on_cpu(tensor: Tensor) -> Tensor:
     return (tensor.detach() if whole is None else whole().detach()).to("cpu", copy=True)
 
 
-def _once(tensors: Iterable[tuple[list[str], Tensor]]) -> Iterable[tuple[list[str], Tensor]]:
+def _once(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """Without those that are another one's memory."""
     seen: set[tuple[Any, ...]] = set()
-    for originals, t in tensors:
-        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else (originals[0],)
+    for name, t in tensors:
+        key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else (name,)
         if key not in seen:
             seen.add(key)
-            yield originals, t
+            yield name, t
 
 
 def _files_of(source: Path) -> dict[str, Path]:

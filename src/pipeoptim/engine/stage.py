@@ -476,7 +476,9 @@ class StageWorker:
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any = None) -> Any:
         """Forward on the latest weights in eval mode without gradient; the loss on the last stage."""
-        if self.clipper is None or not self.clipper.rule.waits:  # an update that waits for later stages is not due yet
+        if not self.tied and (
+            self.clipper is None or not self.clipper.rule.waits
+        ):  # else it may wait for stages that are not there yet
             self.settle()
         training = {m: m.training for m in self.module.modules()}
         self.module.eval()

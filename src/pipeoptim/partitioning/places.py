@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
+from pipeoptim.checkpoint.names import inverted, merge
 from pipeoptim.engine.tied import Tied
-from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.shadow import shadow, slots
 
 
@@ -23,13 +23,7 @@ def full_state_dict(names: Sequence[Mapping[str, str]], states: Sequence[Mapping
     Raises:
         ConfigError: a state lacks a name.
     """
-    full: dict[str, Tensor] = {}
-    for k, (mapping, state) in enumerate(zip(names, states, strict=True)):
-        for original, own in mapping.items():
-            if own not in state:
-                raise ConfigError(f"the state of stage {k} has no {own!r}; pass the state_dict() of each stage, in order")
-            full.setdefault(original, state[own])
-    return full
+    return merge(dict(enumerate(map(inverted, names))), dict(enumerate(states)))
 
 
 def find_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dict[str, str]], list[Tied]]:
