@@ -107,6 +107,24 @@ def test_a_run_goes_on_with_another_number_of_stages(optimizer: str, tmp_path: P
         recut(RunDir(tmp_path / "run2"), longer)
 
 
+@pytest.mark.parametrize(("stages", "then"), [(3, 1), (3, 2), (1, 3)])
+def test_tied_weights_go_on_with_another_number_of_stages(stages: int, then: int, tmp_path: Path) -> None:
+    config = replace(tiny.steady(), model=Component("tiny:tied"), data=Component("tiny:Task"), method="gpipe", steps=16)
+    before, after = replace(config, stages=stages), replace(config, stages=then, steps=24)
+    run(before, tmp_path / "before", progress=False)
+    new = recut(RunDir(tmp_path / "before"), after)
+    old, moved = (final_states(path)[1] for path in (tmp_path / "before", new.path))
+    weights = [[value for state in states for value in state["module"].values()] for states in (old, moved)]
+    assert_equal(weights[0], weights[1], "weights")
+    moments = [states[0]["optimizer"]["state"][0] for states in (old, moved)]
+    assert_equal(moments[0], moments[1], "the tied weight's optimizer state")
+    run(after, new.path, resume=True, progress=False)
+    run(replace(after, steps=24), tmp_path / "straight", progress=False)
+    for one, other in zip(*(final_states(path)[1] for path in (tmp_path / "straight", new.path)), strict=True):
+        for name, value in one["module"].items():
+            torch.testing.assert_close(other["module"][name], value, rtol=1e-4, atol=1e-5)
+
+
 def test_what_cannot_be_cut_anew_is_said_and_nothing_is_written(tmp_path: Path) -> None:
     config = plain(stages=2, steps=2, optimizer=Component("adamw,sgd", {"lr": 0.01}))
     run(config, tmp_path / "mixed", progress=False)
