@@ -15,7 +15,7 @@ dist.init_process_group("gloo")
 found = {}
 for name in cases.CASES:
     run = cases.parts(name)
-    pipe, _ = pipes.schedule(run, k, run.task.loss)
+    pipe, _ = pipes.schedule(run, [k], run.task.loss, None)
     found[name] = cases.train(run, pipe)[k]
     pipe.close()
 torch.save(found, f"{sys.argv[1]}/{k}.pt")
