@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeoptim.engine import link
-from pipeoptim.errors import PipeOptimError
+from pipeoptim.errors import PipeOptimError, StageFailure
 
 
 class LateWork:
@@ -125,6 +125,21 @@ def test_without_answers_few_messages_are_kept(ends):
         sender.send(torch.full((10,), float(n)))
         assert torch.equal(receiver.take(), torch.full((10,), float(n)))
         assert len(sender._pending) <= 10
+
+
+def test_the_last_message_of_a_peer_that_has_gone_is_taken_and_only_the_next_fails(ends, monkeypatch):
+    sender, receiver = ends
+    for n in range(2):
+        sender.send(torch.full((3,), float(n)))
+    receiver.take()  # and the second is awaited
+
+    def gone(*_):
+        raise RuntimeError("Connection closed by peer [127.0.0.1]:6335.")
+
+    monkeypatch.setattr(receiver.group, "recv", gone)
+    assert torch.equal(receiver.take(), torch.ones(3))
+    with pytest.raises(StageFailure, match="stage 1 died or closed its connection"):
+        receiver.take()
 
 
 def test_a_foreign_message_is_refused(ends):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from datetime import timedelta
 from typing import Any, NamedTuple
 
@@ -183,7 +184,8 @@ class Receiver(_End):
         self.sequence += 1
         self.flags, self.loss_scale, self.part = header.flags, header.loss_scale, (header.rows, header.of)
         if self.ahead:
-            self.post()
+            with suppress(StageFailure):  # a peer that has sent its last may be gone; who needs another message hears of it
+                self.post()
         if self.opposite is not None:
             self.opposite.delivered(header.taken)
         return wire.read(block, start, self.format)
