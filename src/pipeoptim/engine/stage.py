@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,8 +22,9 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.feed import Cutter, Feed, Part
+from pipeoptim.engine.fit import by_kernels, check_parts, grouped, nothing, optimized, stepping
 from pipeoptim.engine.losses import LossLog, collect_losses, read_loss
-from pipeoptim.engine.masters import MasterPredictor, Masters, module_parameter
+from pipeoptim.engine.masters import MasterPredictor, Masters
 from pipeoptim.engine.monitor import PredictionMonitor
 from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.options import OFF, StageOptions
@@ -32,9 +33,10 @@ from pipeoptim.engine.random import StageRandom
 from pipeoptim.engine.recompute import check_recompute, recomputing
 from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.scaling import LossScale
+from pipeoptim.engine.state import restore, state_of
 from pipeoptim.engine.tied import Tied, TiedWeight, TieEnd
 from pipeoptim.engine.tree import as_args, differentiable
-from pipeoptim.errors import ConfigError, PipeOptimError
+from pipeoptim.errors import PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
@@ -95,20 +97,20 @@ class StageWorker:
         reduction: Reduction = ALONE,
         ties: Sequence[TieEnd] = (),
     ) -> None:
-        held, params = _optimized(module, optimizer, scheduler, k)
-        _check_parts(reduction, method, options, ties)
+        held, params = optimized(module, optimizer, scheduler, k)
+        check_parts(reduction, method, options, ties)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
         self.predictor: WeightPredictor | None = None
         if optimizer is not None and method.predicts_on(program, k):
-            own, parts, fused = method.predictor, reduction.parts, _by_kernels(ties)
+            own, parts, fused = method.predictor, reduction.parts, by_kernels(ties)
             self.predictor = (
                 own(optimizer, program, k)
                 if own
                 else Predictor(optimizer, kind=prediction, scheduler=scheduler, fused=fused, parts=parts)
             )
-        self._optimizer_step = _stepping(optimizer, method, program, self.predictor, reduction, ties)
+        self._optimizer_step = stepping(optimizer, method, program, self.predictor, reduction, ties)
         held, params = ([reduction.parts.get(p, p) for p in tensors] for tensors in (held, params))
         self.masters = Masters(held, params)
         if self.predictor is not None and self.masters.pairs:
@@ -135,7 +137,7 @@ class StageWorker:
         self.monitor: PredictionMonitor | None = None
         if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
             self.monitor = PredictionMonitor(
-                _grouped(optimizer, params), k, None if options.monitor is True else options.monitor
+                grouped(optimizer, params), k, None if options.monitor is True else options.monitor
             )
         self.compressor = Compressor(options.compress, program.microbatches)
         self._announced = False  # the backwards of an update are done and the update is not carried out yet
@@ -364,7 +366,7 @@ class StageWorker:
                 self.weights.update(self._optimizer_step, self._ahead())
                 self.masters.write_back()
         if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
-            self.weights.update(_nothing)
+            self.weights.update(nothing)
             self.weights.version += 1
         else:
             self.weights.after_update()
@@ -501,48 +503,12 @@ class StageWorker:
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit, as tensors and plain data. Only with nothing in flight."""
         self._only_at_rest("saved")
-        state: dict[str, Any] = {
-            "module": self.reduction.bare(self.module).state_dict(),
-            "optimizer": None if self.optimizer is None else self.optimizer.state_dict(),
-            "scheduler": None if self.scheduler is None else self.scheduler.state_dict(),
-            "random": self.random.state_dict(),
-            "version": self.weights.version,
-            "predictor": None if self.predictor is None else self.predictor.state_dict(),
-        }
-        if self.masters.pairs:
-            state["masters"] = self.masters.state_dict()
-        if self.clipper is not None:
-            state["clip"] = self.clipper.state_dict()
-        if self.tied:
-            state["tied"] = {weight.name: weight.state_dict() for weight in self.tied}
-        if self.scaling is not None:
-            state["scaling"] = self.scaling.state_dict()
-        if lost := self.compressor.state_dict():
-            state["compress"] = lost
-        return state
+        return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Only with nothing in flight."""
         self._only_at_rest("loaded")
-        self.reduction.bare(self.module).load_state_dict(state["module"])
-        if self.optimizer is not None:
-            self.optimizer.load_state_dict(state["optimizer"])
-        if self.scheduler is not None and state["scheduler"] is not None:
-            self.scheduler.load_state_dict(state["scheduler"])
-        self.random.load_state_dict(state["random"])
-        self.weights.version = state["version"]
-        if self.predictor is not None and state["predictor"] is not None:
-            self.predictor.load_state_dict(state["predictor"])
-        self.masters.load_state_dict(state.get("masters"))
-        if self.clipper is not None and "clip" in state:
-            self.clipper.load_state_dict(state["clip"])
-        for weight in self.tied:
-            weight.load_state_dict(state.get("tied", {}).get(weight.name))
-        if self.scaling is not None and "scaling" in state:
-            self.scaling.load_state_dict(state["scaling"])
-        self.compressor.load_state_dict(state.get("compress", {}))
-        if self.monitor is not None:
-            self.monitor.forget()
+        restore(self, state)
         self.restart()
 
     def _only_at_rest(self, what: str) -> None:
@@ -551,90 +517,6 @@ class StageWorker:
                 f"the state of stage {self.k} cannot be {what} while {len(self._flights)} micro-batches are in flight; "
                 "call drain() first"
             )
-
-
-def _nothing() -> None:
-    """The step of an update that is skipped."""
-
-
-def _stepping(
-    optimizer: Optimizer | None,
-    method: Method,
-    program: Program,
-    predictor: WeightPredictor | None,
-    reduction: Reduction,
-    ties: Sequence[TieEnd],
-) -> Callable[[], object]:
-    """What moves the weights of a stage.
-
-    Where the other stages step and predict in one pass, the stage that predicts nothing steps by the same kernel: rounded alike,
-    and it is the slowest stage (it has the loss as well), so that its step decides how fast the pipeline is.
-    """
-    if optimizer is None:
-        return _nothing
-    kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
-    if predictor is None and kernels and _by_kernels(ties):
-        with suppress(ConfigError):  # optimizers that no weights can be predicted for
-            return Predictor(optimizer, kind="none", parts=reduction.parts).step
-    return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
-
-
-def _by_kernels(ties: Sequence[TieEnd]) -> Literal["auto", False]:
-    """Whether kernels may step: torch's own step everywhere keeps the copies of tied weights equal bit for bit."""
-    return False if ties else "auto"
-
-
-def _optimized(
-    module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
-) -> tuple[list[Tensor], list[Tensor]]:
-    """What ``optimizer`` holds, and the module's parameters that it moves (other ones for masters), after checks."""
-    if optimizer is None:
-        if any(p.requires_grad for p in module.parameters()):
-            raise ConfigError(f"stage {k} has parameters to train but no optimizer; make one from stage.parameters()")
-        return [], []
-    if isinstance(optimizer, torch.optim.LBFGS):
-        raise ConfigError("LBFGS calls the model again inside its step, which a pipeline cannot do; use another optimizer")
-    if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
-    own = {id(p) for p in module.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    params = [module_parameter(p) for p in held]
-    foreign = [tuple(p.shape) for p in params if id(p) not in own]
-    if foreign:
-        raise ConfigError(
-            f"the optimizer of stage {k} holds {len(foreign)} parameters that are not in the stage's module "
-            f"(first shape {foreign[0]}); make one optimizer per stage, from stage.parameters()"
-        )
-    forgotten = {id(p) for p in module.parameters() if p.requires_grad} - {id(p) for p in params}
-    if forgotten and not params:
-        raise ConfigError(f"the optimizer of stage {k} holds none of its parameters")
-    return held, params
-
-
-def _check_parts(reduction: Reduction, method: Method, options: StageOptions, ties: Sequence[TieEnd]) -> None:
-    if not reduction.parts:
-        return
-    if ties:
-        raise ConfigError(
-            f"the weight {ties[0].tie} is tied, but the stage's parameters are sharded; use replicas= without fully_shard, or "
-            "leave it out of tied"
-        )
-    if method.predictor is not None:
-        raise ConfigError(
-            f"method {method.name!r} keeps averages of whole gradients, but the stage's parameters are sharded; use replicas= "
-            "without fully_shard, or a method that predicts by the optimizer's rule or not at all"
-        )
-    if options.scaler is not None and options.scaler.is_enabled():
-        raise ConfigError(
-            "a stage whose parameters are sharded cannot scale its loss, since each process would see the overflows of its own "
-            "part only; use bfloat16, or replicas= without fully_shard"
-        )
-
-
-def _grouped(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
-    """``params`` cut as the optimizer's groups are."""
-    rest = iter(params)
-    return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]
 
 
 __all__ = ["Flight", "LossFn", "StageWorker"]

@@ -1,0 +1,106 @@
+"""What a stage is made of fits together: its module, optimizer, method and layout; and what then moves its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine.masters import module_parameter
+from pipeoptim.engine.options import StageOptions
+from pipeoptim.engine.reduction import Reduction
+from pipeoptim.engine.tied import TieEnd
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method
+from pipeoptim.rules import Predictor
+from pipeoptim.schedule import Program
+from pipeoptim.weights.store import WeightPredictor
+
+
+def nothing() -> None:
+    """The step of an update that is skipped."""
+
+
+def stepping(
+    optimizer: Optimizer | None,
+    method: Method,
+    program: Program,
+    predictor: WeightPredictor | None,
+    reduction: Reduction,
+    ties: Sequence[TieEnd],
+) -> Callable[[], object]:
+    """What moves the weights of a stage.
+
+    Where the other stages step and predict in one pass, the stage that predicts nothing steps by the same kernel: rounded alike,
+    and it is the slowest stage (it has the loss as well), so that its step decides how fast the pipeline is.
+    """
+    if optimizer is None:
+        return nothing
+    kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
+    if predictor is None and kernels and by_kernels(ties):
+        with suppress(ConfigError):  # optimizers that no weights can be predicted for
+            return Predictor(optimizer, kind="none", parts=reduction.parts).step
+    return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
+
+
+def by_kernels(ties: Sequence[TieEnd]) -> Literal["auto", False]:
+    """Whether kernels may step: torch's own step everywhere keeps the copies of tied weights equal bit for bit."""
+    return False if ties else "auto"
+
+
+def optimized(
+    module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
+) -> tuple[list[Tensor], list[Tensor]]:
+    """What ``optimizer`` holds, and the module's parameters that it moves (other ones for masters), after checks."""
+    if optimizer is None:
+        if any(p.requires_grad for p in module.parameters()):
+            raise ConfigError(f"stage {k} has parameters to train but no optimizer; make one from stage.parameters()")
+        return [], []
+    if isinstance(optimizer, torch.optim.LBFGS):
+        raise ConfigError("LBFGS calls the model again inside its step, which a pipeline cannot do; use another optimizer")
+    if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
+    own = {id(p) for p in module.parameters()}
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [module_parameter(p) for p in held]
+    foreign = [tuple(p.shape) for p in params if id(p) not in own]
+    if foreign:
+        raise ConfigError(
+            f"the optimizer of stage {k} holds {len(foreign)} parameters that are not in the stage's module "
+            f"(first shape {foreign[0]}); make one optimizer per stage, from stage.parameters()"
+        )
+    forgotten = {id(p) for p in module.parameters() if p.requires_grad} - {id(p) for p in params}
+    if forgotten and not params:
+        raise ConfigError(f"the optimizer of stage {k} holds none of its parameters")
+    return held, params
+
+
+def check_parts(reduction: Reduction, method: Method, options: StageOptions, ties: Sequence[TieEnd]) -> None:
+    if not reduction.parts:
+        return
+    if ties:
+        raise ConfigError(
+            f"the weight {ties[0].tie} is tied, but the stage's parameters are sharded; use replicas= without fully_shard, or "
+            "leave it out of tied"
+        )
+    if method.predictor is not None:
+        raise ConfigError(
+            f"method {method.name!r} keeps averages of whole gradients, but the stage's parameters are sharded; use replicas= "
+            "without fully_shard, or a method that predicts by the optimizer's rule or not at all"
+        )
+    if options.scaler is not None and options.scaler.is_enabled():
+        raise ConfigError(
+            "a stage whose parameters are sharded cannot scale its loss, since each process would see the overflows of its own "
+            "part only; use bfloat16, or replicas= without fully_shard"
+        )
+
+
+def grouped(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
+    """``params`` cut as the optimizer's groups are."""
+    rest = iter(params)
+    return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]

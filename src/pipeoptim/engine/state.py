@@ -1,0 +1,54 @@
+"""What of a stage is saved and taken up again, part by part: those that it has and those that a checkpoint has may differ."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from pipeoptim.engine.stage import StageWorker
+
+
+def state_of(stage: StageWorker) -> dict[str, Any]:
+    """Everything a resumed run of ``stage`` needs to continue bit for bit, as tensors and plain data."""
+    state: dict[str, Any] = {
+        "module": stage.reduction.bare(stage.module).state_dict(),
+        "optimizer": None if stage.optimizer is None else stage.optimizer.state_dict(),
+        "scheduler": None if stage.scheduler is None else stage.scheduler.state_dict(),
+        "random": stage.random.state_dict(),
+        "version": stage.weights.version,
+        "predictor": None if stage.predictor is None else stage.predictor.state_dict(),
+    }
+    if stage.masters.pairs:
+        state["masters"] = stage.masters.state_dict()
+    if stage.clipper is not None:
+        state["clip"] = stage.clipper.state_dict()
+    if stage.tied:
+        state["tied"] = {weight.name: weight.state_dict() for weight in stage.tied}
+    if stage.scaling is not None:
+        state["scaling"] = stage.scaling.state_dict()
+    if lost := stage.compressor.state_dict():
+        state["compress"] = lost
+    return state
+
+
+def restore(stage: StageWorker, state: dict[str, Any]) -> None:
+    """Put :func:`state_of` back; what was not in use when it was saved begins anew."""
+    stage.reduction.bare(stage.module).load_state_dict(state["module"])
+    if stage.optimizer is not None:
+        stage.optimizer.load_state_dict(state["optimizer"])
+    if stage.scheduler is not None and state["scheduler"] is not None:
+        stage.scheduler.load_state_dict(state["scheduler"])
+    stage.random.load_state_dict(state["random"])
+    stage.weights.version = state["version"]
+    if stage.predictor is not None and state["predictor"] is not None:
+        stage.predictor.load_state_dict(state["predictor"])
+    stage.masters.load_state_dict(state.get("masters"))
+    if stage.clipper is not None and "clip" in state:
+        stage.clipper.load_state_dict(state["clip"])
+    for weight in stage.tied:
+        weight.load_state_dict(state.get("tied", {}).get(weight.name))
+    if stage.scaling is not None and "scaling" in state:
+        stage.scaling.load_state_dict(state["scaling"])
+    stage.compressor.load_state_dict(state.get("compress", {}))
+    if stage.monitor is not None:
+        stage.monitor.forget()
