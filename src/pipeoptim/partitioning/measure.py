@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from statistics import median
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeoptim.engine.tree import differentiable
 from pipeoptim.partitioning.arguments import Inputs
-from pipeoptim.partitioning.profile import nbytes, undisturbed, wait
+from pipeoptim.partitioning.profile import drop_gradients, nbytes, undisturbed, wait
 
 
 class _Clock:
@@ -51,13 +52,14 @@ class _Clock:
 
 
 @torch.enable_grad()
-def measure(model: nn.Module, layers: Sequence[str], inputs: Inputs, repeats: int = 5) -> list[tuple[float, float, int, int]]:
-    """Per phase: seconds of F, seconds of B, bytes of what its layer returns, bytes that autograd keeps. The least of
-    ``repeats`` runs, after one that counts bytes and no time."""
+def measure(model: nn.Module, layers: Sequence[str], inputs: Inputs, repeats: int = 7) -> list[tuple[float, float, int, int]]:
+    """Per phase: seconds of F, seconds of B, bytes of what its layer returns, bytes that autograd keeps. The median of
+    ``repeats`` runs, after one that counts bytes and no time; every run makes new gradients, as training does."""
     runs = []
     with undisturbed(model):
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
         for number in range(repeats + 1):
+            drop_gradients(model)
             clock = _Clock(len(layers))
             clock.noting = number == 0
             seconds = _run(model, layers, inputs, clock, weights)
@@ -71,7 +73,7 @@ def measure(model: nn.Module, layers: Sequence[str], inputs: Inputs, repeats: in
         new = {key: size for key, size in noted.kept[i].items() if key not in seen}
         seen |= set(new)
         sent = noted.outputs[i] if i < len(layers) else 0
-        result.append((min(r[i][0] for r in runs), min(r[i][1] for r in runs), sent, sum(new.values())))
+        result.append((median(r[i][0] for r in runs), median(r[i][1] for r in runs), sent, sum(new.values())))
     return result
 
 

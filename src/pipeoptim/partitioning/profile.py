@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import median
 from typing import Any
 
 import torch
@@ -44,33 +45,41 @@ def profile(
     blocks: Sequence[nn.Module],
     sample_args: tuple[Any, ...],
     names: Sequence[str],
-    repeats: int = 5,
+    repeats: int = 7,
     sample_kwargs: dict[str, Any] | None = None,
 ) -> list[BlockCost]:
-    """Run ``blocks`` one after the other, each ``repeats`` times, and take the least: what else runs on the machine only adds.
+    """Run ``blocks`` one after the other, F and B of each, ``repeats`` times over, and take each one's median.
 
+    As in training, all other blocks have run since a block's last turn, and its gradients are new, not added to old ones.
     The blocks are left as they were: gradients are dropped, buffers and random state restored.
 
     Args:
         blocks: modules on the device to measure.
         sample_args: input of the first, of the size that training will have.
         names: of the blocks.
-        repeats: runs per block, after one that is not counted.
+        repeats: runs of all blocks, after one that counts bytes and no time.
         sample_kwargs: keyword arguments of the first.
     """
+    with torch.enable_grad(), undisturbed(nn.ModuleList(blocks)):
+        sizes, *rounds = [_round(blocks, sample_args, sample_kwargs or {}, count=n == 0) for n in range(repeats + 1)]
     costs = []
-    kwargs = sample_kwargs or {}
-    value: Any = sample_args
-    with torch.enable_grad():
-        for name, block in zip(names, blocks, strict=True):
-            with undisturbed(block):
-                samples = [_once(block, value, kwargs) for _ in range(repeats + 1)][1:]
-            forward, backward = min(s[0] for s in samples), min(s[1] for s in samples)
-            output, saved = samples[-1][2:]
-            weights = sum(p.nbytes for p in block.parameters())
-            costs.append(BlockCost(name, forward, backward, nbytes(output), saved, weights))
-            value, kwargs = as_args(output), {}
+    for i, (name, block) in enumerate(zip(names, blocks, strict=True)):
+        forward, backward = (median(each[i][part] for each in rounds) for part in range(2))
+        output, saved = sizes[i]
+        costs.append(BlockCost(name, forward, backward, int(output), int(saved), sum(p.nbytes for p in block.parameters())))
     return costs
+
+
+def _round(blocks: Sequence[nn.Module], value: Any, kwargs: dict[str, Any], count: bool) -> list[tuple[float, float]]:
+    """Seconds of F and B of every block, or the bytes of its output and those that autograd kept."""
+    found = []
+    for block in blocks:
+        args = tree_map(_received, value)
+        output, pair = (_counted if count else _timed)(block, args, kwargs)
+        found.append(pair)
+        drop_gradients(block)
+        value, kwargs = tree_map(_cut, as_args(output)), {}
+    return found
 
 
 @contextmanager
@@ -81,8 +90,7 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
         with torch.random.fork_rng(devices=sorted(devices, key=str)):
-            for p in gradients:
-                p.grad = None
+            drop_gradients(module)
             yield
     finally:
         with torch.no_grad():
@@ -92,9 +100,18 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
             p.grad = gradient
 
 
-def _once(block: nn.Module, value: Any, kwargs: dict[str, Any]) -> tuple[float, float, Any, int]:
-    """Seconds of F, seconds of B, the detached output, and the bytes that autograd kept."""
-    args = tree_map(lambda t: _leaf(t) if isinstance(t, Tensor) else t, value)
+def _timed(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[float, float]]:
+    wait()
+    start = time.perf_counter()
+    output = block(*args, **kwargs)
+    wait()
+    middle = time.perf_counter()
+    _backward(output)
+    wait()
+    return output, (middle - start, time.perf_counter() - middle)
+
+
+def _counted(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[float, float]]:
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -105,27 +122,31 @@ def _once(block: nn.Module, value: Any, kwargs: dict[str, Any]) -> tuple[float, 
         return t
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        block(*args, **kwargs)
-    wait()
-    start = time.perf_counter()
-    output = block(*args, **kwargs)
-    wait()
-    middle = time.perf_counter()
+        output = block(*args, **kwargs)
+    _backward(output)
+    return output, (nbytes(output), sum(kept.values()))
+
+
+def _backward(output: Any) -> None:
     roots = differentiable(as_args(output))
     if roots:
         torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
-    wait()
-    end = time.perf_counter()
-    return (
-        middle - start,
-        end - middle,
-        tree_map(lambda t: t.detach() if isinstance(t, Tensor) else t, output),
-        sum(kept.values()),
-    )
 
 
-def _leaf(t: Tensor) -> Tensor:
-    return t.detach().clone().requires_grad_(t.is_floating_point())
+def _cut(value: Any) -> Any:
+    """What the next block gets: without the graph, with a gradient only where one can flow."""
+    return value.detach().requires_grad_(value.requires_grad) if isinstance(value, Tensor) else value
+
+
+def _received(value: Any) -> Any:
+    """A copy that the block may change in place."""
+    return value.clone() if isinstance(value, Tensor) else value
+
+
+def drop_gradients(module: nn.Module) -> None:
+    """Of its parameters, so that the next backward makes new ones."""
+    for p in module.parameters():
+        p.grad = None
 
 
 def wait() -> None:
