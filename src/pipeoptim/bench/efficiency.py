@@ -5,6 +5,9 @@ of them. Its one small layer is really computed, within that time and not on top
 one mini-batch per time of the slowest stage, so ``efficiency = mini-batches per second x slowest stage's seconds per
 mini-batch``, 1 at best. Whatever is missing is overhead of the engine and of the transfers, the optimizer's step and the loss
 included, or, with synchronous schedules, the bubble. Many stages fit on few cores, since they wait.
+
+What of it is not a pipeline's at all shows a reference beside the contenders: on every process a plain PyTorch loop (forward,
+backward, step of torch's fused optimizer) trains its stage alone on the same device, all of them at once, and sends nothing.
 """
 
 from __future__ import annotations
@@ -32,6 +35,7 @@ BATCH = 16
 RIVALS = [name for name in TORCH if name != "ScheduleZBVZeroBubble"]  # it calls one backward twice, and would wait twice
 _SPIN = 0.00006  # seconds: the end of a wait is spun, since a sleep returns late; all of it where a core is free for each stage
 _PR_SET_TIMERSLACK = 29
+ALONE = "plain loops, no pipeline"
 
 
 class Device:
@@ -167,6 +171,7 @@ def stage(**options: Any) -> list[dict[str, Any]]:
     depth, rows = dist.get_world_size(), []
     for milliseconds in options["milliseconds"]:
         for m in options["microbatches"]:
+            rows.append(_row(options, milliseconds, m, ALONE, _alone, True))
             for method in options["methods"]:
                 rows.append(_row(options, milliseconds, m, method, _ours, True))
         for m in options["torch_microbatches"]:
@@ -225,6 +230,25 @@ def _ours(device: Device, name: str, m: int, width: int) -> Step:
 
     def step() -> None:
         pipe.step(*args, target=target)
+
+    return step
+
+
+def _alone(device: Device, _: str, m: int, width: int) -> Step:
+    k, depth = dist.get_rank(), dist.get_world_size()
+    module = WaitingStage(device, width)
+    optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
+    x, y = torch.ones(BATCH, width), torch.ones(BATCH, width)
+
+    def step() -> None:
+        for given, target in zip(x.chunk(m), y.chunk(m), strict=True):
+            output = module(given.detach().requires_grad_(k > 0))
+            if k == depth - 1:
+                (nn.functional.mse_loss(output, target) / m).backward()  # type: ignore[no-untyped-call]
+            else:
+                output.backward(target)
+        optimizer.step()
+        optimizer.zero_grad()
 
     return step
 
