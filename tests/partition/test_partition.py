@@ -203,6 +203,9 @@ def test_the_profile_counts_bytes():
         ({"num_stages": 2, "speeds": [1]}, "must be 2 positive numbers"),
         ({"num_stages": 2, "pins": [0]}, "where a stage must begin"),
         ({"num_stages": 2, "pins": [1, 2]}, "where a stage must begin"),
+        ({"num_stages": 2.0}, "num_stages is 2.0, must be an integer"),
+        ({"num_stages": 2, "microbatches": 0}, "microbatches is 0"),
+        ({"num_stages": 2, "sample_args": (torch.ones(3, 4),)}, "block 0 Linear does not run on what it is given"),
     ],
 )
 def test_bad_input_is_refused_with_a_sentence(options, words):

@@ -77,8 +77,13 @@ def wrong():
 
 def test_plan_of_a_model_of_ones_own(command, tmp_path):
     (tmp_path / "my_own_net.py").write_text(OWN)
-    code, out, err = command("--model", "my_own_net:make", "--stages", "3", "--pin", "layers.1", "--picture", "stages.svg")
+    own = ("--model", "my_own_net:make")
+    code, out, err = command(*own, "--stages", "3", "--pin", "layers.1", "--picture", "stages.svg", "--blocks")
     assert code == 0, err
+    head, *lines = out.splitlines()[:6]
+    assert head.split() == ["block", "F", "ms", "B", "ms", "output", "kept", "for", "B", "weights"]
+    assert lines[0].split()[0] == "layers.0" and lines[0].endswith("1.8 KiB")  # (50 * 8 + 8 * 8 + 8) * 4 bytes
+    assert lines[4].startswith("after layers.3")
     assert "1 blocks: layers.0, sends" in out
     tree = ElementTree.parse(tmp_path / "stages.svg")
     titles = [e.text for e in tree.iter() if e.tag.endswith("title")]
@@ -104,6 +109,14 @@ def test_plan_of_a_model_of_ones_own(command, tmp_path):
         (["--how", "magic"], "must be one of auto, blocks"),
         (["--pin", "block9"], "which is not a block"),
         (["--device", "nowhere"], "cannot be used here"),
+        (["--stages", "0"], "num_stages is 0"),
+        (["--microbatches", "0"], "microbatches is 0"),
+        (["--bandwidth", "0"], "bandwidth is 0.0"),
+        (["--memory", "nan"], "memory is nan"),
+        (["--speed", "inf", "--speed", "1", "--stages", "2"], "must be 2 positive numbers"),
+        (["--picture", "no/such/folder.svg"], "the folder no/such does not exist"),
+        (["--model", "a:b", "--recipe", "digits"], "leave one out"),
+        (["--how", "blocks", "--layers", "4"], "leave one of them out"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(command, arguments, words):

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench import efficiency, memory, scaling, transfer
+from pipeoptim.bench import efficiency, memory, partition, scaling, transfer
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record, Row
@@ -28,9 +28,12 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: name, median, spread, and the ratio to the best contender that is not ours, if there is one."""
     if record.benchmark == "predict":
         return predict_columns(record)
-    if record.benchmark == "partition":
-        return _partition_columns(record)
-    own = {"efficiency": efficiency.columns, "memory": memory.columns, "scaling": scaling.columns}
+    own = {
+        "efficiency": efficiency.columns,
+        "memory": memory.columns,
+        "scaling": scaling.columns,
+        "partition": partition.columns,
+    }
     own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}
     if record.benchmark in own:
         return own[record.benchmark](record)
@@ -95,19 +98,6 @@ def _times(row: Row | None, rival: Row | None) -> str:
 
 def _median(row: Row) -> float:
     return row.median
-
-
-def _partition_columns(record: Record) -> tuple[list[str], list[list[str]]]:
-    """Each stage beside what was predicted for it, and the slowest beside the slowest predicted."""
-    head = ["", "blocks", f"predicted {record.unit}", f"measured {record.unit}", "lowest .. highest", "measured / predicted"]
-    body = []
-    for row in record.rows:
-        predicted = row.settings["predicted"]
-        spread = f"{_short(min(row.samples))} .. {_short(max(row.samples))}"
-        blocks = str(row.settings["blocks"])
-        body.append([row.name, blocks, _short(predicted), _short(row.median), spread, f"{row.median / predicted:.2f}"])
-    most, slowest = max(row.settings["predicted"] for row in record.rows), max(row.median for row in record.rows)
-    return head, [*body, ["slowest stage", "", _short(most), _short(slowest), "", f"{slowest / most:.2f}"]]
 
 
 def caption(record: Record) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from math import inf
 from typing import Any, Protocol
 
 from torch import nn
@@ -63,8 +64,9 @@ def partition(
         model: an ``nn.Sequential`` (or a container with length and slices), a list of blocks that run one after the other, or
             an ordinary model with layers somewhere inside it, such as those of Hugging Face Transformers.
         num_stages: depth D. With ``devices`` it may be left out: the fastest one is taken.
-        sample_args, sample_kwargs: one mini-batch as the model takes it, to measure with and to see what the model does. For
-            blocks it is not needed when ``costs`` are given or all cuts are pinned.
+        sample_args, sample_kwargs: one mini-batch as the model takes it, to see what the model does, and of which one micro-batch
+            after another is measured. For blocks it is not needed when ``costs`` are given or all cuts are pinned. What all
+            micro-batches get whole is wrapped in ``pipeoptim.Whole``.
         how: ``"blocks"``: the model is a row of blocks. ``"layers"``: each stage runs its part of the model's own forward.
             ``"trace"``: ``torch.export`` cuts the graph of operations. ``"auto"``: blocks where the model has them, else layers,
             else (too few places between layers can be cut) the trace.
@@ -76,7 +78,8 @@ def partition(
         bandwidth: bytes per second between devices; a stage is then at least as slow as sending what it returns and receiving
             its gradient. Unlimited by default; needed with ``devices``.
         pins: numbers or names of blocks with which a stage must begin.
-        method, microbatches: what will train, for the memory.
+        method: what will train, for the memory.
+        microbatches: M of a mini-batch.
 
     Raises:
         ConfigError: more stages than blocks, lists of the wrong length, no cut fits, or the model cannot be cut like this.
@@ -88,6 +91,9 @@ def partition(
         >>> sum(cut.lengths), len(cut.stages)
         (6, 3)
     """
+    chosen = get_method(method)
+    if type(microbatches) is not int or microbatches < 1:
+        raise ConfigError(f"microbatches is {microbatches!r}, must be an integer of at least 1")
     how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches, num_stages)
     blocks = len(splitter.names)
     numbers = _numbers(pins, splitter.names)
@@ -98,7 +104,7 @@ def partition(
     if len(costs) != blocks:
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
     allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
-    wanted = Wanted(num_stages, get_method(method), microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
+    wanted = Wanted(num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
     plan = choose(list(costs), wanted, shared_weights(splitter.weights()))
     shared = splitter.stages(plan.ranges)
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
@@ -121,12 +127,14 @@ def _splitter(
     if auto:
         how = "blocks" if layers is None and (not isinstance(model, nn.Module) or sliceable(model)) else "layers"
     if how == "blocks":
+        if layers is not None:
+            raise ConfigError(f'layers is {layers!r} with how="blocks", which cuts between all blocks; leave one of them out')
         if isinstance(model, nn.Module) and not sliceable(model):
             raise ConfigError(
                 f'how is "blocks" and the model is a {type(model).__name__}, which cannot be sliced; pass an nn.Sequential or '
                 'the list of its blocks in the order in which they run, or how="layers"'
             )
-        return how, Blocks(model, args)
+        return how, Blocks(model, args, m)
     if not isinstance(model, nn.Module):
         raise ConfigError(f'how is "{how}" and the model is a {type(model).__name__}, must be an nn.Module')
     if not args and not kwargs:
@@ -135,7 +143,7 @@ def _splitter(
             "from which its layers are found, or pass an nn.Sequential or the list of its blocks"
         )
     if how == "layers":
-        layered = Layered(model, args, kwargs, layers)
+        layered = Layered(model, args, kwargs, layers, m)
         places = sum(layered.may_cut(c) for c in range(len(layered.names) - 1))
         if not auto or not layered.measurable or places >= (stages or 1) - 1 or len(layered.names) < (stages or 1):
             return how, layered
@@ -168,9 +176,12 @@ def _check(
 ) -> None:
     if stages is None and devices is None:
         raise ConfigError("neither num_stages nor devices was given; say how many stages, or how many devices to use")
+    for what, number in (("num_stages", stages), ("devices", devices)):
+        if number is not None and type(number) is not int:
+            raise ConfigError(f"{what} is {number!r}, must be an integer")
     if stages is not None and not 1 <= stages <= blocks:
         raise ConfigError(f"num_stages is {stages}, but the model has {blocks} blocks; use 1 .. {blocks}")
-    if bandwidth is not None and bandwidth <= 0:
+    if bandwidth is not None and not bandwidth > 0:
         raise ConfigError(f"bandwidth is {bandwidth}, must be a positive number of bytes per second")
     if devices is not None:
         if devices < (stages or 1):
@@ -180,7 +191,7 @@ def _check(
         if speeds is not None:
             raise ConfigError(f"speeds is {list(speeds)} with devices={devices}, which are taken to be equal; leave one out")
     for what, values, count in (("speeds", speeds, stages), ("memory", memory, stages if devices is None else 1)):
-        if values is not None and (len(values) != count or min(values) <= 0):
+        if values is not None and (len(values) != count or not all(0 < value < inf for value in values)):
             raise ConfigError(
                 f"{what} is {list(values)}, must be {count} positive numbers, one per stage"
                 if devices is None

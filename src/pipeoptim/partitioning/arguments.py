@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_with_path
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
 
+from pipeoptim.engine.feed import Whole
 from pipeoptim.partitioning.absent import Absent
 
 _FORM = "form of a tensor"
@@ -41,6 +42,25 @@ def bound(parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any])
         rest = rest[len(named) :]
     named = {name: value for name, value in {**named, **kwargs}.items() if value is not None}
     return rest, {**{name: False for name in _OFF if name in plain}, **named}
+
+
+def whole(tree: Any) -> Any:
+    """A mini-batch as the model takes it: without the mark of what all micro-batches get whole."""
+    return tree_map(lambda leaf: leaf.value if isinstance(leaf, Whole) else leaf, tree)
+
+
+def microbatch(tree: Any, m: int) -> Any:
+    """The first of the ``m`` micro-batches of a mini-batch; no other is larger.
+
+    >>> microbatch([torch.arange(5), Whole(torch.arange(5)), 7], 2)
+    [tensor([0, 1, 2]), tensor([0, 1, 2, 3, 4]), 7]
+    """
+
+    def first(leaf: Any) -> Any:
+        cut = m > 1 and isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) > 0
+        return leaf.tensor_split(m)[0] if cut else leaf
+
+    return whole(tree_map(first, tree))
 
 
 def tensor_names(inputs: Inputs) -> list[str]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from pipeoptim.engine.tree import as_args
 from pipeoptim.errors import ConfigError
+from pipeoptim.partitioning.arguments import microbatch
 from pipeoptim.partitioning.profile import BlockCost, profile
 from pipeoptim.partitioning.shared import Weights, weights_of
 
@@ -44,11 +45,13 @@ class Blocks:
     Args:
         model: an ``nn.Sequential``, a container with length and slices, or a list of modules.
         args: input of the first block.
+        microbatches: what runs when costs are measured.
     """
 
-    def __init__(self, model: nn.Module | Sequence[nn.Module], args: tuple[Any, ...]) -> None:
+    def __init__(self, model: nn.Module | Sequence[nn.Module], args: tuple[Any, ...], microbatches: int = 1) -> None:
         container: Any = model
-        self.model, self.args, self.measurable = container, args, bool(args)
+        self.model, self.m, self.measurable = container, microbatches, bool(args)
+        self._microbatch = microbatch(args, microbatches)
         self.blocks: list[nn.Module] = [container[i] for i in range(len(container))]
         self.names = [f"{n} {type(block).__name__}" for n, block in enumerate(self.blocks)]
 
@@ -60,7 +63,7 @@ class Blocks:
         """Measured on the blocks' device."""
         if not self.measurable:
             raise ConfigError("neither sample_args nor costs were given; pass one mini-batch as sample_args to measure with")
-        return profile(self.blocks, self.args, self.names)
+        return profile(self.blocks, self._microbatch, self.names, microbatches=self.m)
 
     def weights(self) -> list[Weights]:
         """Those of each block."""

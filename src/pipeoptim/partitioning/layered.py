@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeoptim.engine.tree import as_args
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.arguments import bound, parameters, tensor_names
+from pipeoptim.partitioning.arguments import bound, microbatch, parameters, tensor_names, whole
 from pipeoptim.partitioning.layers import find_layers
 from pipeoptim.partitioning.measure import measure
 from pipeoptim.partitioning.pieces import LayerStage
@@ -28,12 +28,20 @@ class Layered:
         model: any model whose layers run one after the other.
         args, kwargs: one mini-batch.
         layers: names, see :func:`~pipeoptim.partitioning.layers.find_layers`.
+        microbatches: what runs when costs are measured.
     """
 
     def __init__(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], layers: str | Sequence[str] | None
+        self,
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        layers: str | Sequence[str] | None,
+        microbatches: int = 1,
     ) -> None:
-        self.model, self.inputs = model, bound(parameters(model), args, kwargs)
+        given = bound(parameters(model), args, kwargs)
+        self.model, self.m, self.inputs = model, microbatches, whole(given)
+        self._microbatch = microbatch(given, microbatches)
         self.measurable = not is_meta(model)
         log = watch(model, tuple(self.inputs[0]), self.inputs[1])
         self.layers = find_layers(model, log, layers)
@@ -75,7 +83,7 @@ class Layered:
                 "(one less than stages)"
             )
         weights = [sum(own.values()) for own in self.weights()]
-        found = measure(self.model, self.layers, self.inputs)
+        found = measure(self.model, self.layers, self._microbatch, self.m)
         return [
             BlockCost(name, forward, backward, output, saved, size)
             for name, (forward, backward, output, saved), size in zip(self.names, found, weights, strict=True)

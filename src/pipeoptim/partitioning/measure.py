@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
-from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
 from pipeoptim.engine.tree import differentiable
 from pipeoptim.partitioning.arguments import Inputs
-from pipeoptim.partitioning.profile import drop_gradients, nbytes, undisturbed, wait
+from pipeoptim.partitioning.profile import arriving, drop_gradients, minibatch, nbytes, undisturbed, wait
 
 
 class _Clock:
@@ -52,14 +50,17 @@ class _Clock:
 
 
 @torch.enable_grad()
-def measure(model: nn.Module, layers: Sequence[str], inputs: Inputs, repeats: int = 7) -> list[tuple[float, float, int, int]]:
-    """Per phase: seconds of F, seconds of B, bytes of what its layer returns, bytes that autograd keeps. The median of
-    ``repeats`` runs, after one that counts bytes and no time; every run makes new gradients, as training does."""
+def measure(
+    model: nn.Module, layers: Sequence[str], inputs: Inputs, microbatches: int = 1, repeats: int = 7
+) -> list[tuple[float, float, int, int]]:
+    """Per phase: seconds of F, seconds of B, bytes of what its layer returns, bytes that autograd keeps. Of
+    ``repeats`` mini-batches the median, after a micro-batch that counts bytes and no time; every mini-batch makes new gradients."""
     runs = []
     with undisturbed(model):
         weights = {p.untyped_storage().data_ptr() for p in model.parameters()}
-        for number in range(repeats + 1):
-            drop_gradients(model)
+        for number in range(1 + repeats * microbatches):
+            if number == 0 or number % microbatches == 1 % microbatches:
+                drop_gradients(model)
             clock = _Clock(len(layers))
             clock.noting = number == 0
             seconds = _run(model, layers, inputs, clock, weights)
@@ -73,7 +74,8 @@ def measure(model: nn.Module, layers: Sequence[str], inputs: Inputs, repeats: in
         new = {key: size for key, size in noted.kept[i].items() if key not in seen}
         seen |= set(new)
         sent = noted.outputs[i] if i < len(layers) else 0
-        result.append((median(r[i][0] for r in runs), median(r[i][1] for r in runs), sent, sum(new.values())))
+        forward, backward = (minibatch([run[i][part] for run in runs], microbatches) for part in range(2))
+        result.append((forward, backward, sent * microbatches, sum(new.values()) * microbatches))
     return result
 
 
@@ -91,15 +93,17 @@ def _run(
             output = model(*inputs[0], **inputs[1])
         wait()
         turn = time.perf_counter()
-        roots = [leaf for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.requires_grad]
+        roots, gradients = arriving(output)
+        wait()
+        back = time.perf_counter()
         if roots:
-            torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
+            torch.autograd.backward(roots, gradients)
         wait()
         end = time.perf_counter()
     finally:
         for handle in handles:
             handle.remove()
     ends = [start, *clock.forward, turn]
-    arrivals = [end, *(clock.backward.get(i, end) for i in range(len(layers))), turn]
+    arrivals = [end, *(clock.backward.get(i, end) for i in range(len(layers))), back]
     # Phase i's backward lasts from the arrival of the gradient of its end to that of the end of the phase before.
     return [(ends[i + 1] - ends[i], max(0.0, arrivals[i] - arrivals[i + 1])) for i in range(len(layers) + 1)]

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from statistics import median
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeoptim.engine.tree import as_args, differentiable
+from pipeoptim.errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -47,37 +48,71 @@ def profile(
     names: Sequence[str],
     repeats: int = 7,
     sample_kwargs: dict[str, Any] | None = None,
+    microbatches: int = 1,
 ) -> list[BlockCost]:
     """Run ``blocks`` one after the other, F and B of each, ``repeats`` times over, and take each one's median.
 
-    As in training, all other blocks have run since a block's last turn, and its gradients are new, not added to old ones.
-    The blocks are left as they were: gradients are dropped, buffers and random state restored.
+    As in training, all other blocks have run since a block's last turn, and the gradients of a mini-batch are new ones, to
+    which its later micro-batches add theirs. The blocks are left as they were: gradients are dropped, buffers and random state restored.
 
     Args:
         blocks: modules on the device to measure.
-        sample_args: input of the first, of the size that training will have.
+        sample_args: a micro-batch as the first block takes it, of the size that training will have.
         names: of the blocks.
-        repeats: runs of all blocks, after one that counts bytes and no time.
+        repeats: mini-batches, after a micro-batch that counts bytes and no time.
         sample_kwargs: keyword arguments of the first.
+        microbatches: of a mini-batch, whose costs are returned.
+
+    Raises:
+        ConfigError: a block does not run on what the one before it returns.
     """
     with torch.enable_grad(), undisturbed(nn.ModuleList(blocks)):
-        sizes, *rounds = [_round(blocks, sample_args, sample_kwargs or {}, count=n == 0) for n in range(repeats + 1)]
+        named, kwargs = list(zip(names, blocks, strict=True)), sample_kwargs or {}
+        sizes = _round(named, sample_args, kwargs, _counted)
+        rounds = [
+            _round(named, sample_args, kwargs, _timed, last=n % microbatches == microbatches - 1)
+            for n in range(repeats * microbatches)
+        ]
     costs = []
-    for i, (name, block) in enumerate(zip(names, blocks, strict=True)):
-        forward, backward = (median(each[i][part] for each in rounds) for part in range(2))
-        output, saved = sizes[i]
-        costs.append(BlockCost(name, forward, backward, int(output), int(saved), sum(p.nbytes for p in block.parameters())))
+    for i, (name, block) in enumerate(named):
+        forward, backward = (minibatch([each[i][part] for each in rounds], microbatches) for part in range(2))
+        output, saved = (size * microbatches for size in sizes[i])
+        costs.append(BlockCost(name, forward, backward, output, saved, sum(p.nbytes for p in block.parameters())))
     return costs
 
 
-def _round(blocks: Sequence[nn.Module], value: Any, kwargs: dict[str, Any], count: bool) -> list[tuple[float, float]]:
-    """Seconds of F and B of every block, or the bytes of its output and those that autograd kept."""
+def minibatch(seconds: Sequence[float], microbatches: int) -> float:
+    """The median mini-batch, from the times of micro-batches in a row.
+
+    >>> minibatch([3, 1, 3, 2, 3, 9], 2)
+    5
+    """
+    return median(sum(seconds[n : n + microbatches]) for n in range(0, len(seconds), microbatches))
+
+
+_Pair = TypeVar("_Pair")
+
+
+def _round(
+    blocks: Sequence[tuple[str, nn.Module]],
+    value: Any,
+    kwargs: dict[str, Any],
+    run: Callable[[nn.Module, Any, dict[str, Any]], tuple[Any, _Pair]],
+    last: bool = True,
+) -> list[_Pair]:
+    """What ``run`` says of every block; the ``last`` micro-batch of a mini-batch drops its gradients."""
     found = []
-    for block in blocks:
-        args = tree_map(_received, value)
-        output, pair = (_counted if count else _timed)(block, args, kwargs)
+    for name, block in blocks:
+        try:
+            output, pair = run(block, tree_map(_received, value), kwargs)
+        except Exception as error:
+            raise ConfigError(
+                f"block {name} does not run on what it is given ({type(error).__name__}: {error}); pass one mini-batch as the first "
+                "block takes it, on the model's device, and blocks that take what the one before them returns"
+            ) from error
         found.append(pair)
-        drop_gradients(block)
+        if last:
+            drop_gradients(block)
         value, kwargs = tree_map(_cut, as_args(output)), {}
     return found
 
@@ -101,17 +136,23 @@ def undisturbed(module: nn.Module) -> Iterator[None]:
 
 
 def _timed(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[float, float]]:
+    """The output of ``block``; seconds of F and of B."""
     wait()
     start = time.perf_counter()
     output = block(*args, **kwargs)
     wait()
-    middle = time.perf_counter()
-    _backward(output)
+    forward = time.perf_counter() - start
+    roots, gradients = arriving(as_args(output))
     wait()
-    return output, (middle - start, time.perf_counter() - middle)
+    start = time.perf_counter()
+    if roots:
+        torch.autograd.backward(roots, gradients)
+    wait()
+    return output, (forward, time.perf_counter() - start)
 
 
-def _counted(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[float, float]]:
+def _counted(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[int, int]]:
+    """The output of ``block``; its bytes, and those that autograd keeps."""
     weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
     kept: dict[int, int] = {}
 
@@ -123,14 +164,16 @@ def _counted(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         output = block(*args, **kwargs)
-    _backward(output)
+    roots, gradients = arriving(as_args(output))
+    if roots:
+        torch.autograd.backward(roots, gradients)
     return output, (nbytes(output), sum(kept.values()))
 
 
-def _backward(output: Any) -> None:
-    roots = differentiable(as_args(output))
-    if roots:
-        torch.autograd.backward(roots, [torch.ones_like(r) for r in roots])
+def arriving(output: Any) -> tuple[list[Tensor], list[Tensor]]:
+    """What a backward starts with: the tensors of ``output`` that take a gradient, and one for each, as from the next stage."""
+    roots = differentiable(output)
+    return roots, [torch.ones_like(root) for root in roots]
 
 
 def _cut(value: Any) -> Any:

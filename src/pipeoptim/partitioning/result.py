@@ -80,6 +80,21 @@ class Partition:
         lines += [f"tied: {' = '.join(tie.names)}, on stages {', '.join(str(k) for k, _ in tie.places)}" for tie in self.tied]
         return "\n".join(lines)
 
+    def blocks_text(self) -> str:
+        """What every block costs, a line each: seconds of F and B, bytes of its output, of what is kept for B, and of its weights."""
+        head = ("block", "F ms", "B ms", "output", "kept for B", "weights")
+        lines = [head] + [
+            (
+                c.name,
+                f"{c.forward * 1e3:.2f}",
+                f"{c.backward * 1e3:.2f}",
+                *map(_size, (c.output_bytes, c.saved_bytes, c.weight_bytes)),
+            )
+            for c in self.costs
+        ]
+        first = max(len(line[0]) for line in lines)
+        return "\n".join(f"{name:{first}s}" + "".join(f"{cell:>12s}" for cell in cells) for name, *cells in lines)
+
     def to_svg(self) -> str:
         """The cut as a self-contained SVG: a bar per stage, its blocks side by side, and a bar for its memory."""
         from pipeoptim.partitioning.draw import to_svg

@@ -8,16 +8,15 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor, fx, nn
 from torch.distributed.pipelining import SplitPoint, pipeline
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map, tree_unflatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pipeoptim.engine.tree import as_args
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, parameters
+from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, microbatch, parameters
 from pipeoptim.partitioning.blocks import Run
 from pipeoptim.partitioning.layers import find_layers
 from pipeoptim.partitioning.profile import BlockCost, profile
@@ -107,7 +106,7 @@ class Traced:
         if is_meta(model):
             raise ConfigError('the model is on the meta device, where it cannot be traced; partition with how="layers"')
         self.model, self.m, signature = model, microbatches, parameters(model)
-        self.inputs: Inputs = tree_map(self._slice, bound(signature, args, kwargs))
+        self.inputs: Inputs = microbatch(bound(signature, args, kwargs), microbatches)
         log = watch(model, tuple(self.inputs[0]), self.inputs[1])
         found = find_layers(model, log, layers)
         self.names, self.measurable = [*found, f"after {found[-1]}"], True
@@ -124,9 +123,6 @@ class Traced:
                 'evaluation; how="layers" does not have this limit',
                 stacklevel=4,
             )
-
-    def _slice(self, value: Any) -> Any:
-        return value.chunk(self.m)[0] if isinstance(value, Tensor) and value.dim() and self.m > 1 else value
 
     def _trace(self, found: list[str]) -> fx.GraphModule:
         ends = dict.fromkeys(found, SplitPoint.END)
@@ -154,18 +150,8 @@ class Traced:
         return True
 
     def costs(self) -> list[BlockCost]:
-        """Measured on the model's device with a micro-batch, times M."""
-        found = profile(self.blocks, tuple(self.inputs[0]), self.names, sample_kwargs=self.inputs[1])
-        return [
-            replace(
-                c,
-                forward=c.forward * self.m,
-                backward=c.backward * self.m,
-                output_bytes=c.output_bytes * self.m,
-                saved_bytes=c.saved_bytes * self.m,
-            )
-            for c in found
-        ]
+        """Measured on the model's device."""
+        return profile(self.blocks, tuple(self.inputs[0]), self.names, sample_kwargs=self.inputs[1], microbatches=self.m)
 
     def weights(self) -> list[Weights]:
         """Those of each block."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def plan(
-    recipe: Annotated[str, Option(help="Whose model and mini-batch, as for train.")] = "chars",
+    recipe: Annotated[str | None, Option(help="Whose model and mini-batch, as for train; chars by default.")] = None,
     tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form.")] = False,
     model: Annotated[
         str | None,
@@ -37,6 +38,7 @@ def plan(
         list[str] | None, Option(help="A block, by number or name, with which a stage must begin; may be repeated.")
     ] = None,
     device: Annotated[str, Option(help="Where to measure: cpu, cuda, ...")] = "cpu",
+    blocks: Annotated[bool, Option("--blocks", help="Also list what each block costs: seconds and bytes.")] = False,
     picture: Annotated[Path | None, Option(help="Also draw the stages into this SVG file.")] = None,
     svg: Annotated[Path | None, Option(help="Also draw the schedule of the method into this SVG file.")] = None,
 ) -> None:
@@ -57,6 +59,8 @@ def plan(
           As many stages on 4 devices as are fastest, some perhaps replicated.
       pipeoptim plan --model mine:gpt2 --stages 4 --pin transformer.h.3 --picture stages.svg
           A model of your own: mine.py in this folder has a function gpt2 that returns the model and a mini-batch.
+      pipeoptim plan --model mine:gpt2 --stages 2 --blocks
+          Also what each layer costs: milliseconds of its forward and backward, bytes of activations and weights.
     """
     from pipeoptim.methods import get_method
     from pipeoptim.partitioning import partition
@@ -65,33 +69,50 @@ def plan(
     for option, path in (("--picture", picture), ("--svg", svg)):
         if path is not None and path.exists():
             raise ConfigError(f"{path} exists; choose another file for {option}")
-    module, args, kwargs, depth, m = _own(model) if model else _of_recipe(recipe, tiny)
+        if path is not None and not path.parent.is_dir():
+            raise ConfigError(f"the folder {path.parent} does not exist; make it, or choose another file for {option}")
+    if model is not None and (recipe is not None or tiny):
+        other = f"recipe {recipe!r}" if recipe is not None else "--tiny, which is of recipes,"
+        raise ConfigError(f"model {model!r} and {other} were given; leave one out")
+    limits = [_bytes(gib) for gib in memory] if memory else None
+    module, args, kwargs, depth, m = _own(model) if model is not None else _of_recipe(recipe or "chars", tiny)
     module, args, kwargs = _on(device, module, args, kwargs)
+    m = m if microbatches is None else microbatches
+    if stages is None and devices is None:
+        stages = depth
     found = partition(
         module,
-        stages or (None if devices else depth),
+        stages,
         args,
         kwargs,
         how=how,
         layers=layers,
         speeds=speed,
-        memory=[int(gib * 2**30) for gib in memory] if memory else None,
+        memory=limits,
         devices=devices,
-        bandwidth=bandwidth * 1e9 if bandwidth else None,
+        bandwidth=None if bandwidth is None else bandwidth * 1e9,
         pins=[int(p) if p.isdigit() else p for p in pin or ()],
         method=chosen,
-        microbatches=microbatches or m,
+        microbatches=m,
     )
-    _show(found, len(found.stages), microbatches or m)
+    if blocks:
+        print(found.blocks_text())
+    _show(found, len(found.stages), m)
     if picture is not None:
         picture.write_text(found.to_svg())
         print(f"stages drawn in {picture}")
     if svg is not None:
         from pipeoptim.schedule import to_svg
 
-        depth, m = len(found.stages), microbatches or m
+        depth = len(found.stages)
         svg.write_text(to_svg(chosen.program(depth, m), max(2, 2 * depth // m)))
         print(f"schedule drawn in {svg}")
+
+
+def _bytes(gib: float) -> int:
+    if not 0 < gib < float("inf"):
+        raise ConfigError(f"memory is {gib:g}, must be a positive number of GiB; leave it out where there is no limit")
+    return int(gib * 2**30)
 
 
 def _of_recipe(recipe: str, tiny: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
@@ -133,9 +154,12 @@ def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]
     import torch
     from torch.utils._pytree import tree_map_only
 
+    from pipeoptim.engine.feed import Whole
+
     try:
-        move = tree_map_only(torch.Tensor, lambda t: t.to(device), (args, kwargs))
-        return model.to(device), *move
+        to_device = partial(tree_map_only, torch.Tensor, lambda t: t.to(device))
+        marked = tree_map_only(Whole, lambda mark: Whole(to_device(mark.value)), (args, kwargs))
+        return model.to(device), *to_device(marked)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
