@@ -7,6 +7,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 import pipeoptim as po
+from pipeoptim.partitioning import BlockCost
 
 torch.set_num_threads(1)
 k = int(os.environ["RANK"])
@@ -32,3 +33,20 @@ dist.barrier()
 told(lambda: po.Schedule(stage, opt, loss_fn, "naive" if k else "pipeoptim", seed=0, timeout=30))
 dist.barrier()
 pipe.close()
+
+# The model is cut in every process: by what each measured itself, then by what the first measured for all.
+blocks = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
+seconds = [[1, 1, 1, 3], [3, 1, 1, 1]][k]
+costs = [BlockCost(str(n), s, s, 16, 16, 80) for n, s in enumerate(seconds)]
+
+
+def pipeline_of(cut):
+    own = torch.nn.Sequential(cut.stages[k])  # as users wrap them
+    return po.Schedule(PipelineStage(own, k, 2, torch.device("cpu")), torch.optim.SGD(own.parameters()), loss_fn, timeout=30)
+
+
+told(lambda: pipeline_of(po.partition(blocks, 2, costs=costs)))
+dist.barrier()
+together = po.partition(blocks, 2, (x,), group=dist.group.WORLD)
+pipeline_of(together).close()
+print("measured", [cost.forward for cost in together.costs], together.lengths)

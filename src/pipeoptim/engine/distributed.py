@@ -28,6 +28,7 @@ from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.replicas import ReplicaSet, read_replicas, same_start
 from pipeoptim.engine.stage import LossFn
 from pipeoptim.engine.sums import ReducedSums
+from pipeoptim.engine.terms import Terms, agree
 from pipeoptim.engine.tied import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
 from pipeoptim.engine.trace import Row, Trace
 from pipeoptim.engine.tree import as_args
@@ -141,7 +142,7 @@ class Schedule(Pipeline):
                 f"{options.describe()} replicas={copies.count} overlap={overlap} tied=[{'; '.join(map(str, shared))}]"
             )
             if copies.count > 1:
-                self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, settings)
+                self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, Terms(settings, place.cut))
                 self._reduction = self._replicas.reduction(place.module, optimizer, uneven)
             row = self._row(self.k, self.device) if copies.index == 0 else None
             worker = traced.worker(row)(
@@ -161,7 +162,7 @@ class Schedule(Pipeline):
                 ties=[TieEnd(tie, self.k, traced.sums(row, own)) for tie, own in self._sums.items()],
             )
             self.worker = self._workers[self.k] = worker
-            self._connect(liveness_timeout, settings, row)
+            self._connect(liveness_timeout, Terms(settings, place.cut), row)
             if self._norms is not None:  # all processes have agreed by now that there is such a group
                 self._norms.connect(self.ties.group("norms", "gloo"))
             for tie, own in self._sums.items():
@@ -334,9 +335,9 @@ class Schedule(Pipeline):
             self._watch = None
         self.ties.close(wait)
 
-    def _connect(self, liveness: float | None, settings: str, row: Row | None) -> None:
+    def _connect(self, liveness: float | None, terms: Terms, row: Row | None) -> None:
         """A check that all agree; the watch; and one group per direction, so that neither waits for the other."""
-        agree(self.ties, settings)
+        agree(self.ties, terms)
         for tie, sums in self._sums.items():
             self._meet(tie, sums)
         if liveness is not None and self.depth > 1:
@@ -366,14 +367,6 @@ class Schedule(Pipeline):
         self._to_previous = None if first else sender(*end(1, k - 1, k - 1))
         pair(self._to_next, self._from_next)
         pair(self._to_previous, self._from_previous)
-
-
-def agree(ties: Ties, settings: str) -> None:
-    """All processes must run the same method with the same settings; find out before the first message."""
-    for j, theirs in enumerate(ties.exchange(settings)):
-        if theirs != settings:
-            own, other = ties.name.format(ties.index), ties.name.format(j)
-            raise ConfigError(f"{own} was set up with {settings}, {other} with {theirs}; give all the same")
 
 
 def _nobody_watches(peer: int | None) -> None:

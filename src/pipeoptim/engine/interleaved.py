@@ -13,10 +13,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.base import Counted, Pipeline, T
 from pipeoptim.engine.compress import as_compression
-from pipeoptim.engine.distributed import Schedule, agree
+from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.feed import Feed
 from pipeoptim.engine.groups import Ties
 from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.terms import Terms, agree
 from pipeoptim.engine.trace import Row
 from pipeoptim.engine.upstream import read_stage
 from pipeoptim.engine.watch import Watch
@@ -84,7 +85,7 @@ class InterleavedSchedule(Pipeline):
             raise ConfigError(f"stages {[s.stage_index for s in stages]} were given in process {first.k}; it holds {expected}")
         compress = as_compression(options.get("compress"))
         settings = f"method={method} microbatches={microbatches} stages={first.depth} compress={compress}"
-        self._shared = shared = _Shared(first.ranks, len(stages), settings, timeout, liveness_timeout)
+        self._shared = shared = _Shared(first.ranks, len(stages), Terms(settings, first.cut), timeout, liveness_timeout)
         self._parts: dict[int, _Part] = {}
         self._steps = 0
         try:
@@ -169,11 +170,11 @@ class InterleavedSchedule(Pipeline):
 class _Shared:
     """What the parts of one process have in common: ties to the other processes, and one watch."""
 
-    def __init__(self, ranks: tuple[int, ...], chunks: int, settings: str, timeout: float, liveness: float | None) -> None:
+    def __init__(self, ranks: tuple[int, ...], chunks: int, terms: Terms, timeout: float, liveness: float | None) -> None:
         members = ranks[: len(ranks) // chunks]
         self.chunks, self.processes, self.liveness = chunks, len(members), liveness
         self.ties = Ties("pipeline", members, timeout, "process {}")
-        agree(self.ties, settings)
+        agree(self.ties, terms)
         self.watch: Watch | None = None
         if liveness is not None:
             self.watch = Watch(self.ties.clone(), self.ties.index, len(members), liveness, "process {}")
@@ -211,7 +212,7 @@ class _Part(Schedule):
     def _untie(self, wait: bool) -> None:
         """Not yet: other parts use them."""
 
-    def _connect(self, liveness: float | None, settings: str, row: Row | None) -> None:
+    def _connect(self, liveness: float | None, terms: Terms, row: Row | None) -> None:
         self._watch = self._shared.watch
         if self._shared.liveness is not None and self._replicas is not None:
             self._replicas.watch(self._shared.liveness)

@@ -19,6 +19,7 @@ from pipeoptim.engine.groups import Ties
 from pipeoptim.engine.masters import module_parameter
 from pipeoptim.engine.reduction import ByDDP, MeanGradients, Reduction, failure
 from pipeoptim.engine.sharded import BySharding, sharding_mesh
+from pipeoptim.engine.terms import Terms
 from pipeoptim.engine.watch import Watch
 from pipeoptim.errors import ConfigError
 
@@ -81,24 +82,23 @@ class ReplicaSet:
         replicas: who they are; at least two.
         k, depth: the stage, of how many.
         timeout: seconds to wait for them.
-        settings: what all of them must have been given alike.
+        terms: what all of them must have been given alike.
 
     Raises:
         ConfigError: they hold another stage, or were given other settings.
     """
 
-    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, settings: str) -> None:
+    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, terms: Terms) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
         self._ties = Ties("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
         self._watch: Watch | None = None
         place = f"stage {k} of {depth}"
-        for rank, told in zip(replicas.ranks, self._ties.exchange(f"{place}\n{settings}"), strict=True):
+        for rank, told in zip(replicas.ranks, self._ties.exchange(f"{place}\n{terms.write()}"), strict=True):
             theirs, given = told.split("\n", 1)
             if theirs != place:
                 raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
-            if given != settings:
-                raise ConfigError(f"{place} was set up with {settings}, its replica on rank {rank} with {given}")
+            terms.compare(Terms.read(given), place, f"its replica on rank {rank}")
         self._ties.group("control", "gloo")  # made while all are here
 
     @property

@@ -5,6 +5,7 @@ Only attributes that have been stable since torch 2.5 are used: the stage's modu
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,19 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
 from pipeoptim.errors import ConfigError
+
+_CUT = "_pipeoptim_cut"
+
+
+def mark_cut(stages: Sequence[nn.Module], lengths: Sequence[int]) -> None:
+    """Note on each of ``stages`` how the whole model was cut, so that processes that cut it themselves can tell whether they agree."""
+    for stage in stages:
+        setattr(stage, _CUT, tuple(lengths))
+
+
+def read_cut(module: nn.Module) -> tuple[int, ...]:
+    """What :func:`mark_cut` noted on ``module`` or, where it was wrapped, on what is inside; empty for other modules."""
+    return next((m.__dict__[_CUT] for m in module.modules() if _CUT in m.__dict__), ())
 
 
 @dataclass(frozen=True)
@@ -31,6 +45,12 @@ class StagePlace:
     depth: int
     device: torch.device
     ranks: tuple[int, ...]
+
+    @property
+    def cut(self) -> tuple[int, ...]:
+        """How many blocks each stage of this pipeline has, where ``partition`` made it."""
+        lengths = read_cut(self.module)
+        return lengths if len(lengths) == self.depth else ()
 
 
 def read_stage(stage: PipelineStage, per_process: int = 1) -> StagePlace:

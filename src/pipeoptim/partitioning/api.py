@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from math import inf
 from typing import Any, Protocol
 
 from torch import nn
+from torch.distributed import ProcessGroup
 
+from pipeoptim.engine.upstream import mark_cut
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.blocks import Blocks, sliceable
 from pipeoptim.partitioning.choice import Wanted, choose
 from pipeoptim.partitioning.layered import Layered
+from pipeoptim.partitioning.once import measured_once
 from pipeoptim.partitioning.places import find_places, separated
 from pipeoptim.partitioning.profile import BlockCost
 from pipeoptim.partitioning.result import Partition
@@ -48,6 +52,7 @@ def partition(
     devices: int | None = None,
     bandwidth: float | None = None,
     pins: Sequence[int | str] = (),
+    group: ProcessGroup | None = None,
     method: str | Method = "pipeoptim",
     microbatches: int = 1,
 ) -> Partition:
@@ -78,10 +83,14 @@ def partition(
         bandwidth: bytes per second between devices; a stage is then at least as slow as sending what it returns and receiving
             its gradient. Unlimited by default; needed with ``devices``.
         pins: numbers or names of blocks with which a stage must begin.
+        group: processes that all call this with the same model, usually ``torch.distributed.group.WORLD``. The first of them measures,
+            and all cut at the same places. Without it each process measures by itself, and chance may make them cut differently;
+            not needed when ``costs`` are given or all cuts are pinned.
         method: what will train, for the memory.
         microbatches: M of a mini-batch.
 
     Raises:
+        StageFailure: the first process of ``group`` could not measure.
         ConfigError: more stages than blocks, lists of the wrong length, no cut fits, or the model cannot be cut like this.
 
     Example:
@@ -100,7 +109,8 @@ def partition(
     _check(blocks, num_stages, speeds, memory, numbers, devices, bandwidth)
     if costs is None:
         pinned = num_stages is not None and len(numbers) == num_stages - 1 and memory is None
-        costs = _unmeasured(splitter) if pinned and not splitter.measurable else splitter.costs()
+        measure = partial(_unmeasured, splitter) if pinned and not splitter.measurable else splitter.costs
+        costs = measure() if group is None else measured_once(measure, group)
     if len(costs) != blocks:
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
     allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
@@ -112,6 +122,7 @@ def partition(
     stages = separated(shared)
     splitter.check(stages)
     lengths = [end - start for start, end in plan.ranges]
+    mark_cut(stages, lengths)
     return Partition(stages, lengths, list(costs), plan.seconds, plan.memory, names, tied, how, plan.replicas)
 
 

@@ -56,6 +56,10 @@ class Partition:
         """
         return full_state_dict(self.names, [s.state_dict() for s in self.stages] if states is None else states)
 
+    def __str__(self) -> str:
+        """:meth:`to_text`."""
+        return self.to_text()
+
     def rows(self) -> list[StageRow]:
         """What pictures show of each stage."""
         rows, start = [], 0

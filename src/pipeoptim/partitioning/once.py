@@ -1,0 +1,33 @@
+"""One of several processes measures, for all: each by itself would find other times, and might cut elsewhere."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+
+import torch.distributed as dist
+
+from pipeoptim.engine.groups import Ties
+from pipeoptim.errors import StageFailure
+from pipeoptim.partitioning.profile import BlockCost
+
+_TIMEOUT = 1800.0  # seconds; that of torch's own groups
+
+
+def measured_once(measure: Callable[[], list[BlockCost]], group: dist.ProcessGroup) -> list[BlockCost]:
+    """The costs that ``measure`` finds in the first process of ``group``. All of them call this.
+
+    Raises:
+        StageFailure: the first process failed, or one did not come.
+    """
+    ties = Ties("partition", dist.get_process_group_ranks(group), _TIMEOUT, "process {}")
+    try:
+        found = [asdict(cost) for cost in measure()] if ties.index == 0 else None
+        answers = ties.exchange(json.dumps(found))
+    except StageFailure:
+        raise
+    except BaseException as error:
+        ties.refuse(error)
+        raise
+    return [BlockCost(**cost) for cost in json.loads(answers[0])]
