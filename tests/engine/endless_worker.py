@@ -20,6 +20,7 @@ pipe = po.Schedule(
     torch.nn.functional.mse_loss,
     timeout=600,
     liveness_timeout=float(sys.argv[1]),
+    transport=sys.argv[2],
 )
 x = torch.ones(4, 8)
 for n in range(10**9):

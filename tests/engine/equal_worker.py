@@ -23,7 +23,12 @@ for method in methods:
         torch.manual_seed(3)
         torch.rand(k)  # the user's own random numbers must not matter
         stage = PipelineStage(module, k, depth, torch.device("cpu"))
-        pipe = po.Schedule(stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), timeout=60)
+        transport = "auto" if name == "adamw" else "group"
+        pipe = po.Schedule(
+            stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), transport=transport, timeout=60
+        )
+        links = [pipe._from_previous, pipe._from_next, pipe._to_next, pipe._to_previous]
+        assert all((link.channel is None) == (transport == "group") for link in links if link is not None)
         losses = []
         for n, (x, y) in enumerate(case.batches()):
             losses.append(pipe.step(*([x] if k == 0 else []), target=y if k == depth - 1 else None))

@@ -52,9 +52,9 @@ def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
                     assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"]))
 
 
-@pytest.mark.parametrize("victim", [0, 1, 2])
-def test_a_killed_stage_ends_the_others_and_is_named(victim, tmp_path):
-    with stage_processes.stages(HERE / "endless_worker.py", 3, "10") as started:
+@pytest.mark.parametrize(("victim", "transport"), [(0, "auto"), (1, "auto"), (2, "auto"), (1, "group")])
+def test_a_killed_stage_ends_the_others_and_is_named(victim, transport, tmp_path):
+    with stage_processes.stages(HERE / "endless_worker.py", 3, "10", transport) as started:
         for p in started:
             assert p.stdout.readline().strip() == "running"
         started[victim].send_signal(signal.SIGKILL)
@@ -72,7 +72,7 @@ def test_a_killed_stage_ends_the_others_and_is_named(victim, tmp_path):
 
 
 def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout():
-    with stage_processes.stages(HERE / "endless_worker.py", 3, "3") as started:
+    with stage_processes.stages(HERE / "endless_worker.py", 3, "3", "auto") as started:
         for p in started:
             assert p.stdout.readline().strip() == "running"
         started[2].send_signal(signal.SIGSTOP)

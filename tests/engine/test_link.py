@@ -1,6 +1,7 @@
 """Messages between stages arrive as they were sent, though their blocks are used again."""
 
 import random
+import socket
 from collections import deque
 from datetime import timedelta
 
@@ -8,6 +9,8 @@ import pytest
 import torch
 
 from pipeoptim.engine import link
+from pipeoptim.engine.local import SMALL, Channel
+from pipeoptim.engine.near import NearReceiver, NearSender
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 
@@ -48,17 +51,22 @@ class LateGroup:
         return LateWork(arrive)
 
 
-@pytest.fixture
-def neighbours(monkeypatch):
+@pytest.fixture(params=["group", "channel"])
+def neighbours(request, monkeypatch):
     """Sender and receiver of one stage, and those of the next."""
     monkeypatch.setattr(link.dist, "get_group_rank", lambda group, rank: rank)
     rest = 1, 1, torch.device("cpu"), 1.0, lambda peer: None
-    there, back = LateGroup(), LateGroup()
-    first = link.Sender(there, *rest), link.Receiver(back, *rest, ahead=True)
-    second = link.Sender(back, *rest), link.Receiver(there, *rest, ahead=True)
+    there, back = (
+        [LateGroup()] * 2 if request.param == "group" else [Channel(end) for end in socket.socketpair()] for _ in range(2)
+    )
+    sender, receiver = (link.Sender, link.Receiver) if request.param == "group" else (NearSender, NearReceiver)
+    first = sender(there[0], *rest), receiver(back[1], *rest, ahead=True)
+    second = sender(back[0], *rest), receiver(there[1], *rest, ahead=True)
     link.pair(*first)
     link.pair(*second)
-    return first, second
+    yield first, second
+    for end in (*first, *second):
+        end.close()
 
 
 @pytest.fixture
@@ -74,6 +82,8 @@ def trees(generator: random.Random, count: int):
         lambda x: torch.full((8, 4), x),
         lambda x: (torch.full((16,), x), None, {"mask": torch.full((16,), x)}),
         lambda x: torch.full((500,), x),
+        lambda x: [torch.full((3,), x), torch.full((5, 2), x)],
+        lambda x: torch.full((SMALL // 2,), x),
         lambda x: [torch.full((0, 3), x), torch.full((4, 7), x).t()],
     ]
     maker = makers[0]
@@ -107,12 +117,12 @@ def test_every_message_arrives_as_it_was_however_late_it_is_taken(ends, seed):
 
 def test_a_sender_keeps_what_the_peer_has_not_taken_and_no_more(neighbours):
     (sender, from_next), (to_previous, receiver) = neighbours
-    memory = set()
+    memory, numbers = set(), SMALL // 4  # more than a channel sends without a block
     for n in range(60):
-        sender.send(torch.full((1000,), float(n)))
+        sender.send(torch.full((numbers,), float(n)))
         memory.add(sender._pending[-1][1].memory.data_ptr())
         if n >= 3:  # as in a pipeline: the peer is some messages behind, and answers each
-            assert torch.equal(receiver.take(), torch.full((1000,), float(n - 3)))
+            assert torch.equal(receiver.take(), torch.full((numbers,), float(n - 3)))
             to_previous.send([torch.full((7,), float(n))])
             assert torch.equal(from_next.take()[0], torch.full((7,), float(n)))
             assert len(sender._pending) == 3
@@ -136,7 +146,9 @@ def test_the_last_message_of_a_peer_that_has_gone_is_taken_and_only_the_next_fai
     def gone(*_):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:6335.")
 
-    monkeypatch.setattr(receiver.group, "recv", gone)
+    if sender.channel is None:
+        monkeypatch.setattr(receiver.group, "recv", gone)
+    sender.close()
     assert torch.equal(receiver.take(), torch.ones(3))
     with pytest.raises(StageFailure, match="stage 1 died or closed its connection"):
         receiver.take()
@@ -145,6 +157,6 @@ def test_the_last_message_of_a_peer_that_has_gone_is_taken_and_only_the_next_fai
 def test_a_foreign_message_is_refused(ends):
     sender, receiver = ends
     receiver.post()
-    sender.group.send([torch.zeros(link.wire.HEADER, dtype=torch.uint8)], 1, 0)
+    sender.group.send([sender._memory(link.wire.HEADER).zero_()], 1, 0)
     with pytest.raises(PipeOptimError, match="out of order"):
         receiver.take()

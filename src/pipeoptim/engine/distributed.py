@@ -20,8 +20,10 @@ from pipeoptim.engine.base import Counted, Pipeline, T
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.compress import Compression, as_compression
 from pipeoptim.engine.feed import Cutter, Feed, Part, Weigh
-from pipeoptim.engine.groups import Ties
+from pipeoptim.engine.groups import Ties, by_gloo
 from pipeoptim.engine.link import Receiver, Sender, pair
+from pipeoptim.engine.local import check_transport, neighbours
+from pipeoptim.engine.near import NearReceiver, NearSender
 from pipeoptim.engine.norms import GatheredNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.reduction import ALONE, Reduction
@@ -66,6 +68,8 @@ class Schedule(Pipeline):
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
         compress, tied: as in :class:`~pipeoptim.Emulator`; equal in all processes.
+        transport: "auto" moves messages between processes of one machine through shared memory, where they are on CPUs and their
+            group is one of gloo, and all others through the process group; "group" moves all through that.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -119,11 +123,14 @@ class Schedule(Pipeline):
         compress: Compression | str | None = None,
         trace: Trace | None = None,
         tied: TiedWeights | None = None,
+        transport: str = "auto",
         timeout: float = 1800.0,
         liveness_timeout: float | None = 10.0,
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
+        check_transport(transport)
+        self._transport = transport
         place = read_stage(stage, self._stages_here)
         self.ties = self._tie(place.ranks, timeout)
         try:
@@ -193,6 +200,7 @@ class Schedule(Pipeline):
             for end in (self._from_previous, self._from_next, self._to_next, self._to_previous):
                 if end is not None:
                     end.opposite = None  # else the two would keep each other, and their groups
+                    end.close()
             self._from_previous = self._from_next = self._to_next = self._to_previous = None
             self._reduction.close()
             if self._norms is not None:
@@ -354,19 +362,32 @@ class Schedule(Pipeline):
         """The links to the stages before and after; ``group(direction, boundary)`` is what they go through."""
         assert self.ranks is not None
         ranks, timeout = self.ranks, self.ties.timeout.total_seconds()
+        wanted = self._transport == "auto" and self.device.type == "cpu" and by_gloo()
+        near = neighbours(self.ties.store, self.k, self.depth, wanted, self.ties.timeout)
 
         def end(direction: int, boundary: int, peer: int) -> tuple[Any, ...]:
-            return group(direction, boundary), peer, ranks[peer], self.device, timeout, waiting
+            return (
+                near.get((direction, boundary)) or group(direction, boundary),
+                peer,
+                ranks[peer],
+                self.device,
+                timeout,
+                waiting,
+            )
 
         ahead = self.device.type == "cpu"  # a receive that is never matched would keep a GPU's stream busy
-        k, first, last = self.k, self.k == 0, self.k == self.depth - 1
-        receiver, sender = traced.links(row)
-        self._from_previous = None if first else receiver(*end(0, k - 1, k - 1), ahead=ahead)
-        self._to_next = None if last else sender(*end(0, k, k + 1))
-        self._from_next = None if last else receiver(*end(1, k, k + 1), ahead=ahead)
-        self._to_previous = None if first else sender(*end(1, k - 1, k - 1))
-        pair(self._to_next, self._from_next)
-        pair(self._to_previous, self._from_previous)
+        k = self.k
+        if k > 0:
+            sender, receiver = (NearSender, NearReceiver) if (0, k - 1) in near else (Sender, Receiver)
+            self._from_previous = receiver(*end(0, k - 1, k - 1), ahead=ahead)
+            self._to_previous = sender(*end(1, k - 1, k - 1))
+        if k < self.depth - 1:
+            sender, receiver = (NearSender, NearReceiver) if (0, k) in near else (Sender, Receiver)
+            self._to_next = sender(*end(0, k, k + 1))
+            self._from_next = receiver(*end(1, k, k + 1), ahead=ahead)
+        for receives, sends in ((self._from_previous, self._to_previous), (self._from_next, self._to_next)):
+            traced.links(row, receives, sends)
+            pair(sends, receives)
 
 
 def _nobody_watches(peer: int | None) -> None:

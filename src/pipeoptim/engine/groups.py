@@ -128,6 +128,11 @@ def new_group(ranks: list[int], name: str, timeout: timedelta, backend: str | No
     return group  # type: ignore[no-any-return]
 
 
+def by_gloo() -> bool:
+    """Whether tensors on CPUs go through gloo, and not through something that may be slower or farther on purpose."""
+    return "gloo" in str(c10d._world.pg_map[c10d._get_default_group()][0]).lower()
+
+
 def destroy(group: dist.ProcessGroup) -> None:
     """As ``torch.distributed.destroy_process_group``; nothing where that was done already, with all groups together."""
     with suppress(ValueError, AssertionError, KeyError):

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeoptim.engine import wire
+from pipeoptim.engine.local import Channel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 Waiting = Callable[[int | None], None]
@@ -31,10 +32,11 @@ class _End:
     """What a sender and a receiver share: the peer, its group, and waits that name the peer when they fail."""
 
     def __init__(
-        self, group: dist.ProcessGroup, peer: int, rank: int, device: torch.device, timeout: float, waiting: Waiting
+        self, group: dist.ProcessGroup | Channel, peer: int, rank: int, device: torch.device, timeout: float, waiting: Waiting
     ) -> None:
         self.group, self.peer, self.device = group, peer, device
-        self.place = dist.get_group_rank(group, rank)  # the peer's, in the group
+        self.channel = group if isinstance(group, Channel) else None
+        self.place = 0 if isinstance(group, Channel) else dist.get_group_rank(group, rank)  # the peer's, in the group
         self.timeout = timedelta(seconds=timeout)
         self.waiting = waiting
         self.size = wire.HEADER
@@ -49,6 +51,11 @@ class _End:
             raise StageFailure(self._reason(error)) from error
         finally:
             self.waiting(None)
+
+    def close(self) -> None:
+        """Give back what only this link uses."""
+        if self.channel is not None:
+            self.channel.close()
 
     def _reason(self, error: RuntimeError) -> str:
         first = (str(error).splitlines() or ["no reason given"])[0][:160]
@@ -114,7 +121,7 @@ class Sender(_End):
 
     def flush(self) -> None:
         """Wait until everything is sent."""
-        while self._pending:
+        while self._pending and self.channel is None:  # what lies in a channel arrives
             self._finish()
         if self._broken is not None:
             raise self._broken
@@ -127,6 +134,8 @@ class Sender(_End):
         return 0 if self.opposite is None else self.opposite.sequence
 
     def _memory(self, size: int) -> Tensor:
+        if self.channel is not None:
+            return self.channel.memory(size)
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _finish_old(self) -> None:
@@ -170,17 +179,26 @@ class Receiver(_End):
         assert self._posted is not None
         (work, block), self._posted = self._posted, None
         self.wait(work)
-        header = self._checked(block)
-        start = wire.HEADER
+        header = self._checked(wire.get_header(block))
         if header.following:
-            work, block = self._receive(header.following)
-            self.wait(work)
-            header = self._checked(block)
-            text = bytes(block[wire.HEADER : wire.HEADER + header.described].cpu().numpy())
-            start = wire.HEADER + -(-header.described // 64) * 64
-            self.format = wire.Format.parse(text)
-            self.size = self.format.size
+            return self._take_described(header.following)
+        self._note(header)
         assert self.format is not None
+        return wire.read(block, wire.HEADER, self.format)
+
+    def _take_described(self, size: int) -> Any:
+        """The tree of a message in a new format, which was announced with its ``size``."""
+        work, block = self._receive(size)
+        self.wait(work)
+        header = self._checked(wire.get_header(block))
+        text = bytes(block[wire.HEADER : wire.HEADER + header.described].cpu().numpy())
+        self.format = wire.Format.parse(text)
+        self.size = self.format.size
+        self._note(header)
+        return wire.read(block, wire.HEADER + -(-header.described // 64) * 64, self.format)
+
+    def _note(self, header: wire.Header) -> None:
+        """A message was taken: what its header says, and the receive of the next one."""
         self.sequence += 1
         self.flags, self.loss_scale, self.part = header.flags, header.loss_scale, (header.rows, header.of)
         if self.ahead:
@@ -188,7 +206,6 @@ class Receiver(_End):
                 self.post()
         if self.opposite is not None:
             self.opposite.delivered(header.taken)
-        return wire.read(block, start, self.format)
 
     def _receive(self, size: int) -> tuple[Any, Tensor]:
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
@@ -197,8 +214,7 @@ class Receiver(_End):
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
 
-    def _checked(self, block: Tensor) -> wire.Header:
-        header = wire.get_header(block)
+    def _checked(self, header: wire.Header) -> wire.Header:
         if not wire.is_ours(header) or header.sequence != self.sequence:
             raise PipeOptimError(
                 f"message {self.sequence} from stage {self.peer} is out of order (got {header.sequence}): do all processes "

@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from pipeoptim.engine.compress import Compressor
-from pipeoptim.engine.link import Receiver, Sender, Waiting
+from pipeoptim.engine.link import Receiver, Sender
 from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.stage import StageWorker
 from pipeoptim.engine.sums import Exchange
@@ -22,9 +22,14 @@ def worker(row: Row | None) -> Callable[..., StageWorker]:
     return StageWorker if row is None else partial(TracedWorker, row)
 
 
-def links(row: Row | None) -> tuple[Callable[..., Receiver], Callable[..., Sender]]:
-    """What makes its links to its neighbours."""
-    return (Receiver, Sender) if row is None else (partial(TracedReceiver, row), partial(TracedSender, row))
+def links(row: Row | None, receiver: Receiver | None, sender: Sender | None) -> None:
+    """Its links to one neighbour, which note messages that come in and go out where there is a ``row``."""
+    if row is not None and receiver is not None:
+        _note_waits(row, receiver)
+        _note_calls(row, receiver, "take", "receive")
+    if row is not None and sender is not None:
+        _note_waits(row, sender)
+        _note_calls(row, sender, "send", "send")
 
 
 def norms(row: Row | None, exchange: Norms | None) -> Norms | None:
@@ -114,33 +119,6 @@ class TracedCompressor(Compressor):
         return unpacked
 
 
-class TracedReceiver(Receiver):
-    """Notes messages that come in."""
-
-    def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.row, self.waiting = row, _noted(row, self.waiting)
-
-    def take(self) -> Any:
-        began, number = self.row.now(), self.sequence
-        tree = super().take()
-        self.row.add("receive", number, began, self.peer, self.size)
-        return tree
-
-
-class TracedSender(Sender):
-    """Notes messages that go out."""
-
-    def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.row, self.waiting = row, _noted(row, self.waiting)
-
-    def send(self, *args: Any, **kwargs: Any) -> None:
-        began, number = self.row.now(), self.sequence
-        super().send(*args, **kwargs)
-        self.row.add("send", number, began, self.peer, self.size)
-
-
 class TracedNorms:
     """Notes the wait for the gradient norms of the other stages."""
 
@@ -169,9 +147,22 @@ class TracedSums:
         return found
 
 
-def _noted(row: Row, waiting: Waiting) -> Waiting:
-    """``waiting``, which a link calls with the peer before a wait and with None after it."""
+def _note_calls(row: Row, link: Receiver | Sender, method: str, what: str) -> None:
+    plain = getattr(link, method)
+
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        began, number = row.now(), link.sequence
+        result = plain(*args, **kwargs)
+        row.add(what, number, began, link.peer, link.size)
+        return result
+
+    setattr(link, method, noted)
+
+
+def _note_waits(row: Row, link: Receiver | Sender) -> None:
+    """A link says before a wait whom it waits for, and None after it."""
     begun: list[Any] = [None, -1]
+    waiting = link.waiting
 
     def noted(peer: int | None) -> None:
         if peer is None:
@@ -180,4 +171,4 @@ def _noted(row: Row, waiting: Waiting) -> Waiting:
             begun[:] = row.now(), peer
         waiting(peer)
 
-    return noted
+    link.waiting = noted

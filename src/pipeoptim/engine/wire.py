@@ -9,7 +9,7 @@ from __future__ import annotations
 import pickle
 import struct
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -22,6 +22,7 @@ from pipeoptim.errors import ConfigError
 HEADER = 128  # bytes, of which 72 are used
 _MAGIC = 0x50697065_4F707431
 _HEADER = struct.Struct("<5qd3q")
+_BEHIND = bytes(HEADER - _HEADER.size)
 
 
 class Header(NamedTuple):
@@ -73,6 +74,18 @@ class Format:
     def size(self) -> int:
         """Bytes of a message in this format, its header included."""
         return HEADER + self.payload
+
+    @cached_property
+    def slots(self) -> list[Slot]:
+        """Of the tensors, in order."""
+        return [leaf for leaf in self.leaves if isinstance(leaf, Slot)]
+
+    @cached_property
+    def usual(self) -> int | None:
+        """-1 for a tensor, n for a list of n leaves, which is what stages usually send; None for any other structure."""
+        if self.spec == _one():
+            return -1 if type(self.leaves[0]) is Slot else None
+        return len(self.leaves) if self.leaves and self.spec == _several(len(self.leaves)) else None
 
     def describe(self) -> bytes:
         """For the other end, which is another process of the same run.
@@ -137,6 +150,59 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
         else:
             leaves.append(value)
     return Format(spec, tuple(leaves), offset), tensors
+
+
+def unchanged(tree: Any, form: Format) -> list[Tensor] | None:
+    """The tensors of ``tree`` where it can be told at a glance that :func:`format_of` would say ``form``, else None."""
+    if form.usual == -1:
+        tree = (tree,)
+    elif type(tree) is not list or form.usual != len(tree):
+        return None
+    tensors = []
+    for value, leaf in zip(tree, form.leaves, strict=True):
+        if type(leaf) is Slot and type(value) in _PLAIN_TENSORS:
+            if value.shape != leaf.shape or value.dtype is not leaf.dtype or value.requires_grad is not leaf.requires_grad:
+                return None
+            if value.layout is not torch.strided or not value.is_cpu or value.is_neg() or value.is_conj() or value.is_nested:
+                return None
+            if value.stride() != leaf.stride:
+                return None
+            tensors.append(value)
+        elif value is not None or leaf is not None:
+            return None
+    return tensors
+
+
+_PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
+
+
+def header(
+    sequence: int, flags: int, loss_scale: float, part: tuple[int, int], taken: int, following: int = 0, described: int = 0
+) -> bytes:
+    """The header of a message as bytes."""
+    return _HEADER.pack(_MAGIC, sequence, flags, following, described, loss_scale, *part, taken) + _BEHIND
+
+
+def header_in(memory: bytearray) -> Header:
+    """The header at the beginning of ``memory``."""
+    return Header(*_HEADER.unpack_from(memory))
+
+
+def empty(form: Format) -> list[Tensor]:
+    """New tensors for a message, on the CPU."""
+    return [
+        torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, requires_grad=slot.requires_grad) for slot in form.slots
+    ]
+
+
+def tree_of(tensors: list[Tensor], form: Format) -> Any:
+    """The tree of a message whose tensors are these."""
+    if form.usual == -1:
+        return tensors[0]
+    if form.usual == len(tensors):
+        return tensors
+    coming = iter(tensors)
+    return tree_unflatten([next(coming) if isinstance(leaf, Slot) else leaf for leaf in form.leaves], form.spec)
 
 
 def places(block: Tensor, start: int, form: Format) -> list[Tensor | None]:

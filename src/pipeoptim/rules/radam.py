@@ -17,9 +17,11 @@ from pipeoptim.rules.steps import AdamStepper
 class RAdamStepper(AdamStepper):
     """Adam's step with another rate and divisor, once it is rectified: torch itself takes the few steps before."""
 
-    def ready(self, group: Group, t: float) -> bool:
+    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
         """See the class."""
-        return _rectified(t, float(group["betas"][1])) is not None
+        tensors = super().state_tensors(state, group)
+        rectified = tensors is not None and _rectified(float(state["step"]) + 1, float(group["betas"][1])) is not None
+        return tensors if rectified else None
 
     def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
         """See the class."""

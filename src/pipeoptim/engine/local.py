@@ -1,0 +1,339 @@
+"""Between stages in processes of one machine: small messages through a Unix socket, large ones in shared memory.
+
+Through a process group of gloo a message on one machine takes a TCP connection and two more threads, which cost more than
+what they carry. Here a small message goes straight from the sender's tensors into a socket and from there into the receiver's. Of a large
+one, the block that the sender copies into is mapped by both processes: a record on the socket says that it is full, the receiver
+copies it out and answers with one byte that it may be used again. What a process has sent arrives also after it has ended, and a
+process that dies closes its sockets, which ends the waits of its neighbours.
+
+A channel has the methods of a process group that a link calls (see :mod:`pipeoptim.engine.link`); which neighbours have one is found out
+when a pipeline is set up: two processes that cannot reach one another's sockets, being on two machines, use their group.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import socket
+import struct
+import sys
+from collections.abc import Iterator
+from contextlib import suppress
+from datetime import timedelta
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.distributed.distributed_c10d import Store
+
+from pipeoptim.errors import ConfigError, StageFailure
+
+TRANSPORTS = ("auto", "group")
+_RECORD = struct.Struct("<3q")  # number of the block, its bytes, and whether a descriptor of it follows
+_TOKEN = 16  # bytes that a caller must know
+SMALL = 32768
+"""Bytes up to which a message goes through the socket itself, which then costs no more than the record would."""
+_BUFFER = 16 * SMALL  # several small messages may lie there before anybody waits
+
+
+def check_transport(transport: str) -> None:
+    """Raises ConfigError for another name than those of ``TRANSPORTS``."""
+    if transport not in TRANSPORTS:
+        raise ConfigError(
+            f"transport is {transport!r}, must be 'auto' (shared memory between processes of one machine, else the process "
+            "group) or 'group' (always the process group)"
+        )
+
+
+def _closed(error: OSError | None = None) -> RuntimeError:
+    return RuntimeError("connection closed by peer" + (f" ({error.strerror})" if error else ""))
+
+
+def _rest(parts: list[Any], count: int) -> Iterator[memoryview]:
+    """What of ``parts`` lies behind byte ``count``."""
+    for part in parts:
+        view = memoryview(part).cast("B")
+        if count < view.nbytes:
+            yield view[count:]
+        count = max(0, count - view.nbytes)
+
+
+class Channel:
+    """One end of one direction between two processes; one of them sends, the other receives. Both know the size of the next message.
+
+    Args:
+        connection: a connected Unix stream socket.
+    """
+
+    def __init__(self, connection: socket.socket) -> None:
+        self._socket = connection
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        self._timeout = -1.0
+        self._sent = self._taken = 0  # blocks sent, and how many of them the peer has taken
+        self._unsent: dict[int, int] = {}  # address -> descriptor of blocks that the peer does not know yet
+        self._known: dict[int, int] = {}  # address -> number of the others
+        self._theirs: dict[int, Tensor] = {}  # number -> the peer's block
+        self._numbers = 0
+        self._size = 0  # of the last block; when it changes both ends forget those of the old size
+
+    def put(self, parts: list[Any]) -> None:
+        """Send a small message that consists of these buffers. It is copied before the call returns.
+
+        Raises:
+            RuntimeError: the peer has closed its end.
+        """
+        try:
+            count = self._socket.sendmsg(parts)
+            for part in _rest(parts, count):  # a signal came
+                self._socket.sendall(part)
+        except BlockingIOError:
+            raise RuntimeError("timed out") from None
+        except OSError as error:
+            raise _closed(error) from error
+
+    def get(self, parts: list[Any]) -> None:
+        """Wait for a message of the size of these buffers and fill them.
+
+        Raises:
+            RuntimeError: none came in time, or the peer has closed its end.
+        """
+        try:
+            count, *_ = self._socket.recvmsg_into(parts, 0, socket.MSG_WAITALL)
+            for part in _rest(parts, count) if count else ():
+                while part:
+                    count = self._socket.recv_into(part)
+                    if not count:
+                        break
+                    part = part[count:]
+        except BlockingIOError:
+            raise RuntimeError("timed out") from None
+        except OSError as error:
+            raise _closed(error) from error
+        if not count:
+            raise _closed()
+
+    # -- as a process group ------------------------------------------------------------------------------------------
+
+    def memory(self, size: int) -> Tensor:
+        """A block of bytes that can be sent."""
+        if size <= SMALL:
+            return torch.empty(size, dtype=torch.uint8)
+        fd = os.memfd_create("pipeoptim-message")
+        os.ftruncate(fd, size)
+        block = torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+        self._known.pop(block.data_ptr(), None)
+        self._unsent[block.data_ptr()] = fd
+        return block
+
+    def send(self, tensors: list[Tensor], place: int, tag: int) -> _Sent:
+        """Send the block ``tensors[0]``, from :meth:`memory`.
+
+        Raises:
+            RuntimeError: the peer has closed its end.
+        """
+        block = tensors[0]
+        address, size = block.data_ptr(), block.numel()
+        if size <= SMALL:
+            self.put([block.numpy()])
+            return _Sent(self, 0)
+        fd = self._unsent.pop(address, None)
+        if size != self._size:
+            self._size = size
+            self._known.clear()
+        if fd is not None:
+            self._known[address] = self._numbers
+            self._numbers += 1
+        try:
+            self.put([_RECORD.pack(self._known[address], size, fd is not None)])
+            if fd is not None:
+                socket.send_fds(self._socket, [b"+"], [fd])
+        except OSError as error:
+            raise _closed(error) from error
+        finally:
+            if fd is not None:
+                os.close(fd)
+        self._sent += 1
+        return _Sent(self, self._sent)
+
+    def taken(self, wait: bool) -> int:
+        """How many blocks the peer has taken; with ``wait``, after at least one more."""
+        try:
+            answer = self._socket.recv(256, 0 if wait else socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            if wait:
+                raise RuntimeError("timed out") from None
+            return self._taken
+        except OSError as error:
+            raise _closed(error) from error
+        if not answer:
+            raise _closed()
+        self._taken += len(answer)
+        return self._taken
+
+    def recv(self, tensors: list[Tensor], place: int, tag: int) -> _Receipt:
+        """The next message goes to ``tensors[0]``, which has its size, when the result is waited for."""
+        return _Receipt(self, tensors[0])
+
+    def take(self, block: Tensor) -> None:
+        """Wait for the next message and copy it.
+
+        Raises:
+            RuntimeError: none came in time, or the peer has closed its end.
+        """
+        if block.numel() <= SMALL:
+            self.get([block.numpy()])
+            return
+        record = bytearray(_RECORD.size)
+        self.get([record])
+        number, size, new = _RECORD.unpack(record)
+        if size != self._size:
+            self._size = size
+            self._theirs.clear()
+        if new:
+            _, (fd,), _, _ = socket.recv_fds(self._socket, 1, 1)
+            self._theirs[number] = torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
+            os.close(fd)
+        if size != block.numel():
+            raise RuntimeError(f"a message of {size} bytes came where one of {block.numel()} was awaited")
+        block.copy_(self._theirs[number])
+        with suppress(OSError):  # the peer may have ended since
+            self._socket.send(b".")
+
+    # -- for both ------------------------------------------------------------------------------------------------------
+
+    def wait_at_most(self, timeout: timedelta) -> None:
+        """Set how long the next waits may take."""
+        seconds = timeout.total_seconds()
+        if seconds != self._timeout:
+            self._timeout = seconds
+            whole = int(seconds)
+            value = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
+            for what in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
+                self._socket.setsockopt(socket.SOL_SOCKET, what, value)
+
+    def close(self) -> None:
+        """End the connection; what was sent still arrives."""
+        self._socket.close()
+        for fd in self._unsent.values():
+            os.close(fd)
+        self._unsent.clear()
+        self._known.clear()
+        self._theirs.clear()
+
+
+class _Sent:
+    """A message that lies ready for the peer: complete when the peer has taken it."""
+
+    __slots__ = ("_channel", "_number")
+
+    def __init__(self, channel: Channel, number: int) -> None:
+        self._channel, self._number = channel, number
+
+    def is_completed(self) -> bool:
+        return self._channel._taken >= self._number or self._channel.taken(wait=False) >= self._number
+
+    def wait(self, timeout: timedelta) -> None:
+        self._channel.wait_at_most(timeout)
+        while self._channel._taken < self._number:
+            self._channel.taken(wait=True)
+
+
+class _Receipt:
+    """A message that is to come."""
+
+    __slots__ = ("_block", "_channel")
+
+    def __init__(self, channel: Channel, block: Tensor) -> None:
+        self._channel, self._block = channel, block
+
+    def wait(self, timeout: timedelta) -> None:
+        self._channel.wait_at_most(timeout)
+        self._channel.take(self._block)
+
+
+Channels = dict[tuple[int, int], Channel]
+"""(direction, boundary) -> channel; boundary k lies between stages k and k + 1."""
+
+
+def neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: timedelta) -> Channels:
+    """The channels of stage ``k`` to those of its neighbours that are on this machine and want it too. All stages call this.
+
+    Nobody waits for a neighbour that waits for it: every stage first says where it listens to the one before it, then calls the one
+    after it, then answers.
+
+    Raises:
+        StageFailure: a neighbour did not come within the time-out.
+    """
+    found: Channels = {}
+    listener = _listen(store, k - 1, wanted) if k > 0 else None
+    try:
+        if k < depth - 1:
+            found |= _call(store, k, wanted, timeout)
+        if k > 0:
+            found |= _answer(store, k - 1, listener, timeout)
+    finally:
+        if listener is not None:
+            listener[0].close()
+    return found
+
+
+def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, bytes] | None:
+    listener = None
+    if wanted and sys.platform == "linux":
+        with suppress(OSError):
+            listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            name = f"pipeoptim-{os.getpid()}-{boundary}-{secrets.token_hex(8)}"
+            listener.bind("\0" + name)  # lies in no folder, and is gone with the process
+            listener.listen(2)
+    if listener is None or not listener.getsockname():
+        store.set(f"local/{boundary}", "-")
+        return None
+    token = secrets.token_bytes(_TOKEN)
+    store.set(f"local/{boundary}", f"{name}{token.hex()}")
+    return listener, token
+
+
+def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> Channels:
+    told = _hear(store, f"local/{boundary}", boundary + 1, timeout)
+    found: Channels = {}
+    if wanted and told != "-":
+        name, token = told[: -2 * _TOKEN], bytes.fromhex(told[-2 * _TOKEN :])
+        with suppress(OSError):
+            for direction in (0, 1):
+                connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.connect("\0" + name)
+                connection.sendall(token + bytes([direction]))
+                found[direction, boundary] = Channel(connection)
+    if len(found) < 2:
+        found.clear()
+    store.set(f"local/{boundary}/called", "yes" if found else "no")
+    return found
+
+
+def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta) -> Channels:
+    if _hear(store, f"local/{boundary}/called", boundary, timeout) == "no" or listener is None:
+        return {}
+    found: Channels = {}
+    listener[0].settimeout(timeout.total_seconds())
+    while len(found) < 2:
+        connection, _ = listener[0].accept()
+        connection.settimeout(1.0)  # a caller speaks at once
+        with suppress(OSError):
+            greeting = b""
+            greeting = connection.recv(_TOKEN + 1, socket.MSG_WAITALL)
+        connection.settimeout(None)
+        if len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1]):
+            found[greeting[_TOKEN], boundary] = Channel(connection)
+        else:
+            connection.close()
+    return found
+
+
+def _hear(store: Store, key: str, peer: int, timeout: timedelta) -> str:
+    try:
+        store.wait([key], timeout)
+    except RuntimeError as error:
+        raise StageFailure(f"stage {peer} did not come within {timeout.total_seconds():g} s to be connected") from error
+    return store.get(key).decode()

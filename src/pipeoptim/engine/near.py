@@ -1,0 +1,91 @@
+"""Links to neighbours on this machine: in a format that is known, small messages go from tensors into tensors.
+
+In all that is rare, and for large messages, they are links like the others, through the same channel (see
+:mod:`pipeoptim.engine.local`). The bytes are the same either way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+from pipeoptim.engine import wire
+from pipeoptim.engine.link import Receiver, Sender
+from pipeoptim.engine.local import SMALL, Channel
+from pipeoptim.errors import StageFailure
+
+_PADS = [bytes(n) for n in range(64)]  # what is sent between tensors, and where it arrives
+_SINKS = [bytearray(n) for n in range(64)]
+
+
+class NearSender(Sender):
+    """As :class:`~pipeoptim.engine.link.Sender`, to a stage on this machine."""
+
+    channel: Channel
+
+    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, part: tuple[int, int] = (0, 0)) -> None:
+        form = self.format
+        if form is None or form.size > SMALL:
+            super().send(tree, flags, loss_scale, part)
+            return
+        tensors = wire.unchanged(tree, form)
+        if tensors is None:
+            found, tensors = wire.format_of(tree)
+            if found != form:
+                super().send(tree, flags, loss_scale, part)
+                return
+        if self._broken is not None:
+            raise self._broken
+        begin = wire.header(self.sequence, flags, loss_scale, part, self._taken())
+        try:
+            self.channel.wait_at_most(self.timeout)
+            self.channel.put([begin, *_memory(tensors, form, _PADS)])
+        except RuntimeError as error:  # raised with the next message, as by every sender
+            self._broken = StageFailure(self._reason(error))
+        self.sequence += 1
+
+
+class NearReceiver(Receiver):
+    """As :class:`~pipeoptim.engine.link.Receiver`, from a stage on this machine."""
+
+    channel: Channel
+
+    def __init__(self, *args: Any, ahead: bool) -> None:
+        super().__init__(*args, ahead=False)  # messages wait in the socket
+        self._begin = bytearray(wire.HEADER)
+
+    def post(self) -> None:
+        if self.format is None or self.size > SMALL:
+            super().post()
+
+    def take(self) -> Any:
+        form = self.format
+        if form is None or self.size > SMALL:
+            return super().take()
+        tensors = wire.empty(form)
+        self.waiting(self.peer)
+        try:
+            self.channel.wait_at_most(self.timeout)
+            self.channel.get([self._begin, *_memory(tensors, form, _SINKS)])
+        except RuntimeError as error:
+            raise StageFailure(self._reason(error)) from error
+        finally:
+            self.waiting(None)
+        header = self._checked(wire.header_in(self._begin))
+        if header.following:
+            return self._take_described(header.following)
+        self._note(header)
+        return wire.tree_of(tensors, form)
+
+
+def _memory(tensors: list[Tensor], form: wire.Format, between: list[Any]) -> list[Any]:
+    """The bytes of ``tensors`` and what lies between them in a message, as buffers."""
+    buffers: list[Any] = []
+    for tensor, slot in zip(tensors, form.slots, strict=True):
+        if slot.nbytes:
+            buffers.append((ctypes.c_char * slot.nbytes).from_address(tensor.data_ptr()))
+            if slot.nbytes % 64:
+                buffers.append(between[64 - slot.nbytes % 64])
+    return buffers
