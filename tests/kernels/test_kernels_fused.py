@@ -99,9 +99,8 @@ def test_a_step_without_prediction_is_torchs(name: str, monkeypatch: pytest.Monk
     ours, theirs = make(name, FORMS), make(name, FORMS)
     predictor = Predictor(ours, kind="none")
     used = []
-    for run in ("run_adam", "run_sgd"):
-        original = getattr(calls, run)
-        monkeypatch.setattr(calls, run, lambda jobs, original=original: (used.append(len(jobs)), original(jobs)))
+    original = calls.Steps.run
+    monkeypatch.setattr(calls.Steps, "run", lambda self, *how: (used.append(len(how[1])), original(self, *how)))
     last = BY_TORCH.get(name, 1) + 2
     for update in range(last + 1):
         for optimizer in (ours, theirs):
@@ -133,6 +132,54 @@ def test_tensors_that_were_fit_are_looked_at_again_when_they_change() -> None:
     assert not predictor.fused_step(out, 1)  # a gradient with gaps
     weight.grad = torch.zeros_like(whole)
     assert predictor.fused_step(out, 1)
+
+
+def moved_elsewhere(optimizer: Optimizer) -> None:
+    for weight, state in optimizer.state.items():
+        for tensor in (weight, *(value for value in state.values() if isinstance(value, Tensor))):
+            tensor.data = copy_of(tensor.detach())
+
+
+CHANGES: dict[str, Any] = {
+    "none": lambda optimizer: None,
+    "all tensors lie elsewhere": moved_elsewhere,
+    "a state's tensor is another": lambda o: o.state[weights_of(o)[0]].update(
+        {k: v.clone() if isinstance(v, Tensor) else v for k, v in o.state[weights_of(o)[0]].items()}
+    ),
+    "a state is another": lambda o: o.state.__setitem__(weights_of(o)[1], copy.deepcopy(o.state[weights_of(o)[1]])),
+    "all state is another": lambda o: o.load_state_dict(copy.deepcopy(o.state_dict())),
+    "counts differ": lambda o: o.state[weights_of(o)[0]]["step"].add_(3.0) if "step" in o.state[weights_of(o)[0]] else None,
+    "a gradient is missing": lambda o: setattr(weights_of(o)[0], "grad", None),
+    "another rate": lambda o: o.param_groups[0].update(lr=0.3),
+    "no momentum": lambda o: o.param_groups[0].update(momentum=0) if "nesterov" in o.param_groups[0] else None,
+    "another order": lambda o: o.param_groups.reverse(),
+    "a weight more": lambda o: o.param_groups[0]["params"].append(torch.nn.Parameter(torch.ones(3))),
+}
+
+
+@pytest.mark.parametrize("name", ["adamw", "momentum", "sgd", "rmsprop", "radam"])
+def test_what_was_found_out_is_forgotten_when_anything_changes(name: str) -> None:
+    for what, change in CHANGES.items():
+        ours, theirs = make(name, ("plain", "unaligned", "transposed")), make(name, ("plain", "unaligned", "transposed"))
+        predictor = Predictor(ours)
+        fused = 0
+        out: list[Tensor] = []
+        for update in range(11):
+            for optimizer in (ours, theirs):
+                give_gradients(optimizer, update)
+                if update == 8:
+                    change(optimizer)
+            theirs.step()
+            out = [torch.empty_like(w.detach()) for w in weights_of(ours)] if update in (0, 8) else out
+            if not predictor.fused_step(out, 2):
+                ours.step()
+            else:
+                fused += 1
+                assert all(map(torch.equal, out, predict_weights(ours, 2))), what
+        close(weights_of(ours), weights_of(theirs), units=64.0)
+        by_torch = BY_TORCH.get(name, 1)
+        again = min(2, by_torch) if what == "a weight more" else 0  # the first steps of that one
+        assert fused == 11 - by_torch - again, what
 
 
 @settings(max_examples=150)

@@ -7,7 +7,7 @@ compiler everything still works, slower, and says so once. Nothing here knows of
 Set ``PIPEOPTIM_KERNELS=0`` to do without, ``PIPEOPTIM_CACHE`` to choose where compiled libraries are kept.
 """
 
-from pipeoptim.kernels.calls import Adam, AdamHow, Ahead, Move, Sgd, SgdHow, Term, copy, run_adam, run_moves, run_sgd
+from pipeoptim.kernels.calls import Adam, AdamHow, Ahead, Counts, Move, Sgd, SgdHow, Steps, Term, copy, run_moves
 from pipeoptim.kernels.library import available, why_not
 from pipeoptim.kernels.memory import flat
 from pipeoptim.kernels.take import Take
@@ -16,16 +16,16 @@ __all__ = [
     "Adam",
     "AdamHow",
     "Ahead",
+    "Counts",
     "Move",
     "Sgd",
     "SgdHow",
+    "Steps",
     "Take",
     "Term",
     "available",
     "copy",
     "flat",
-    "run_adam",
     "run_moves",
-    "run_sgd",
     "why_not",
 ]

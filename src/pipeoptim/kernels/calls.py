@@ -1,11 +1,12 @@
-"""The kernels as Python functions: jobs as plain data, packed and run in one call each."""
+"""The kernels as Python functions and objects: jobs as plain data, packed and run in one call each."""
 
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from struct import Struct
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,12 +77,12 @@ class AdamHow:
         factors = self.ahead.factors
         return layout.BY_RULE if len(factors) == 1 and factors[0][1] == self.inverse else layout.BY_TERMS
 
-    def tail(self, streamed: int) -> bytes:
-        """What all jobs with this recipe share."""
+    def packed(self, streamed: int, factors: int) -> bytes:
+        """For the kernel; `factors`: address of the packed factors."""
         a = self.ahead or Ahead()
         scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if self.form == layout.BY_TERMS else 0)
-        return layout.ADAM_TAIL.pack(
-            self.form, streamed, count, 0,
+        return layout.ADAM_HOW.pack(
+            factors, self.form, streamed, count, 0,
             self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2 if self.gain is None else self.gain,
             self.decay, self.rate, self.inverse, self.eps,
             a.lose, scale, a.steps or 0.0, 0.0,
@@ -100,13 +101,13 @@ class SgdHow:
     coupled: float = 0.0
     ahead: Ahead | None = None
 
-    def tail(self, streamed: int) -> bytes:
-        """What all jobs with this recipe share."""
+    def packed(self, streamed: int, factors: int) -> bytes:
+        """For the kernel, which needs no table of factors."""
         a = self.ahead or Ahead()
         form: int = layout.NO_PREDICTION
         if self.ahead is not None:
             form = layout.BY_RULE if a.steps is None else layout.BY_DISPLACEMENT
-        return layout.SGD_TAIL.pack(
+        return layout.SGD_HOW.pack(
             form, streamed,
             self.sign, self.coupled, self.mu, self.damp, *self.along, self.lr,
             a.lose, *(a.factors[0] if a.factors else (0.0, 0.0)), a.steps or 0.0, 0.0,
@@ -114,57 +115,70 @@ class SgdHow:
 
 
 class Adam(NamedTuple):
-    """The step of one parameter; `out` takes the prediction."""
+    """Where one parameter of an Adam step lies; `out` takes the prediction."""
 
-    how: AdamHow
     w: Tensor
-    g: Tensor
     m: Tensor | None
     v: Tensor
     out: Tensor | None = None
 
 
 class Sgd(NamedTuple):
-    """The step of one parameter; `out` takes the prediction."""
+    """Where one parameter of an SGD step lies; `out` takes the prediction."""
 
-    how: SgdHow
     w: Tensor
-    g: Tensor
     b: Tensor | None = None
     out: Tensor | None = None
 
 
-def run_adam(jobs: Sequence[Adam]) -> None:
-    """Carry out all steps, in place, with the predictions that go with them."""
-    streamed = _streamed([job.out for job in jobs])
-    recipes: dict[int, tuple[bytes, int]] = {}
-    kept = []  # memory that recipes point into
-    packed = []
-    for how, w, g, m, v, out in jobs:
-        if id(how) not in recipes:
-            table = _memory([layout.FACTOR.pack(*pair) for pair in how.ahead.factors] if how.ahead is not None else [])
-            kept.append(table)
-            recipes[id(how)] = how.tail(streamed), ctypes.addressof(table)
-        tail, factors = recipes[id(how)]
-        moments = 0 if m is None else m.data_ptr(), v.data_ptr()
-        addresses = w.data_ptr(), g.data_ptr(), *moments, 0 if out is None else out.data_ptr()
-        packed.append(layout.ADAM_HEAD.pack(w.numel(), *addresses, factors))
-        packed.append(tail)
-    _run("adam", len(jobs), packed)
+class Steps:
+    """Steps of several parameters by one call, again and again: what stays from step to step is packed once.
+
+    Args:
+        places: of one kind. Their tensors must be kept alive, and stay where they are, as long as this is run.
+    """
+
+    def __init__(self, places: Sequence[Adam] | Sequence[Sgd]) -> None:
+        self._entry, pack = ("adam", layout.ADAM_PLACE) if isinstance(places[0], Adam) else ("sgd", layout.SGD_PLACE)
+        self._streamed = _streamed([place.out for place in places])
+        self._count = len(places)
+        self._places = b"".join(pack.pack(place.w.numel(), *map(_address, place)) for place in places)
+        self._pack_grads, self._pack_which = Struct(f"@{self._count}P"), Struct(f"@{self._count}i")
+
+    def run(self, grads: Iterable[int], which: Sequence[int], hows: Sequence[AdamHow] | Sequence[SgdHow]) -> None:
+        """Carry out all steps, in place, with the predictions that go with them.
+
+        Args:
+            grads: addresses of the gradients.
+            which: of each parameter the number of its recipe.
+            hows: the recipes.
+        """
+        tables = [_factors(how) for how in hows]  # memory that recipes point into
+        packed = b"".join([hows[n].packed(self._streamed, ctypes.addressof(table)) for n, table in enumerate(tables)])
+        entry = getattr(library(), f"pipeoptim_{self._entry}")
+        jobs = self._count, self._places, self._pack_grads.pack(*grads), self._pack_which.pack(*which)
+        _done(entry(*jobs, packed, torch.get_num_threads()), self._count)
 
 
-def run_sgd(jobs: Sequence[Sgd]) -> None:
-    """Carry out all steps, in place, with the predictions that go with them."""
-    streamed = _streamed([job.out for job in jobs])
-    tails: dict[int, bytes] = {}
-    packed = []
-    for how, w, g, b, out in jobs:
-        if id(how) not in tails:
-            tails[id(how)] = how.tail(streamed)
-        addresses = w.data_ptr(), g.data_ptr(), 0 if b is None else b.data_ptr(), 0 if out is None else out.data_ptr()
-        packed.append(layout.SGD_HEAD.pack(w.numel(), *addresses))
-        packed.append(tails[id(how)])
-    _run("sgd", len(jobs), packed)
+class Counts:
+    """The step counts that torch keeps for parameters: float32, one number each, on the CPU; None where there is none."""
+
+    def __init__(self, steps: Sequence[Tensor | None]) -> None:
+        self._addresses = Struct(f"@{len(steps)}P").pack(*map(_address, steps))
+        self._now = (ctypes.c_float * len(steps))()
+
+    def add(self, by: float) -> list[float]:
+        """Add to each, and say what they are now: 0 where there is none."""
+        library().pipeoptim_count(len(self._now), self._addresses, by, self._now)
+        return self._now[:]
+
+
+def _address(tensor: Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def _factors(how: AdamHow | SgdHow) -> ctypes.Array[ctypes.c_char]:
+    return _memory([layout.FACTOR.pack(*pair) for pair in how.ahead.factors] if how.ahead is not None else [])
 
 
 def run_moves(jobs: Sequence[Move]) -> None:
@@ -181,7 +195,8 @@ def run_moves(jobs: Sequence[Move]) -> None:
     for w, out, own, lose in jobs:
         packed.append(layout.MOVE.pack(w.numel(), w.data_ptr(), out.data_ptr(), address, len(own), streamed, lose, 0.0))
         address += len(own) * layout.TERM.size
-    _run("move", len(jobs), packed)
+    if jobs:
+        _done(library().pipeoptim_move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
 
 
 def copy(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
@@ -189,8 +204,8 @@ def copy(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     run_moves([Move(source, out) for source, out in zip(sources, outs, strict=True)])
 
 
-def _run(name: Literal["adam", "sgd", "move"], count: int, packed: list[bytes]) -> None:
-    if count and getattr(library(), f"pipeoptim_{name}")(count, b"".join(packed), torch.get_num_threads()):
+def _done(failed: int, count: int) -> None:
+    if failed:
         raise MemoryError(f"no memory for a list of {count} jobs")
 
 

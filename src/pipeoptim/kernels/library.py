@@ -50,10 +50,12 @@ def _loaded(path: Path) -> ctypes.CDLL:
     try:
         loaded = ctypes.CDLL(str(path))
         _check_layout(loaded)
-        for name in ("adam", "sgd", "move"):
-            entry = getattr(loaded, f"pipeoptim_{name}")
-            entry.argtypes, entry.restype = (ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32), ctypes.c_int
-        address, number = ctypes.c_void_p, ctypes.c_int64
+        address, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
+        for entry in (loaded.pipeoptim_adam, loaded.pipeoptim_sgd):
+            entry.argtypes, entry.restype = (number, address, address, address, address, threads), ctypes.c_int
+        loaded.pipeoptim_move.argtypes, loaded.pipeoptim_move.restype = (number, address, threads), ctypes.c_int
+        loaded.pipeoptim_count.argtypes = (number, address, ctypes.c_float, address)
+        loaded.pipeoptim_count.restype = None
         loaded.pipeoptim_take.argtypes, loaded.pipeoptim_take.restype = (number, address), None
         loaded.pipeoptim_products.argtypes = (address, address, address, number, address, address)
         loaded.pipeoptim_products.restype = None
@@ -64,7 +66,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
 
 
 def _check_layout(loaded: ctypes.CDLL) -> None:
-    sizes = (ctypes.c_int64 * 4)()
+    sizes = (ctypes.c_int64 * len(layout.SIZES))()
     loaded.pipeoptim_sizes(sizes)
     if list(sizes) != layout.SIZES:
         raise OSError(f"structures of {list(sizes)} bytes where {layout.SIZES} are packed")

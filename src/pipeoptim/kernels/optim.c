@@ -1,6 +1,6 @@
 /* Steps of optimizers and predictions of weights, each in one pass over memory.
  *
- * Every entry point takes an array of jobs (one per parameter) and a number of threads. Jobs are cut into chunks that
+ * The entry points for them take an array of jobs (one per parameter) and a number of threads. Jobs are cut into chunks that
  * threads take in turn, so a thread that is held up does not hold up the others. All arithmetic is elementwise and the same
  * in the middle of a tensor and at its ends: results do not depend on threads, chunks or alignment. Compile without
  * contraction to fused multiply-adds, or the same formula in two functions may round differently.
@@ -15,22 +15,25 @@ enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3 };
 
 struct factor { float scale, inverse; };
 
-struct adam {
+/* A step has two halves: where a parameter lies, which stays from step to step, and how to step, which many parameters share. */
+struct adam_place {
     int64_t n;
-    float *w;
-    const float *g;
-    float *m, *v, *out; /* m: NULL where the gradient itself is divided by the root (Adagrad, RMSprop) */
+    float *w, *m, *v, *out; /* m: NULL where the gradient itself is divided by the root (Adagrad, RMSprop) */
+};
+
+struct adam_how {
     const struct factor *factors; /* BY_TERMS: what each term multiplies, and its 1/divisor of the root */
     int32_t form, streamed, count, unused;
     float sign, coupled, b1, b1c, b2, b2c, decay, rate, inverse, eps; /* the step */
     float lose, scale, ahead, padding;                                /* the prediction */
 };
 
-struct sgd {
+struct sgd_place {
     int64_t n;
-    float *w;
-    const float *g;
-    float *b, *out; /* b: NULL without momentum */
+    float *w, *b, *out; /* b: NULL without momentum */
+};
+
+struct sgd_how {
     int32_t form, streamed;
     float sign, coupled, mu, damp, along_g, along_b, lr; /* the step */
     float lose, from_g, from_b, ahead, padding;          /* the prediction */
@@ -58,7 +61,7 @@ INLINE vec quotient(vec value, vec square, float inverse, float eps) { return va
 INLINE vec less(vec w, float part) { return part == 0 ? w : w - w * part; }
 INLINE vec more(vec g, vec w, float part) { return part == 0 ? g : g + w * part; }
 
-INLINE vec adam_step(const struct adam *a, int form, int momentum, vec g, vec *m, vec *v, vec *w) {
+INLINE vec adam_step(const struct adam_how *a, int form, int momentum, vec g, vec *m, vec *v, vec *w) {
     vec old = *w;
     g = more(g * a->sign, old, a->coupled);
     *m = momentum ? *m * a->b1 + g * a->b1c : g;
@@ -72,7 +75,7 @@ INLINE vec adam_step(const struct adam *a, int form, int momentum, vec g, vec *m
     return out;
 }
 
-INLINE vec sgd_step(const struct sgd *a, int form, int momentum, vec g, vec *b, vec *w) {
+INLINE vec sgd_step(const struct sgd_how *a, int form, int momentum, vec g, vec *b, vec *w) {
     vec old = *w, d = more(g * a->sign, old, a->coupled), along = d;
     if (momentum) {
         *b = *b * a->mu + d * a->damp;
@@ -103,24 +106,26 @@ INLINE void put(float *p, vec x, int64_t part, int streamed) {
     else store(p, x);
 }
 
-INLINE void adam_at(const struct adam *a, int64_t i, int64_t part, int form, int momentum, int streamed) {
-    vec g = part ? load_part(a->g + i, part, 0) : load(a->g + i), w = part ? load_part(a->w + i, part, 0) : load(a->w + i);
-    vec m = !momentum ? all(0) : part ? load_part(a->m + i, part, 0) : load(a->m + i);
-    vec v = part ? load_part(a->v + i, part, 1) : load(a->v + i);
+INLINE void adam_at(const struct adam_place *p, const float *grad, const struct adam_how *a, int64_t i, int64_t part, int form,
+                    int momentum, int streamed) {
+    vec g = part ? load_part(grad + i, part, 0) : load(grad + i), w = part ? load_part(p->w + i, part, 0) : load(p->w + i);
+    vec m = !momentum ? all(0) : part ? load_part(p->m + i, part, 0) : load(p->m + i);
+    vec v = part ? load_part(p->v + i, part, 1) : load(p->v + i);
     vec out = adam_step(a, form, momentum, g, &m, &v, &w);
-    if (momentum) put(a->m + i, m, part, 0);
-    put(a->v + i, v, part, 0);
-    put(a->w + i, w, part, 0);
-    if (form) put(a->out + i, out, part, streamed);
+    if (momentum) put(p->m + i, m, part, 0);
+    put(p->v + i, v, part, 0);
+    put(p->w + i, w, part, 0);
+    if (form) put(p->out + i, out, part, streamed);
 }
 
-INLINE void sgd_at(const struct sgd *a, int64_t i, int64_t part, int form, int momentum, int streamed) {
-    vec g = part ? load_part(a->g + i, part, 0) : load(a->g + i), w = part ? load_part(a->w + i, part, 0) : load(a->w + i);
-    vec b = !momentum ? all(0) : part ? load_part(a->b + i, part, 0) : load(a->b + i);
+INLINE void sgd_at(const struct sgd_place *p, const float *grad, const struct sgd_how *a, int64_t i, int64_t part, int form,
+                   int momentum, int streamed) {
+    vec g = part ? load_part(grad + i, part, 0) : load(grad + i), w = part ? load_part(p->w + i, part, 0) : load(p->w + i);
+    vec b = !momentum ? all(0) : part ? load_part(p->b + i, part, 0) : load(p->b + i);
     vec out = sgd_step(a, form, momentum, g, &b, &w);
-    if (momentum) put(a->b + i, b, part, 0);
-    put(a->w + i, w, part, 0);
-    if (form) put(a->out + i, out, part, streamed);
+    if (momentum) put(p->b + i, b, part, 0);
+    put(p->w + i, w, part, 0);
+    if (form) put(p->out + i, out, part, streamed);
 }
 
 /* Walk from `i` to `end`: a part up to the first aligned address of `out`, whole vectors, and the last part. Fetching ahead is
@@ -133,13 +138,14 @@ INLINE void sgd_at(const struct sgd *a, int64_t i, int64_t part, int form, int m
         if (i < end) { int64_t part = end - i; AT; }                                                                          \
     } while (0)
 
-#define ADAM(form, momentum, streamed) WALK(adam_at(a, i, part, form, momentum, streamed), a->out, streamed)
+#define ADAM(form, momentum, streamed) WALK(adam_at(p, g, a, i, part, form, momentum, streamed), p->out, streamed)
 #define ADAM_EITHER(form, streamed)                                                                                           \
-    do { if (a->m) ADAM(form, 1, streamed); else ADAM(form, 0, streamed); } while (0)
+    do { if (p->m) ADAM(form, 1, streamed); else ADAM(form, 0, streamed); } while (0)
 
-/* A copy of the job: the compiler sees that nothing written through its pointers changes it. */
-static void adam_range(const struct adam *job, int64_t i, int64_t end) {
-    const struct adam copy = *job, *a = &copy;
+/* Copies: the compiler sees that nothing written through pointers changes them. */
+static void adam_range(const struct adam_place *place, const float *g, const struct adam_how *how, int64_t i, int64_t end) {
+    const struct adam_place at = *place, *p = &at;
+    const struct adam_how copy = *how, *a = &copy;
     int streamed = CAN_STREAM && a->streamed;
     switch (a->form) {
     case NO_PREDICTION: ADAM_EITHER(NO_PREDICTION, 0); break;
@@ -149,12 +155,13 @@ static void adam_range(const struct adam *job, int64_t i, int64_t end) {
     }
 }
 
-#define SGD(form, momentum, streamed) WALK(sgd_at(a, i, part, form, momentum, streamed), a->out, streamed)
+#define SGD(form, momentum, streamed) WALK(sgd_at(p, g, a, i, part, form, momentum, streamed), p->out, streamed)
 #define SGD_EITHER(form, streamed)                                                                                            \
-    do { if (a->b) SGD(form, 1, streamed); else SGD(form, 0, streamed); } while (0)
+    do { if (p->b) SGD(form, 1, streamed); else SGD(form, 0, streamed); } while (0)
 
-static void sgd_range(const struct sgd *job, int64_t i, int64_t end) {
-    const struct sgd copy = *job, *a = &copy;
+static void sgd_range(const struct sgd_place *place, const float *g, const struct sgd_how *how, int64_t i, int64_t end) {
+    const struct sgd_place at = *place, *p = &at;
+    const struct sgd_how copy = *how, *a = &copy;
     int streamed = CAN_STREAM && a->streamed;
     switch (a->form) {
     case NO_PREDICTION: SGD_EITHER(NO_PREDICTION, 0); break;
@@ -182,14 +189,15 @@ static void move_range(const struct move *job, int64_t i, int64_t end) {
 
 /* -- all jobs ------------------------------------------------------------------------------------------------------------- */
 
-#define ENTRY(name, type)                                                                                                     \
-    int name(int64_t count, const struct type *jobs, int32_t threads) {                                                       \
-        int64_t *first = malloc((size_t)(count + 1) * sizeof *first), total = 0;                                              \
+/* RANGE sees the number of the job as `j` and its part as `i` and `end`. */
+#define ALL(count, jobs, threads, RANGE)                                                                                      \
+    do {                                                                                                                      \
+        int64_t *first = malloc((size_t)((count) + 1) * sizeof *first), total = 0;                                            \
         if (!first) return 1;                                                                                                 \
         first[0] = 0;                                                                                                         \
-        for (int64_t j = 0; j < count; j++) {                                                                                 \
-            first[j + 1] = first[j] + (jobs[j].n + CHUNK - 1) / CHUNK;                                                        \
-            total += jobs[j].n;                                                                                               \
+        for (int64_t j = 0; j < (count); j++) {                                                                               \
+            first[j + 1] = first[j] + ((jobs)[j].n + CHUNK - 1) / CHUNK;                                                      \
+            total += (jobs)[j].n;                                                                                             \
         }                                                                                                                     \
         if (total < CHUNK) threads = 1; /* waking threads would take longer */                                               \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                                         \
@@ -198,18 +206,33 @@ static void move_range(const struct move *job, int64_t i, int64_t end) {
             _Pragma("omp for schedule(dynamic, 1)")                                                                           \
             for (int64_t c = 0; c < first[count]; c++) {                                                                      \
                 while (first[j + 1] <= c) j++;                                                                                \
-                int64_t i = (c - first[j]) * CHUNK, end = i + CHUNK < jobs[j].n ? i + CHUNK : jobs[j].n;                      \
-                type##_range(jobs + j, i, end);                                                                               \
+                int64_t i = (c - first[j]) * CHUNK, end = i + CHUNK < (jobs)[j].n ? i + CHUNK : (jobs)[j].n;                  \
+                RANGE;                                                                                                        \
             }                                                                                                                 \
             fence();                                                                                                          \
         }                                                                                                                     \
         free(first);                                                                                                          \
         return 0;                                                                                                             \
+    } while (0)
+
+/* which: of each job the number of its `how`. */
+#define STEPS(name)                                                                                                           \
+    int pipeoptim_##name(int64_t count, const struct name##_place *places, const float *const *grads, const int32_t *which,   \
+                         const struct name##_how *hows, int32_t threads) {                                                    \
+        ALL(count, places, threads, name##_range(places + j, grads[j], hows + which[j], i, end));                             \
     }
 
-ENTRY(pipeoptim_adam, adam)
-ENTRY(pipeoptim_sgd, sgd)
-ENTRY(pipeoptim_move, move)
+STEPS(adam)
+STEPS(sgd)
+
+int pipeoptim_move(int64_t count, const struct move *jobs, int32_t threads) {
+    ALL(count, jobs, threads, move_range(jobs + j, i, end));
+}
+
+/* Add to counts of steps, one number each, and say what they are now; a count that is NULL stays 0. */
+void pipeoptim_count(int64_t count, float *const *steps, float by, float *now) {
+    for (int64_t j = 0; j < count; j++) now[j] = steps[j] ? (*steps[j] += by) : 0;
+}
 
 /* -- small samples of many tensors ------------------------------------------------------------------------------------------ */
 
@@ -251,5 +274,6 @@ void pipeoptim_products(const float *before, const float *predicted, const float
 
 /* The sizes of the structures, so that the caller can check that it packs the same. */
 void pipeoptim_sizes(int64_t *sizes) {
-    sizes[0] = sizeof(struct adam), sizes[1] = sizeof(struct sgd), sizes[2] = sizeof(struct move), sizes[3] = sizeof(struct term);
+    sizes[0] = sizeof(struct adam_place), sizes[1] = sizeof(struct adam_how), sizes[2] = sizeof(struct sgd_place);
+    sizes[3] = sizeof(struct sgd_how), sizes[4] = sizeof(struct move), sizes[5] = sizeof(struct term);
 }

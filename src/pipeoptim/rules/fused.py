@@ -12,8 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from contextlib import nullcontext
-from operator import is_
-from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +21,14 @@ from torch.optim import optimizer as torch_optimizer
 
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.memory import flat
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.drive import Item, rates_for, write_by_rule
-from pipeoptim.rules.move import Ahead, Scalar, State
-from pipeoptim.rules.registry import Rule
+from pipeoptim.rules.move import Ahead, Scalar
+from pipeoptim.rules.plan import Family, Plan, make_plan, stepper_of
 from pipeoptim.rules.steps import Stepper
+
+SETS = 4
+"""Sets of buffers whose plans are kept: an engine has few, and takes them in turn."""
 
 
 class FusedStep:
@@ -40,7 +40,7 @@ class FusedStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._fit: dict[int, _Fit] = {}  # id of a buffer -> with what it was found fit
+        self._plans: dict[int, Plan] = {}  # id of the first buffer -> plan
 
     @torch.no_grad()
     def __call__(
@@ -56,113 +56,64 @@ class FusedStep:
             rates: for each param group the learning rates of the updates *after* this step.
             out: one buffer per parameter. Without `rates` and `out` nothing is predicted.
         """
-        buffers: Sequence[Tensor | None] = [None] * len(parts) if out is None else out
-        moving = []
-        for item, buffer in zip(parts, buffers, strict=True):
-            if (grad := item.weight.grad) is not None:
-                moving.append(_Moving(item, _stepper(item.rule), grad, item.state, buffer))
         stepped = {self.optimizer, *members(self.optimizer)}
-        if not moving or not all(map(_unpatched, stepped)) or not self._covered(moving):
+        if not all(map(_unpatched, stepped)):
+            return False
+        grads = [item.weight.grad for item in parts]
+        plan = self._plan(parts, grads, out)
+        if plan is None or not plan.ready():
             return False
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
-            _run(moving, rates)
-            if rates is not None and out is not None and len(moving) < len(parts):
-                _predict_others(parts, rates, out)
+            for family in plan.families:
+                _run(family, [grads[n] for n in family.numbers], rates)
+            if rates is not None and out is not None and plan.still:
+                _predict_others([(parts[n], out[n]) for n in plan.still], rates)
         for one in stepped:
             if hasattr(one.step, "_wrapped_by_lr_sched"):
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
         return True
 
-    def _covered(self, moving: Sequence[_Moving]) -> bool:
-        """Whether there is a kernel for every option and every tensor."""
-        covered: dict[int, bool] = {}
-        for item, stepper, grad, state, buffer in moving:
-            if stepper is None:
-                return False
-            if item.group_number not in covered:
-                covered[item.group_number] = stepper.covers(item.group)
-            states = stepper.state_tensors(state, item.group) if covered[item.group_number] else None
-            if states is None or not self._are_fit(item.weight, grad, buffer, states):
-                return False
-        return available()
-
-    def _are_fit(self, weight: Tensor, grad: Tensor, buffer: Tensor | None, states: Sequence[Tensor]) -> bool:
-        """As ``flat`` of all of them; of those that were fit before, only what can have changed is looked at."""
-        if buffer is None:
-            buffer = weight
-        known = self._fit.get(id(buffer))
-        if known is None or not known.is_of(weight, buffer, states):
-            if not flat([weight, grad, buffer, *states]):
-                return False
-            if len(self._fit) > 4 * len(self.optimizer.state) + 64:  # buffers come from few sets, used again and again
-                self._fit.clear()
-            self._fit[id(buffer)] = _Fit(buffer, weight.data_ptr(), weight.shape, tuple(states))
-            return True
-        return flat((weight, grad))
+    def _plan(self, parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None) -> Plan | None:
+        """That of this set of buffers, made anew if anything is not as it was."""
+        key = id(out[0]) if out else 0
+        plan = self._plans.get(key)
+        if plan is None or not plan.holds(parts, grads, out):
+            plan = make_plan(parts, grads, out)
+            if len(self._plans) >= SETS or plan is None:
+                self._plans.clear()
+            if plan is not None:
+                self._plans[key] = plan
+        return plan
 
 
-class _Fit(NamedTuple):
-    """A buffer, and the weight and states that lie in memory as it does."""
-
-    buffer: Tensor
-    address: int
-    shape: torch.Size
-    states: tuple[Tensor, ...]
-
-    def is_of(self, weight: Tensor, buffer: Tensor, states: Sequence[Tensor]) -> bool:
-        """Whether these are still the same."""
-        same = buffer is self.buffer and weight.data_ptr() == self.address and weight.shape == self.shape
-        return same and len(states) == len(self.states) and all(map(is_, states, self.states))
-
-
-def _run(moving: Sequence[_Moving], rates: Sequence[tuple[Scalar, ...]] | None) -> None:
-    counts = [part.state["step"] for part in moving if "step" in part.state]
-    if counts:
-        torch._foreach_add_(counts, _ONE)
-    jobs: dict[Stepper, list[Any]] = {}
-    recipes: dict[tuple[int, float], Any] = {}  # parameters of one group that are at the same step share all numbers
-    for part in moving:
-        item, stepper, grad, state, buffer = part
-        assert stepper is not None
-        key = item.group_number, state["step"].item() if "step" in state else 1.0
-        if key not in recipes:
-            ahead = None if rates is None else _ahead(part, stepper, rates[item.group_number])
-            recipes[key] = stepper.how(item.group, key[1], ahead)
-        jobs.setdefault(stepper, []).append(stepper.job(recipes[key], item.weight, grad, state, buffer))
-    for stepper, theirs in jobs.items():
-        stepper.run(theirs)
+def _run(family: Family, grads: Sequence[Tensor | None], rates: Sequence[tuple[Scalar, ...]] | None) -> None:
+    """One step of all parameters of a family, all of which have a gradient."""
+    which, firsts = family.recipes(family.counts.add(1.0))
+    hows = []  # parameters of one group that are at the same step share all numbers
+    for first, t in firsts:
+        item, grad = family.parts[first], grads[first]
+        assert grad is not None
+        ahead = None if rates is None else _ahead(item, family.stepper, grad, rates[item.group_number])
+        hows.append(family.stepper.how(item.group, t, ahead))
+    family.steps.run([grad.data_ptr() for grad in grads if grad is not None], which, hows)
 
 
 def could_fuse(parts: Sequence[Item]) -> bool:
     """Whether `FusedStep` has a kernel for every parameter; hooks and states are looked at in each step."""
-    if not parts or not all(_stepper(i.rule) is not None and i.weight.dtype is torch.float32 for i in parts):
+    if not parts or not all(stepper_of(i.rule) is not None and i.weight.dtype is torch.float32 for i in parts):
         return False
     return all(i.weight.device.type == "cpu" for i in parts) and available()
 
 
-_ONE = torch.ones(())
-"""A number would be made into a tensor anew for each count."""
-
-
-class _Moving(NamedTuple):
-    """A parameter with a gradient."""
-
-    item: Item
-    stepper: Stepper | None
-    grad: Tensor
-    state: State
-    buffer: Tensor | None
-
-
-def _ahead(part: _Moving, stepper: Stepper, rates: tuple[Scalar, ...]) -> calls.Ahead:
+def _ahead(item: Item, stepper: Stepper, grad: Tensor, rates: tuple[Scalar, ...]) -> calls.Ahead:
     """What to predict after the step of this parameter, and of all that share its group and its step count."""
-    item, grad, state = part.item, part.grad, part.state
     if item.kind == "none":
         return calls.Ahead()
     if item.kind == "displacement":
         return calls.Ahead(steps=float(len(rates)))
     assert item.rule is not None
+    state = item.state
     move = item.rule.move(item.weight, state, grad, item.group, Ahead(item.kind, rates_for(item.kind, rates)))
     if move is None:
         return calls.Ahead()
@@ -170,18 +121,12 @@ def _ahead(part: _Moving, stepper: Stepper, rates: tuple[Scalar, ...]) -> calls.
     return calls.Ahead(1.0 - move.keep, stepper.factors(move, grad, state))
 
 
-def _predict_others(parts: Sequence[Item], rates: Sequence[tuple[Scalar, ...]], out: Sequence[Tensor]) -> None:
+def _predict_others(still: Sequence[tuple[Item, Tensor]], rates: Sequence[tuple[Scalar, ...]]) -> None:
     """Parameters without a gradient: the step leaves them alone, the prediction goes by what their state says."""
-    still = [(item, buffer) for item, buffer in zip(parts, out, strict=True) if item.weight.grad is None]
     for item, buffer in still:
         if item.kind == "displacement":
             buffer.copy_(item.weight)
     write_by_rule([i for i, _ in still], [None] * len(still), rates, [b for _, b in still])
-
-
-def _stepper(rule: Rule | None) -> Stepper | None:
-    """Of the rule's own class only: a subclass may predict something that the kernel does not know."""
-    return vars(type(rule)).get("stepper") if rule is not None else None
 
 
 def _unpatched(optimizer: Optimizer) -> bool:

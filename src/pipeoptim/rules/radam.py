@@ -17,11 +17,9 @@ from pipeoptim.rules.steps import AdamStepper
 class RAdamStepper(AdamStepper):
     """Adam's step with another rate and divisor, once it is rectified: torch itself takes the few steps before."""
 
-    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
+    def ready(self, group: Group, t: float) -> bool:
         """See the class."""
-        tensors = super().state_tensors(state, group)
-        rectified = tensors is not None and _rectified(float(state["step"]) + 1, float(group["betas"][1])) is not None
-        return tensors if rectified else None
+        return _rectified(t, float(group["betas"][1])) is not None
 
     def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
         """See the class."""

@@ -25,24 +25,24 @@ class Stepper(ABC):
         """Whether the kernel has every option that is switched on in this param group."""
 
     @abstractmethod
-    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
-        """What the step reads and writes besides weight and gradient; None before torch's own step has made it."""
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        """The tensors of the state that the step reads and writes besides weight and gradient; torch's own step makes them."""
+
+    def ready(self, group: Group, t: float) -> bool:
+        """Whether the kernel can take step t (counted from 1) already."""
+        return True
 
     @abstractmethod
     def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> Any:
         """The numbers of step t (counted from 1), and those of the prediction after it, if there is one."""
 
     @abstractmethod
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> Any:
-        """The step of one parameter."""
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> Any:
+        """Where one parameter lies; `states`: those of `state_names`."""
 
     @abstractmethod
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         """The terms of the rule's move, as `calls.Ahead` has them."""
-
-    @abstractmethod
-    def run(self, jobs: Sequence[Any]) -> None:
-        """Carry the jobs out."""
 
 
 class AdamStepper(Stepper):
@@ -52,8 +52,8 @@ class AdamStepper(Stepper):
         numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         return not (group.get("amsgrad", False) or group["capturable"] or group["differentiable"]) and _are_numbers(numbers)
 
-    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
-        return [state["exp_avg"], state["exp_avg_sq"]] if "exp_avg" in state else None
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        return "exp_avg", "exp_avg_sq"
 
     def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
         lr, decay = _number(group["lr"]), _number(group["weight_decay"])
@@ -71,15 +71,13 @@ class AdamStepper(Stepper):
             ahead=ahead,
         )
 
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> calls.Adam:
-        return calls.Adam(how, weight, grad, state["exp_avg"], state["exp_avg_sq"], out)
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.Adam:
+        first, second = states
+        return calls.Adam(weight, first, second, out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.value is state["exp_avg"] and t.root is state["exp_avg_sq"] for t in move.terms)
         return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
-
-    def run(self, jobs: Sequence[calls.Adam]) -> None:
-        calls.run_adam(jobs)
 
 
 class RootStepper(Stepper):
@@ -102,8 +100,8 @@ class RootStepper(Stepper):
         plain = not (group["differentiable"] or group.get("capturable", False))
         return plain and _are_numbers((group["lr"], group["weight_decay"])) and _number(group["weight_decay"]) == 0
 
-    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
-        return [state[self.squares]] if self.squares in state else None
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        return (self.squares,)
 
     def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
         b2, gain, rate = self.numbers(group, t)
@@ -112,15 +110,12 @@ class RootStepper(Stepper):
             b1=0.0, b2=b2, gain=gain, rate=rate, inverse=1.0, eps=_number(group["eps"]), sign=sign, ahead=ahead
         )
 
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> calls.Adam:
-        return calls.Adam(how, weight, grad, None, state[self.squares], out)
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.Adam:
+        return calls.Adam(weight, None, states[0], out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is state[self.squares] for t in move.terms)
         return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
-
-    def run(self, jobs: Sequence[calls.Adam]) -> None:
-        calls.run_adam(jobs)
 
 
 class SgdStepper(Stepper):
@@ -130,11 +125,8 @@ class SgdStepper(Stepper):
         numbers = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
         return not group["differentiable"] and _are_numbers(numbers)
 
-    def state_tensors(self, state: State, group: Group) -> list[Tensor] | None:
-        if _number(group["momentum"]) == 0:
-            return []
-        buffer = state.get("momentum_buffer")
-        return None if buffer is None else [buffer]
+    def state_names(self, group: Group) -> tuple[str, ...]:
+        return () if _number(group["momentum"]) == 0 else ("momentum_buffer",)
 
     def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.SgdHow:
         mu = _number(group["momentum"])
@@ -148,17 +140,14 @@ class SgdStepper(Stepper):
             ahead=ahead,
         )
 
-    def job(self, how: Any, weight: Tensor, grad: Tensor, state: State, out: Tensor | None) -> calls.Sgd:
-        return calls.Sgd(how, weight, grad, state["momentum_buffer"] if how.mu else None, out)
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.Sgd:
+        return calls.Sgd(weight, states[0] if states else None, out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is None for t in move.terms)
         from_g = [_number(t.scale) for t in move.terms if t.value is grad]
         from_b = [_number(t.scale) for t in move.terms if t.value is not grad]
         return ((sum(from_g), sum(from_b)),)
-
-    def run(self, jobs: Sequence[calls.Sgd]) -> None:
-        calls.run_sgd(jobs)
 
 
 def _are_numbers(values: Sequence[Any]) -> bool:
