@@ -8,17 +8,20 @@ from pipeoptim.bench.record import Record, Row
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
-    """A line per model and depth, and how many of them are within 5 % of the optimum predicted."""
+    """A line per model and depth, and how many of them are within 5 % of the optimum predicted, by what became of freed memory."""
     head = ["", "blocks per stage", "optimum predicted, ms", "slowest stage measured, ms", "measured / predicted"]
     head += ["lowest .. highest", "fastest, slowest cut with a border moved"]
     body = []
-    for row in record.rows:
+    rows = sorted(record.rows, key=lambda row: (row.settings["memory"], row.settings["model"], row.settings["stages"]))
+    for row in rows:
         found = ratios(row)
         cells = [row.name, "-".join(map(str, row.settings["lengths"])), f"{median(row.settings['predicted']):.1f}"]
         cells += [f"{row.median:.1f}", f"{median(found):.3f}", f"{min(found):.2f} .. {max(found):.2f}"]
         body.append([*cells, _words([against for _, against in moved(row)])])
-    within = sum(abs(median(ratios(row)) - 1) <= 0.05 for row in record.rows)
-    return head, [*body, ["within 5 %", "", "", "", f"{within} of {len(record.rows)}", "", ""]]
+    for memory in dict.fromkeys(row.settings["memory"] for row in rows):
+        near = [abs(median(ratios(row)) - 1) <= 0.05 for row in rows if row.settings["memory"] == memory]
+        body.append([f"within 5 %, memory {memory}", "", "", "", f"{sum(near)} of {len(near)}", "", ""])
+    return head, body
 
 
 def ratios(row: Row) -> list[float]:

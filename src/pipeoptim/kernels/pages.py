@@ -1,9 +1,11 @@
-"""Memory in huge pages: a copy of a stage's weights is walked from end to end, where small pages cost a few per cent."""
+"""Pages of memory: copies of weights in huge ones, since they are walked from end to end, where small pages cost a few per cent; and
+what is freed kept, since the system must find and clear every new page."""
 
 from __future__ import annotations
 
 import ctypes
 import mmap
+import os
 from functools import cache
 from typing import Any
 
@@ -23,6 +25,24 @@ def empty_like(tensor: Tensor) -> Tensor:
         length = (made.data_ptr() + size - start) // HUGE * HUGE
         _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # advice: it may fail
     return made
+
+
+def keep_freed() -> None:
+    """Keep what this process frees for its next mini-batch, where glibc would give it back to the system, page by page.
+
+    For processes of our own that measure or train; it is for the whole process, and for good. Nothing happens where the C library
+    is another one or the environment has settings for it (``MALLOC_...``, ``GLIBC_TUNABLES``).
+
+    Source: mallopt(3).
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    chosen = any((name.startswith("MALLOC_") and name.endswith("_")) or name == "GLIBC_TUNABLES" for name in os.environ)
+    if mallopt is not None and not chosen:
+        mallopt(_TRIM_THRESHOLD, -1)  # never
+        mallopt(_MMAP_MAX, 0)  # a large tensor is in no mapping of its own, which would end with it
+
+
+_TRIM_THRESHOLD, _MMAP_MAX = -1, -4  # of malloc.h
 
 
 @cache

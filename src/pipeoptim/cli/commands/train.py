@@ -146,10 +146,12 @@ def train(
     Ctrl-C saves and says how to continue; a second Ctrl-C aborts. Under torchrun (one process per stage, or as --chunks and
     --replicas say), add --engine processes.
     """
+    from pipeoptim.kernels.pages import keep_freed
     from pipeoptim.train import recut, run
     from pipeoptim.train.recipes import full_name, get_recipe
     from pipeoptim.train.rundir import RunDir
 
+    keep_freed()
     options = {
         "method": method,
         "stages": stages,
