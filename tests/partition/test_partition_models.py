@@ -95,6 +95,24 @@ def test_batch_and_length_and_masks_may_differ_from_the_sample(name):
             assert torch.equal(through(stages, (ids,), kwargs).logits, model(ids, **kwargs).logits)
 
 
+@pytest.mark.parametrize(
+    ("name", "layers", "blocks"),
+    [
+        ("gpt2", "transformer.h", [f"transformer.h.{n}" for n in range(4)]),
+        ("llama", ["model.layers.1", "model.layers.3"], ["model.layers.1", "model.layers.3"]),
+        ("vit", ["vit.layers", "vit.layernorm"], [*(f"vit.layers.{n}" for n in range(4)), "vit.layernorm"]),
+    ],
+)
+def test_lists_and_single_modules_may_be_named(name, layers, blocks):
+    case = models.case(name)
+    cut = po.partition(case.model, 3, case.args, case.kwargs, layers=layers)
+    assert [cost.name for cost in cut.costs] == [*blocks, f"after {blocks[-1]}"]
+    assert all(cost.forward > 0 and cost.backward > 0 for cost in cut.costs)
+    with torch.no_grad():
+        ours = through([stage.eval() for stage in cut.stages], case.args, case.kwargs)
+        assert torch.equal(scores(ours), scores(case.model.eval()(*case.args, **case.kwargs)))
+
+
 def test_tied_weights_are_named_and_copied():
     torch.manual_seed(0)
     case = models.gpt2(tie=True)
