@@ -1,7 +1,8 @@
 """What clipping by the exact global norm costs a pipeline that never flushes: in ideal time, and measured in processes.
 
-``python benchmarks/clipping.py`` computes the ideal figures (a forward takes 1, a backward 2, the rest nothing) and trains two
-stages of an MLP, one process each, with each scope in turns; it writes ``benchmarks/results/clipping.json``.
+``python benchmarks/clipping.py`` computes the ideal figures (a forward takes 1, a backward 2, the rest nothing) and trains stages
+that emulate devices of fixed speed (see `pipeoptim.bench.efficiency`), one process each, with each scope in turns; it writes
+``benchmarks/results/clipping.json``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from pipeoptim.bench.record import Record, Row
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import Action, Kind
 
+MILLISECONDS = 10  # of a stage, for forward and backward of a mini-batch
 SCOPES = ("none", "stage", "global_delayed", "global")
 
 
@@ -79,24 +81,24 @@ def measured(depth: int, microbatches: list[int]) -> list[Row]:
         return [Row(**row) for row in json.loads(found.read_text())]
 
 
-def worker(found: Path, microbatches: list[int], width: int = 512, batch: int = 256, repeats: int = 5, steps: int = 30) -> None:
+def worker(found: Path, microbatches: list[int], width: int = 256, repeats: int = 7, steps: int = 40) -> None:
     import torch
     import torch.distributed as dist
     from torch import nn
     from torch.distributed.pipelining import PipelineStage
 
     import pipeoptim as po
+    from pipeoptim.bench.efficiency import BATCH, Device, WaitingStage
 
     torch.set_num_threads(1)
     k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     dist.init_process_group("gloo")
-    x = torch.randn(batch, width)
+    x = torch.ones(BATCH, width)
     rows = []
     for m in microbatches:
         pipes = {}
         for scope in SCOPES:
-            torch.manual_seed(k)
-            module = nn.Sequential(*(nn.Sequential(nn.Linear(width, width), nn.Tanh()) for _ in range(4)))
+            module = WaitingStage(Device(MILLISECONDS / 3000, 0.0, seed=k), width)
             clip = None if scope == "none" else po.Clip(1.0, scope)
             stage = PipelineStage(module, k, depth, torch.device("cpu"))
             optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
@@ -119,7 +121,13 @@ def worker(found: Path, microbatches: list[int], width: int = 512, batch: int = 
                 "ideal": False,
                 "ms": 1e3 * statistics.median(times[scope]),
             }
-            rows.append({"name": f"{scope}, D = {depth}, M = {m} (measured)", "samples": ratios, "settings": settings})
+            rows.append(
+                {
+                    "name": f"{scope}, D = {depth}, M = {m} (measured, stages of {MILLISECONDS} ms)",
+                    "samples": ratios,
+                    "settings": settings,
+                }
+            )
         for pipe in pipes.values():
             pipe.close()
     if k == 0:
@@ -130,7 +138,7 @@ def worker(found: Path, microbatches: list[int], width: int = 512, batch: int = 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--processes", type=int, default=2, help="stages that are trained; 0: only the ideal times")
+    parser.add_argument("--processes", type=int, default=4, help="stages that are trained; 0: only the ideal times")
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results/clipping.json"))
     parser.add_argument("--found", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--worker", type=int, nargs="+", help=argparse.SUPPRESS)
@@ -141,8 +149,8 @@ if __name__ == "__main__":
     rows = ideal()
     if options.processes:
         depth = options.processes
-        rows += measured(depth, [max(1, depth - 1), depth, 2 * depth])
-    record = Record("clipping", "time of no clipping", {"model": "4 x linear 512 per stage", "batch": 256, "threads": 1}, rows)
+        rows += measured(depth, [depth, 2 * depth, 4 * depth])
+    record = Record("clipping", "time of no clipping", {"ms per stage": MILLISECONDS, "threads": 1}, rows)
     print(f"written to {record.write(options.out)}")
     for row in rows:
         print(f"{row.name:48} {row.median:.3f}")
