@@ -10,7 +10,8 @@ import pipeoptim as po
 import stage_processes
 
 # One worker: it imports everything once and forks a process per stage.
-RUNS = {2: ["llama", "resnet101", "gpt2_tied"], 3: ["gpt2", "gnmt8", "gpt2_tied"], 4: ["gpt2", "llama", "resnet101", "gnmt8"]}
+MODELS = ["gpt2", "llama", "resnet101", "gnmt8"]
+RUNS = {2: [*MODELS, "gpt2_tied"], 3: [*MODELS, "gpt2_tied"], 4: MODELS}
 
 
 def test_asynchronous_training_in_processes_equals_the_emulator_bit_for_bit(tmp_path, monkeypatch):
