@@ -117,6 +117,11 @@ def test_throughput_of_all_schedules_and_late_links(tmp_path: Path) -> None:
     (alone,) = (row for row in late if row.settings["method"] == ALONE)  # sends nothing
     assert all(row.median < 0.5 < alone.median for row in late if row is not alone)
     assert len(columns(Record.read(out))[1]) == len(late) == 5
+    near = [*command, "--steps", "3", "--repeats", "1", "--transport", "group", "--out", str(out), "--add"]
+    assert _run(near) == 0
+    (gloo,) = Record.read(out).rows[len(late) :]  # beside them, and no contender that goes through gloo anyway
+    assert gloo.settings["gloo"]
+    assert gloo.name.endswith("through gloo")
 
 
 def test_compressed_messages_are_small_and_fast_on_a_slow_link(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ backward, step of torch's fused optimizer) trains its stage alone on the same de
 from __future__ import annotations
 
 import ctypes
-import math
 import os
 import random
 import time
@@ -33,7 +32,7 @@ from pipeoptim.engine import Schedule
 
 BATCH = 16
 RIVALS = [name for name in TORCH if name != "ScheduleZBVZeroBubble"]  # it calls one backward twice, and would wait twice
-_SPIN = 0.00006  # seconds: the end of a wait is spun, since a sleep returns late; all of it where a core is free for each stage
+_SPIN = 0.00006  # seconds: the end of a wait is spun, since a sleep returns late
 _PR_SET_TIMERSLACK = 29
 ALONE = "plain loops, no pipeline"
 
@@ -45,15 +44,13 @@ class Device:
         seconds: for the forward of a mini-batch.
         jitter: sigma of a log-normal factor.
         seed: of the jitter.
-        spin: seconds at the end of a wait that are spun instead of slept. Where each stage has a core, waits are spun from end to
-            end, as after a sleep a core finds its caches cold, which it does not after computing.
 
     Attributes:
         busy: seconds of work so far: what was asked for, and where the layer itself took longer, that.
     """
 
-    def __init__(self, seconds: float, jitter: float, seed: int, spin: float = _SPIN) -> None:
-        self.seconds, self.jitter, self.spin = seconds, jitter, spin
+    def __init__(self, seconds: float, jitter: float, seed: int) -> None:
+        self.seconds, self.jitter = seconds, jitter
         self.random = random.Random(seed)
         self.busy = self._began = 0.0
         _sleep_exactly()
@@ -68,8 +65,8 @@ class Device:
         wanted = self.seconds * share * factor
         end, now = self._began + wanted, time.perf_counter()
         self.busy += max(wanted, now - self._began)
-        if end - now > self.spin:
-            time.sleep(end - now - self.spin)
+        if end - now > _SPIN:
+            time.sleep(end - now - _SPIN)
         while time.perf_counter() < end:
             pass
 
@@ -78,6 +75,13 @@ def _sleep_exactly() -> None:
     """Ask Linux to end this thread's sleeps on time; by default they may be 50 microseconds late."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
+
+
+def _stay_on_a_core() -> None:
+    """Share the cores out among the stages, so that no figure depends on where the scheduler puts them."""
+    if hasattr(os, "sched_setaffinity"):
+        cores = sorted(os.sched_getaffinity(0))
+        os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
 
 
 class _Work(torch.autograd.Function):
@@ -125,6 +129,7 @@ def measure(
     uneven: float = 0.0,
     delay: float = 0.0,
     bandwidth: float = 0.0,
+    transport: str = "auto",
     width: int = 256,
     repeats: int = 3,
     steps: int = 40,
@@ -132,7 +137,7 @@ def measure(
     """Measure every combination of depth, stage time and contender.
 
     Args:
-        depths: numbers of stages, each with one process of one thread.
+        depths: numbers of stages, each with one process of one thread, which stays on one core; contenders of all kinds alike.
         milliseconds: time of a stage for F and B of a mini-batch together (F one third of it).
         methods, microbatches: contenders of this library and their M.
         torch_microbatches: M of torch's ScheduleGPipe, Schedule1F1B and ScheduleInterleaved1F1B (two stages per process, each with
@@ -141,6 +146,8 @@ def measure(
         uneven: how much slower than the others the middle stage is, as a share.
         delay: seconds that a message takes more than its bytes do.
         bandwidth: of each link and direction in bytes per second; 0 for no limit.
+        transport: "group" to send through gloo, as torch's schedules do, also where processes share this machine; then only the
+            methods are measured.
         width: numbers per sample that travel between stages.
         repeats, steps: windows per contender, and mini-batches per window.
     """
@@ -153,6 +160,7 @@ def measure(
         "uneven": uneven,
         "delay": delay,
         "bandwidth": bandwidth,
+        "gloo": transport == "group",
         "width": width,
         "repeats": repeats,
         "steps": steps,
@@ -163,18 +171,20 @@ def measure(
             "pipeoptim.bench.efficiency:stage", options, depth, threads=1, timeout=900, delay=delay, bandwidth=bandwidth
         )
         rows += [Row(**row) for row in found[0]]
-    return Record("efficiency", "efficiency", {"width": width, "repeats": repeats}, rows)
+    return Record("efficiency", "efficiency", {"width": width, "repeats": repeats, "each stage": "stays on one core"}, rows)
 
 
 def stage(**options: Any) -> list[dict[str, Any]]:
     """The part of one process."""
     depth, rows = dist.get_world_size(), []
+    _stay_on_a_core()
     for milliseconds in options["milliseconds"]:
         for m in options["microbatches"]:
-            rows.append(_row(options, milliseconds, m, ALONE, _alone, True))
+            if not options["gloo"]:
+                rows.append(_row(options, milliseconds, m, ALONE, _alone, True))
             for method in options["methods"]:
                 rows.append(_row(options, milliseconds, m, method, _ours, True))
-        for m in options["torch_microbatches"]:
+        for m in [] if options["gloo"] else options["torch_microbatches"]:
             for name in RIVALS:
                 if possible(name, m, depth):
                     rows.append(_row(options, milliseconds, m, name, _torchs, False))
@@ -186,9 +196,8 @@ def _row(
 ) -> dict[str, Any]:
     k, depth = dist.get_rank(), dist.get_world_size()
     slow = 1.0 + (options["uneven"] if k == depth // 2 else 0.0)
-    spin = math.inf if depth <= len(os.sched_getaffinity(0)) else _SPIN
-    device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k, spin=spin)
-    step = make(device, name, m, options["width"])
+    device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k)
+    step = make(device, name, m, options)
     for _ in range(depth + 2):
         step()
     samples = []
@@ -203,7 +212,7 @@ def _row(
         dist.all_reduce(busy, dist.ReduceOp.MAX)
         samples.append(float(busy) / seconds)
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
-    settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth")}
+    settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
     return {
         "name": f"{name} M={m}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
         "samples": samples,
@@ -212,19 +221,21 @@ def _row(
 
 
 def _conditions(options: dict[str, Any]) -> str:
-    """What makes it harder than equal stages on fast links."""
+    """What is other than equal stages on fast links."""
     parts = [f"slow stage +{options['uneven']:.0%}"] if options["uneven"] else []
     parts += [f"jitter {options['jitter']:g}"] if options["jitter"] else []
     parts += [f"delay {options['delay'] * 1e3:g} ms"] if options["delay"] else []
     parts += [f"{options['bandwidth'] / 1e6:g} MB/s"] if options["bandwidth"] else []
+    parts += ["through gloo"] if options["gloo"] else []
     return "".join(f", {part}" for part in parts)
 
 
-def _ours(device: Device, name: str, m: int, width: int) -> Step:
+def _ours(device: Device, name: str, m: int, options: dict[str, Any]) -> Step:
     k, depth = dist.get_rank(), dist.get_world_size()
+    width, transport = options["width"], "group" if options["gloo"] else "auto"
     module = WaitingStage(device, width)
     place = PipelineStage(module, k, depth, torch.device("cpu"))
-    pipe = Schedule(place, _adam(module), nn.functional.mse_loss, name, m, liveness_timeout=None)
+    pipe = Schedule(place, _adam(module), nn.functional.mse_loss, name, m, transport=transport, liveness_timeout=None)
     x = torch.ones(BATCH, width)
     args, target = ((x,) if k == 0 else ()), (x if k == depth - 1 else None)
 
@@ -234,8 +245,8 @@ def _ours(device: Device, name: str, m: int, width: int) -> Step:
     return step
 
 
-def _alone(device: Device, _: str, m: int, width: int) -> Step:
-    k, depth = dist.get_rank(), dist.get_world_size()
+def _alone(device: Device, _: str, m: int, options: dict[str, Any]) -> Step:
+    k, depth, width = dist.get_rank(), dist.get_world_size(), options["width"]
     module = WaitingStage(device, width)
     optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4, fused=True)
     x, y = torch.ones(BATCH, width), torch.ones(BATCH, width)
@@ -253,7 +264,8 @@ def _alone(device: Device, _: str, m: int, width: int) -> Step:
     return step
 
 
-def _torchs(device: Device, name: str, m: int, width: int) -> Step:
+def _torchs(device: Device, name: str, m: int, options: dict[str, Any]) -> Step:
+    width = options["width"]
     part = 1 / len(TORCH[name](dist.get_rank(), dist.get_world_size()))
     x = torch.ones(BATCH, width)
     return rival_step(name, lambda *_: WaitingStage(device, width, part), m, nn.functional.mse_loss, _adam, x, x)
@@ -269,7 +281,9 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     body = []
     for row in record.rows:
         s = row.settings
-        conditions = _conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, **s})[2:] or "equal stages"
+        conditions = (
+            _conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, "gloo": False, **s})[2:] or "equal stages"
+        )
         cells = [str(s["depth"]), f"{s['milliseconds']:g}", conditions, ("" if s["ours"] else "torch ") + s["method"]]
         body.append([*cells, str(s["microbatches"]), f"{row.median:.3f}", f"{min(row.samples):.3f} .. {max(row.samples):.3f}"])
     return head, body

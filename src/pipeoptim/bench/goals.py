@@ -65,7 +65,7 @@ def markdown(folder: Path) -> str:
 
 def _efficiency(record: Record) -> Iterator[Goal]:
     def plain(row: Row) -> bool:
-        return not any(row.settings.get(what) for what in ("uneven", "jitter", "delay", "bandwidth"))
+        return not any(row.settings.get(what) for what in ("uneven", "jitter", "delay", "bandwidth", "gloo"))
 
     alone = {
         (row.settings["depth"], row.settings["milliseconds"]): f"{ALONE}: {row.median:.3f}"

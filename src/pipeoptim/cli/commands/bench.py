@@ -76,6 +76,9 @@ def efficiency(
     uneven: Annotated[float, Option(help="How much slower the middle stage is: 0.5 for half as long again.")] = 0.0,
     delay: Annotated[float, Option(help="Milliseconds that every message is late.")] = 0.0,
     bandwidth: Annotated[float, Option(help="Megabytes per second of each link; 0 for no limit.")] = 0.0,
+    transport: Annotated[
+        str, Option(help="auto, or group: send through gloo, as torch's schedules do; then only methods are measured.")
+    ] = "auto",
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 3,
     steps: Annotated[int, Option(help="Mini-batches per window.")] = 40,
     add: Annotated[bool, _ADD] = False,
@@ -89,7 +92,9 @@ def efficiency(
       pipeoptim bench efficiency --depth 4 --delay 2 --bandwidth 10 --add
     """
     from pipeoptim.bench.efficiency import measure
+    from pipeoptim.engine.local import check_transport
 
+    check_transport(transport)
     _positive(repeats=repeats, steps=steps, depth=min(depth or [1]), milliseconds=min(milliseconds or [1]))
     record = measure(
         depth or [2, 4, 8],
@@ -101,6 +106,7 @@ def efficiency(
         uneven,
         delay / 1e3,
         bandwidth * 1e6,
+        transport,
         repeats=repeats,
         steps=steps,
     )
