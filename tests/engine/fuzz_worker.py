@@ -36,10 +36,12 @@ def reuse(ranks, name, *rest):
 
 
 def hand_back(parts):
-    """Match the receives that are posted ahead, so that the next pipeline finds its groups empty."""
-    for sender in (sender for part in parts for sender in (part._to_next, part._to_previous) if sender is not None):
+    """Match the receives that are posted ahead, so that the next pipeline finds its groups empty; channels are a pipeline's own."""
+    ends = [(part._to_next, part._to_previous, part._from_previous, part._from_next) for part in parts]
+    shared = [end for four in ends for end in four if end is not None and end.channel is None]
+    for sender in (end for end in shared if isinstance(end, link.Sender)):
         sender._start(link._Block(sender._memory(sender.size), []))
-    for receiver in (receiver for part in parts for receiver in (part._from_previous, part._from_next) if receiver is not None):
+    for receiver in (end for end in shared if isinstance(end, link.Receiver)):
         receiver.post()
         receiver.wait(receiver._posted[0])
 
@@ -51,6 +53,7 @@ def pipeline(case, ranks, loss_fn, **options):
     optimizers = [case.make_optimizer(module) for module in modules.values()]
     stages = [PipelineStage(module, k, case.depth, torch.device("cpu"), group=groups[ranks]) for k, module in modules.items()]
     options |= {"timeout": 60, "liveness_timeout": None, **case.options()}
+    options |= {"transport": ("auto", "group")[case.seed % 2]}
     if len(stages) > 1:
         return po.InterleavedSchedule(stages, optimizers, loss_fn, **options)
     return po.Schedule(stages[0], optimizers[0], loss_fn, **options)
