@@ -115,7 +115,7 @@ def test_throughput_of_all_schedules_and_late_links(tmp_path: Path) -> None:
     assert {row.settings["delay"] for row in late} == {0.1}
     # A mini-batch needs a message each way, 200 ms; the device is busy for 3 ms of them (more where the machine is slow).
     (alone,) = (row for row in late if row.settings["method"] == ALONE)  # sends nothing
-    assert all(row.median < 0.5 < alone.median for row in late if row is not alone)
+    assert all(row.median < min(0.5, alone.median) for row in late if row is not alone)
     assert len(columns(Record.read(out))[1]) == len(late) == 5
     near = [*command, "--steps", "3", "--repeats", "1", "--transport", "group", "--out", str(out), "--add"]
     assert _run(near) == 0

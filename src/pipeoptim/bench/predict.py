@@ -70,7 +70,7 @@ SETTINGS = (
     Setting("RMSprop", step=5),
     Setting("RMSprop momentum", {"momentum": 0.9}, predict=3),
     Setting("Rprop", predict=5),
-    Setting("ASGD", step=3, predict=3),
+    Setting("ASGD", step=4, predict=3),
     Setting("Adafactor", step=3, predict=3),
     Setting("Muon", step=5, predict=4, fraction=0.1),
 )
