@@ -60,3 +60,25 @@ def test_pretrained_in_and_from_pretrained_out(tmp_path, name):
     assert full.keys() == again.keys()
     assert all(torch.equal(full[key], again[key]) for key in full)
     assert any(not torch.equal(full[key], value) for key, value in published.state_dict().items())
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_without_values_is_filled_stage_by_stage_and_computes_what_was_published(tmp_path, name):
+    empty = pytest.importorskip("accelerate").init_empty_weights
+    torch.manual_seed(1)
+    published = MODELS[name]().eval()
+    published.save_pretrained(tmp_path / "published")
+    with empty(include_buffers=False):  # rotary frequencies and the like are in no checkpoint
+        model = MODELS[name]()
+    model.tie_weights()
+    assert all(p.is_meta for p in model.parameters())
+    cut = po.partition(model, 3, (IDS,), pins=[1, 3])
+    for stage, names in zip(cut.stages, cut.names, strict=True):
+        po.load_weights(stage, tmp_path / "published", names)
+    pipe = po.Emulator(cut.stages, lambda p: torch.optim.SGD(p, lr=0.1), loss_fn, tied=cut.tied)
+    assert float(pipe.eval_step(IDS, target=IDS)) == pytest.approx(loss_fn(published(IDS), IDS).item(), rel=1e-5)
+    before = po.full_state_dict(pipe, cut.names)
+    pipe.step(IDS, target=IDS)
+    pipe.drain()
+    assert all(torch.isfinite(value).all() for value in cut.full_state_dict().values())
+    assert any(not torch.equal(value, before[key]) for key, value in cut.full_state_dict().items())

@@ -148,6 +148,8 @@ def load_weights(
             f"{len(left)} tensors are still on the meta device (first: {left[0]!r}), because {source} does not hold them; "
             "build them on a real device before loading"
         )
+    if any(tensor.is_meta for tensor in own.values()):  # forms of weights that other stages have follow to the device
+        module._apply(lambda t: torch.empty_like(t, device=device or "cpu") if t.is_meta else t)  # type: ignore[no-untyped-call]
 
 
 def begin_folder(folder: Path, processes: Any) -> Path:
