@@ -207,6 +207,13 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
     )
     with pytest.raises(po.ConfigError, match=r"param groups"):
         po.load_sharded(other, tmp_path / "c")
+    train(pipe, range(2))
+    po.save_sharded(pipe, tmp_path / "adamw")
+    with pytest.raises(po.ConfigError, match=r"the state of AdamW for .*0\.0\.weight.*, but stage 0 moves it by RMSprop"):
+        po.load_sharded(po.Emulator(state_case.cut(3), torch.optim.RMSprop, nn.functional.cross_entropy), tmp_path / "adamw")
+    shorter = po.Emulator(state_case.cut(2)[:1], torch.optim.AdamW, nn.functional.cross_entropy)
+    with pytest.raises(po.ConfigError, match=r"has \d+ weights that no stage has"):
+        po.load_sharded(shorter, tmp_path / "adamw")
     text = (tmp_path / "c" / "state.json").read_text()
     (tmp_path / "c" / "state.json").write_text(text[: len(text) // 2])
     with pytest.raises(po.ConfigError, match="no complete sharded checkpoint"):

@@ -8,13 +8,14 @@ to a stage of the same weights.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.checkpoint.names import saved_name
 from pipeoptim.checkpoint.plain import flatten, rebuild, tensors_in
 from pipeoptim.engine.masters import module_parameter
 from pipeoptim.engine.stage import StageWorker
@@ -34,6 +35,7 @@ class NamedState:
         weights: for each stage, the original names of its state_dict.
         optimizer: original name of a parameter -> its optimizer state, plain (see :mod:`.plain`).
         groups: options of the param groups of each optimizer of a stage, without their parameters.
+        kinds: original name of a parameter -> class of the optimizer that moves it.
         scheduler: state of the learning-rate scheduler, plain.
         version: updates applied.
         own: stage -> what makes sense for the same cut only, plain.
@@ -43,6 +45,7 @@ class NamedState:
     weights: dict[int, list[str]] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
     groups: list[list[dict[str, Any]]] = field(default_factory=list)
+    kinds: dict[str, str] = field(default_factory=dict)
     scheduler: Any = None
     version: int = 0
     own: dict[int, Any] = field(default_factory=dict)
@@ -70,7 +73,7 @@ def merged(worker: StageWorker, found: Mapping[str, str], saved: NamedState, sam
     """The state of a stage as ``StageWorker.load_state_dict`` takes it, from what :func:`collect` found on whatever stages.
 
     Raises:
-        ConfigError: a weight or its optimizer state is not in ``saved``, or the optimizer has other param groups.
+        ConfigError: a weight or its optimizer state is not in ``saved``, or the optimizer is another one or has other param groups.
     """
     state = worker.state_dict()
     state["module"] = {name: saved.tensors[f"model/{original}"] for name, original in found.items()}
@@ -136,6 +139,7 @@ def _collect_optimizer(worker: StageWorker, found: Mapping[str, str], into: Name
     groups = []
     for n, (member, state) in enumerate(zip(members(worker.optimizer), _states(worker.optimizer), strict=True)):
         numbered = _parameters(worker, member, found)
+        into.kinds |= dict.fromkeys(numbered, type(member).__name__)
         for index, values in state["state"].items():
             if not isinstance(index, int):
                 raise ConfigError(
@@ -159,8 +163,35 @@ def _optimizer_state(worker: StageWorker, found: Mapping[str, str], saved: Named
         )
     for member, state, groups in zip(members(worker.optimizer), states, saved.groups, strict=True):
         numbered = _parameters(worker, member, found)
+        _check_kinds(worker.k, type(member).__name__, numbered, saved)
         there = [(n, saved.optimizer[name]) for n, name in enumerate(numbered) if name in saved.optimizer]
         state["state"] = {n: rebuild(values, saved.tensors) for n, values in there}
         for group, options in zip(state["param_groups"], groups, strict=True):
             group |= rebuild(options, saved.tensors)
     return {"optimizers": states} if isinstance(worker.optimizer, CombinedOptimizer) else states[0]
+
+
+def _check_kinds(k: int, kind: str, names: list[str], saved: NamedState) -> None:
+    for name in names:
+        before = saved.kinds.get(name, kind)  # checkpoints of before this was noted say nothing
+        if before != kind:
+            raise ConfigError(
+                f"the checkpoint has the state of {before} for {name!r}, but stage {k} moves it by {kind}; make the optimizer as it was "
+                "made when saved, or start a new one from weights alone with save_weights and load_weights"
+            )
+
+
+def check_covered(names_of: Iterable[Collection[str]], saved: NamedState) -> None:
+    """``names_of``: original names of the weights of every stage.
+
+    Raises:
+        ConfigError: ``saved`` has weights that no stage has.
+    """
+    have = {name for names in names_of for name in names}
+    known = {name for names in saved.weights.values() for name in names}
+    extra = sorted(name for name in known if saved_name(name, have) not in have)
+    if extra:
+        raise ConfigError(
+            f"the checkpoint has {len(extra)} weights that no stage has (first: {extra[0]!r}); it is of another model, or names differ "
+            "from those that it was saved with"
+        )

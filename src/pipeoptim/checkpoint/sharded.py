@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from pipeoptim.checkpoint.named import NamedState, collect, merged, needed
+from pipeoptim.checkpoint.named import NamedState, check_covered, collect, merged, needed
 from pipeoptim.checkpoint.names import Names, saved_name, unique_names
 from pipeoptim.checkpoint.together import Together, refuse_sharded, together
 from pipeoptim.checkpoint.weights import begin_folder
@@ -119,9 +119,11 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     )
     known = {name for own in saved.weights.values() for name in own}
     names_of = {k: {own: saved_name(name, known) for own, name in found.items()} for k, found in names_of.items()}
+    everywhere = processes.gather({k: list(found.values()) for k, found in names_of.items()})
     reader = HuggingFaceStorageReader(str(folder))
     there = reader.read_metadata().state_dict_metadata
     wanted = {name for k in pipe.local_stages for name in needed(pipe.stage_worker(k), names_of[k], saved, same)}
+    check_covered((own for part in everywhere for own in part.values()), saved)
     saved.tensors = {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
     with _quietly(processes):
         load(dict(saved.tensors), storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
@@ -143,6 +145,7 @@ def _write_plain(part: Path, state: NamedState, depth: int, processes: Together)
         everything.weights |= other["weights"]
         everything.optimizer |= other["optimizer"]
         everything.own |= other["own"]
+        everything.kinds |= other["kinds"]
         everything.groups = everything.groups or other["groups"]
         everything.scheduler = everything.scheduler or other["scheduler"]
         everything.version = other["version"]
