@@ -424,6 +424,23 @@ def test_a_method_of_ones_own():
         (lambda: po.Emulator(layers(2), momentum, loss_fn).version(2), r"stages 0 \.\. 1 exist"),
         (lambda: po.Emulator(layers(2), momentum, loss_fn, microbatches=3).step(torch.ones(4, 6)), "multiple of 3"),
         (lambda: po.Emulator(layers(2), momentum, lambda a, b: a - b).step(torch.ones(4, 6), target=1), r"shape \(4, 6\)"),
+        (
+            lambda: po.Emulator(layers(2), momentum, lambda a, b: loss_fn(a, b).detach()).step(
+                torch.ones(4, 6), target=torch.ones(4, 6)
+            ),
+            "does not depend on any weight",
+        ),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn).step(torch.ones(0, 6), target=torch.ones(0, 6)), "have no rows"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn).eval_step(torch.ones(0, 6)), "have no rows"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn).step(torch.ones(4, 6), stage_kwargs=[1]), "stage_kwargs is a list"),
+        (lambda: po.Emulator(nn.Linear(6, 6), momentum, loss_fn), "must be a list of modules"),
+        (lambda: po.Emulator([1, 2], momentum, loss_fn), "stage 0 is a int"),
+        (lambda: po.Emulator(layers(2), momentum(layers(1)[0].parameters()), loss_fn), "optimizers is one SGD for 2 stages"),
+        (lambda: po.Emulator(layers(2), [momentum, None], loss_fn), "optimizer of stage 0 is a function"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn, overlap="yes"), "overlap is 'yes'"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn, uneven="no"), "uneven is 'no'"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn, weigh=3), "weigh is 3"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn, trace="t"), "trace is a str"),
         (lambda: po.Emulator(layers(2), momentum, lambda a, b: 1.0).step(torch.ones(4, 6)), "a float, must be a scalar"),
     ],
 )

@@ -49,6 +49,10 @@ class Pipeline:
         overlap: bool = False,
         trace: Trace | None = None,
     ) -> None:
+        if not isinstance(overlap, bool):
+            raise ConfigError(f"overlap is {overlap!r}, must be True or False")
+        if trace is not None and not isinstance(trace, Trace):
+            raise ConfigError(f"trace is a {type(trace).__name__}, must be a pipeoptim.Trace or None")
         self.method = get_method(method)
         self.program = self.method.program(depth, microbatches, processes, overlap)
         self.depth, self.microbatches, self._cutter, self.trace = depth, microbatches, cutter, trace

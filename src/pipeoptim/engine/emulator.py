@@ -110,15 +110,14 @@ class Emulator(Pipeline):
         trace: Trace | None = None,
         tied: TiedWeights | None = None,
     ) -> None:
-        stages = list(stages)
-        if not stages:
-            raise ConfigError("stages is empty; give at least one module")
+        stages = _modules(stages)
         _refuse_shared(stages)
         cutter = Cutter(microbatches, uneven, weigh)
         super().__init__(method, len(stages), microbatches, cutter, recompute, processes, overlap, trace)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)
+        _check_optimizers(chosen)
         seed = torch.initial_seed() if seed is None else seed
         clip, compression = as_clip(clip), as_compression(compress)
         board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
@@ -278,9 +277,35 @@ def _one_each(what: str, stages: list[nn.Module], given: Any, argument: Callable
             value = argument(module)
             made.append(None if value is None or value == [] else given(value))
         return made
+    if not isinstance(given, (list, tuple)):
+        raise ConfigError(
+            f"{what} is one {type(given).__name__} for {len(stages)} stages; give a list of one per stage, or a function that makes one"
+        )
     if len(given) != len(stages):
         raise ConfigError(f"{what} has {len(given)} entries for {len(stages)} stages; give one per stage")
     return list(given)
+
+
+def _modules(given: Any) -> list[nn.Module]:
+    if isinstance(given, nn.Module) and not isinstance(given, (nn.Sequential, nn.ModuleList)):
+        raise ConfigError(
+            f"stages is a {type(given).__name__}, must be a list of modules; po.partition(model, ...).stages cuts one"
+        )
+    stages = list(given)
+    if not stages:
+        raise ConfigError("stages is empty; give at least one module")
+    for k, module in enumerate(stages):
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"stage {k} is a {type(module).__name__}, must be a torch.nn.Module")
+    return stages
+
+
+def _check_optimizers(chosen: list[Any]) -> None:
+    for k, optimizer in enumerate(chosen):
+        if optimizer is not None and not hasattr(optimizer, "param_groups"):
+            raise ConfigError(
+                f"the optimizer of stage {k} is a {type(optimizer).__name__}, must be a torch.optim.Optimizer, or None for none"
+            )
 
 
 def _scalers(stages: list[nn.Module], given: Any) -> list[GradScaler | None]:

@@ -82,12 +82,19 @@ class Cutter:
     uneven: bool = False
     weigh: Weigh | None = None
 
+    def __post_init__(self) -> None:
+        if not isinstance(self.uneven, bool):
+            raise ConfigError(f"uneven is {self.uneven!r}, must be True or False")
+        if self.weigh is not None and not callable(self.weigh):
+            raise ConfigError(f"weigh is {self.weigh!r}, must be a function of the target that returns a number, or None")
+
     def cut(self, what: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[Feed]:
         """The micro-batches of a mini-batch.
 
         Raises:
-            ConfigError: a tensor has no dimension 0, or they cannot be cut alike.
+            ConfigError: a tensor has no dimension 0, all have no rows, or they cannot be cut alike.
         """
+        _check_rows(what, (args, kwargs.get(0)))
         if self.m == 1 and self.weigh is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
             return [Feed(args, kwargs, target, NOTHING, NOTHING, None)]
         inputs = split((args, kwargs), self.m, what, self.uneven)
@@ -134,13 +141,25 @@ def _plain(values: Sequence[Any]) -> bool:
     return all(value is None or isinstance(value, Tensor) for value in values)
 
 
+def _check_rows(what: str, inputs: Any) -> None:
+    """``inputs``: those of stage 0."""
+    batches = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+    if batches and not any(leaf.shape[0] for leaf in batches):
+        raise ConfigError(
+            f"{what} have no rows, so their mean loss would be NaN; leave out such a mini-batch, on all processes"
+        )
+
+
 def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: StageKwargs | None) -> dict[int, dict[str, Any]]:
     """Keyword arguments per stage: ``kwargs`` are those of stage ``k``.
 
     Raises:
-        ConfigError: a stage that does not exist, or a keyword given twice.
+        ConfigError: no mapping, a stage that does not exist, or a keyword given twice.
     """
-    every = {stage: dict(own) for stage, own in (stage_kwargs or {}).items()}
+    given = {} if stage_kwargs is None else stage_kwargs
+    if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
+        raise ConfigError(f'stage_kwargs is {_short(given)}, must map a stage to its keywords, as {{2: {{"mask": mask}}}}')
+    every = {stage: dict(own) for stage, own in given.items()}
     unknown = [stage for stage in every if not (isinstance(stage, int) and 0 <= stage < depth)]
     if unknown:
         raise ConfigError(f"stage_kwargs names stage {unknown[0]!r}; stages 0 .. {depth - 1} exist")
@@ -150,6 +169,10 @@ def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: Stage
     if kwargs:
         every[k] = {**every.get(k, {}), **kwargs}
     return every
+
+
+def _short(value: Any) -> str:
+    return f"a {type(value).__name__}" if not isinstance(value, Mapping) else "a dict with other values than dicts"
 
 
 def split(tree: Any, m: int, what: str, uneven: bool = False) -> list[Any]:

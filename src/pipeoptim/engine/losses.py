@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -116,6 +116,19 @@ def check_loss(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() > 0:
         raise ConfigError(f"loss_fn returned {_what(loss)}, must be a scalar tensor; reduce it, for instance with .mean()")
     return loss
+
+
+def check_graph(k: int, share: float | None, trained: Iterable[Tensor], added: Iterable[Tensor]) -> None:
+    """For a loss on the last stage, ``k``, that has no graph.
+
+    Raises:
+        ConfigError: it ought to have one, as something is ``trained`` and nothing else was ``added``.
+    """
+    if share != 0 and any(t.requires_grad for t in trained) and not any(loss.requires_grad for loss in added):
+        raise ConfigError(
+            f"the loss on stage {k} does not depend on any weight, so nothing would be learnt; leave out detach(), item(), no_grad() and "
+            "argmax in loss_fn and in the last stage"
+        )
 
 
 def _reported(name: str, value: Any) -> Tensor:

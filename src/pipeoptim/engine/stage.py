@@ -23,7 +23,7 @@ from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.feed import Cutter, Feed, Part
 from pipeoptim.engine.fit import by_kernels, check_parts, grouped, nothing, optimized, stepping
-from pipeoptim.engine.losses import LossLog, collect_losses, read_loss
+from pipeoptim.engine.losses import LossLog, check_graph, collect_losses, read_loss
 from pipeoptim.engine.masters import MasterPredictor, Masters
 from pipeoptim.engine.monitor import PredictionMonitor
 from pipeoptim.engine.norms import Norms
@@ -172,6 +172,8 @@ class StageWorker:
         try:
             with self.random.drawing(), collect_losses(strict=True) as extra:
                 result = self._run(held, saved, args, kwargs, target, share)
+            if self.is_last and not result.requires_grad:
+                check_graph(self.k, share, [*inputs, *self.weights.params], extra.values())
         except BaseException:
             self.weights.release(held)
             raise
