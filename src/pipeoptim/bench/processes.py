@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +45,7 @@ def run_on_processes(
         base = {
             **os.environ,
             "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(_free_port()),
+            "MASTER_PORT": str(free_port()),
             "WORLD_SIZE": str(processes),
             "OMP_NUM_THREADS": str(threads),
             DELAY: str(delay),
@@ -74,7 +76,10 @@ def _wait(started: list[subprocess.Popen[bytes]], end: float, timeout: float) ->
         raise PipeOptimError(f"process {failed[0]} of the benchmark ended with code {started[failed[0]].returncode}")
 
 
-def _free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
+def free_port() -> int:
+    """A port that nobody listens on, of those that no outgoing connection is given before somebody does."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)  # ephemeral ports begin at 32768 on Linux
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port

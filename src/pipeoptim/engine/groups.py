@@ -87,13 +87,27 @@ class Ties:
         return self.store if clone is None else clone()
 
     def group(self, name: str, backend: str | None = None) -> dist.ProcessGroup:
-        """The group of that name, made when all have asked for it the first time (and again after :meth:`close`)."""
+        """The group of that name, made when all have asked for it the first time (and again after :meth:`close`).
+
+        Raises:
+            StageFailure: one did not come within the time-out.
+        """
         if name not in self._groups:
-            self._groups[name] = new_group(
-                self.ranks, f"{self._key}/{self._number}/{self._count}-{name}", self.timeout, backend
-            )
+            full = f"{self._count}-{name}"
+            self._groups[name] = new_group(self.ranks, f"{self._key}/{self._number}/{full}", self.timeout, backend)
             self._count += 1
+            self._wait_for_all(f"made/{full}")  # one that has it may close it at once, while others are still being connected
         return self._groups[name]
+
+    def _wait_for_all(self, what: str) -> None:
+        keys = [f"{what}/{j}" for j in range(len(self.ranks))]
+        self.store.set(keys[self.index], "")
+        try:
+            self.store.wait(keys, self.timeout)
+        except RuntimeError as error:
+            raise StageFailure(
+                f"{self._missing(keys)} did not come within {self.timeout.total_seconds():g} s to be connected"
+            ) from error
 
     def close(self, wait: bool = True) -> None:
         """Destroy the groups. Where they are used no more, their threads and connections end.
