@@ -8,7 +8,7 @@ RUN    := $(VENV)/bin
 .DEFAULT_GOAL := help
 
 help:
-	@echo "make train   train a character GPT on 4 processes with pipeoptim, about 3 minutes on 2 cores; shows the loss curve's path"
+	@echo "make train   train a character GPT on 4 processes with pipeoptim, about 2 minutes on 2 cores; shows the loss curve's path"
 	@echo "make test    everything that CI checks: lint, types, tests"
 	@echo "make lint | types | unit   its three parts"
 
