@@ -49,20 +49,25 @@ class Ties:
         Raises:
             StageFailure: one did not come within the time-out, or called :meth:`refuse`.
         """
-        keys = [f"settings/{j}" for j in range(len(self.ranks))]
-        self.store.set(keys[self.index], text)
-        try:
-            self.store.wait(keys, self.timeout)
-        except RuntimeError as error:
-            raise StageFailure(
-                f"{self._missing(keys)} did not come within {self.timeout.total_seconds():g} s to be set up"
-            ) from error
+        keys = self._tell_all("settings", text, "to be set up")
         found = [self.store.get(key).decode() for key in keys]
         self._note_met()
         for j, theirs in enumerate(found):
             if theirs.startswith(_REFUSED):
                 raise StageFailure(f"{self.name.format(j)} could not be set up: {theirs.removeprefix(_REFUSED)}")
         return found
+
+    def _tell_all(self, what: str, text: str, purpose: str) -> list[str]:
+        """Put ``text`` where all find it and wait until all have done so: the keys of theirs, in their order."""
+        keys = [f"{what}/{j}" for j in range(len(self.ranks))]
+        self.store.set(keys[self.index], text)
+        try:
+            self.store.wait(keys, self.timeout)
+        except RuntimeError as error:
+            raise StageFailure(
+                f"{self._missing(keys)} did not come within {self.timeout.total_seconds():g} s {purpose}"
+            ) from error
+        return keys
 
     def _missing(self, keys: list[str]) -> str:
         try:
@@ -96,18 +101,10 @@ class Ties:
             full = f"{self._count}-{name}"
             self._groups[name] = new_group(self.ranks, f"{self._key}/{self._number}/{full}", self.timeout, backend)
             self._count += 1
-            self._wait_for_all(f"made/{full}")  # one that has it may close it at once, while others are still being connected
+            self._tell_all(
+                f"made/{full}", "", "to be connected"
+            )  # who has it may close it at once, before others are connected
         return self._groups[name]
-
-    def _wait_for_all(self, what: str) -> None:
-        keys = [f"{what}/{j}" for j in range(len(self.ranks))]
-        self.store.set(keys[self.index], "")
-        try:
-            self.store.wait(keys, self.timeout)
-        except RuntimeError as error:
-            raise StageFailure(
-                f"{self._missing(keys)} did not come within {self.timeout.total_seconds():g} s to be connected"
-            ) from error
 
     def close(self, wait: bool = True) -> None:
         """Destroy the groups. Where they are used no more, their threads and connections end.

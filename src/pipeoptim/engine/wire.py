@@ -176,11 +176,9 @@ def unchanged(tree: Any, form: Format) -> list[Tensor] | None:
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def header(
-    sequence: int, flags: int, loss_scale: float, part: tuple[int, int], taken: int, following: int = 0, described: int = 0
-) -> bytes:
-    """The header of a message as bytes."""
-    return _HEADER.pack(_MAGIC, sequence, flags, following, described, loss_scale, *part, taken) + _BEHIND
+def header(sequence: int, flags: int, loss_scale: float, part: tuple[int, int], taken: int) -> bytes:
+    """The header, as bytes, of a message in the format of the one before it."""
+    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *part, taken) + _BEHIND
 
 
 def header_in(memory: bytearray) -> Header:
