@@ -14,7 +14,7 @@ from pipeoptim.bench.difference import compare
 from pipeoptim.bench.efficiency import ALONE
 from pipeoptim.bench.goals import Goal, goals, markdown
 from pipeoptim.bench.live import LiveStorages
-from pipeoptim.bench.models import Work, _cuts, build
+from pipeoptim.bench.models import Work, _cuts, block_seconds, build
 from pipeoptim.bench.record import Record, Row, merged
 from pipeoptim.bench.tables import columns, render_document
 from pipeoptim.cli.app import _run
@@ -85,6 +85,16 @@ def test_cuts_balance_measured_time() -> None:
     work = Work([*small, large], torch.randn(32, 64), torch.randn(32, 64), nn.functional.mse_loss)
     assert _cuts(work, [2])[2] == [0, 3, 4]
     assert all(p.grad is None for block in work.blocks for p in block.parameters())
+
+
+def test_a_timed_backward_adds_to_no_gradients_of_the_last_turn() -> None:
+    """Adding is two more passes over the weights: heavy blocks would look slower than they are in training."""
+    blocks = [nn.Linear(4, 4) for _ in range(2)]
+    before = []
+    for block in blocks:
+        block.register_forward_pre_hook(lambda module, _: before.append(module.weight.grad))
+    block_seconds(Work(list(blocks), torch.ones(2, 4), torch.ones(2, 4), nn.functional.mse_loss), turns=3)
+    assert before == [None] * 6
 
 
 def test_models_are_named_by_module_and_function() -> None:

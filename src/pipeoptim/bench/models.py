@@ -82,6 +82,7 @@ def block_seconds(work: Work, turns: int = 3) -> list[float]:
         args: tuple[Any, ...] = (work.x,)
         for n, block in enumerate(work.blocks):
             leaves = tuple(a.detach().requires_grad_(a.is_floating_point()) for a in args)
+            block.zero_grad(set_to_none=True)  # else the backward adds to what the last turn left
             start = time.perf_counter()
             out = block(*leaves)
             ends = out if isinstance(out, tuple) else (out,)
