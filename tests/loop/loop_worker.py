@@ -2,6 +2,7 @@
 
 import os
 import sys
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -10,6 +11,7 @@ from torch.distributed.pipelining import PipelineStage
 import loop_cases as cases
 import pipeoptim as po
 
+THROUGH_GROUP = ("delayed_m", "global_m3")
 out = sys.argv[1]
 torch.set_num_threads(1)
 k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
@@ -28,8 +30,11 @@ for name, (method, m, _, options, _, _) in cases.CASES.items():
         seed=3,
         on_update=averages,
         timeout=60,
+        transport="group" if name in THROUGH_GROUP else "auto",
         **own,
     )
+    shares = isinstance(options.get("clip"), po.Clip) and options["clip"].exchanges and name not in THROUGH_GROUP
+    assert ("pipeoptim-board" in Path("/proc/self/maps").read_text()) == shares
     result = cases.train(name, pipe, averages)[k]
     pipe.close()
     torch.save(result, f"{out}/{name}-{k}.pt")

@@ -11,6 +11,7 @@ from torch import nn
 
 import oracle
 import pipeoptim as po
+from pipeoptim.engine.clip import Clipper
 
 WIDTH = 3
 loss_fn = nn.functional.mse_loss
@@ -170,6 +171,21 @@ def test_resuming_is_exact(scope):
     again.drain()
     for a, b in zip(stages, resumed, strict=True):
         assert all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("norm", [0.0, 0.5, 1 - 1e-6, 1.0, 1 + 1e-7, 3.0, math.inf, math.nan])
+@pytest.mark.parametrize("limit", [1.0, math.inf])
+def test_gradients_are_scaled_as_torch_does_and_left_alone_where_its_factor_is_1(limit, norm, dtype):
+    values = torch.tensor([1.5, -0.0, math.inf, math.nan, 5e-39], dtype=dtype)
+    ours, theirs = (nn.Parameter(torch.zeros(5, dtype=dtype)) for _ in "ab")
+    ours.grad, theirs.grad = values.clone(), values.clone()
+    clipper = Clipper(po.Clip(limit), [ours], po.get_method("pipeoptim").program(1, 1), None)
+    clipper.apply(norm)
+    nn.utils.clip_grads_with_norm_([theirs], limit, torch.tensor(norm, dtype=dtype))
+    assert torch.equal(ours.grad.view(torch.uint8), theirs.grad.view(torch.uint8))
+    factor = (limit / (torch.tensor(norm, dtype=dtype) + 1e-6)).clamp(max=1)
+    assert (ours.grad._version > 0) == (float(factor) != 1)
 
 
 def test_an_infinite_limit_measures_without_clipping():

@@ -160,11 +160,12 @@ class Clipper:
         return max(own, known) if math.isfinite(known) else own
 
     def apply(self, norm: Tensor | float) -> None:
-        """Scale the gradients."""
+        """Scale the gradients, unless the factor is 1, which would read and write them for nothing."""
         self.used = norm
         if not isinstance(norm, Tensor):
-            norm = torch.tensor(norm, dtype=self._own.dtype, device=self._own.device)
-        clip_grads_with_norm_(self.params, self.rule.max_norm, norm)
+            norm = torch.tensor(norm, dtype=self._own.dtype)
+        if norm.device.type != "cpu" or not self.rule.max_norm / (norm + 1e-6) >= 1:  # nor where it is not a number
+            clip_grads_with_norm_(self.params, self.rule.max_norm, norm.to(self._own.device))
 
     def _take(self, newest: int) -> None:
         """Take the global norms up to that of version ``newest``."""

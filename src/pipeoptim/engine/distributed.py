@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
 from pipeoptim.engine.base import Counted, Pipeline, T
+from pipeoptim.engine.board import shared_board
 from pipeoptim.engine.clip import Clip, as_clip
 from pipeoptim.engine.compress import Compression, as_compression
 from pipeoptim.engine.feed import Cutter, Feed, Part, Weigh
@@ -24,7 +25,7 @@ from pipeoptim.engine.groups import Ties, by_gloo
 from pipeoptim.engine.link import Receiver, Sender, pair
 from pipeoptim.engine.local import check_transport, neighbours
 from pipeoptim.engine.near import NearReceiver, NearSender
-from pipeoptim.engine.norms import GatheredNorms
+from pipeoptim.engine.norms import Gathering, ProcessNorms
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.replicas import ReplicaSet, read_replicas, same_start
@@ -69,7 +70,7 @@ class Schedule(Pipeline):
         recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
         compress, tied: as in :class:`~pipeoptim.Emulator`; equal in all processes.
         transport: "auto" moves messages between processes of one machine through shared memory, where they are on CPUs and their
-            group is one of gloo, and all others through the process group; "group" moves all through that.
+            group is one of gloo, and all others through the process group; "group" moves all through that. Norms for clipping alike.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -93,7 +94,7 @@ class Schedule(Pipeline):
     _from_next: Receiver | None = None
     _to_next: Sender | None = None
     _to_previous: Sender | None = None
-    _norms: GatheredNorms | None = None
+    _norms: ProcessNorms | None = None
     _sums: Mapping[Tied, ReducedSums] = MappingProxyType({})
     _replicas: ReplicaSet | None = None
     _reduction: Reduction = ALONE
@@ -139,7 +140,7 @@ class Schedule(Pipeline):
             self.k, self.device, self.ranks = place.k, place.device, place.ranks
             options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
             if options.clip is not None and options.clip.exchanges:
-                self._norms = GatheredNorms(place.depth, timeout)
+                self._norms = ProcessNorms()
             copies = read_replicas(replicas, place.module)
             scaled = scaler is not None and scaler.is_enabled()
             shared = read_tied(tied, self.program, self.method, options.clip, scaled)
@@ -170,8 +171,6 @@ class Schedule(Pipeline):
             )
             self.worker = self._workers[self.k] = worker
             self._connect(liveness_timeout, Terms(settings, place.cut), row)
-            if self._norms is not None:  # all processes have agreed by now that there is such a group
-                self._norms.connect(self.ties.group("norms", "gloo"))
             for tie, own in self._sums.items():
                 weight = self.worker.tied_weight(tie)
                 if weight is not None:
@@ -355,6 +354,9 @@ class Schedule(Pipeline):
         waiting = self._watch.waiting if self._watch is not None else _nobody_watches
         groups = [self.ties.group(name) for name in ("activations", "gradients")]
         self._link(row, lambda direction, _: groups[direction], waiting)
+        if self._norms is not None:  # in all processes, as they have agreed above
+            board = shared_board(self.ties, self._transport == "auto" and by_gloo(), waiting)
+            self._norms.connect(board or Gathering(self.ties.group("norms", "gloo"), self.ties.timeout))
 
     def _link(
         self, row: Row | None, group: Callable[[int, int], dist.ProcessGroup], waiting: Callable[[int | None], None]

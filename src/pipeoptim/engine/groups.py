@@ -49,16 +49,19 @@ class Ties:
         Raises:
             StageFailure: one did not come within the time-out, or called :meth:`refuse`.
         """
-        keys = self._tell_all("settings", text, "to be set up")
-        found = [self.store.get(key).decode() for key in keys]
+        found = self.tell("settings", text, "to be set up")
         self._note_met()
         for j, theirs in enumerate(found):
             if theirs.startswith(_REFUSED):
                 raise StageFailure(f"{self.name.format(j)} could not be set up: {theirs.removeprefix(_REFUSED)}")
         return found
 
-    def _tell_all(self, what: str, text: str, purpose: str) -> list[str]:
-        """Put ``text`` where all find it and wait until all have done so: the keys of theirs, in their order."""
+    def tell(self, what: str, text: str, purpose: str) -> list[str]:
+        """Put ``text`` where all find it and wait until all have done so: theirs, in their order. Once for each ``what``.
+
+        Raises:
+            StageFailure: one did not come within the time-out.
+        """
         keys = [f"{what}/{j}" for j in range(len(self.ranks))]
         self.store.set(keys[self.index], text)
         try:
@@ -67,7 +70,7 @@ class Ties:
             raise StageFailure(
                 f"{self._missing(keys)} did not come within {self.timeout.total_seconds():g} s {purpose}"
             ) from error
-        return keys
+        return [self.store.get(key).decode() for key in keys]
 
     def _missing(self, keys: list[str]) -> str:
         try:
@@ -101,9 +104,7 @@ class Ties:
             full = f"{self._count}-{name}"
             self._groups[name] = new_group(self.ranks, f"{self._key}/{self._number}/{full}", self.timeout, backend)
             self._count += 1
-            self._tell_all(
-                f"made/{full}", "", "to be connected"
-            )  # who has it may close it at once, before others are connected
+            self.tell(f"made/{full}", "", "to be connected")  # who has it may close it at once, before others are connected
         return self._groups[name]
 
     def close(self, wait: bool = True) -> None:

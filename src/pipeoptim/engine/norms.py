@@ -1,4 +1,4 @@
-"""How stages tell each other the norms of their gradients: through memory in the emulator, one small message in processes.
+"""How stages tell each other the norms of their gradients: through memory, which processes share where they can.
 
 Norms are told apart by the version of the weights that the gradients will update, which for one mini-batch is the same on
 every stage.
@@ -76,41 +76,51 @@ class _BoardEnd:
         return self.board.take(version)
 
 
-class GatheredNorms:
-    """The exchange between processes: an ``all_gather`` of one float64 per stage, started at once and waited for late.
+class Way(Protocol):
+    """How processes tell each other a number: on a shared page (see :mod:`pipeoptim.engine.board`), or with :class:`Gathering`."""
 
-    Args:
-        depth: stages, one per process.
-        timeout: seconds to wait for the others.
-    """
+    def post(self, turn: int, number: float) -> None:
+        """Tell the others the ``turn``-th number of this stage; does not wait."""
+        ...
 
-    def __init__(self, depth: int, timeout: float) -> None:
-        self.depth = depth
-        self.timeout = timedelta(seconds=timeout)
-        self._group: dist.ProcessGroup | None = None
-        self._works: dict[int, tuple[Any, list[Tensor], Tensor]] = {}
+    def take(self, turn: int) -> list[float]:
+        """The ``turn``-th number of every stage; once per turn."""
+        ...
+
+    def close(self) -> None:
+        """Let go of what it needs."""
+        ...
+
+
+class ProcessNorms:
+    """The exchange between processes, of which each holds one stage. Norms travel in the order in which they are posted."""
+
+    def __init__(self) -> None:
+        self._way: Way | None = None
+        self._turn = 0
+        self._turns: dict[int, int] = {}  # version -> when it was posted
         self._told: dict[int, list[float]] = {}
 
-    def connect(self, group: dist.ProcessGroup) -> None:
-        """Use ``group``, one of its own and on the CPU: it waits for no activation, and no activation waits for it."""
-        self._group = group
+    def connect(self, way: Way) -> None:
+        """Use ``way``, which all processes have agreed on."""
+        self._way = way
 
     def settle(self) -> None:
         """Wait for what has been posted; it can be taken later."""
-        self._told |= {version: self.take(version) for version in list(self._works)}
+        self._told |= {version: self.take(version) for version in list(self._turns)}
 
     def close(self) -> None:
-        """Let go of the group."""
-        self._group = None
-        self._works.clear()
+        """Let go of the way."""
+        if self._way is not None:
+            self._way.close()
+        self._way = None
+        self._turns.clear()
 
     def post(self, version: int, norm: float) -> None:
-        mine = torch.tensor([norm], dtype=torch.float64)
-        every = [torch.empty(1, dtype=torch.float64) for _ in range(self.depth)]
-        try:
-            self._works[version] = dist.all_gather(every, mine, group=self._group, async_op=True), every, mine
-        except RuntimeError as error:
-            raise self._failure(error) from error
+        assert self._way is not None
+        self._way.post(self._turn, norm)
+        self._turns[version] = self._turn
+        self._turn += 1
 
     def ready(self, version: int) -> bool:
         return True
@@ -118,13 +128,45 @@ class GatheredNorms:
     def take(self, version: int) -> list[float]:
         if version in self._told:
             return self._told.pop(version)
-        work, every, _ = self._works.pop(version)
+        assert self._way is not None
+        return self._way.take(self._turns.pop(version))
+
+
+class Gathering:
+    """Tells numbers by an ``all_gather`` of one float64 per stage, started at once and waited for late.
+
+    Args:
+        group: one of its own and on the CPU: it waits for no activation, and no activation waits for it.
+        timeout: to wait for the others.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, timeout: timedelta) -> None:
+        self.timeout = timeout
+        self._group: dist.ProcessGroup | None = group
+        self._works: dict[int, tuple[Any, list[Tensor], Tensor]] = {}
+
+    def post(self, turn: int, number: float) -> None:
+        assert self._group is not None
+        mine = torch.tensor([number], dtype=torch.float64)
+        every = [torch.empty(1, dtype=torch.float64) for _ in range(self._group.size())]
+        try:
+            self._works[turn] = dist.all_gather(every, mine, group=self._group, async_op=True), every, mine
+        except RuntimeError as error:
+            raise _failure(error) from error
+
+    def take(self, turn: int) -> list[float]:
+        work, every, _ = self._works.pop(turn)
         try:
             work.wait(self.timeout)
         except RuntimeError as error:
-            raise self._failure(error) from error
-        return [float(norm) for norm in every]
+            raise _failure(error) from error
+        return [float(number) for number in every]
 
-    def _failure(self, error: RuntimeError) -> StageFailure:
-        first = (str(error).splitlines() or ["no reason given"])[0][:160]
-        return StageFailure(f"a stage died or did not tell the norm of its gradients ({first})")
+    def close(self) -> None:
+        self._group = None
+        self._works.clear()
+
+
+def _failure(error: RuntimeError) -> StageFailure:
+    first = (str(error).splitlines() or ["no reason given"])[0][:160]
+    return StageFailure(f"a stage died or did not tell the norm of its gradients ({first})")

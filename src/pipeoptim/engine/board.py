@@ -1,0 +1,190 @@
+"""A page of memory on which the stages of one machine tell each other a number per update: the norm of their gradients.
+
+A collective of a process group, of which every process must take part in every message, takes several threads per process, which cost
+more than a millisecond of processor time per update where processes share few cores. A number written to memory costs nothing, and who
+finds it there, as after one mini-batch's delay, does not wait.
+
+Every stage writes only its own places, in turn, and reads those of the others. A place has two words: the bits of the number, and the same
+bits exclusive-or a mark that only this turn has. They fit only if both have arrived, in whatever order a processor writes them.
+"""
+
+from __future__ import annotations
+
+import mmap
+import os
+import secrets
+import select
+import struct
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from types import MappingProxyType
+
+from pipeoptim.engine.groups import Ties
+from pipeoptim.errors import StageFailure
+
+Waiting = Callable[[int | None], None]
+NO_PROCESSES: Mapping[int, int] = MappingProxyType({})
+_LOOK = 0.05  # seconds between looks whether the stage that is waited for still lives
+_MIX = 0x9E3779B97F4A7C15  # odd, so that its multiples below 2^64 differ
+
+
+class SharedBoard:
+    """The page, as stage ``k`` sees it.
+
+    Args:
+        page: zeros at first; the same memory in all processes, of :meth:`size` bytes.
+        k, depth: this stage of how many.
+        timeout: seconds to wait for another stage.
+        waiting: told whom this stage waits for, and None when it no longer does.
+        processes: of the other stages, as descriptors; closed with the board.
+    """
+
+    def __init__(
+        self, page: mmap.mmap, k: int, depth: int, timeout: float, waiting: Waiting, processes: Mapping[int, int] = NO_PROCESSES
+    ) -> None:
+        self.k, self.depth, self.timeout, self.waiting = k, depth, timeout, waiting
+        self._page, self._processes = page, processes
+        self._words = memoryview(page).cast("Q")
+        self._turns = _turns(depth)
+
+    @staticmethod
+    def size(depth: int) -> int:
+        """Bytes that the page must have."""
+        return 8 * depth * (2 * _turns(depth) + 1)
+
+    def post(self, turn: int, number: float) -> None:
+        """Write the ``turn``-th number of this stage."""
+        place, (bits,) = self._place(self.k, turn), struct.unpack("Q", struct.pack("d", number))
+        self._words[place] = bits
+        self._words[place + 1] = bits ^ _mark(turn)
+
+    def take(self, turn: int) -> list[float]:
+        """The ``turn``-th number of every stage; waits for those that are missing.
+
+        Raises:
+            StageFailure: a stage has ended without it, or did not write it within the time-out.
+        """
+        found = [self._read(j, turn) for j in range(self.depth)]
+        return [self._wait(j, turn) if number is None else number for j, number in enumerate(found)]
+
+    def close(self) -> None:
+        """Write nothing more, and say so; who waits for this stage stops."""
+        self._words[self._closed(self.k)] = 1
+        self._words.release()
+        self._page.close()
+        for fd in self._processes.values():
+            os.close(fd)
+
+    def _place(self, j: int, turn: int) -> int:
+        return 2 * (j * self._turns + turn % self._turns)
+
+    def _closed(self, j: int) -> int:
+        return 2 * self.depth * self._turns + j
+
+    def _ended(self, j: int) -> bool:
+        if self._words[self._closed(j)] or j not in self._processes:
+            return bool(self._words[self._closed(j)])
+        ends = select.poll()
+        ends.register(self._processes[j], select.POLLIN)  # what a process's descriptor has to read is that it has ended
+        return bool(ends.poll(0))
+
+    def _read(self, j: int, turn: int) -> float | None:
+        place = self._place(j, turn)
+        bits, sealed = self._words[place], self._words[place + 1]
+        if bits ^ sealed != _mark(turn):
+            return None
+        (number,) = struct.unpack("d", struct.pack("Q", bits))
+        return float(number)
+
+    def _wait(self, j: int, turn: int) -> float:
+        began = looked = time.monotonic()
+        ended = False
+        self.waiting(j)
+        try:
+            while (number := self._read(j, turn)) is None:
+                now = time.monotonic()
+                if ended:
+                    raise StageFailure(f"stage {j} ended and did not tell the norm of its gradients")
+                if now - began > self.timeout:
+                    raise StageFailure(f"stage {j} did not tell the norm of its gradients within {self.timeout:g} s")
+                if now - looked > _LOOK:
+                    looked, ended = now, self._ended(j)  # it may have written before: read once more
+                time.sleep(min(max((now - began) / 8, 2e-5), 1e-3))  # late by an eighth at most
+        finally:
+            self.waiting(None)
+        return number
+
+
+def _turns(depth: int) -> int:
+    """Numbers of a stage that are kept: no stage is more than ``2 depth + 2`` updates ahead of what another still needs."""
+    return 4 * (depth + 1)
+
+
+def _mark(turn: int) -> int:
+    return (turn + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
+
+
+def shared_board(ties: Ties, wanted: bool, waiting: Waiting) -> SharedBoard | None:
+    """The board of the processes of ``ties``, one per stage; None in all of them where one is on another machine or does not want it.
+
+    The first makes the memory, under a name that nobody can guess and that lies in no folder. The others find it in what the system
+    shows of the first one's open files, and so know that they are on the same machine.
+
+    Raises:
+        StageFailure: a process did not come within the time-out.
+    """
+    k, depth, size = ties.index, len(ties.ranks), SharedBoard.size(len(ties.ranks))
+    made = _make(size) if wanted and k == 0 else None
+    page, processes = None, dict[int, int]()
+    try:
+        told = [text.split() for text in ties.tell("board", f"{os.getpid()} {made or '- -'}", "to share memory")]
+        if wanted:
+            page = _find(told[0], size)
+            processes = _processes({j: int(pid) for j, (pid, *_) in enumerate(told) if j != k})
+        ready = page is not None and len(processes) == depth - 1
+        agreed = set(ties.tell("board/found", "yes" if ready else "no", "to share memory")) == {"yes"}
+    finally:
+        if made is not None:
+            os.close(int(made.split()[0]))
+    if agreed and page is not None:
+        return SharedBoard(page, k, depth, ties.timeout.total_seconds(), waiting, processes)
+    for fd in processes.values():
+        os.close(fd)
+    return None
+
+
+def _make(size: int) -> str | None:
+    """Make the memory; its descriptor and its name, None where that cannot be done."""
+    if sys.platform == "linux":
+        with suppress(OSError):
+            name = f"pipeoptim-board-{secrets.token_hex(16)}"
+            fd = os.memfd_create(name)
+            os.ftruncate(fd, size)
+            return f"{fd} {name}"
+    return None
+
+
+def _find(told: Sequence[str], size: int) -> mmap.mmap | None:
+    """That memory, in this process; None where no process that it sees is the one that told this and has it."""
+    pid, fd, name = told
+    path = f"/proc/{pid}/fd/{fd}"
+    with suppress(OSError):
+        if os.readlink(path) == f"/memfd:{name} (deleted)":
+            found = os.open(path, os.O_RDWR)
+            try:
+                return mmap.mmap(found, size)
+            finally:
+                os.close(found)
+    return None
+
+
+def _processes(pids: Mapping[int, int]) -> dict[int, int]:
+    """Their descriptors, of as many as can be had."""
+    found = {}
+    if sys.platform == "linux":
+        for j, pid in pids.items():
+            with suppress(OSError):
+                found[j] = os.pidfd_open(pid)
+    return found
