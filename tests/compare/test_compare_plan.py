@@ -11,12 +11,12 @@ import compare_cases
 from pipeoptim.compare.folder import Folder
 from pipeoptim.compare.plan import make_plan
 from pipeoptim.compare.settings import Settings, check_continues
-from pipeoptim.compare.shorten import shortened
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS, get_method
 from pipeoptim.train.parts import build_parts
 from pipeoptim.train.pipes import emulator
+from pipeoptim.train.shorten import shortened
 
 BASE = compare_cases.recipe()
 

@@ -39,7 +39,6 @@ CASES = {
     "lr no number": ([*TINY, "--lr", "fast"], ["--lr", "fast"]),
     "no steps": ([*TINY, "--steps", "0"], ["steps is 0"]),
     "negative steps": ([*TINY, "--steps", "-5"], ["steps is -5"]),
-    "warm-up longer than the run": ([*TINY, "--steps", "2"], ["warmup is 4", "at most 2", "set steps to 4 or more"]),
     "no batch": ([*TINY, "--batch-size", "0"], ["batch_size is 0"]),
     "batch above validation set": ([*TINY, "--batch-size", "128"], ["batch_size 128", "lower batch_size"]),
     "negative seed": ([*TINY, "--seed", "-1"], ["seed is -1"]),

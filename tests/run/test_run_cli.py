@@ -64,6 +64,18 @@ def test_options_reach_the_configuration(
     assert result.to_json() == (tmp_path / "there/mine/result.json").read_text()
 
 
+def test_a_run_shorter_than_the_recipes_warm_up_has_a_shorter_one_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for steps, warmup, told in ((3, 0, True), (12, 3, True), (16, 4, False)):
+        assert _run(["train", "--recipe", "tiny:recipe", "--steps", str(steps), "--name", f"n{steps}"]) == 0
+        config = TrainConfig.from_json((tmp_path / f"runs/n{steps}/config.json").read_text())
+        assert (config.steps, config.lr_schedule.options["warmup"]) == (steps, warmup)
+        line = f"warm-up: {warmup} updates, a quarter of the {steps} steps, in place of the recipe's 4\n"
+        assert (line in capsys.readouterr().out) == told
+
+
 def test_resume_refuses_other_options(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -101,6 +101,7 @@ def test_schedules() -> None:
     [
         (Component("cosin"), "did you mean 'cosine'"),
         (Component("cosine", {"warmup": -1}), "warmup is -1"),
+        (Component("cosine", {"warmup": 11}), "warmup is 11 .* at most 10, .* set steps to 11 or more"),
         (Component("cosine", {"final": 2}), "final is 2"),
         (Component("step", {"every": 0}), "every is 0"),
         (Component("step"), "cannot be made"),

@@ -106,11 +106,11 @@ def compare(
 
 def _config(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float | None, tiny: bool) -> TrainConfig:
     """The recipe's configuration with what was given; one thread per run, as many validations as a curve needs."""
-    from pipeoptim.compare.shorten import shortened
     from pipeoptim.train.checks import check
     from pipeoptim.train.optimizers import switch
     from pipeoptim.train.parts import with_steps
     from pipeoptim.train.recipes import get_recipe
+    from pipeoptim.train.shorten import shortened
 
     config = replace(get_recipe(recipe, tiny), threads=1, **given)
     check(config)

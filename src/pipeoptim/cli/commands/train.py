@@ -73,7 +73,13 @@ def train(
         ),
     ] = None,
     lr: Annotated[float | None, Option(help="Learning rate.")] = None,
-    steps: Annotated[int | None, Option(help="Mini-batches to train on. With --resume: train a finished run further.")] = None,
+    steps: Annotated[
+        int | None,
+        Option(
+            help="Mini-batches to train on; the recipe's warm-up takes a quarter of them at most. With --resume: train a finished run "
+            "further."
+        ),
+    ] = None,
     seed: Annotated[int | None, Option(help="Of the initial weights, the data order and dropout.")] = None,
     prediction: Annotated[str | None, Option(help="Weight prediction: refined, paper, decayed or displacement.")] = None,
     engine: Annotated[
@@ -150,6 +156,7 @@ def train(
     from pipeoptim.train import recut, run
     from pipeoptim.train.recipes import full_name, get_recipe
     from pipeoptim.train.rundir import RunDir
+    from pipeoptim.train.shorten import shortened, warmup_note
 
     keep_freed()
     options = {
@@ -181,6 +188,7 @@ def train(
     }
     given = {key: value for key, value in options.items() if value is not None}
     wanted = DEFAULT_RECIPE if recipe is None else recipe
+    note = ""
     if resume:
         if group:
             raise ConfigError("--group belongs to a new run, and --resume takes the run's own groups; leave --group out")
@@ -191,9 +199,11 @@ def train(
             directory = recut(directory, config)
     else:
         config = _new(get_recipe(wanted, tiny), given, optimizer, lr, group)
+        if steps is not None:
+            config, note = shortened(config), warmup_note(config)
         directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
     result = run(config, directory.path, resume=resume, progress=not quiet)
-    _report(result, config, directory, quiet)
+    _report(result, config, directory, quiet, note)
 
 
 def _new(
@@ -241,7 +251,7 @@ def _checked(name: str) -> str:
     return name
 
 
-def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool) -> None:
+def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, note: str) -> None:
     import typer
 
     from pipeoptim.telemetry.summary import print_summary
@@ -251,6 +261,8 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool) ->
     if not quiet and reports(config):
         how = f"{config.method}, {layout_of(config).describe()}, engine {config.engine}"
         print_summary(result, directory.read_config().steps, how)
+        if note:
+            print(note)
     if result.status == "stopped":
         if reports(config):
             print(f"stopped at step {result.step}; resume with: {directory.resume_command()}")

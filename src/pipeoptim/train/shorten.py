@@ -24,3 +24,11 @@ def shortened(config: TrainConfig) -> TrainConfig:
     if not isinstance(warmup, int) or warmup * PART <= config.steps:
         return config
     return replace(config, lr_schedule=config.lr_schedule.with_options(warmup=max(0, config.steps // PART)))
+
+
+def warmup_note(config: TrainConfig) -> str:
+    """What to tell about :func:`shortened`; empty where that changes nothing."""
+    was, now = (c.lr_schedule.options.get("warmup") for c in (config, shortened(config)))
+    return (
+        "" if was == now else f"warm-up: {now} updates, a quarter of the {config.steps} steps, in place of the recipe's {was}"
+    )
