@@ -64,6 +64,8 @@ def modules():
 
 @pytest.mark.parametrize("name", sorted(modules()))
 def test_docstrings_are_there_and_their_examples_run(name):
+    if name.endswith(".triton_source"):
+        pytest.importorskip("triton")
     module = importlib.import_module(name)
     assert module.__doc__, f"{name} does not say why it exists"
     result = doctest.testmod(module)

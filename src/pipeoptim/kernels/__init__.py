@@ -4,6 +4,8 @@ They are compiled once per machine, at first use, by the C compiler that is foun
 `ctypes`: plain C on addresses, so no header of torch and no version of its binary interface matters. Where there is no
 compiler everything still works, slower, and says so once. Nothing here knows of rules or engines.
 
+On GPUs the prediction alone has a kernel, written in Triton (`triton_move`, `triton_source`), which comes with torch's builds for them.
+
 Set ``PIPEOPTIM_KERNELS=0`` to do without, ``PIPEOPTIM_CACHE`` to choose where compiled libraries are kept.
 """
 

@@ -29,19 +29,29 @@ def library() -> ctypes.CDLL:
     return loaded
 
 
+def switched_off() -> bool:
+    """Whether the user wants no kernels of this library."""
+    return os.environ.get("PIPEOPTIM_KERNELS", "").lower() in ("0", "off", "no", "false")
+
+
+def tell_without(what: str, why: object, remedy: str) -> None:
+    """Warn that it goes on without some kernel; one process tells it for all on this machine."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        warnings.warn(
+            f"pipeoptim goes on without its {what}, and predictions take several passes over memory instead of one, "
+            f"because {why}; {remedy}, or set PIPEOPTIM_KERNELS=0 to not be told",
+            stacklevel=3,
+        )
+
+
 @cache
 def _load() -> tuple[ctypes.CDLL | None, str]:
-    if os.environ.get("PIPEOPTIM_KERNELS", "").lower() in ("0", "off", "no", "false"):
+    if switched_off():
         return None, "switched off by PIPEOPTIM_KERNELS"
     try:
         return _loaded(library_path()), ""
     except BuildError as error:
-        if os.environ.get("LOCAL_RANK", "0") == "0":  # one process tells it for all on this machine
-            warnings.warn(
-                "pipeoptim goes on without its C kernels, and predictions take several passes over memory instead of one, "
-                f"because {error}; {error.remedy}, or set PIPEOPTIM_KERNELS=0 to not be told",
-                stacklevel=2,
-            )
+        tell_without("C kernels", error, error.remedy)
         return None, str(error)
 
 

@@ -1,4 +1,4 @@
-"""Which tensors a kernel can take: float32 on the CPU, and several of them in the same order in memory."""
+"""Which tensors a kernel can take: of a type and on a device that it knows, and several of them in the same order in memory."""
 
 from __future__ import annotations
 
@@ -25,6 +25,20 @@ def flat(tensors: Sequence[Tensor]) -> bool:
         if t.shape != shape or t.is_neg():
             return False
         same = same and t.stride() == stride
+    return _walked(tensors, same)
+
+
+def in_step(tensors: Sequence[Tensor]) -> bool:
+    """As `flat`, for any types and devices."""
+    first = tensors[0]
+    shape, stride = first.shape, first.stride()
+    plain = all(type(t) in _PLAIN and t.layout is torch.strided and not t.is_neg() and t.shape == shape for t in tensors)
+    return plain and _walked(tensors, all(t.stride() == stride for t in tensors))
+
+
+def _walked(tensors: Sequence[Tensor], same: bool) -> bool:
+    """Whether one index goes over all of them; `same`: they have the same strides."""
+    first = tensors[0]
     return (same and (first.is_contiguous() or _dense(first))) or all(t.is_contiguous() for t in tensors)
 
 

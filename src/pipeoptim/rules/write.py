@@ -1,9 +1,10 @@
-"""The interpreters of a `Move`: four ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
+"""The interpreters of a `Move`: five ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
 
 `write_plain` is the formula as torch writes it, with temporaries: the reference. `write_by_kernel` is the
 whole formula in one pass over memory, in C, for float32 on a CPU. `write_in_place` serves the rest of what
-lies on a CPU; it uses `out` as its only scratch space. `write_foreach` launches one kernel per operation for
-many parameters (launches are what matters for small tensors on a GPU); it needs one temporary per block.
+lies on a CPU; it uses `out` as its only scratch space. `write_by_triton` is the one pass on a GPU, of all parameters in one
+launch, also into a buffer of another type. `write_foreach` serves what is left there and GPUs without Triton: one kernel per
+operation for many parameters, with one temporary per block.
 """
 
 from __future__ import annotations
@@ -14,15 +15,18 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from pipeoptim.kernels import calls
+from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.memory import flat
 from pipeoptim.rules.move import Move, Scalar, Term
 
-Mode = Literal["auto", "plain", "in_place", "foreach", "kernel"]
+Mode = Literal["auto", "plain", "in_place", "foreach", "kernel", "triton"]
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements per foreach block: bounds the temporaries (64 MiB of float32), far above what hides a launch."""
+
+TRITON_ELEMENTS = 1 << 26
+"""Elements per launch of the Triton kernel: bounds what rules compute for it (256 MiB of float32), and far above what fills a GPU."""
 
 
 def write_plain(weight: Tensor, move: Move, out: Tensor) -> None:
@@ -102,12 +106,19 @@ def write_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) 
 
 def write_by_kernel(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
     """Many parameters, each in one pass. All tensors are `flat` with their weight, all scalars numbers."""
-    calls.run_moves(
-        [
-            calls.Move(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
-            for weight, move, out in zip(weights, moves, outs, strict=True)
-        ]
-    )
+    calls.run_moves(_jobs(weights, moves, outs))
+
+
+def write_by_triton(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> bool:
+    """Many parameters on a GPU, each in one pass, in one launch for each form of move; False if that cannot be after all."""
+    return triton_move.run_moves(_jobs(weights, moves, outs))
+
+
+def _jobs(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> list[calls.Move]:
+    return [
+        calls.Move(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
+        for weight, move, out in zip(weights, moves, outs, strict=True)
+    ]
 
 
 def _for_kernel(term: Term) -> calls.Term:
@@ -131,8 +142,8 @@ class Writer:
             write: Callable[[Tensor, Move, Tensor], None] = write_plain if mode == "plain" else write_in_place
             write(weight, move, out)
             return
-        signature = ("kernel",) if mode == "kernel" else _signature(weight, move)
-        if signature != self._signature or self._elements >= BLOCK_ELEMENTS:
+        signature = (mode,) if mode in ("kernel", "triton") else _signature(weight, move)
+        if signature != self._signature or self._elements >= (TRITON_ELEMENTS if mode == "triton" else BLOCK_ELEMENTS):
             self.flush()
             self._signature = signature
         self._block.append((weight, move, out))
@@ -140,25 +151,40 @@ class Writer:
 
     def flush(self) -> None:
         """Write what is still collected."""
-        if self._block:
-            weights, moves, outs = (list(column) for column in zip(*self._block, strict=True))
-            write = write_by_kernel if self._signature == ("kernel",) else write_foreach
-            write(weights, moves, outs)
+        block, signature = self._block, self._signature
         self._block, self._elements, self._signature = [], 0, None
+        if not block:
+            return
+        weights, moves, outs = (list(column) for column in zip(*block, strict=True))
+        if signature == ("kernel",):
+            write_by_kernel(weights, moves, outs)
+        elif signature != ("triton",):
+            write_foreach(weights, moves, outs)
+        elif not write_by_triton(weights, moves, outs):
+            for one in block:  # another way, now that Triton is known not to work
+                self.put(*one)
+            self.flush()
 
 
 def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> Mode:
     if wanted in ("auto", "kernel") and _kernel_can(weight, move, out):
         return "kernel"
+    if wanted in ("auto", "triton") and _triton_can(weight, move, out, wanted):
+        return "triton"
     if wanted == "plain" or not _alike(weight, move, out):
         return "plain"
-    if wanted in ("auto", "kernel"):
+    if wanted in ("auto", "kernel", "triton"):
         wanted = "in_place" if weight.device.type == "cpu" else "foreach"
     return "in_place" if wanted == "foreach" and not _all_numbers(move) else wanted
 
 
 def _kernel_can(weight: Tensor, move: Move, out: Tensor) -> bool:
     return flat([weight, out, *_operands(move)]) and _all_numbers(move) and available()
+
+
+def _triton_can(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> bool:
+    maybe = weight.is_cuda or wanted == "triton"  # on a CPU Triton only interprets, for tests
+    return maybe and _all_numbers(move) and triton_move.can(weight, out, _operands(move))
 
 
 def _operands(move: Move) -> list[Tensor]:

@@ -1,0 +1,169 @@
+"""Predictions on a GPU by the kernel of `triton_source`: its tables, its launches, and whether it is there at all.
+
+Triton comes with torch's builds for GPUs; nothing here needs it before a tensor on a GPU is to be predicted. The addresses of
+weights, states and buffers are the same mini-batch after mini-batch, so the tables of them stay on the device; only the numbers
+of the formula are sent each time, from pinned memory without waiting.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from functools import cache, lru_cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeoptim.kernels.calls import Move
+from pipeoptim.kernels.library import switched_off, tell_without
+from pipeoptim.kernels.memory import in_step
+
+BLOCK = 1024
+"""Elements per program: 8 per thread, two vectors of float32 from each stream; not tuned on a GPU."""
+
+OPTIONS = {"num_warps": 4, "enable_fp_fusion": False}
+"""Of the compiler: 128 threads per program; sums are rounded as torch rounds them."""
+
+TYPES = (torch.float32, torch.bfloat16, torch.float16)
+WIDEST = 16
+"""Bytes of the widest load; a parameter at an address that is no multiple of it is read element by element."""
+
+_failed: list[str] = []
+
+
+class Form(NamedTuple):
+    """What parameters of one launch have in common: the constants that the kernel is compiled for, and the device."""
+
+    device: torch.device
+    types: tuple[torch.dtype, torch.dtype, torch.dtype]
+    terms: int
+    shared: bool
+    roots: int
+    align: int
+
+
+def can(weight: Tensor, out: Tensor, operands: Sequence[Tensor]) -> bool:
+    """Whether the kernel can take this parameter: on a GPU, in types that it knows, everything in the same order in memory."""
+    if not (weight.is_cuda or (weight.is_cpu and interpreted())):
+        return False
+    kinds = {t.dtype for t in operands}
+    return (
+        len(kinds) <= 1
+        and {weight.dtype, out.dtype, *kinds} <= set(TYPES)
+        and all(t.device == weight.device for t in (out, *operands))
+        and in_step([weight, out, *operands])
+        and available()
+        and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())  # a graph would read tables that are gone
+    )
+
+
+def available() -> bool:
+    """Whether there is a Triton that works, as far as is known; the first call imports it."""
+    return not _failed and _kernel() is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton interprets kernels instead of compiling them (``TRITON_INTERPRET=1``), which it can do on a CPU."""
+    return type(_kernel()).__name__ == "InterpretedFunction"
+
+
+@cache
+def _kernel() -> Any:
+    if switched_off():
+        return None
+    try:
+        from pipeoptim.kernels import triton_source
+    except Exception as error:  # not installed, or one that cannot be loaded here
+        _give_up(error)
+        return None
+    return triton_source.move
+
+
+def _give_up(error: Exception) -> None:
+    if not _failed:
+        _failed.append(f"{type(error).__name__}: {(str(error).strip().splitlines() or ['no reason given'])[0]}")
+        tell_without("Triton kernel", _failed[0], "install the triton that this torch names, and a C compiler")
+
+
+def run_moves(jobs: Sequence[Move]) -> bool:
+    """Write all predictions: one launch for all parameters of one form. Every job must be one that the kernel `can` take.
+
+    False, and what was written worth nothing, if Triton cannot compile it; it is `available` no more then.
+    """
+    forms: dict[Form, tuple[list[Move], list[int]]] = {}
+    for job in jobs:
+        form, row = _form(job)
+        own, places = forms.setdefault(form, ([], []))
+        own.append(job)
+        places += row
+    return all(_launch(form, own, places) for form, (own, places) in forms.items())
+
+
+def _form(job: Move) -> tuple[Form, list[int]]:
+    """The form, and the row of the table of places: size, addresses of w, out, and value and root of each operand."""
+    w, out, terms, _ = job
+    shared = len(terms) > 1 and all(t.value is terms[0].value and t.root is terms[0].root for t in terms)
+    row, roots, bits = [w.numel(), w.data_ptr(), out.data_ptr()], 0, w.data_ptr() | out.data_ptr()
+    for n, (value, _, root, _, _) in enumerate(terms[:1] if shared else terms):
+        at, root_at = value.data_ptr(), 0 if root is None else root.data_ptr()
+        row += (at, root_at)
+        bits |= at | root_at
+        roots |= (root is not None) << n
+    types = (w.dtype, terms[0].value.dtype if terms else w.dtype, out.dtype)
+    return Form(w.device, types, len(terms), shared, roots, 1 if bits % WIDEST else WIDEST), row
+
+
+def _launch(form: Form, jobs: Sequence[Move], places: Sequence[int]) -> bool:
+    with torch.cuda.device(form.device) if form.device.type == "cuda" else nullcontext():
+        return _launch_here(form, jobs, places)
+
+
+def _launch_here(form: Form, jobs: Sequence[Move], places: Sequence[int]) -> bool:
+    where = (form.device, torch.cuda.current_stream().cuda_stream if form.device.type == "cuda" else 0)
+    blocks = _blocks(tuple(job.w.numel() for job in jobs), BLOCK, *where)
+    if not len(blocks):
+        return True
+    table = _places(tuple(places), *where)
+    numbers = [number for job in jobs for number in (job.lose, *(x for t in job.terms for x in (t.scale, t.inverse, t.eps)))]
+    sent = _on(form.device, torch.tensor(numbers, dtype=torch.float32))
+    try:
+        _kernel()[(len(blocks),)](table, sent, blocks, form.terms, **constants(form), **OPTIONS)
+    except torch.AcceleratorError:  # the device's own trouble, which would be no smaller another way
+        raise
+    except Exception as error:  # of the compiler, which has many kinds
+        _give_up(error)
+        return False
+    return True
+
+
+def constants(form: Form) -> dict[str, Any]:
+    """What the kernel is compiled for."""
+    import triton.language as tl
+
+    names = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+    types = {key: names[dtype] for key, dtype in zip(("WEIGHT", "OPERAND", "OUT"), form.types, strict=True)}
+    own = 1 if form.shared else form.terms
+    return {"SHARED": form.shared, "OWN": own, "ROOTS": form.roots, "ALIGN": form.align, "BLOCK": BLOCK, **types}
+
+
+# Tables are functions of their arguments alone, so a kept one is never out of date. `stream` is among them since a table may be read,
+# and its memory used again, only in the order of the stream that it was sent on.
+
+
+@lru_cache(maxsize=256)
+def _places(numbers: tuple[int, ...], device: torch.device, stream: int) -> Tensor:  # noqa: ARG001
+    return _on(device, torch.tensor(numbers, dtype=torch.int64))
+
+
+@lru_cache(maxsize=64)
+def _blocks(sizes: tuple[int, ...], block: int, device: torch.device, stream: int) -> Tensor:  # noqa: ARG001
+    """(parameter, which of its blocks) of every program."""
+    counts = (torch.tensor(sizes) + block - 1) // block
+    owner = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    first = torch.repeat_interleave(counts.cumsum(0) - counts, counts)
+    return _on(device, torch.stack([owner, torch.arange(len(owner)) - first], dim=1).to(torch.int32))
+
+
+def _on(device: torch.device, table: Tensor) -> Tensor:
+    return table if device.type == "cpu" else table.pin_memory().to(device, non_blocking=True)
