@@ -23,10 +23,10 @@ def pieces(depth):
     return [nn.Sequential(*blocks[k * per : (k + 1) * per]) for k in range(depth)]
 
 
-def batches():
+def batches(device="cpu"):
     g = torch.Generator().manual_seed(1)
     for _ in range(UPDATES):
-        yield torch.randn(BATCH, 1, 4, 4, generator=g), torch.randint(5, (BATCH,), generator=g)
+        yield torch.randn(BATCH, 1, 4, 4, generator=g).to(device), torch.randint(5, (BATCH,), generator=g).to(device)
 
 
 def optimizer(name, params):

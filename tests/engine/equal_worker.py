@@ -9,20 +9,28 @@ from torch.distributed.pipelining import PipelineStage
 
 import case
 import pipeoptim as po
+from late_streams import LateStreams
+from pipeoptim.engine import distributed
 
 out, methods, cases = sys.argv[1], sys.argv[2].split(","), [tuple(c.split(":")) for c in sys.argv[3].split(",")]
+device = torch.device(sys.argv[4])
 torch.set_num_threads(1)
+torch.backends.cudnn.deterministic = True
 k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
+late = LateStreams(k, *sys.argv[6:]) if "late" in sys.argv[5:] else None  # as on a device, but for the device
 for method in methods:
+    if late is not None:
+        own = None if method == "1f1b" and k > 0 else late  # there a stage on a CPU beside one on a device
+        distributed.side_streams = lambda device, own=own: own
     for m, name in cases:
         if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
             continue
-        module = case.pieces(depth)[k]
+        module = case.pieces(depth)[k].to(device)
         opt = case.optimizer(name, module.parameters())
         torch.manual_seed(3)
         torch.rand(k)  # the user's own random numbers must not matter
-        stage = PipelineStage(module, k, depth, torch.device("cpu"))
+        stage = PipelineStage(module, k, depth, device)
         transport = "auto" if name == "adamw" else "group"
         pipe = po.Schedule(
             stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), transport=transport, timeout=60
@@ -30,7 +38,7 @@ for method in methods:
         links = [pipe._from_previous, pipe._from_next, pipe._to_next, pipe._to_previous]
         assert all((link.channel is None) == (transport == "group") for link in links if link is not None)
         losses = []
-        for n, (x, y) in enumerate(case.batches()):
+        for n, (x, y) in enumerate(case.batches(device)):
             losses.append(pipe.step(*([x] if k == 0 else []), target=y if k == depth - 1 else None))
             if n == 20:
                 pipe.drain()
@@ -41,4 +49,6 @@ for method in methods:
         pipe.close()
         state = pipe.stage_state_dict(k)
         torch.save({"state": state, "losses": losses, "version": pipe.version(k)}, f"{out}/{method}-{m}-{name}-{k}.pt")
+if late is not None:
+    late.check()
 dist.destroy_process_group()

@@ -16,12 +16,12 @@ import stage_processes
 HERE = Path(__file__).parent
 
 
-def emulate(depth, method, m, name):
-    modules = case.pieces(depth)
+def emulate(depth, method, m, name, device):
+    modules = [module.to(device) for module in case.pieces(depth)]
     opts = [case.optimizer(name, module.parameters()) for module in modules]
     pipe = po.Emulator(modules, opts, case.loss_fn, method, m, schedulers=[case.scheduler(o) for o in opts], seed=3)
     losses = []
-    for n, (x, y) in enumerate(case.batches()):
+    for n, (x, y) in enumerate(case.batches(device)):
         losses.append(pipe.step(x, target=y))
         if n == 20:
             pipe.drain()
@@ -31,18 +31,19 @@ def emulate(depth, method, m, name):
     return pipe, losses
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
-    methods = [*sorted(po.METHODS), "pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)"]
+def check_equal(folder, depth, methods, device="cpu", *late):
+    """Run one process per stage; fails where one differs from the emulator by a bit."""
+    torch.backends.cudnn.deterministic = True
     cases = [("1", "adamw"), ("4", "sgd")]
-    stage_processes.run(HERE / "equal_worker.py", depth, str(tmp_path), ",".join(methods), ",".join(":".join(c) for c in cases))
+    texts = ",".join(methods), ",".join(":".join(c) for c in cases)
+    stage_processes.run(HERE / "equal_worker.py", depth, str(folder), *texts, device, *late)
     for method in methods:
         for m, name in cases:
             if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
                 continue
-            pipe, losses = emulate(depth, method, int(m), name)
+            pipe, losses = emulate(depth, method, int(m), name, device)
             for k in range(depth):
-                theirs = torch.load(tmp_path / f"{method}-{m}-{name}-{k}.pt", weights_only=True)
+                theirs = torch.load(folder / f"{method}-{m}-{name}-{k}.pt", weights_only=True)
                 assert theirs["version"] == pipe.version(k) == case.UPDATES
                 ours = tree_leaves(pipe.stage_state_dict(k))
                 for a, b in zip(ours, tree_leaves(theirs["state"]), strict=True):
@@ -50,6 +51,20 @@ def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
                     assert same, f"{method}, M={m}, {name}: stage {k} differs"
                 if k == depth - 1:
                     assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"]))
+
+
+@pytest.mark.parametrize("depth", [2, 4])
+def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
+    check_equal(tmp_path, depth, [*sorted(po.METHODS), "pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)"])
+
+
+def test_so_they_do_when_messages_are_copied_to_and_from_a_device_late(tmp_path):
+    check_equal(tmp_path, 2, ["1f1b", "pipedream", "pipeoptim"], "cpu", "late")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_processes_on_one_gpu_equal_the_emulator_on_it(tmp_path):
+    check_equal(tmp_path, 2, ["1f1b", "pipedream", "pipeoptim"], "cuda:0")
 
 
 @pytest.mark.parametrize(("victim", "transport"), [(0, "auto"), (1, "auto"), (2, "auto"), (1, "group")])

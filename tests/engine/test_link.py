@@ -3,14 +3,19 @@
 import random
 import socket
 from collections import deque
+from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
+from late_streams import WAITS, LateStreams, until
 from pipeoptim.engine import link
 from pipeoptim.engine.local import SMALL, Channel
 from pipeoptim.engine.near import NearReceiver, NearSender
+from pipeoptim.engine.staging import StagedReceiver, StagedSender
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 
@@ -43,6 +48,7 @@ class LateGroup:
 
     def recv(self, tensors, place, tag):
         def arrive():
+            until(lambda: self.sent, "a message was sent")  # by the thread of a staged sender
             work, copy = self.sent.popleft()
             work.wait(timedelta(seconds=1))
             assert copy[0].numel() == tensors[0].numel(), "the receiver posted another size than was sent"
@@ -51,22 +57,38 @@ class LateGroup:
         return LateWork(arrive)
 
 
-@pytest.fixture(params=["group", "channel"])
-def neighbours(request, monkeypatch):
-    """Sender and receiver of one stage, and those of the next."""
-    monkeypatch.setattr(link.dist, "get_group_rank", lambda group, rank: rank)
-    rest = 1, 1, torch.device("cpu"), 1.0, lambda peer: None
-    there, back = (
-        [LateGroup()] * 2 if request.param == "group" else [Channel(end) for end in socket.socketpair()] for _ in range(2)
-    )
-    sender, receiver = (link.Sender, link.Receiver) if request.param == "group" else (NearSender, NearReceiver)
-    first = sender(there[0], *rest), receiver(back[1], *rest, ahead=True)
-    second = sender(back[0], *rest), receiver(there[1], *rest, ahead=True)
+@contextmanager
+def connected(kind, carrier, seed=0, forgotten=None):
+    """Sender and receiver of one stage, and those of the next; the side streams of both, where they are staged."""
+    rest = 1, 1, torch.device("cpu"), 10.0, lambda peer: None
+    there, back = ([LateGroup()] * 2 if carrier == "group" else [Channel(end) for end in socket.socketpair()] for _ in range(2))
+    streams = [LateStreams(seed, forgotten), LateStreams(seed + 1, forgotten)] if kind == "staged" else []
+    if kind == "staged":
+        classes = [(partial(StagedSender, own), partial(StagedReceiver, own)) for own in streams]
+    else:
+        classes = [(link.Sender, link.Receiver) if carrier == "group" else (NearSender, NearReceiver)] * 2
+    first = classes[0][0](there[0], *rest), classes[0][1](back[1], *rest, ahead=True)
+    second = classes[1][0](back[0], *rest), classes[1][1](there[1], *rest, ahead=True)
     link.pair(*first)
     link.pair(*second)
-    yield first, second
-    for end in (*first, *second):
-        end.close()
+    try:
+        yield first, second, streams
+    finally:
+        for end in (*first, *second):
+            end.close()
+
+
+@pytest.fixture(autouse=True)
+def ranks_are_places(monkeypatch):
+    monkeypatch.setattr(link.dist, "get_group_rank", lambda group, rank: rank)
+
+
+@pytest.fixture(params=["plain group", "plain channel", "staged group", "staged channel"])
+def neighbours(request):
+    with connected(*request.param.split()) as (first, second, streams):
+        yield first, second
+        for own in streams:
+            own.check()
 
 
 @pytest.fixture
@@ -94,25 +116,84 @@ def trees(generator: random.Random, count: int):
 
 
 def tensors_of(tree):
-    return [leaf for leaf in torch.utils._pytree.tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
+    return [leaf for leaf in tree_leaves(tree) if isinstance(leaf, torch.Tensor)]
 
 
 @pytest.mark.parametrize("seed", range(4))
 def test_every_message_arrives_as_it_was_however_late_it_is_taken(ends, seed):
     sender, receiver = ends
+    exchange(sender, receiver, seed)
+
+
+def exchange(sender, receiver, seed):
+    """Messages in changing formats, taken late; raises AssertionError where one is not what was sent."""
     generator = random.Random(seed)
     waiting = deque()
     for n, tree in enumerate(trees(generator, 120)):
         sender.send(tree, flags=n, loss_scale=n / 2, part=(n, 120))
-        waiting.append((n, tree))
+        waiting.append((n, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)))
+        for tensor in tensors_of(tree):
+            tensor.zero_()  # as the next forward may
         while waiting and (len(waiting) > 5 or generator.random() < 0.5):
             number, expected = waiting.popleft()
             got = receiver.take()
             assert (receiver.flags, receiver.loss_scale, receiver.part) == (number, number / 2, (number, 120))
-            assert torch.utils._pytree.tree_structure(got) == torch.utils._pytree.tree_structure(expected)
+            assert tree_structure(got) == tree_structure(expected)
             for a, b in zip(tensors_of(got), tensors_of(expected), strict=True):
                 assert a.shape == b.shape and torch.equal(a, b)
     sender.flush()
+
+
+@pytest.mark.parametrize("carrier", ["group", "channel"])
+@pytest.mark.parametrize("wait", [None, *WAITS])
+def test_each_wait_of_a_staged_link_is_needed(wait, carrier):
+    with connected("staged", carrier, 3, forgotten=wait) as ((sender, _), (_, receiver), streams):
+        try:
+            exchange(sender, receiver, 5)
+            streams[1].check()
+        except AssertionError:
+            assert wait is not None
+        else:
+            assert wait is None, f"all arrived as it was sent without waiting until it is {wait}"
+
+
+def test_what_is_handed_over_waits_for_the_device_no_more():
+    with connected("staged", "group") as ((sender, _), _, _):
+        for n in range(5):
+            sender.send(torch.full((3,), float(n)))
+        sender.hand_over()
+        assert len(sender.group.sent) == 6  # and the notice of a format
+
+
+@pytest.mark.parametrize("kind", ["plain", "staged"])
+def test_a_peer_that_has_gone_is_named_with_a_later_message(kind):
+    with connected(kind, "channel") as ((sender, _), (_, receiver), _):
+        sender.send(torch.zeros(3))
+        receiver.take()
+        receiver.close()
+        with pytest.raises(StageFailure, match="stage 1 died or closed its connection"):
+            send_several(sender)
+
+
+def test_a_device_that_fails_is_not_taken_for_a_peer_that_does():
+    with connected("staged", "channel") as ((sender, _), _, (own, _)):
+        own.copy_out = lambda *_: Failing()
+        with pytest.raises(PipeOptimError, match="the device failed before a message had been copied from it") as failed:
+            send_several(sender)
+        assert not isinstance(failed.value, StageFailure)
+
+
+def send_several(sender):
+    for _ in range(20):
+        sender.send(torch.zeros(3))
+        sender.hand_over()
+
+
+class Failing:
+    """An event."""
+
+    def synchronize(self):
+        raise RuntimeError("out of luck")
 
 
 def test_a_sender_keeps_what_the_peer_has_not_taken_and_no_more(neighbours):
@@ -125,7 +206,8 @@ def test_a_sender_keeps_what_the_peer_has_not_taken_and_no_more(neighbours):
             assert torch.equal(receiver.take(), torch.full((numbers,), float(n - 3)))
             to_previous.send([torch.full((7,), float(n))])
             assert torch.equal(from_next.take()[0], torch.full((7,), float(n)))
-            assert len(sender._pending) == 3
+            assert len(sender._pending) == 3 or isinstance(sender, StagedSender)  # which has copies of its own in the channel
+            assert len(sender._pending) <= 3
     assert len(memory) <= 5  # 4 in turn, and the first message, in a new format
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,7 @@ from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.reduction import ALONE, Reduction
 from pipeoptim.engine.replicas import ReplicaSet, read_replicas, same_start
 from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.staging import StagedReceiver, StagedSender, side_streams
 from pipeoptim.engine.sums import ReducedSums
 from pipeoptim.engine.terms import Terms, agree
 from pipeoptim.engine.tied import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
@@ -69,8 +71,11 @@ class Schedule(Pipeline):
         uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
         recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
         compress, tied: as in :class:`~pipeoptim.Emulator`; equal in all processes.
-        transport: "auto" moves messages between processes of one machine through shared memory, where they are on CPUs and their
-            group is one of gloo, and all others through the process group; "group" moves all through that. Norms for clipping alike.
+        transport: "auto" moves messages between processes of one machine through sockets and shared memory, where the group's backend
+            for CPUs is gloo and messages are in the host's memory, and all others through the process group; "group" moves all through
+            that. They are in the host's memory where stages are on CPUs, and where the group has no backend but gloo for the stage's
+            device: those of a GPU are then copied to pinned memory and from there, beside what it computes. A backend that takes
+            device memory, as NCCL does, gets it. Norms for clipping go through shared memory on one machine, or not, alike.
         timeout: seconds to wait for a neighbour's message before giving up.
         liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
             it. None switches the watch off.
@@ -258,6 +263,7 @@ class Schedule(Pipeline):
 
     def _finish(self) -> None:
         self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True)
+        self._hand_over()
 
     def _run(self, actions: list[Action], first: int, feeds: list[Feed], losses: list[Counted], settle: bool) -> None:
         for action in actions:
@@ -269,6 +275,12 @@ class Schedule(Pipeline):
                 self.worker.update()
         if settle:
             self.worker.settle()
+
+    def _hand_over(self) -> None:
+        """Nothing that this stage sent waits for its device any more: the program may end without :meth:`close`."""
+        for link in (self._to_next, self._to_previous):
+            if link is not None:
+                link.hand_over()
 
     def _forward(self, i: int, feed: Feed, losses: list[Counted]) -> None:
         args, part = feed.args, feed.part
@@ -364,29 +376,29 @@ class Schedule(Pipeline):
         """The links to the stages before and after; ``group(direction, boundary)`` is what they go through."""
         assert self.ranks is not None
         ranks, timeout = self.ranks, self.ties.timeout.total_seconds()
-        wanted = self._transport == "auto" and self.device.type == "cpu" and by_gloo()
+        streams = side_streams(self.device)
+        in_host = self.device.type == "cpu" or streams is not None  # what travels is in the host's memory
+        wanted = self._transport == "auto" and in_host and by_gloo()
         near = neighbours(self.ties.store, self.k, self.depth, wanted, self.ties.timeout)
 
-        def end(direction: int, boundary: int, peer: int) -> tuple[Any, ...]:
-            return (
-                near.get((direction, boundary)) or group(direction, boundary),
-                peer,
-                ranks[peer],
-                self.device,
-                timeout,
-                waiting,
-            )
+        def ends(there: int, back: int, boundary: int, peer: int) -> tuple[Sender, Receiver]:
+            """To and from ``peer``; the first two say in which direction messages go."""
+            sender: Callable[..., Sender] = Sender
+            receiver: Callable[..., Receiver] = Receiver
+            if streams is not None:
+                sender, receiver = partial(StagedSender, streams), partial(StagedReceiver, streams)
+            elif (0, boundary) in near:
+                sender, receiver = NearSender, NearReceiver
+            rest = peer, ranks[peer], self.device, timeout, waiting
+            carriers = [near.get((way, boundary)) or group(way, boundary) for way in (there, back)]
+            # a receive that is never matched would keep a GPU's stream busy
+            return sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
 
-        ahead = self.device.type == "cpu"  # a receive that is never matched would keep a GPU's stream busy
         k = self.k
         if k > 0:
-            sender, receiver = (NearSender, NearReceiver) if (0, k - 1) in near else (Sender, Receiver)
-            self._from_previous = receiver(*end(0, k - 1, k - 1), ahead=ahead)
-            self._to_previous = sender(*end(1, k - 1, k - 1))
+            self._to_previous, self._from_previous = ends(1, 0, k - 1, k - 1)
         if k < self.depth - 1:
-            sender, receiver = (NearSender, NearReceiver) if (0, k) in near else (Sender, Receiver)
-            self._to_next = sender(*end(0, k, k + 1))
-            self._from_next = receiver(*end(1, k, k + 1), ahead=ahead)
+            self._to_next, self._from_next = ends(0, 1, k, k + 1)
         for receives, sends in ((self._from_previous, self._to_previous), (self._from_next, self._to_next)):
             traced.links(row, receives, sends)
             pair(sends, receives)

@@ -140,9 +140,13 @@ def new_group(ranks: list[int], name: str, timeout: timedelta, backend: str | No
     return group  # type: ignore[no-any-return]
 
 
-def by_gloo() -> bool:
-    """Whether tensors on CPUs go through gloo, and not through something that may be slower or farther on purpose."""
-    return "gloo" in str(c10d._world.pg_map[c10d._get_default_group()][0]).lower()
+def by_gloo(device: str = "cpu") -> bool:
+    """Whether tensors on devices of this type go through gloo, and not through something that may be slower or farther on purpose.
+
+    Gloo's point-to-point messages are in the host's memory, so it may have to carry those of any device that has no backend.
+    """
+    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
+    return backends.get(device, backends.get("cpu")) == dist.Backend.GLOO
 
 
 def destroy(group: dist.ProcessGroup) -> None:

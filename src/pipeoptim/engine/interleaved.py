@@ -147,8 +147,9 @@ class InterleavedSchedule(Pipeline):
 
     def _finish(self) -> None:
         self._run(self.program.process_drain(self.p, self._steps), 0, [], [])
-        for worker in self._workers.values():
-            worker.settle()
+        for part in self._parts.values():
+            part.worker.settle()
+            part._hand_over()
 
     def _run(self, actions: list[tuple[int, Action]], first: int, feeds: list[Feed], losses: list[Counted]) -> None:
         for k, (kind, i) in actions:

@@ -64,12 +64,16 @@ class _End:
         return f"stage {self.peer} died or closed its connection ({first})"
 
 
-class _Block(NamedTuple):
-    """Memory of one message, and where its tensors go in it; ``form`` where it can take another message of that format."""
+class Block(NamedTuple):
+    """Memory of one message, and where its tensors go in it (or in ``copy``, from where they come into it).
+
+    ``form`` where it can take another message of that format.
+    """
 
     memory: Tensor
     places: list[Tensor | None]
     form: wire.Format | None = None
+    copy: Tensor | None = None
 
 
 class Sender(_End):
@@ -77,8 +81,8 @@ class Sender(_End):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._pending: deque[tuple[Any, _Block, int]] = deque()  # with the number of the message
-        self._free: list[_Block] = []  # of messages in the present format
+        self._pending: deque[tuple[Any, Block, int]] = deque()  # with the number of the message
+        self._free: list[Block] = []  # of messages in the present format
         self._broken: StageFailure | None = None
         self.opposite: Receiver | None = None
 
@@ -92,21 +96,19 @@ class Sender(_End):
         if form != self.format:
             block = self._announce(form, flags, loss_scale, part)
         else:
-            block = self._free.pop() if self._free else self._block(form.size, form)
+            block = self._free.pop() if self._free else self._block(wire.HEADER, form, self.format)
             wire.put_header(block.memory, self.sequence, flags, loss_scale=loss_scale, part=part, taken=self._taken())
-        wire.fill(block.places, tensors)
-        self._start(block)
+        self._start(block, tensors)
         self.sequence += 1
 
-    def _announce(self, form: wire.Format, flags: int, loss_scale: float, part: tuple[int, int]) -> _Block:
+    def _announce(self, form: wire.Format, flags: int, loss_scale: float, part: tuple[int, int]) -> Block:
         """Send notice of a message in a new format; the block of that message, its description written."""
         text = form.describe()
         start = wire.HEADER + -(-len(text) // 64) * 64
-        memory = self._memory(start + form.payload)
-        block = _Block(memory, wire.places(memory, start, form))
-        notice = _Block(self._memory(self.size), [])
+        block = self._block(start, form, None)
+        notice = Block(self._memory(self.size), [])
         wire.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
-        self._start(notice)
+        self._start(notice, [])
         described, taken = len(text), self._taken()
         wire.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, part, taken)
         block.memory[wire.HEADER : wire.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
@@ -119,6 +121,9 @@ class Sender(_End):
         while self._pending and self._pending[0][2] < count:
             self._finish()
 
+    def hand_over(self) -> None:
+        """Wait until everything is with the transport; here it always is."""
+
     def flush(self) -> None:
         """Wait until everything is sent."""
         while self._pending and self.channel is None:  # what lies in a channel arrives
@@ -126,9 +131,10 @@ class Sender(_End):
         if self._broken is not None:
             raise self._broken
 
-    def _block(self, size: int, form: wire.Format) -> _Block:
-        memory = self._memory(size)
-        return _Block(memory, wire.places(memory, wire.HEADER, form), self.format)
+    def _block(self, start: int, form: wire.Format, again: wire.Format | None) -> Block:
+        """For a message in format ``form`` whose tensors begin at byte ``start``; for others in ``again``, too."""
+        memory = self._memory(start + form.payload)
+        return Block(memory, wire.places(memory, start, form), again)
 
     def _taken(self) -> int:
         return 0 if self.opposite is None else self.opposite.sequence
@@ -150,7 +156,9 @@ class Sender(_End):
         if block.form is not None and block.form is self.format:
             self._free.append(block)
 
-    def _start(self, block: _Block) -> None:
+    def _start(self, block: Block, tensors: list[Tensor]) -> None:
+        """Fill ``block`` with ``tensors`` and begin to send it."""
+        wire.fill(block.places, tensors)
         try:
             self._pending.append((self.group.send([block.memory], self.place, 0), block, self.sequence))
         except RuntimeError as error:
@@ -160,6 +168,8 @@ class Sender(_End):
 
 class Receiver(_End):
     """Receives trees from stage ``peer``. ``ahead`` posts the next receive as soon as a message was taken."""
+
+    _read = staticmethod(wire.read)
 
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
@@ -184,7 +194,7 @@ class Receiver(_End):
             return self._take_described(header.following)
         self._note(header)
         assert self.format is not None
-        return wire.read(block, wire.HEADER, self.format)
+        return self._read(block, wire.HEADER, self.format)
 
     def _take_described(self, size: int) -> Any:
         """The tree of a message in a new format, which was announced with its ``size``."""
@@ -195,7 +205,7 @@ class Receiver(_End):
         self.format = wire.Format.parse(text)
         self.size = self.format.size
         self._note(header)
-        return wire.read(block, wire.HEADER + -(-header.described // 64) * 64, self.format)
+        return self._read(block, wire.HEADER + -(-header.described // 64) * 64, self.format)
 
     def _note(self, header: wire.Header) -> None:
         """A message was taken: what its header says, and the receive of the next one."""

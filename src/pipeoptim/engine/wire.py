@@ -245,16 +245,17 @@ def put_header(
     part: tuple[int, int] = (0, 0),
     taken: int = 0,
 ) -> None:
-    """Write the header of a message."""
+    """Write the header of a message; on a GPU in the order of what is computed there, without waiting for it."""
     values = (_MAGIC, sequence, flags, following, described, loss_scale, *part, taken)
     if block.is_cpu:
         _HEADER.pack_into(cast(Any, block.numpy()), 0, *values)
     else:
-        block[: _HEADER.size].copy_(torch.frombuffer(bytearray(_HEADER.pack(*values)), dtype=torch.uint8))
+        header = torch.frombuffer(bytearray(_HEADER.pack(*values)), dtype=torch.uint8).pin_memory()  # else the copy waits
+        block[: _HEADER.size].copy_(header, non_blocking=True)
 
 
 def get_header(block: Tensor) -> Header:
-    """Read the header of a message; on a GPU this waits for it to arrive."""
+    """Read the header of a message; on a GPU this waits for it to arrive, and for all that was to be computed before."""
     begin = block if block.is_cpu else block[:HEADER].cpu()
     return Header(*_HEADER.unpack_from(cast(Any, begin.numpy())))
 

@@ -1,0 +1,256 @@
+"""Links of a stage on a device whose messages travel in the host's memory: copies to and from the device behind everybody's back.
+
+Gloo and the channels of one machine carry host memory only. Copied in the plainest way, a message would make the program wait until the
+device has computed it, once for each F and B; the device would then stand still while the program prepares what comes next. Here nobody
+waits who need not:
+
+- A sender copies its tensors on the device, in the order of what is computed there (the caller may overwrite them, as with every sender),
+  and from there into pinned memory on a stream of its own. A thread waits for that copy and hands the message to the transport.
+- A receiver receives into pinned memory, copies to the device on another stream, and makes what is computed next wait for that, not
+  the program. The memory on the device was allocated when the receive was posted: the copy waits for what was computed until then, which
+  may still use it, and for nothing later.
+- Headers stay on the host.
+
+What it costs: a thread for each neighbour to send to, which takes turns with the program at Python's lock and, as torch's events can only
+be waited for that way, keeps a core busy while it waits; one more copy on the device; for large messages to another process of this
+machine one more copy in the host's memory, since what two processes share is not pinned.
+
+No GPU was at hand when this was written: the tests run it with copies that happen as late as they may.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from pipeoptim.engine import wire
+from pipeoptim.engine.groups import by_gloo
+from pipeoptim.engine.link import Block, Receiver, Sender
+from pipeoptim.engine.local import SMALL, Channel
+from pipeoptim.errors import PipeOptimError, StageFailure
+
+_SEVERAL = 8  # blocks that wait to be used again before anybody waits for one
+
+
+class SideStreams:
+    """The copies of one stage. What is computed on the device is in the stream that is current when a method is called.
+
+    Args:
+        device: of the stage; one with streams, events and pinned memory, as GPUs have.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._out, self._in = torch.Stream(device), torch.Stream(device)
+
+    def pinned(self, size: int) -> Tensor:
+        """Bytes in the host's memory that the device can copy without help."""
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+
+    def empty(self, size: int) -> Tensor:
+        """Bytes on the device, for use in the order of what is computed."""
+        return torch.empty(size, dtype=torch.uint8, device=self.device)
+
+    def fill(self, places: list[Tensor | None], tensors: list[Tensor]) -> None:
+        """Copy on the device, as a part of what is computed."""
+        wire.fill(places, tensors)
+
+    def now(self) -> torch.Event:
+        """Over when all is done that was to be computed until now."""
+        event = torch.Event(self.device, enable_timing=False)
+        event.record(torch.accelerator.current_stream(self.device))
+        return event
+
+    def copy_out(self, host: Tensor, block: Tensor, after: torch.Event) -> torch.Event:
+        """Copy ``block`` from the device to pinned memory once ``after`` is over; what is returned is over when that is done."""
+        return self._copy(self._out, host, block, after)
+
+    def copy_in(self, block: Tensor, host: Tensor, after: torch.Event) -> torch.Event:
+        """Copy pinned memory to ``block`` on the device once ``after`` is over; what is returned is over when that is done."""
+        return self._copy(self._in, block, host, after)
+
+    def _copy(self, stream: torch.Stream, to: Tensor, source: Tensor, after: torch.Event) -> torch.Event:
+        stream.wait_event(after)
+        with stream:
+            to.copy_(source, non_blocking=True)
+        return stream.record_event()
+
+    def compute_after(self, event: torch.Event) -> None:
+        """What is computed from now on waits for ``event``; the program does not."""
+        torch.accelerator.current_stream(self.device).wait_event(event)
+
+
+def side_streams(device: torch.device) -> SideStreams | None:
+    """Those of a stage on ``device``; None where messages are sent from the memory that they are in."""
+    return SideStreams(device) if device.type != "cpu" and by_gloo(device.type) else None
+
+
+class StagedSender(Sender):
+    """As :class:`~pipeoptim.engine.link.Sender`, from a device. A message is complete when the transport has it."""
+
+    def __init__(self, streams: SideStreams, *args: Any) -> None:
+        super().__init__(*args)
+        self._streams = streams
+        self._courier = _Courier(self.group, self.place, self.timeout)
+        self._thread = ThreadPoolExecutor(
+            1, "pipeoptim-send"
+        )  # ends with the link, or with the program, after the last message
+
+    def hand_over(self) -> None:
+        """Wait until all messages have left the device and are with the transport."""
+        for work, *_ in self._pending:
+            self.wait(work.handed)
+
+    def flush(self) -> None:
+        """Wait until everything is sent."""
+        self.hand_over()
+        super().flush()
+
+    def close(self) -> None:
+        """Give back what only this link uses; a message that waits for the device or for its peer is lost."""
+        self._courier.closed = True
+        self._thread.shutdown(wait=False, cancel_futures=True)
+        super().close()
+
+    def _block(self, start: int, form: wire.Format, again: wire.Format | None) -> Block:
+        copy = self._streams.empty(form.payload)
+        return Block(self._memory(start + form.payload), wire.places(copy, 0, form), again, copy)
+
+    def _memory(self, size: int) -> Tensor:
+        return self._streams.pinned(size)
+
+    def _start(self, block: Block, tensors: list[Tensor]) -> None:
+        copied = None
+        if block.copy is not None and block.copy.numel():
+            self._streams.fill(block.places, tensors)
+            payload = block.memory[-block.copy.numel() :]
+            copied = self._streams.copy_out(payload, block.copy, self._streams.now())
+        self._pending.append((_Leaving(self._thread.submit(self._courier.hand, block, copied)), block, self.sequence))
+
+
+class _Courier:
+    """Takes messages to the transport, one after the other; runs in the thread of a sender."""
+
+    def __init__(self, group: dist.ProcessGroup | Channel, place: int, timeout: timedelta) -> None:
+        self.group, self.place, self.timeout = group, place, timeout
+        self.closed = False
+        self._failed: Exception | None = None
+        self._shared: deque[tuple[Any, Tensor]] = deque()  # blocks that the peer has, or has had
+
+    def hand(self, block: Block, copied: torch.Event | None) -> Any:
+        """Wait until ``block`` has left the device and give it to the transport; None when it can be used again."""
+        if self._failed is not None:
+            raise self._failed  # what follows a message that is lost would be out of order
+        try:
+            if copied is not None:
+                self._wait_for(copied)
+            if self.closed:
+                return None
+            if isinstance(self.group, Channel):
+                return self._put(self.group, block.memory)
+            return self.group.send([block.memory], self.place, 0)
+        except Exception as error:
+            self._failed = error
+            raise
+
+    def _wait_for(self, copied: torch.Event) -> None:
+        try:
+            copied.synchronize()
+        except RuntimeError as error:
+            raise PipeOptimError(f"the device failed before a message had been copied from it: {error}") from error
+
+    def _put(self, channel: Channel, memory: Tensor) -> None:
+        channel.wait_at_most(self.timeout)
+        if memory.numel() <= SMALL:
+            channel.send([memory], self.place, 0)
+            return
+        block = self._shared_block(channel, memory.numel())
+        block.copy_(memory)
+        self._shared.append((channel.send([block], self.place, 0), block))
+
+    def _shared_block(self, channel: Channel, size: int) -> Tensor:
+        if self._shared and self._shared[-1][1].numel() != size:
+            self._shared.clear()  # the channel forgets them, too
+        if self._shared and (len(self._shared) > _SEVERAL or self._shared[0][0].is_completed()):
+            sent, block = self._shared.popleft()
+            sent.wait(self.timeout)
+            return block
+        return channel.memory(size)
+
+
+class _Leaving:
+    """A message on its way out, as a sender waits for it: off the device, then through the transport."""
+
+    def __init__(self, handed: Future[Any]) -> None:
+        self.handed = _Handed(handed)
+
+    def is_completed(self) -> bool:
+        """Whether its block can be used again, or never will."""
+        future = self.handed.future
+        if not future.done():
+            return False
+        return future.exception() is not None or future.result() is None or bool(future.result().is_completed())
+
+    def wait(self, timeout: timedelta) -> None:
+        """Until its block can be used again."""
+        sent = self.handed.wait(timeout)
+        if sent is not None:
+            sent.wait(timeout)
+
+
+class _Handed:
+    """The first half of that."""
+
+    def __init__(self, future: Future[Any]) -> None:
+        self.future = future
+
+    def wait(self, timeout: timedelta) -> Any:
+        """Until the transport has the message; what the transport returned."""
+        try:
+            return self.future.result(timeout.total_seconds())
+        except TimeoutError:
+            raise RuntimeError("timed out before the message had left the device or its peer took it") from None
+
+
+class StagedReceiver(Receiver):
+    """As :class:`~pipeoptim.engine.link.Receiver`, to a device."""
+
+    def __init__(self, streams: SideStreams, *args: Any, ahead: bool) -> None:
+        super().__init__(*args, ahead=True)
+        self._streams = streams
+        self._rooms: deque[tuple[Tensor, torch.Event]] = deque()  # on the device, for messages that were posted
+        self._read_from: deque[tuple[torch.Event, Tensor]] = deque()  # pinned memory that the device reads, or has read
+
+    def _receive(self, size: int) -> tuple[Any, Tensor]:
+        host = self._pinned(size)
+        try:
+            work = self.group.recv([host], self.place, 0)
+        except RuntimeError as error:
+            raise StageFailure(self._reason(error)) from error
+        self._rooms.append((self._streams.empty(size), self._streams.now()))
+        return work, host
+
+    def _take_described(self, size: int) -> Any:
+        self._rooms.clear()  # that of the notice
+        return super()._take_described(size)
+
+    def _read(self, host: Tensor, start: int, form: wire.Format) -> Any:
+        room, free = self._rooms.popleft()
+        copied = self._streams.copy_in(room, host, free)
+        self._streams.compute_after(copied)
+        self._read_from.append((copied, host))
+        return wire.read(room, start, form)
+
+    def _pinned(self, size: int) -> Tensor:
+        while self._read_from and (len(self._read_from) > _SEVERAL or self._read_from[0][0].query()):
+            copied, host = self._read_from.popleft()
+            copied.synchronize()
+            if host.numel() == size:
+                return host
+        return self._streams.pinned(size)
