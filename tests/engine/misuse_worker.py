@@ -34,6 +34,14 @@ told(lambda: po.Schedule(stage, opt, loss_fn, "naive" if k else "pipeoptim", see
 dist.barrier()
 pipe.close()
 
+# One process alone: who sends has nothing to wait for, who receives hears whom it waited for.
+pipe = po.Schedule(stage, opt, loss_fn, timeout=1, seed=0)
+if k == 1:
+    told(lambda: pipe.eval_step(target=x))
+    told(lambda: pipe.step())
+dist.barrier()
+told(pipe.close)
+
 # The model is cut in every process: by what each measured itself, then by what the first measured for all.
 blocks = torch.nn.Sequential(*(torch.nn.Linear(4, 4) for _ in range(4)))
 seconds = [[1, 1, 1, 3], [3, 1, 1, 1]][k]

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_map_only
 
 from pipeoptim.checkpoint.named import NamedState, check_covered, collect, merged, needed
 from pipeoptim.checkpoint.names import Names, saved_name, unique_names
-from pipeoptim.checkpoint.together import Together, refuse_sharded, together
+from pipeoptim.checkpoint.together import Together, checked, refuse_sharded, together
 from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
 
@@ -63,6 +63,7 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.state_dict_saver import async_save, save
 
+    checked(pipe, "save_sharded")
     pipe.drain()
     folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
@@ -109,6 +110,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
 
+    checked(pipe, "load_sharded")
     folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
     saved, depth = _read_plain(folder)

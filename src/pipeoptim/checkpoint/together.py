@@ -61,6 +61,16 @@ class Together:
         return values
 
 
+def checked(pipe: object, what: str) -> None:
+    """Raises ConfigError where ``what`` was given something else than a pipeline."""
+    from pipeoptim.engine.base import Pipeline
+
+    if not isinstance(pipe, Pipeline):
+        raise ConfigError(
+            f"{what}() was given a {type(pipe).__name__}, must be given the pipeline: an Emulator, Schedule or InterleavedSchedule"
+        )
+
+
 def refuse_sharded(pipe: Pipeline, processes: Together) -> None:
     """Raises ConfigError, in all processes, where a stage is spread over processes that are not of this pipeline."""
     sharded = [

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.checkpoint.names import Names, inverted, merge, original_names
-from pipeoptim.checkpoint.together import refuse_sharded, together
+from pipeoptim.checkpoint.together import checked, refuse_sharded, together
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -50,6 +50,7 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
         >>> model.load_state_dict(po.full_state_dict(pipe))
         <All keys matched successfully>
     """
+    checked(pipe, "full_state_dict")
     pipe.drain()
     found = original_names(pipe, names)
     states = {k: {name: _on_cpu(t) for name, t in _stage_tensors(pipe.stage_module(k), k)} for k in pipe.local_stages}
@@ -84,6 +85,7 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     """
     from safetensors.torch import save_file
 
+    checked(pipe, "save_weights")
     pipe.drain()
     folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
     refuse_sharded(pipe, processes)
@@ -130,6 +132,11 @@ def load_weights(
 
     Example: see :func:`save_weights`.
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(
+            f"load_weights() was given an object of type {type(module).__name__}, must be given a module; for those of a pipeline, "
+            "pipe.stage_module(k)"
+        )
     files = _files_of(Path(source))
     wanted = inverted(names) if names is not None else {}
     own = module.state_dict()

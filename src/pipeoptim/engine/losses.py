@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -76,6 +76,22 @@ def collect_losses(strict: bool = False) -> Iterator[Losses]:
         yield found
     finally:
         _open.reset(token)
+
+
+def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> Any:
+    """What ``loss_fn`` returns.
+
+    Raises:
+        ConfigError: it fails, and nobody gave a target.
+    """
+    try:
+        return loss_fn(output, target)
+    except (TypeError, AttributeError) as error:
+        if target is not None:
+            raise
+        raise ConfigError(
+            f"loss_fn failed without a target ({error}); give the one of this mini-batch where the last stage lives, step(..., target=y)"
+        ) from error
 
 
 def read_loss(result: Any) -> tuple[Tensor, Losses]:

@@ -6,8 +6,12 @@ processes draw, and the user's own random numbers (shuffling) change nothing in 
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
+
+from pipeoptim.errors import ConfigError
 
 _cpu = torch.default_generator
 _STRIDE = 1_000_003  # keeps the seeds of the stages of neighbouring user seeds apart
@@ -22,9 +26,16 @@ class StageRandom:
         k: the stage.
         device: where the stage computes.
         replica: which of the stage's replicas, 0 where there is one.
+
+    Raises:
+        ConfigError: the seed is no integer.
     """
 
     def __init__(self, seed: int, k: int, device: torch.device, replica: int = 0) -> None:
+        try:
+            seed = operator.index(seed)
+        except TypeError:
+            raise ConfigError(f"seed is {seed!r}, must be an integer, or None for torch's initial seed") from None
         self.device = device if device.type == "cuda" else None
         own = (seed + _STRIDE * (k + 1) + _REPLICA_STRIDE * replica) % 2**63
         self.cpu = torch.Generator().manual_seed(own).get_state()

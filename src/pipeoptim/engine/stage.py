@@ -23,7 +23,7 @@ from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.feed import Cutter, Feed, Part
 from pipeoptim.engine.fit import by_kernels, check_parts, grouped, nothing, optimized, stepping
-from pipeoptim.engine.losses import LossLog, check_graph, collect_losses, read_loss
+from pipeoptim.engine.losses import LossLog, call_loss, check_graph, collect_losses, read_loss
 from pipeoptim.engine.masters import MasterPredictor, Masters
 from pipeoptim.engine.monitor import PredictionMonitor
 from pipeoptim.engine.norms import Norms
@@ -36,7 +36,7 @@ from pipeoptim.engine.scaling import LossScale
 from pipeoptim.engine.state import restore, state_of
 from pipeoptim.engine.tied import Tied, TiedWeight, TieEnd
 from pipeoptim.engine.tree import as_args, differentiable
-from pipeoptim.errors import PipeOptimError
+from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
@@ -97,6 +97,8 @@ class StageWorker:
         reduction: Reduction = ALONE,
         ties: Sequence[TieEnd] = (),
     ) -> None:
+        if k == program.depth - 1 and not callable(loss_fn):
+            raise ConfigError(f"loss_fn is {loss_fn!r}, must be a function of output and target on the last stage")
         held, params = optimized(module, optimizer, scheduler, k)
         check_parts(reduction, method, options, ties)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
@@ -241,7 +243,7 @@ class StageWorker:
             with computing(self.device.type, self.options.autocast), hooks:
                 output = self._call(self.module, args, kwargs)
                 if self.is_last:
-                    output, parts = read_loss(self.loss_fn(output, target))
+                    output, parts = read_loss(call_loss(self.loss_fn, output, target))
                     self.losses.add(parts, share)
         return output
 
@@ -490,7 +492,7 @@ class StageWorker:
             with torch.no_grad(), computing(self.device.type, self.options.autocast):
                 with self.reduction.forward_on(self.weights.params, None):
                     output = self._call(self.reduction.bare(self.module), args, kwargs)
-                return read_loss(self.loss_fn(output, target))[0] if self.is_last else output
+                return read_loss(call_loss(self.loss_fn, output, target))[0] if self.is_last else output
         finally:
             for m, mode in training.items():
                 m.training = mode

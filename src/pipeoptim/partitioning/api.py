@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
 from math import inf
 from typing import Any, Protocol
@@ -170,6 +170,8 @@ def _unmeasured(splitter: Splitter) -> list[BlockCost]:
 
 
 def _numbers(pins: Sequence[int | str], names: Sequence[str]) -> set[int]:
+    if isinstance(pins, str) or not isinstance(pins, Iterable):
+        raise ConfigError(f"pins is {pins!r}, must be a list of numbers or names of blocks; leave it out for none")
     unknown = [pin for pin in pins if isinstance(pin, str) and pin not in names]
     if unknown:
         raise ConfigError(f"pins names {unknown[0]!r}, which is not a block; known: {', '.join(names)}")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from pipeoptim.checkpoint.names import inverted, merge
 from pipeoptim.engine.tied import Tied
+from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.shadow import shadow, slots
 
 
@@ -59,6 +60,9 @@ def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
     Args:
         stages: modules that run one after the other.
 
+    Raises:
+        ConfigError: they are no list of modules.
+
     Example:
         >>> import torch, pipeoptim as po
         >>> embed, head = nn.Embedding(5, 3), nn.Linear(3, 5, bias=False)
@@ -68,6 +72,8 @@ def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
         ((0, 'weight'), (1, 'weight'))
         >>> pipe = po.Emulator(stages, torch.optim.AdamW, nn.functional.cross_entropy, tied=tied)
     """
+    if not isinstance(stages, Iterable) or not all(isinstance(stage, nn.Module) for stage in stages):
+        raise ConfigError(f"untie() was given {stages!r}, must be given the list of the stages' modules")
     _, tied = find_places(nn.ModuleList(stages), stages)
     return separated(stages), tied
 
