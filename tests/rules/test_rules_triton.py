@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from pipeoptim.kernels import calls, triton_move
+from pipeoptim.kernels import triton_move
 from pipeoptim.kernels.memory import flat, in_step
 from pipeoptim.rules import RULES, write
 from pipeoptim.rules.drive import BY_RULE, items, write_by_rule
@@ -223,6 +223,26 @@ def test_parameters_of_one_form_share_a_launch(device: str, launches: list[trito
     assert len(launches) == 2  # with root, and without
 
 
+def test_numbers_that_lie_on_the_device_are_not_read(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As step counts and learning rates with ``fused=True`` or ``capturable=True`` do on a GPU."""
+    weights = [torch.randn(n, device=device) for n in (5, 40)]
+    values, roots = [torch.randn_like(w) for w in weights], [torch.rand_like(w) for w in weights]
+    numbers = [torch.tensor(x, device=device, dtype=torch.float64) for x in (0.9, 2.0, 0.5, 0.1)]
+    moves = [Move((Term(numbers[1], v, r, numbers[2], numbers[3]),), numbers[0]) for v, r in zip(values, roots, strict=True)]
+    moves[0] = Move((Term(2.0, values[0], roots[0], numbers[2], 0.1),), 0.9)
+    outs = [torch.empty_like(w) for w in weights]
+    with monkeypatch.context() as patch:
+        for reading in ("item", "tolist", "__float__"):
+            patch.setattr(Tensor, reading, lambda self: pytest.fail("read"))
+        writer = Writer("triton")
+        for weight, move, out in zip(weights, moves, outs, strict=True):
+            assert write._triton_can(weight, move, out, "triton")
+            writer.put(weight, move, out)
+        writer.flush()
+    for weight, value, root, out in zip(weights, values, roots, outs, strict=True):
+        torch.testing.assert_close(out, 0.9 * weight - 2.0 * value / (root.sqrt() / 0.5 + 0.1))
+
+
 def test_only_what_lies_at_multiples_of_16_bytes_is_read_16_at_a_time() -> None:
     memory = torch.zeros(100)
     start = -memory.data_ptr() // 4 % 4
@@ -234,7 +254,7 @@ def test_only_what_lies_at_multiples_of_16_bytes_is_read_16_at_a_time() -> None:
         (not_aligned, aligned, aligned, aligned, 1),
         (aligned, not_aligned, aligned, None, 1),
     ]:
-        assert triton_move._form(calls.Move(w, out, (calls.Term(value, 1.0, root),)))[0].align == align
+        assert triton_move._form(triton_move.Move(w, out, (triton_move.Term(value, 1.0, root),)))[0].align == align
 
 
 def test_what_the_kernel_cannot_take_goes_another_way(device: str, launches: list[triton_move.Form]) -> None:
@@ -248,7 +268,7 @@ def test_what_the_kernel_cannot_take_goes_another_way(device: str, launches: lis
         (image[..., ::2], image[..., ::2], 0.5),
         (image.as_subclass(Own), image, 0.5),
         (image, image.double(), 0.5),
-        (image, image.clone(), torch.tensor(0.5, device=device)),
+        (image, image.clone(), torch.tensor([0.5], device=device)),
     ]
     for weight, value, scale in odd:
         out = torch.empty_like(weight)
@@ -337,7 +357,7 @@ COMPILED = {  # types of weight, operands and result; terms, whether they share 
 }
 
 
-def compiled(job: calls.Move, generation: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def compiled(job: triton_move.Move, generation: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a launch for that job is compiled to on a GPU of that generation. All is as on a GPU but the launch itself."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -368,13 +388,15 @@ def test_it_compiles_to_wide_loads(name: str, tmp_path: Any, monkeypatch: pytest
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types, terms, shared, rooted = COMPILED[name]
 
-    def job(shift: int) -> calls.Move:
+    def job(shift: int) -> triton_move.Move:
         def tensor(dtype: torch.dtype) -> Tensor:
             return laid_out(torch.zeros(3000), "unaligned" if shift else "plain", dtype, "cpu")[0]
 
         operands = [(tensor(types[1]), tensor(types[1]) if rooted else None) for _ in range(1 if shared else terms)]
         own = (operands * terms)[:terms]
-        return calls.Move(tensor(types[0]), tensor(types[2]), tuple(calls.Term(value, 0.5, root) for value, root in own))
+        return triton_move.Move(
+            tensor(types[0]), tensor(types[2]), tuple(triton_move.Term(value, 0.5, root) for value, root in own)
+        )
 
     pairs = 1 if shared else terms
     streams = [types[0]] + [types[1]] * (2 * pairs if rooted else pairs)

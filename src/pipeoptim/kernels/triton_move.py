@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from pipeoptim.kernels.calls import Move
 from pipeoptim.kernels.library import switched_off, tell_without
 from pipeoptim.kernels.memory import in_step
 
@@ -31,6 +30,27 @@ WIDEST = 16
 
 _failed: list[str] = []
 
+Number = float | Tensor
+
+
+class Term(NamedTuple):
+    """As `calls.Term`; its numbers may lie on the device, as tensors without dimensions, and are not read then."""
+
+    value: Tensor
+    scale: Number
+    root: Tensor | None = None
+    inverse: Number = 1.0
+    eps: Number = 0.0
+
+
+class Move(NamedTuple):
+    """As `calls.Move`, likewise, with an `out` and operands of another type than `w` if need be."""
+
+    w: Tensor
+    out: Tensor
+    terms: tuple[Term, ...] = ()
+    lose: Number = 0.0
+
 
 class Form(NamedTuple):
     """What parameters of one launch have in common: the constants that the kernel is compiled for, and the device."""
@@ -43,15 +63,19 @@ class Form(NamedTuple):
     align: int
 
 
-def can(weight: Tensor, out: Tensor, operands: Sequence[Tensor]) -> bool:
-    """Whether the kernel can take this parameter: on a GPU, in types that it knows, everything in the same order in memory."""
+def can(weight: Tensor, out: Tensor, operands: Sequence[Tensor], scalars: Sequence[Tensor] = ()) -> bool:
+    """Whether the kernel can take this parameter: on a GPU, in types that it knows, everything in the same order in memory.
+
+    `scalars`: those numbers that are tensors.
+    """
     if not (weight.is_cuda or (weight.is_cpu and interpreted())):
         return False
     kinds = {t.dtype for t in operands}
     return (
         len(kinds) <= 1
         and {weight.dtype, out.dtype, *kinds} <= set(TYPES)
-        and all(t.device == weight.device for t in (out, *operands))
+        and all(t.device == weight.device for t in (out, *operands, *scalars))
+        and all(t.dim() == 0 for t in scalars)
         and in_step([weight, out, *operands])
         and available()
         and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())  # a graph would read tables that are gone
@@ -126,7 +150,7 @@ def _launch_here(form: Form, jobs: Sequence[Move], places: Sequence[int]) -> boo
         return True
     table = _places(tuple(places), *where)
     numbers = [number for job in jobs for number in (job.lose, *(x for t in job.terms for x in (t.scale, t.inverse, t.eps)))]
-    sent = _on(form.device, torch.tensor(numbers, dtype=torch.float32))
+    sent = _sent(numbers, *where)
     try:
         _kernel()[(len(blocks),)](table, sent, blocks, form.terms, **constants(form), **OPTIONS)
     except torch.AcceleratorError:  # the device's own trouble, which would be no smaller another way
@@ -135,6 +159,15 @@ def _launch_here(form: Form, jobs: Sequence[Move], places: Sequence[int]) -> boo
         _give_up(error)
         return False
     return True
+
+
+def _sent(numbers: Sequence[Number], device: torch.device, stream: int) -> Tensor:
+    """The numbers on the device, where some of them are already."""
+    there = {n: number.to(torch.float32) for n, number in enumerate(numbers) if isinstance(number, Tensor)}
+    sent = _on(device, torch.tensor([0.0 if n in there else number for n, number in enumerate(numbers)], dtype=torch.float32))
+    if there:
+        sent.index_copy_(0, _places(tuple(there), device, stream), torch.stack(list(there.values())))
+    return sent
 
 
 def constants(form: Form) -> dict[str, Any]:

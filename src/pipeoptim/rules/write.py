@@ -106,24 +106,31 @@ def write_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) 
 
 def write_by_kernel(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
     """Many parameters, each in one pass. All tensors are `flat` with their weight, all scalars numbers."""
-    calls.run_moves(_jobs(weights, moves, outs))
-
-
-def write_by_triton(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> bool:
-    """Many parameters on a GPU, each in one pass, in one launch for each form of move; False if that cannot be after all."""
-    return triton_move.run_moves(_jobs(weights, moves, outs))
-
-
-def _jobs(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> list[calls.Move]:
-    return [
-        calls.Move(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
-        for weight, move, out in zip(weights, moves, outs, strict=True)
-    ]
+    calls.run_moves(
+        [
+            calls.Move(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
+            for weight, move, out in zip(weights, moves, outs, strict=True)
+        ]
+    )
 
 
 def _for_kernel(term: Term) -> calls.Term:
     divisor = _number(term.root_divisor)
     return calls.Term(term.value, _number(term.scale), term.root, 1.0 / divisor, _number(term.eps))
+
+
+def write_by_triton(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> bool:
+    """Many parameters on a GPU, each in one pass, in one launch for each form of move; False if that cannot be after all."""
+    return triton_move.run_moves(
+        [
+            triton_move.Move(weight, out, tuple(_for_triton(term) for term in move.terms), 1.0 - move.keep)
+            for weight, move, out in zip(weights, moves, outs, strict=True)
+        ]
+    )
+
+
+def _for_triton(term: Term) -> triton_move.Term:
+    return triton_move.Term(term.value, term.scale, term.root, 1.0 / term.root_divisor, term.eps)
 
 
 class Writer:
@@ -184,7 +191,7 @@ def _kernel_can(weight: Tensor, move: Move, out: Tensor) -> bool:
 
 def _triton_can(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> bool:
     maybe = weight.is_cuda or wanted == "triton"  # on a CPU Triton only interprets, for tests
-    return maybe and _all_numbers(move) and triton_move.can(weight, out, _operands(move))
+    return maybe and triton_move.can(weight, out, _operands(move), [s for s in _scalars(move) if isinstance(s, Tensor)])
 
 
 def _operands(move: Move) -> list[Tensor]:
@@ -204,8 +211,11 @@ def _alike(weight: Tensor, move: Move, out: Tensor) -> bool:
 
 
 def _all_numbers(move: Move) -> bool:
-    scalars = [move.keep, *(s for term in move.terms for s in (term.scale, term.root_divisor, term.eps))]
-    return not any(isinstance(s, Tensor) for s in scalars)
+    return not any(isinstance(s, Tensor) for s in _scalars(move))
+
+
+def _scalars(move: Move) -> list[Scalar]:
+    return [move.keep, *(s for term in move.terms for s in (term.scale, term.root_divisor, term.eps))]
 
 
 def _signature(weight: Tensor, move: Move) -> tuple[object, ...]:
