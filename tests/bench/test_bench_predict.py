@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from pipeoptim.bench import predict
+from pipeoptim.bench.clock import CYCLES, MOST_CYCLES, Clock, DeviceClock
 from pipeoptim.bench.predict import _settings, columns, measure, merged
 from pipeoptim.bench.record import Record
 from pipeoptim.cli.app import _run
@@ -54,3 +59,99 @@ def test_what_does_not_belong_together_is_not_mixed() -> None:
         merged(replace(record, settings={**record.settings, "weights": 1e6}), record)
     with pytest.raises(ConfigError, match="optimizer 'adan' is not measured"):
         measure(SMALL, [1], optimizers=["adan"])
+
+
+# ---- on a GPU -----------------------------------------------------------------------------------------------------------------
+
+
+class AsOnGpu(Clock):
+    """The CPU in the place of a GPU."""
+
+    on_gpu = True
+
+
+def test_what_is_measured_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(predict, "clock_of", lambda device: AsOnGpu())
+    monkeypatch.chdir(tmp_path)
+    common = ["bench", "predict", "--weights", str(SMALL), "--repeats", "3", "--budget", "0", "--optimizer"]
+    assert _run([*common, "AdamW", "--device", "cuda"]) == 0
+    assert "predict_cuda.json" in capsys.readouterr().out
+    record = Record.read(tmp_path / "benchmarks/results/predict_cuda.json")
+    assert record.settings["device"] == "cuda"
+    rows = {row.settings["what"]: row for row in record.rows}
+    fused = rows["step"].settings["torch_step"] == "fused"
+    assert ("predict, counts on the host" in rows) == fused
+    assert {"copy", "step, then predict", "predict", "predict, without Triton", "step, displacement"} <= set(rows)
+    for name, row in rows.items():
+        assert len(row.samples) == 3
+        assert name == "copy" or (row.settings["host_ms"] > 0 and row.settings["late"] is False)
+    head, ((name, *cells),) = columns(record)
+    assert name == "AdamW" and len(cells) + 1 == len(head)
+    alone = rows["predict"].settings
+    share = alone["gigabytes_per_second"] / rows["copy"].settings["gigabytes_per_second"]
+    assert cells[head.index("prediction alone") - 1] == f"{alone['gigabytes_per_second']:.0f} GB/s, {share:.0%} of a copy"
+    on_cpu = replace(record, settings={name: value for name, value in record.settings.items() if name != "device"})
+    with pytest.raises(ConfigError, match="of device cuda"):
+        merged(record, on_cpu)
+    monkeypatch.setattr(predict, "measure", lambda *settings: on_cpu)
+    assert _run([*common, "AdamW"]) == 0
+    assert Record.read(tmp_path / "benchmarks/results/predict.json").settings == on_cpu.settings
+
+
+@pytest.mark.parametrize(
+    ("device", "says"),
+    [("tpu", "must be cpu, cuda or cuda:N"), ("meta", "must be cpu"), ("cuda:99", "torch .* finds [0-9]+ GPUs here")],
+)
+def test_a_device_that_is_not_there_is_refused(device: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=f"device is '{device}'.*{says}"):
+        measure(SMALL, [1], optimizers=["sgd"], device=device)
+
+
+class Simulated:
+    """A GPU of which time is known: what is queued runs in order, one cycle a nanosecond."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.host = self.free = 0.0
+        monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: self.queue(0.0, 1e-9 * cycles))
+        monkeypatch.setattr(torch.cuda, "Event", self.event)
+        monkeypatch.setattr(torch.cuda, "device", lambda device: nullcontext())
+
+    def queue(self, calling: float, running: float) -> None:
+        self.host += calling
+        self.free = max(self.free, self.host) + running
+
+    def event(self, enable_timing: bool) -> Any:
+        gpu = self
+
+        class Event:
+            at = -1.0
+
+            def record(self) -> None:
+                self.at = max(gpu.free, gpu.host)
+
+            def query(self) -> bool:
+                return self.at <= gpu.host
+
+            def synchronize(self) -> None:
+                gpu.host = max(gpu.host, self.at)
+
+            def elapsed_time(self, end: Any) -> float:
+                return 1e3 * (end.at - self.at)
+
+        return Event()
+
+    def work(self, launches: int, calling: float, running: float) -> Callable[[], None]:
+        return lambda: [self.queue(calling, running) for _ in range(launches)] and None
+
+
+def test_a_gpu_is_timed_without_the_time_that_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpu = Simulated(monkeypatch)
+    clock = DeviceClock(torch.device("cuda"))
+    asleep = 1e-9 * CYCLES
+    quick, slow = gpu.work(10, 1e-4, 1e-5), gpu.work(10, asleep / 5, 1e-5)
+    for work in (quick, slow, quick):
+        assert clock.seconds(work) == pytest.approx(1e-4)  # 10 launches of 10 us, however long they take to queue
+        assert not clock.late
+    stuck = gpu.work(10, 1e-9 * MOST_CYCLES, 1e-5)
+    assert clock.seconds(stuck) > 1e-9 * MOST_CYCLES  # the host is never ahead, so what it takes is what there is
+    assert clock.late

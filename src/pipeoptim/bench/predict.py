@@ -4,6 +4,8 @@ Both move memory and compute next to nothing, so the figures are set against the
 run. One pass reads or writes every weight once. The contenders take turns, repeat after repeat, on the same tensors; the
 step that all are compared with is the fastest that torch has for this optimizer (fused, foreach or one by one). Each finds the same
 in the caches, numbers that nobody needs and that are in memory already: else it would have to write back what the one before it left.
+
+On a GPU the same is measured by the device's own events, and the prediction by other ways as well.
 """
 
 from __future__ import annotations
@@ -20,16 +22,18 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
+from pipeoptim.bench.clock import Clock, clock_of
 from pipeoptim.bench.record import Record, Row
 from pipeoptim.errors import ConfigError
-from pipeoptim.kernels import calls
+from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.pages import empty_like
 from pipeoptim.rules import RULES, Predictor
+from pipeoptim.rules.drive import items, write_by_rule
+from pipeoptim.rules.lr import next_rates
 from pipeoptim.weights import StorageLayout
 
 STEPS = 3
-NOISE = 1 << 25  # floats that are read before each sample: more than caches hold
 DISPLACEMENT_PASSES = 5  # copy W before the step: 2; W_hat from both afterwards: 3
 
 
@@ -82,37 +86,42 @@ def measure(
     repeats: int = 9,
     budget: float = 3.0,
     optimizers: list[str] | None = None,
+    device: str = "cpu",
 ) -> Record:
     """Measure every rule, or some.
 
     Args:
         weights: how many, in the shapes of a GPT.
-        threads: numbers of threads to measure with; by default 1 and all cores.
+        threads: numbers of threads to measure with; by default 1 and all cores, for a GPU as many as there are now.
         repeats: turns per contender.
         budget: seconds per optimizer and number of threads, after which no more turns are taken (at least 3).
         optimizers: names of classes of ``torch.optim``; by default all that have a rule.
+        device: "cpu", or a GPU.
 
     Raises:
-        ConfigError: a name that is none of them.
+        ConfigError: a name that is none of them, a device that is not there.
     """
     before = torch.get_num_threads()
-    counts = threads or sorted({1, len(os.sched_getaffinity(0))})
+    clock = clock_of(device)
+    counts = threads or ([before] if clock.on_gpu else sorted({1, len(os.sched_getaffinity(0))}))
     rows: list[Row] = []
     chosen = _settings(optimizers)
     try:
         copies = {}
         for count in counts:
             torch.set_num_threads(count)
-            rows.append(_copy_row(int(weights), count, repeats))
+            rows.append(_copy_row(int(weights), count, repeats, clock))
             copies[count] = rows[-1].settings["gigabytes_per_second"]
         for setting in chosen:
-            bench = _Bench(setting, int(weights * setting.fraction))
+            bench = _Bench(setting, int(weights * setting.fraction), clock)
             for count in counts:
                 torch.set_num_threads(count)
                 rows += bench.rows(count, repeats, budget, copies[count])
     finally:
         torch.set_num_threads(before)
     settings = {"weights": weights, "steps": STEPS, "threads": counts, "kernels": available(), "repeats": repeats}
+    if clock.on_gpu:
+        settings |= {"device": device, "kernels": triton_move.available()}
     return Record("predict", "ms", settings, rows)
 
 
@@ -142,6 +151,8 @@ def merged(old: Record, new: Record) -> Record:
         raise ConfigError(
             "the figures in that file are of another machine, version or number of weights; write to another file"
         )
+    if old.settings.get("device", "cpu") != new.settings.get("device", "cpu"):
+        raise ConfigError(f"the figures in that file are of device {old.settings.get('device', 'cpu')}; write to another file")
     fresh = {_subject(row) for row in new.rows}
     rows = [row for row in old.rows if _subject(row) not in fresh] + new.rows
     order = {name: n for n, name in enumerate(dict.fromkeys([setting.name for setting in _settings()]))}
@@ -169,16 +180,21 @@ def shapes(weights: int, width: int = 768) -> list[tuple[int, ...]]:
     return found + block * max(1, round(weights * 2 / 3 / size))
 
 
+Contenders = dict[str, tuple[int, Callable[[], Any]]]
+"""What is measured: name -> passes of the model, and the work."""
+
+
 class _Bench:
     """One optimizer on one set of weights, and the contenders."""
 
-    def __init__(self, setting: Setting, weights: int) -> None:
-        self.setting = setting
+    def __init__(self, setting: Setting, weights: int, clock: Clock) -> None:
+        self.setting, self.clock = setting, clock
+        on = clock.device
         wanted = [shape for shape in shapes(weights) if setting.name != "Muon" or len(shape) == 2]
         if setting.name == "Muon":  # its cost is that of matrix products: a few square ones will do
             wanted = [(768, 768)] * max(1, weights // 768**2)
         torch.manual_seed(0)
-        self.params = [torch.nn.Parameter(torch.empty(shape).normal_(0, 0.02)) for shape in wanted]
+        self.params = [torch.nn.Parameter(torch.empty(shape, device=on).normal_(0, 0.02)) for shape in wanted]
         for p in self.params:
             p.grad = torch.empty_like(p).normal_(0, 0.02)
         self.weights = sum(p.numel() for p in self.params)
@@ -186,7 +202,7 @@ class _Bench:
         self.optimizer.step()
         self.variant = ""
         self.out = StorageLayout(self.params).copy().tensors
-        self._noise = torch.zeros(NOISE)
+        self._noise = torch.zeros(clock.noise, device=on)
 
     def _fastest(self) -> str:
         """Which of torch's own ways to step is the fastest here; it stays switched on."""
@@ -199,11 +215,15 @@ class _Bench:
             ways["one by one"] = {"fused": False, "foreach": False}
         times: dict[str, float] = {}
         for turn in range(3 if self.setting.name != "Muon" else 1):
-            for name, options in ways.items():
+            for name, options in list(ways.items()):
                 if turn and times[name] > 1.5 * min(times.values()):
                     continue  # no turn will make it the fastest
-                self._switch(options)
-                times[name] = min(times.get(name, math.inf), _seconds(self.optimizer.step))
+                try:
+                    self._switch(options)
+                except RuntimeError:  # torch has no such step for this device
+                    del ways[name]
+                    continue
+                times[name] = min(times.get(name, math.inf), self.clock.seconds(self.optimizer.step))
         best = min(times, key=lambda name: times[name])
         self._switch(ways[best])
         return best
@@ -211,14 +231,17 @@ class _Bench:
     def _switch(self, options: dict[str, Any]) -> None:
         for group in self.optimizer.param_groups:
             group.update({name: value for name, value in options.items() if name in group})
+        if self.clock.on_gpu:  # where the step counts lie depends on the way to step
+            self.optimizer.state.clear()
+            self.optimizer.step()
 
-    def contenders(self) -> dict[str, tuple[int, Callable[[], Any]]]:
-        """What is measured: name -> passes of the model, and the work."""
+    def contenders(self) -> Contenders:
+        """Those that take turns."""
         step, own = self.setting.step, self.setting.predict
         rule = Predictor(self.optimizer, fused=False)
         moved = Predictor(self.optimizer, kind="displacement", fused=False)
         fused, moved_fused = Predictor(self.optimizer), Predictor(self.optimizer, kind="displacement")
-        found: dict[str, tuple[int, Callable[[], Any]]] = {
+        found: Contenders = {
             "step": (step, self.optimizer.step),
             "step, then predict": (step + own, lambda: self._both(rule)),
             "predict": (own, lambda: rule.predict_into(self.out, STEPS)),
@@ -227,7 +250,14 @@ class _Bench:
         if fused.fuses and fused.fused_step(self.out, STEPS):
             found["fused step and predict"] = (step + 1, lambda: fused.fused_step(self.out, STEPS))
             found["fused step and displacement"] = (step + 1, lambda: moved_fused.fused_step(self.out, STEPS))
+        if self.clock.on_gpu:
+            found["predict, without Triton"] = (own, self._predict_by_foreach)
         return found
+
+    @torch.no_grad()
+    def _predict_by_foreach(self) -> None:
+        rates = next_rates(self.optimizer, None, STEPS)
+        write_by_rule(items(self.optimizer, "refined"), [p.grad for p in self.params], rates, self.out, "foreach")
 
     def _both(self, predictor: Predictor) -> None:
         predictor.before_step(self.out)
@@ -239,12 +269,16 @@ class _Bench:
         """One row per contender, with its ratio to torch's step; ``copied`` GB/s is the speed of a copy in the same run."""
         self.variant = self._fastest()
         found = self.contenders()
-        samples: dict[str, list[float]] = {name: [] for name in found}
-        end = time.perf_counter() + budget
-        while len(samples["step"]) < 3 or (len(samples["step"]) < repeats and time.perf_counter() < end):
-            for name, (_, work) in found.items():
-                self._noise.sum()
-                samples[name].append(1e3 * _seconds(work))
+        samples, queued = self._sampled(found, repeats, budget)
+        if self.clock.on_gpu and self.variant == "fused":
+            self._switch({"fused": False, "foreach": True})
+            other = Predictor(self.optimizer, fused=False)
+            other.after_step()
+            more: Contenders = {
+                "predict, counts on the host": (self.setting.predict, lambda: other.predict_into(self.out, STEPS))
+            }
+            more_samples, more_queued = self._sampled(more, repeats, budget)
+            found, samples, queued = found | more, samples | more_samples, queued | more_queued
         base = median(samples["step"])
         rows = []
         for name, (passes, _) in found.items():
@@ -261,41 +295,52 @@ class _Bench:
                 "gigabytes_per_second": 4e-6 * passes * self.weights / middle,
                 "copy_gigabytes_per_second": copied,
             }
+            if self.clock.on_gpu:
+                settings["host_ms"], settings["late"] = queued[name]
             rows.append(Row(f"{self.setting.name}, {name}, threads {threads}", samples[name], settings))
         return rows
 
+    def _sampled(
+        self, found: Contenders, repeats: int, budget: float
+    ) -> tuple[dict[str, list[float]], dict[str, tuple[float, bool]]]:
+        """Milliseconds of each in turn; and those of the host for the last call, and whether the device ever waited for it."""
+        samples: dict[str, list[float]] = {name: [] for name in found}
+        queued: dict[str, tuple[float, bool]] = dict.fromkeys(found, (0.0, False))
+        if self.clock.on_gpu:
+            for _, work in found.values():
+                work()  # kernels are compiled at first use
+        end = time.perf_counter() + budget
+        first = samples[next(iter(found))]
+        while len(first) < 3 or (len(first) < repeats and time.perf_counter() < end):
+            for name, (_, work) in found.items():
+                self._noise.sum()
+                samples[name].append(1e3 * self.clock.seconds(work))
+                queued[name] = (1e3 * self.clock.host, queued[name][1] or self.clock.late)
+        return samples, queued
 
-def _copy_row(weights: int, threads: int, repeats: int) -> Row:
+
+def _copy_row(weights: int, threads: int, repeats: int, clock: Clock) -> Row:
     """A copy of as many weights, the faster of torch's and ours: two passes."""
-    source = torch.zeros(weights)
+    source = torch.zeros(weights, device=clock.device)
     target = empty_like(source).zero_()
     ways: list[Callable[[], Any]] = [lambda: target.copy_(source)]
-    if available():
+    if available() and not clock.on_gpu:
         ways.append(lambda: calls.copy([source], [target]))
-    samples = min(([1e3 * _seconds(way) for _ in range(repeats)] for way in ways), key=median)
+    samples = min(([1e3 * clock.seconds(way) for _ in range(repeats)] for way in ways), key=median)
     settings = {"what": "copy", "threads": threads, "weights": weights, "passes": 2}
     settings["gigabytes_per_second"] = round(8e-6 * weights / median(samples), 1)
     return Row(f"copy, threads {threads}", samples, settings)
 
 
-def _seconds(work: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    work()
-    return time.perf_counter() - start
-
-
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: one line per optimizer and number of threads, ratios to torch's own fastest step."""
+    if record.settings.get("device", "cpu") != "cpu":
+        return _device_columns(record)
     head = ["optimizer", "threads", "million weights", "torch's step", "fused", "by passes", "step, then predict", "by passes"]
     head += ["displacement", "by passes", "prediction alone"]
-    lines: dict[tuple[str, int], dict[str, Row]] = {}
-    for row in record.rows:
-        if row.settings["what"] != "copy":
-            lines.setdefault((row.settings["optimizer"], row.settings["threads"]), {})[row.settings["what"]] = row
     body = []
-    for (name, threads), rows in lines.items():
+    for (name, threads), rows in _lines(record).items():
         step, alone = rows["step"], rows["predict"]
-        speed = alone.settings["gigabytes_per_second"]
         cells = [name, str(threads), f"{step.settings['weights'] / 1e6:.0f}"]
         cells.append(f"{step.median:.3g} ms ({step.settings['torch_step']})")
         cells += _ratios(rows.get("fused step and predict")) + _ratios(rows["step, then predict"])
@@ -304,9 +349,38 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
             key=lambda r: r.settings["ratio"],
         )
         cells += _ratios(displacement)
-        copied = alone.settings.get("copy_gigabytes_per_second")  # older files have none
-        body.append([*cells, f"{speed:.0f} GB/s" + (f", {speed / copied:.0%} of a copy" if copied else "")])
+        body.append([*cells, _speed(alone)])
     return head, body
+
+
+def _device_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Those of a GPU: the prediction alone by its kernel, by torch's operations, and with step counts that are not on the device."""
+    head = ["optimizer", "million weights", "torch's step", "step, then predict", "by passes", "displacement", "by passes"]
+    head += ["prediction alone", "host for it", "without Triton", "counts on the host"]
+    body = []
+    for (name, _), rows in _lines(record).items():
+        step, alone = rows["step"], rows["predict"]
+        cells = [name, f"{step.settings['weights'] / 1e6:.0f}", f"{step.median:.3g} ms ({step.settings['torch_step']})"]
+        cells += _ratios(rows["step, then predict"]) + _ratios(rows["step, displacement"])
+        cells += [_speed(alone), f"{alone.settings['host_ms']:.2g} ms"]
+        others = (rows.get("predict, without Triton"), rows.get("predict, counts on the host"))
+        body.append(cells + ["" if row is None else _speed(row) for row in others])
+    return head, body
+
+
+def _lines(record: Record) -> dict[tuple[str, int], dict[str, Row]]:
+    """Of each optimizer and number of threads what was measured."""
+    lines: dict[tuple[str, int], dict[str, Row]] = {}
+    for row in record.rows:
+        if row.settings["what"] != "copy":
+            lines.setdefault((row.settings["optimizer"], row.settings["threads"]), {})[row.settings["what"]] = row
+    return lines
+
+
+def _speed(row: Row) -> str:
+    speed, copied = row.settings["gigabytes_per_second"], row.settings.get("copy_gigabytes_per_second")  # older files have none
+    late = ", with waiting for Python" if row.settings.get("late") else ""
+    return f"{speed:.0f} GB/s" + (f", {speed / copied:.0%} of a copy" if copied else "") + late
 
 
 def _ratios(row: Row | None) -> list[str]:

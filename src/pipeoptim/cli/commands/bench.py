@@ -213,8 +213,12 @@ def predict(
     ] = None,
     repeats: Annotated[int, Option(help="Turns per contender; the median is reported.")] = 9,
     budget: Annotated[float, Option(help="Seconds per optimizer after which no more turns are taken (at least 3 are).")] = 3.0,
+    device: Annotated[str, Option(help="cpu, cuda or cuda:N: a GPU is timed by its own events, beside a copy on it.")] = "cpu",
     add: Annotated[bool, Option("--add", help="Keep what the file holds of other optimizers and numbers of threads.")] = False,
-    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/predict.json"),
+    out: Annotated[
+        Path | None,
+        Option(help="Where the JSON goes. By default benchmarks/results/predict.json, of a GPU predict_cuda.json beside it."),
+    ] = None,
 ) -> None:
     """What a prediction adds to the step of every optimizer, beside the number of passes over memory that it needs.
 
@@ -227,6 +231,8 @@ def predict(
           Two minutes.
       pipeoptim bench predict --optimizer AdamW --optimizer SGD --add
           Measures these two anew and leaves the rest of the file as it is.
+      pipeoptim bench predict --device cuda --optimizer AdamW
+          What the prediction's kernel for GPUs reaches of the speed of a copy.
     """
     from pipeoptim.bench.predict import measure, merged
     from pipeoptim.bench.record import Record
@@ -236,7 +242,8 @@ def predict(
         raise ConfigError(
             f"weights={weights:g}, threads={threads}, repeats={repeats}: at least a million weights, 1 thread and 1 repeat"
         )
-    record = measure(weights, threads, repeats, budget, optimizer)
+    record = measure(weights, threads, repeats, budget, optimizer, device)
+    out = out or Path("benchmarks/results") / ("predict.json" if device == "cpu" else "predict_cuda.json")
     _report(merged(Record.read(out), record) if add and out.is_file() else record, out)
 
 
