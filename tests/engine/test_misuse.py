@@ -1,5 +1,8 @@
 """Mistakes that users make in a script: one sentence that says what was given and what to give instead."""
 
+import re
+import warnings
+
 import pytest
 import torch
 from torch import nn
@@ -58,3 +61,60 @@ def test_a_loss_that_needs_no_target_gets_none_and_its_own_errors_stay_its_own()
     assert emulator(lambda out, target: out.square().mean()).step(x) > 0
     with pytest.raises(TypeError, match="unsupported operand"):
         emulator(lambda out, target: out + {}).step(x, target=x)
+
+
+class Cut(nn.Linear):
+    """Linear, with something done to what comes in and what goes out."""
+
+    def __init__(self, before=lambda x: x, after=lambda y: y):
+        super().__init__(4, 4)
+        self.before, self.after = before, after
+
+    def forward(self, x):
+        return self.after(super().forward(self.before(x)))
+
+
+def regularized(y):
+    po.add_loss("small", y.square().mean())
+    return y.detach()
+
+
+@pytest.mark.parametrize(
+    ("middle", "frozen", "told"),
+    [
+        (Cut(), (), []),
+        (Cut(before=torch.detach), (), [r"stage 0 learns nothing.* stage 1 sends none back; leave out detach\(\)"]),
+        (
+            Cut(after=torch.detach),
+            (),
+            ["stage 0 learns nothing.* stage 1 sends none back", "stage 1 learns nothing.* its output has"],
+        ),
+        (Cut(after=lambda y: y.argmax(1)), (), ["stage 0 learns", "stage 1 learns nothing.* its output has no graph"]),
+        (Cut(before=torch.detach), (0,), []),  # nothing would be learnt before it
+        (Cut(after=torch.detach), (1,), ["stage 0 learns nothing"]),
+        (Cut(after=regularized), (), []),
+    ],
+)
+@pytest.mark.parametrize("method", ["pipeoptim", "gpipe"])
+def test_stages_that_no_gradient_comes_to_are_named_once(middle, frozen, told, method):
+    last = nn.Sequential(nn.Embedding(4, 4), nn.Linear(4, 4)) if middle(x).dim() == 1 else nn.Linear(4, 4)
+    stages = [nn.Linear(4, 4), middle, last]
+    for k, stage in enumerate(stages):
+        stage.requires_grad_(k not in frozen)
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss, method, 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(6):
+            pipe.step(x, target=x)
+    found = sorted(str(warning.message) for warning in caught)
+    assert len(found) == len(told), found
+    for message, words in zip(found, told, strict=True):
+        assert re.search(words, message)
+
+
+def test_a_micro_batch_that_counts_for_nothing_is_no_mistake():
+    pipe = emulator(microbatches=2, weigh=lambda target: float(target.sum()))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for _ in range(4):
+            pipe.step(x, target=torch.cat([torch.ones(2, 4), torch.zeros(2, 4)]))

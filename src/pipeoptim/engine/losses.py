@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -145,6 +146,15 @@ def check_graph(k: int, share: float | None, trained: Iterable[Tensor], added: I
             f"the loss on stage {k} does not depend on any weight, so nothing would be learnt; leave out detach(), item(), no_grad() and "
             "argmax in loss_fn and in the last stage"
         )
+
+
+def warn_cut_off(k: int, sent: bool) -> None:
+    """Say that the weights of stage ``k`` get no gradient; ``sent``: although its output could take one."""
+    if sent:
+        why = f"stage {k + 1} sends none back; leave out detach(), no_grad() and argmax in stage {k + 1}, or in one after it"
+    else:
+        why = f"its output has no graph; leave out detach(), no_grad() and argmax in stage {k}"
+    warnings.warn(f"stage {k} learns nothing, for no gradient comes to it: {why}", stacklevel=2)
 
 
 def _reported(name: str, value: Any) -> Tensor:

@@ -23,7 +23,7 @@ from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.compress import Compressor
 from pipeoptim.engine.feed import Cutter, Feed, Part
 from pipeoptim.engine.fit import by_kernels, check_parts, grouped, nothing, optimized, stepping
-from pipeoptim.engine.losses import LossLog, call_loss, check_graph, collect_losses, read_loss
+from pipeoptim.engine.losses import LossLog, call_loss, check_graph, collect_losses, read_loss, warn_cut_off
 from pipeoptim.engine.masters import MasterPredictor, Masters
 from pipeoptim.engine.monitor import PredictionMonitor
 from pipeoptim.engine.norms import Norms
@@ -148,6 +148,7 @@ class StageWorker:
         self._flights: dict[int, Flight] = {}
         self._ready: tuple[int, Held] | None = None
         self._next_forward = 0
+        self._reached: bool | None = False  # whether a gradient has come; None where that is not looked at, or no longer
         self._copy_inputs: bool | None = None  # None: not known yet whether the module changes its inputs in place
 
     # -- forward ---------------------------------------------------------------------------------------------------
@@ -290,6 +291,8 @@ class StageWorker:
             self.reduction.before_backward((i + 1) % self.program.microbatches == 0, flight.outputs)
             roots += [(loss, self._scale_of(loss)) for loss in flight.extra]
             roots = [(out, grad) for out, grad in roots if out.requires_grad]
+            if self._reached is not None:
+                self._note_reached(i, bool(roots), flight)
             if roots:
                 with self._backward_on(again, held), computing(self.device.type, None):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
@@ -301,6 +304,14 @@ class StageWorker:
             if flight.held is not None and not self._stashes:
                 self.weights.release(flight.held)
         return [x.grad for x in flight.inputs]
+
+    def _note_reached(self, i: int, found: bool, flight: Flight) -> None:
+        """Warn after the first mini-batch if nothing came that this stage could learn from (the last stage's loss is checked in F)."""
+        self._reached = self._reached or found
+        if (i + 1) % self.program.microbatches == 0:
+            if not self._reached and not self.is_last and any(p.requires_grad for p in self._held):
+                warn_cut_off(self.k, bool(flight.outputs))
+            self._reached = None
 
     def _backward_on(self, again: Held, held: Held) -> AbstractContextManager[Any]:
         if self.reduction.by_place:
