@@ -216,3 +216,23 @@ def test_bad_input_is_refused_with_a_sentence(options, words):
 def test_a_model_that_cannot_be_sliced_is_refused():
     with pytest.raises(po.ConfigError, match="pass an nn.Sequential or the list of its blocks"):
         partition(nn.Linear(2, 2), 1)
+
+
+def test_the_full_state_of_a_cut_moves_on_with_training_and_that_of_a_pipeline_does_not():
+    model = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    cut = partition(model, 2, pins=[1])
+    pipe = po.Emulator(cut.stages, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss)
+    live, copied = cut.full_state_dict(), po.full_state_dict(pipe, cut.names)
+    before = {name: value.clone() for name, value in live.items()}
+    pipe.step(torch.ones(2, 3), target=torch.zeros(2, 3))
+    pipe.drain()
+    for name, value in cut.full_state_dict().items():
+        assert torch.equal(live[name], value)
+        assert torch.equal(copied[name], before[name])
+        assert not torch.equal(value, before[name]), f"{name} did not move"
+
+
+def test_one_block_is_told_in_the_singular():
+    cut = partition(nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))), 2, pins=[1])
+    for picture in (str(cut), cut.to_svg()):
+        assert "1 block: " in picture and "2 blocks: 1" in picture and "1 blocks" not in picture

@@ -84,7 +84,7 @@ def test_plan_of_a_model_of_ones_own(command, tmp_path):
     assert head.split() == ["block", "F", "ms", "B", "ms", "output", "kept", "for", "B", "weights"]
     assert lines[0].split()[0] == "layers.0" and lines[0].endswith("1.8 KiB")  # (50 * 8 + 8 * 8 + 8) * 4 bytes
     assert lines[4].startswith("after layers.3")
-    assert "1 blocks: layers.0, sends" in out
+    assert "1 block:  layers.0, sends" in out
     tree = ElementTree.parse(tmp_path / "stages.svg")
     titles = [e.text for e in tree.iter() if e.tag.endswith("title")]
     assert [t.split(":")[0] for t in titles] == ["layers.0", "layers.1", "layers.2", "layers.3", "after layers.3"]

@@ -44,6 +44,9 @@ class Partition:
     def full_state_dict(self, states: Sequence[Mapping[str, Tensor]] | None = None) -> dict[str, Tensor]:
         """The ``state_dict`` of the whole model, which its own class loads.
 
+        As in every ``state_dict`` of torch, the tensors are the stages' own and move on when training does; copy those to keep
+        (``copy.deepcopy``). :func:`pipeoptim.full_state_dict` of a pipeline drains it first and gathers from processes.
+
         Args:
             states: the ``state_dict`` of each stage, for instance gathered from other processes; by default those of
                 :attr:`stages`.
@@ -135,9 +138,10 @@ class StageRow:
         """Seconds, bytes and blocks."""
         count = len(self.blocks)
         names = self.blocks[0].name if count == 1 else f"{self.blocks[0].name} .. {self.blocks[-1].name}"
+        what = "block: " if count == 1 else "blocks:"
         copies = f" on {self.replicas} devices" if self.replicas > 1 else ""
         sent = f", sends {_size(self.sent_bytes)}" if self.sent_bytes else ""
-        return f"{self.seconds * 1e3:8.2f} ms {_size(self.memory_bytes):>10s}{copies}  {count:3d} blocks: {names}{sent}"
+        return f"{self.seconds * 1e3:8.2f} ms {_size(self.memory_bytes):>10s}{copies}  {count:3d} {what} {names}{sent}"
 
 
 def _size(count: float) -> str:
