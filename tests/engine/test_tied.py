@@ -16,6 +16,7 @@ import oracle
 import pipeoptim as po
 import stage_processes
 import tied_cases as cases
+from exactly import assert_equal
 from pipeoptim.schedule import Kind, Program, common_delay, replay
 
 WIDTH = 3
@@ -298,29 +299,12 @@ def test_processes_equal_the_emulator_bit_for_bit(folder, name):
     ours = cases.train(pipe)
     for k in range(cases.DEPTH):
         theirs = torch.load(folder / f"{name}-{k}.pt", weights_only=False)
-        same(ours[k]["state"], theirs["state"], f"stage {k}")
+        assert_equal(ours[k]["state"], theirs["state"], f"stage {k}")
         assert ours[k]["norms"] == theirs["norms"]
-        same(ours[k]["losses"], theirs["losses"], "losses")
+        assert_equal(ours[k]["losses"], theirs["losses"], "losses")
     for tie in case.tied:
         first, *others = [modules[k].get_parameter(own) for k, own in tie]
         assert all(torch.equal(first, other) for other in others)
-
-
-def same(a, b, where):
-    """Equal in structure, and in every bit of every tensor."""
-    assert type(a) is type(b), where
-    if isinstance(a, torch.Tensor):
-        assert a.dtype == b.dtype and torch.equal(a, b), where
-    elif isinstance(a, dict):
-        assert a.keys() == b.keys(), where
-        for key in a:
-            same(a[key], b[key], f"{where}/{key}")
-    elif isinstance(a, list | tuple):
-        assert len(a) == len(b), where
-        for n, (x, y) in enumerate(zip(a, b, strict=True)):
-            same(x, y, f"{where}/{n}")
-    else:
-        assert a == b, where
 
 
 def test_processes_that_were_told_different_things_say_so(folder):

@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from exactly import assert_equal
 from pipeoptim.checkpoint import find, load_stage
 from pipeoptim.telemetry.metrics import Row, read_rows
 
@@ -27,22 +26,6 @@ def assert_same_state(one: Path, other: Path) -> None:
     assert len(states) == len(other_states)
     for k, (state, other_state) in enumerate(zip(states, other_states, strict=True)):
         assert_equal(state, other_state, f"stage {k}")
-
-
-def assert_equal(one: Any, other: Any, where: str) -> None:
-    """Nested plain data and tensors, bit for bit."""
-    if isinstance(one, torch.Tensor):
-        assert torch.equal(one, other), f"{where} differs"
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys(), where
-        for key in one:
-            assert_equal(one[key], other[key], f"{where}.{key}")
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other), where
-        for i, (a, b) in enumerate(zip(one, other, strict=True)):
-            assert_equal(a, b, f"{where}[{i}]")
-    else:
-        assert one == other, where
 
 
 def timeless(run: Path) -> list[Row]:

@@ -14,7 +14,8 @@ import torch
 
 import processes
 import tiny
-from compare import assert_equal, final_states, timeless
+from compare import final_states, timeless
+from exactly import assert_equal
 from pipeoptim import predict_weights
 from pipeoptim.kernels import available, build, calls, library, why_not
 from pipeoptim.rules import Predictor

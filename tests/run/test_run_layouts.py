@@ -12,7 +12,8 @@ import torch
 
 import processes
 import tiny
-from compare import assert_equal, assert_same_state, final_states, timeless
+from compare import assert_same_state, final_states, timeless
+from exactly import assert_equal
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import recut, run

@@ -170,9 +170,9 @@ class Schedule(Pipeline):
                 seed=torch.initial_seed() if seed is None else seed,
                 device=self.device,
                 options=options,
-                norms=traced.norms(row, self._norms),
+                norms=None if self._norms is None else traced.exchange(row, self._norms),
                 reduction=self._reduction,
-                ties=[TieEnd(tie, self.k, traced.sums(row, own)) for tie, own in self._sums.items()],
+                ties=[TieEnd(tie, self.k, traced.exchange(row, own)) for tie, own in self._sums.items()],
             )
             self.worker = self._workers[self.k] = worker
             self._connect(liveness_timeout, Terms(settings, place.cut), row)

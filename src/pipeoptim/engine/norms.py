@@ -1,8 +1,4 @@
-"""How stages tell each other the norms of their gradients: through memory, which processes share where they can.
-
-Norms are told apart by the version of the weights that the gradients will update, which for one mini-batch is the same on
-every stage.
-"""
+"""How stages tell each other the norms of their gradients: through memory, which processes share where they can."""
 
 from __future__ import annotations
 
@@ -13,23 +9,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeoptim.engine.exchange import BoardEnd, Norms
 from pipeoptim.errors import StageFailure
-
-
-class Norms(Protocol):
-    """The end of the exchange that one stage holds."""
-
-    def post(self, version: int, norm: float) -> None:
-        """Tell the others; does not wait."""
-        ...
-
-    def ready(self, version: int) -> bool:
-        """Whether :meth:`take` will end; always, where the other stages act by themselves."""
-        ...
-
-    def take(self, version: int) -> list[float]:
-        """The norms of all stages, in their order; once per version, in the order in which they were posted."""
-        ...
 
 
 class NormBoard:
@@ -42,7 +23,7 @@ class NormBoard:
 
     def end(self, k: int) -> Norms:
         """What stage ``k`` holds."""
-        return _BoardEnd(self, k)
+        return BoardEnd(self, k)
 
     def post(self, k: int, version: int, norm: float) -> None:
         """Note the norm of stage ``k``."""
@@ -60,20 +41,6 @@ class NormBoard:
         if self._takes[version] == self.depth:
             del self._norms[version], self._takes[version]
         return [norms[k] for k in range(self.depth)]
-
-
-class _BoardEnd:
-    def __init__(self, board: NormBoard, k: int) -> None:
-        self.board, self.k = board, k
-
-    def post(self, version: int, norm: float) -> None:
-        self.board.post(self.k, version, norm)
-
-    def ready(self, version: int) -> bool:
-        return self.board.ready(version)
-
-    def take(self, version: int) -> list[float]:
-        return self.board.take(version)
 
 
 class Way(Protocol):

@@ -21,12 +21,12 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeoptim.engine.clip import Clipper
 from pipeoptim.engine.compress import Compressor
+from pipeoptim.engine.exchange import Norms
 from pipeoptim.engine.feed import Cutter, Feed, Part
 from pipeoptim.engine.fit import by_kernels, check_parts, grouped, nothing, optimized, stepping
 from pipeoptim.engine.losses import LossLog, call_loss, check_graph, collect_losses, read_loss, warn_cut_off
 from pipeoptim.engine.masters import MasterPredictor, Masters
 from pipeoptim.engine.monitor import PredictionMonitor
-from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.options import OFF, StageOptions
 from pipeoptim.engine.precision import computing
 from pipeoptim.engine.random import StageRandom

@@ -1,36 +1,18 @@
-"""How the stages that hold a tied weight tell each other its gradients: through memory in the emulator, all-reduced in processes.
-
-Gradients are told apart by the version of the weights that they will update, which for one mini-batch is the same on every stage.
-"""
+"""How the stages that hold a tied weight tell each other its gradients: through memory in the emulator, all-reduced in processes."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from pipeoptim.engine.exchange import BoardEnd, Sums
 from pipeoptim.engine.groups import Ties
 from pipeoptim.errors import StageFailure
-
-
-class Exchange(Protocol):
-    """How the holders of one tied weight tell each other its gradients; versions are those that the gradients will update."""
-
-    def post(self, version: int, gradient: Tensor) -> None:
-        """Tell the others; does not wait. The gradient is the exchange's own from now on."""
-        ...
-
-    def ready(self, version: int) -> bool:
-        """Whether :meth:`take` will end; always, where the other stages act by themselves."""
-        ...
-
-    def take(self, version: int) -> Tensor:
-        """The sum over the holders, the same bits on all of them; once per version, in the order in which they were posted."""
-        ...
 
 
 class SumBoard:
@@ -41,9 +23,9 @@ class SumBoard:
         self._gradients: dict[int, dict[int, Tensor]] = {}
         self._sums: dict[int, list[Tensor]] = {}  # version -> one per holder that has not taken it
 
-    def end(self, k: int) -> Exchange:
+    def end(self, k: int) -> Sums:
         """What stage ``k`` holds."""
-        return _BoardEnd(self, k)
+        return BoardEnd(self, k)
 
     def post(self, k: int, version: int, gradient: Tensor) -> None:
         """Note the gradient of stage ``k``."""
@@ -65,20 +47,6 @@ class SumBoard:
         if not self._sums[version]:
             del self._sums[version]
         return found
-
-
-class _BoardEnd:
-    def __init__(self, board: SumBoard, k: int) -> None:
-        self.board, self.k = board, k
-
-    def post(self, version: int, gradient: Tensor) -> None:
-        self.board.post(self.k, version, gradient)
-
-    def ready(self, version: int) -> bool:
-        return self.board.ready(version)
-
-    def take(self, version: int) -> Tensor:
-        return self.board.take(version)
 
 
 class ReducedSums:

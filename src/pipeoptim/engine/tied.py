@@ -27,7 +27,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.clip import Clip
-from pipeoptim.engine.sums import Exchange
+from pipeoptim.engine.exchange import Sums
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.rules.combined import members
@@ -132,7 +132,7 @@ class TiedWeight:
         counted: whether this is the stage that counts it in a norm over all stages; one holder does.
     """
 
-    def __init__(self, name: str, parameter: Tensor, held: Tensor, exchange: Exchange, delay: int, counted: bool) -> None:
+    def __init__(self, name: str, parameter: Tensor, held: Tensor, exchange: Sums, delay: int, counted: bool) -> None:
         self.name, self.parameter, self.held = name, parameter, held
         self.exchange, self.delay, self.counted = exchange, delay, counted
         self._posted: deque[int] = deque()  # versions whose sum was not taken yet
@@ -189,7 +189,7 @@ class TieEnd:
 
     tie: Tied
     k: int
-    exchange: Exchange
+    exchange: Sums
 
     def on(self, module: nn.Module, held: Sequence[Tensor], params: Sequence[Tensor], program: Program) -> TiedWeight | None:
         """The stage's copy; ``held``: what the optimizer moves, in the order of the module's ``params``. None if it moves another.

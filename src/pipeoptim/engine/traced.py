@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
-
-from torch import Tensor
+from typing import Any, Generic
 
 from pipeoptim.engine.compress import Compressor
+from pipeoptim.engine.exchange import Exchange, Heard, Told
 from pipeoptim.engine.link import Receiver, Sender
-from pipeoptim.engine.norms import Norms
 from pipeoptim.engine.stage import StageWorker
-from pipeoptim.engine.sums import Exchange
 from pipeoptim.engine.trace import Row
 from pipeoptim.schedule import Kind
 
@@ -32,14 +29,9 @@ def links(row: Row | None, receiver: Receiver | None, sender: Sender | None) -> 
         _note_calls(row, sender, "send", "send")
 
 
-def norms(row: Row | None, exchange: Norms | None) -> Norms | None:
-    """``exchange`` itself, or its recorded form."""
-    return exchange if row is None or exchange is None else TracedNorms(row, exchange)
-
-
-def sums(row: Row | None, exchange: Exchange) -> Exchange:
-    """``exchange`` itself, or its recorded form."""
-    return exchange if row is None else TracedSums(row, exchange)
+def exchange(row: Row | None, plain: Exchange[Told, Heard]) -> Exchange[Told, Heard]:
+    """``plain`` itself, or its recorded form."""
+    return plain if row is None else TracedExchange(row, plain)
 
 
 class TracedWorker(StageWorker):
@@ -119,30 +111,16 @@ class TracedCompressor(Compressor):
         return unpacked
 
 
-class TracedNorms:
-    """Notes the wait for the gradient norms of the other stages."""
+class TracedExchange(Generic[Told, Heard]):
+    """Notes the wait for what other stages tell: norms, or the gradients of tied weights."""
 
-    def __init__(self, row: Row, norms: Norms) -> None:
-        self.row, self.norms = row, norms
-        self.post, self.ready = norms.post, norms.ready
+    def __init__(self, row: Row, plain: Exchange[Told, Heard]) -> None:
+        self.row, self.plain = row, plain
+        self.post, self.ready = plain.post, plain.ready
 
-    def take(self, version: int) -> list[float]:
+    def take(self, version: int) -> Heard:
         began = self.row.now()
-        norms = self.norms.take(version)
-        self.row.add("wait", version, began)
-        return norms
-
-
-class TracedSums:
-    """Notes the wait for the gradients of the other holders of a tied weight."""
-
-    def __init__(self, row: Row, exchange: Exchange) -> None:
-        self.row, self.exchange = row, exchange
-        self.post, self.ready = exchange.post, exchange.ready
-
-    def take(self, version: int) -> Tensor:
-        began = self.row.now()
-        found = self.exchange.take(version)
+        found = self.plain.take(version)
         self.row.add("wait", version, began)
         return found
 
