@@ -9,7 +9,7 @@ On GPUs the prediction alone has a kernel, written in Triton (`triton_move`, `tr
 Set ``PIPEOPTIM_KERNELS=0`` to do without, ``PIPEOPTIM_CACHE`` to choose where compiled libraries are kept.
 """
 
-from pipeoptim.kernels.calls import Adam, AdamHow, Ahead, Counts, Move, Sgd, SgdHow, Steps, Term, copy, run_moves
+from pipeoptim.kernels.calls import Adam, AdamHow, Ahead, Counts, Fetch, Move, Sgd, SgdHow, Steps, Term, copy, run_moves
 from pipeoptim.kernels.library import available, why_not
 from pipeoptim.kernels.memory import flat
 from pipeoptim.kernels.take import Take
@@ -19,6 +19,7 @@ __all__ = [
     "AdamHow",
     "Ahead",
     "Counts",
+    "Fetch",
     "Move",
     "Sgd",
     "SgdHow",

@@ -66,6 +66,7 @@ def _loaded(path: Path) -> ctypes.CDLL:
         loaded.pipeoptim_move.argtypes, loaded.pipeoptim_move.restype = (number, address, threads), ctypes.c_int
         loaded.pipeoptim_count.argtypes = (number, address, ctypes.c_float, address)
         loaded.pipeoptim_count.restype = None
+        loaded.pipeoptim_fetch.argtypes, loaded.pipeoptim_fetch.restype = (number, address), None
         loaded.pipeoptim_take.argtypes, loaded.pipeoptim_take.restype = (number, address), None
         loaded.pipeoptim_products.argtypes = (address, address, address, number, address, address)
         loaded.pipeoptim_products.restype = None

@@ -8,7 +8,8 @@
 #include "vector.h"
 #include <stdlib.h>
 
-#define CHUNK 65536 /* floats per piece of work */
+#define CHUNK 65536      /* floats per piece of work, at least */
+#define LARGE_CHUNK 262144 /* for much work: a stream of memory that goes on is fetched ahead, one that begins is not */
 #define INLINE static inline __attribute__((always_inline))
 
 enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3 };
@@ -195,18 +196,17 @@ static void move_range(const struct move *job, int64_t i, int64_t end) {
         int64_t *first = malloc((size_t)((count) + 1) * sizeof *first), total = 0;                                            \
         if (!first) return 1;                                                                                                 \
         first[0] = 0;                                                                                                         \
-        for (int64_t j = 0; j < (count); j++) {                                                                               \
-            first[j + 1] = first[j] + ((jobs)[j].n + CHUNK - 1) / CHUNK;                                                      \
-            total += (jobs)[j].n;                                                                                             \
-        }                                                                                                                     \
-        if (total < CHUNK) threads = 1; /* waking threads would take longer */                                               \
+        for (int64_t j = 0; j < (count); j++) total += (jobs)[j].n;                                                           \
+        int64_t chunk = total > 16 * LARGE_CHUNK * (int64_t)threads ? LARGE_CHUNK : CHUNK;                                    \
+        for (int64_t j = 0; j < (count); j++) first[j + 1] = first[j] + ((jobs)[j].n + chunk - 1) / chunk;                    \
+        if (total < CHUNK) threads = 1; /* waking threads would take longer */                                                \
         _Pragma("omp parallel num_threads(threads) if (threads > 1)")                                                         \
         {                                                                                                                     \
             int64_t j = 0; /* chunks come in rising order, so this only moves forward */                                     \
             _Pragma("omp for schedule(dynamic, 1)")                                                                           \
             for (int64_t c = 0; c < first[count]; c++) {                                                                      \
                 while (first[j + 1] <= c) j++;                                                                                \
-                int64_t i = (c - first[j]) * CHUNK, end = i + CHUNK < (jobs)[j].n ? i + CHUNK : (jobs)[j].n;                  \
+                int64_t i = (c - first[j]) * chunk, end = i + chunk < (jobs)[j].n ? i + chunk : (jobs)[j].n;                  \
                 RANGE;                                                                                                        \
             }                                                                                                                 \
             fence();                                                                                                          \
@@ -232,6 +232,11 @@ int pipeoptim_move(int64_t count, const struct move *jobs, int32_t threads) {
 /* Add to counts of steps, one number each, and say what they are now; a count that is NULL stays 0. */
 void pipeoptim_count(int64_t count, float *const *steps, float by, float *now) {
     for (int64_t j = 0; j < count; j++) now[j] = steps[j] ? (*steps[j] += by) : 0;
+}
+
+/* Bring what lies at these addresses into the caches, all at once; an address where nothing lies any more does no harm. */
+void pipeoptim_fetch(int64_t count, const char *const *addresses) {
+    for (int64_t j = 0; j < count; j++) __builtin_prefetch(addresses[j]);
 }
 
 /* -- small samples of many tensors ------------------------------------------------------------------------------------------ */

@@ -59,6 +59,9 @@ class FusedStep:
         stepped = {self.optimizer, *members(self.optimizer)}
         if not all(map(_unpatched, stepped)):
             return False
+        plan = self._plans.get(id(out[0]) if out else 0)
+        if plan is not None:
+            plan.fetch()
         grads = [item.weight.grad for item in parts]
         plan = self._plan(parts, grads, out)
         if plan is None or not plan.ready():

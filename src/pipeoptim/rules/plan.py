@@ -7,10 +7,12 @@ and of the weights and of the gradients, which are new each time, how.
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
-from typing import Any
+from itertools import chain
+from operator import attrgetter, getitem, is_
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -23,8 +25,30 @@ from pipeoptim.rules.drive import Item
 from pipeoptim.rules.registry import Rule
 from pipeoptim.rules.steps import Stepper
 
-_PLAIN = (Tensor, torch.nn.Parameter)
+_PLAIN = {Tensor, torch.nn.Parameter}
 _NOBODY: Mapping[str, Any] = {}
+
+
+_dtype, _layout, _is_cpu = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_cpu")
+_Form = int | tuple[torch.Size, tuple[int, ...]]
+
+
+def _form(tensor: Tensor) -> _Form:
+    """How a tensor lies in memory: one that is contiguous is all the same to a kernel whatever its shape."""
+    return tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
+
+
+def _ordinary(tensors: Sequence[Tensor]) -> bool:
+    """Whether all are plain, dense tensors of float32 on a CPU."""
+    if not set(map(type, tensors)) <= _PLAIN or set(map(_layout, tensors)) != {torch.strided}:
+        return False
+    return set(map(_dtype, tensors)) == {torch.float32} and all(map(_is_cpu, tensors))
+
+
+def _addresses(*lists: list[Tensor]) -> bytes:
+    """As bytes: to compare with ten numbers takes one look at memory, where each of ten objects is one."""
+    found = [*chain.from_iterable(map(Tensor.data_ptr, tensors) for tensors in lists)]
+    return array("Q", found).tobytes()
 
 
 class Family:
@@ -84,27 +108,32 @@ class Family:
 class Plan:
     """The parameters that move, found fit for their kernels, and where their tensors lie.
 
+    Looked over in loops that run in C, over lists rather than objects of our own: every object is another wait for memory.
+
     Attributes:
         parts, out: what it was made for.
         families: those that move; `still`: places of those without a gradient, which do not.
-        shapes: shape and strides of those that move.
+        weights: those that move; `forms`: how they lie.
         owners, states: each optimizer and what it remembered of its parameters.
-        kept: (state, name, tensor) of all that the kernels use.
-        tensors, addresses: weights and what their steps read and write, and where they lie. Buffers and counts are known by what they
-            are: buffers are the caller's own, and no count moves without the rest of its state.
+        kept, names, tensors: (state, name, tensor) of all that the kernels use, as three lists.
+        addresses: where weights, and what their steps read and write, lie. Buffers are known by what they are: they are the
+            caller's own.
+        fetch: to be called before any of this is looked at.
     """
 
     parts: Sequence[Item]
     out: Sequence[Tensor | None]
     families: list[Family]
     still: list[int]
-    moving: list[Item]
-    shapes: list[tuple[torch.Size, tuple[int, ...]]]
+    weights: list[Tensor]
+    forms: list[_Form]
     owners: list[Optimizer]
     states: list[Any]
-    kept: list[tuple[Mapping[str, Any], str, Tensor]]
+    kept: list[Mapping[str, Any]]
+    names: list[str]
     tensors: list[Tensor]
-    addresses: list[int]
+    addresses: bytes
+    fetch: calls.Fetch
 
     def holds(self, parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None) -> bool:
         """Whether everything is as it was, and these gradients lie in memory as the weights do."""
@@ -115,27 +144,26 @@ class Plan:
         states = [state for owner in self.owners for state in owner.state.values()]
         if len(states) != len(self.states) or not all(map(is_, states, self.states)):
             return False
-        if any(state.get(name) is not tensor for state, name, tensor in self.kept):
+        try:
+            if not all(map(is_, map(getitem, self.kept, self.names), self.tensors)):
+                return False
+        except KeyError:
             return False
         for family in self.families:
             for group, names in family.options:
                 if not family.stepper.covers(group) or family.stepper.state_names(group) != names:
                     return False
-        return list(map(Tensor.data_ptr, self.tensors)) == self.addresses and self._lie(grads)
+        return _addresses(self.weights, self.tensors) == self.addresses and self._lie(grads)
 
     def _lie(self, grads: Sequence[Tensor | None]) -> bool:
         """As ``flat`` of each weight and gradient, where that was so before."""
-        given = [grad for grad in grads if grad is not None]
-        for item, grad, (shape, stride) in zip(self.moving, given, self.shapes, strict=True):
-            weight = item.weight
-            if weight.dtype is not torch.float32 or weight.shape != shape or weight.stride() != stride:
-                return False
-            plain = type(grad) in _PLAIN and grad.dtype is torch.float32 and grad.is_cpu and grad.layout is torch.strided
-            if not plain or grad.shape != shape or grad.is_neg():
-                return False
-            if grad.stride() != stride and not flat((weight, grad)):
-                return False
-        return True
+        given = [grad for grad in grads if grad is not None] if self.still else cast(list[Tensor], grads)
+        if not _ordinary(given) or set(map(_dtype, self.weights)) != {torch.float32} or any(map(Tensor.is_neg, given)):
+            return False
+        if self.forms == [*map(_form, self.weights)] == [*map(_form, given)]:
+            return True
+        shaped = zip(self.weights, given, self.forms, strict=True)
+        return all(_form(weight) == form and flat((weight, grad)) for weight, grad, form in shaped)
 
     def ready(self) -> bool:
         """Whether the kernels can take the next step."""
@@ -177,21 +205,23 @@ def _planned(
         outs = [out[n] if out else None for n in numbers]
         families.append(Family(stepper, numbers, [parts[n] for n in numbers], [states for _, states in theirs], outs))
     still = [n for n, grad in enumerate(grads) if grad is None]
-    moving = [item for item, grad in zip(parts, grads, strict=True) if grad is not None]
+    weights = [item.weight for item, grad in zip(parts, grads, strict=True) if grad is not None]
     owners = list({id(item.optimizer): item.optimizer for item in parts}.values())
-    tensors = [*(item.weight for item in moving), *(tensor for _, name, tensor in kept if name != "step")]
+    states, names, tensors = map(list, zip(*kept, strict=True) if kept else ((), (), ()))
     return Plan(
         parts=parts,
         out=list(out),
         families=families,
         still=still,
-        moving=moving,
-        shapes=[(item.weight.shape, item.weight.stride()) for item in moving],
+        weights=weights,
+        forms=[*map(_form, weights)],
         owners=owners,
         states=[state for owner in owners for state in owner.state.values()],
-        kept=kept,
+        kept=states,
+        names=names,
         tensors=tensors,
-        addresses=[tensor.data_ptr() for tensor in tensors],
+        addresses=_addresses(weights, tensors),
+        fetch=calls.Fetch([*weights, *tensors, *(g for g in grads if g is not None), *parts, *states]),
     )
 
 
