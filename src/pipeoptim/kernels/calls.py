@@ -77,12 +77,12 @@ class AdamHow:
         factors = self.ahead.factors
         return layout.BY_RULE if len(factors) == 1 and factors[0][1] == self.inverse else layout.BY_TERMS
 
-    def packed(self, streamed: int, factors: int) -> bytes:
-        """For the kernel; `factors`: address of the packed factors."""
+    def packed(self, into: int, factors: int) -> bytes:
+        """For the kernel; `into`: how the prediction is written, `factors`: address of the packed factors."""
         a = self.ahead or Ahead()
         scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if self.form == layout.BY_TERMS else 0)
         return layout.ADAM_HOW.pack(
-            factors, self.form, streamed, count, 0,
+            factors, self.form, into, count, 0,
             self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2 if self.gain is None else self.gain,
             self.decay, self.rate, self.inverse, self.eps,
             a.lose, scale, a.steps or 0.0, 0.0,
@@ -101,14 +101,14 @@ class SgdHow:
     coupled: float = 0.0
     ahead: Ahead | None = None
 
-    def packed(self, streamed: int, factors: int) -> bytes:
+    def packed(self, into: int, factors: int) -> bytes:
         """For the kernel, which needs no table of factors."""
         a = self.ahead or Ahead()
         form: int = layout.NO_PREDICTION
         if self.ahead is not None:
             form = layout.BY_RULE if a.steps is None else layout.BY_DISPLACEMENT
         return layout.SGD_HOW.pack(
-            form, streamed,
+            form, into,
             self.sign, self.coupled, self.mu, self.damp, *self.along, self.lr,
             a.lose, *(a.factors[0] if a.factors else (0.0, 0.0)), a.steps or 0.0, 0.0,
         )  # fmt: skip
@@ -136,11 +136,12 @@ class Steps:
 
     Args:
         places: of one kind. Their tensors must be kept alive, and stay where they are, as long as this is run.
+        over_gradients: write the predictions over the gradients, not into what `out` names.
     """
 
-    def __init__(self, places: Sequence[Adam] | Sequence[Sgd]) -> None:
+    def __init__(self, places: Sequence[Adam] | Sequence[Sgd], over_gradients: bool = False) -> None:
         self._entry, pack = ("adam", layout.ADAM_PLACE) if isinstance(places[0], Adam) else ("sgd", layout.SGD_PLACE)
-        self._streamed = _streamed([place.out for place in places])
+        self._into = layout.OVER_GRADIENT if over_gradients else _into([place.out for place in places])
         self._count = len(places)
         self._places = b"".join(pack.pack(place.w.numel(), *map(_address, place)) for place in places)
         self._pack_grads, self._pack_which = Struct(f"@{self._count}P"), Struct(f"@{self._count}i")
@@ -154,7 +155,7 @@ class Steps:
             hows: the recipes.
         """
         tables = [_factors(how) for how in hows]  # memory that recipes point into
-        packed = b"".join([hows[n].packed(self._streamed, ctypes.addressof(table)) for n, table in enumerate(tables)])
+        packed = b"".join([hows[n].packed(self._into, ctypes.addressof(table)) for n, table in enumerate(tables)])
         entry = getattr(library(), f"pipeoptim_{self._entry}")
         jobs = self._count, self._places, self._pack_grads.pack(*grads), self._pack_which.pack(*which)
         _done(entry(*jobs, packed, torch.get_num_threads()), self._count)
@@ -210,7 +211,7 @@ def _factors(how: AdamHow | SgdHow) -> ctypes.Array[ctypes.c_char]:
 
 def run_moves(jobs: Sequence[Move]) -> None:
     """Write all predictions."""
-    streamed = _streamed([job.out for job in jobs])
+    into = _into([job.out for job in jobs])
     terms = [
         layout.TERM.pack(value.data_ptr(), 0 if root is None else root.data_ptr(), scale, inverse, eps, 0.0)
         for job in jobs
@@ -220,7 +221,7 @@ def run_moves(jobs: Sequence[Move]) -> None:
     address = ctypes.addressof(table)
     packed = []
     for w, out, own, lose in jobs:
-        packed.append(layout.MOVE.pack(w.numel(), w.data_ptr(), out.data_ptr(), address, len(own), streamed, lose, 0.0))
+        packed.append(layout.MOVE.pack(w.numel(), w.data_ptr(), out.data_ptr(), address, len(own), into, lose, 0.0))
         address += len(own) * layout.TERM.size
     if jobs:
         _done(library().pipeoptim_move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
@@ -236,8 +237,9 @@ def _done(failed: int, count: int) -> None:
         raise MemoryError(f"no memory for a list of {count} jobs")
 
 
-def _streamed(outs: Sequence[Tensor | None]) -> int:
-    return int(sum(out.numel() for out in outs if out is not None) >= STREAM_FROM)
+def _into(outs: Sequence[Tensor | None]) -> int:
+    large = sum(out.numel() for out in outs if out is not None) >= STREAM_FROM
+    return layout.STREAMED if large else layout.CACHED
 
 
 def _memory(rows: list[bytes]) -> ctypes.Array[ctypes.c_char]:

@@ -14,3 +14,6 @@ FACTOR = Struct("@2f")
 SIZES = [part.size for part in (ADAM_PLACE, ADAM_HOW, SGD_PLACE, SGD_HOW, MOVE, TERM)]
 
 NO_PREDICTION, BY_RULE, BY_DISPLACEMENT, BY_TERMS = range(4)
+
+CACHED, STREAMED, OVER_GRADIENT = 0, 1, 2
+"""How a prediction is written (``enum into``)."""

@@ -12,6 +12,10 @@
 #define LARGE_CHUNK 262144 /* for much work: a stream of memory that goes on is fetched ahead, one that begins is not */
 #define INLINE static inline __attribute__((always_inline))
 
+/* How a prediction is written: into a buffer, which the caches keep or not, or over the gradient it was made from. What has just
+ * been read goes back to memory beside the next reads, so this is the fastest, though it is as many passes. */
+enum into { CACHED = 0, STREAMED = 1, OVER_GRADIENT = 2 };
+
 enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3 };
 
 struct factor { float scale, inverse; };
@@ -24,7 +28,7 @@ struct adam_place {
 
 struct adam_how {
     const struct factor *factors; /* BY_TERMS: what each term multiplies, and its 1/divisor of the root */
-    int32_t form, streamed, count, unused;
+    int32_t form, into, count, unused;
     float sign, coupled, b1, b1c, b2, b2c, decay, rate, inverse, eps; /* the step */
     float lose, scale, ahead, padding;                                /* the prediction */
 };
@@ -35,7 +39,7 @@ struct sgd_place {
 };
 
 struct sgd_how {
-    int32_t form, streamed;
+    int32_t form, into;
     float sign, coupled, mu, damp, along_g, along_b, lr; /* the step */
     float lose, from_g, from_b, ahead, padding;          /* the prediction */
 };
@@ -50,7 +54,7 @@ struct move {
     const float *w;
     float *out;
     const struct term *terms;
-    int32_t count, streamed;
+    int32_t count, into;
     float lose, padding;
 };
 
@@ -145,9 +149,10 @@ INLINE void sgd_at(const struct sgd_place *p, const float *grad, const struct sg
 
 /* Copies: the compiler sees that nothing written through pointers changes them. */
 static void adam_range(const struct adam_place *place, const float *g, const struct adam_how *how, int64_t i, int64_t end) {
-    const struct adam_place at = *place, *p = &at;
+    struct adam_place at = *place, *p = &at;
     const struct adam_how copy = *how, *a = &copy;
-    int streamed = CAN_STREAM && a->streamed;
+    int streamed = CAN_STREAM && a->into == STREAMED;
+    if (a->into == OVER_GRADIENT) at.out = (float *)g;
     switch (a->form) {
     case NO_PREDICTION: ADAM_EITHER(NO_PREDICTION, 0); break;
     case BY_RULE: if (streamed) ADAM_EITHER(BY_RULE, 1); else ADAM_EITHER(BY_RULE, 0); break;
@@ -161,9 +166,10 @@ static void adam_range(const struct adam_place *place, const float *g, const str
     do { if (p->b) SGD(form, 1, streamed); else SGD(form, 0, streamed); } while (0)
 
 static void sgd_range(const struct sgd_place *place, const float *g, const struct sgd_how *how, int64_t i, int64_t end) {
-    const struct sgd_place at = *place, *p = &at;
+    struct sgd_place at = *place, *p = &at;
     const struct sgd_how copy = *how, *a = &copy;
-    int streamed = CAN_STREAM && a->streamed;
+    int streamed = CAN_STREAM && a->into == STREAMED;
+    if (a->into == OVER_GRADIENT) at.out = (float *)g;
     switch (a->form) {
     case NO_PREDICTION: SGD_EITHER(NO_PREDICTION, 0); break;
     case BY_RULE: if (streamed) SGD_EITHER(BY_RULE, 1); else SGD_EITHER(BY_RULE, 0); break;
@@ -176,7 +182,7 @@ static void sgd_range(const struct sgd_place *place, const float *g, const struc
 static void move_range(const struct move *job, int64_t i, int64_t end) {
     struct term one;
     struct move known = *job, *a = &known;
-    int streamed = CAN_STREAM && job->streamed;
+    int streamed = CAN_STREAM && job->into == STREAMED;
     if (job->count == 1) { /* the usual case: let the compiler see what it is */
         one = job->terms[0];
         a->terms = &one;

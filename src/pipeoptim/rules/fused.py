@@ -24,6 +24,7 @@ from pipeoptim.kernels.library import available
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.drive import Item, rates_for, write_by_rule
 from pipeoptim.rules.move import Ahead, Scalar
+from pipeoptim.rules.owners import alone
 from pipeoptim.rules.plan import Family, Plan, make_plan, stepper_of
 from pipeoptim.rules.steps import Stepper
 
@@ -40,7 +41,7 @@ class FusedStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._plans: dict[int, Plan] = {}  # id of the first buffer -> plan
+        self._plans: dict[int, Plan] = {}  # id of the first buffer, 0 for none, -1 for the gradients' own memory -> plan
 
     @torch.no_grad()
     def __call__(
@@ -56,38 +57,62 @@ class FusedStep:
             rates: for each param group the learning rates of the updates *after* this step.
             out: one buffer per parameter. Without `rates` and `out` nothing is predicted.
         """
-        stepped = {self.optimizer, *members(self.optimizer)}
-        if not all(map(_unpatched, stepped)):
+        if not self._unpatched():
             return False
-        plan = self._plans.get(id(out[0]) if out else 0)
-        if plan is not None:
-            plan.fetch()
-        grads = [item.weight.grad for item in parts]
-        plan = self._plan(parts, grads, out)
-        if plan is None or not plan.ready():
+        plan, grads = self._plan(parts, out)
+        if plan is None:
             return False
+        self._run(plan, grads, rates)
+        if rates is not None and out is not None and plan.still:
+            _predict_others([(parts[n], out[n]) for n in plan.still], rates)
+        return True
+
+    @torch.no_grad()
+    def over_gradients(self, parts: Sequence[Item], rates: Sequence[tuple[Scalar, ...]]) -> list[Tensor] | None:
+        """Step, and write the predicted weights over the gradients: those, for every parameter; None, and nothing done, if not.
+
+        Cannot be where a parameter has no gradient, or one that somebody else has as well.
+        """
+        if not self._unpatched():
+            return None
+        plan, grads = self._plan(parts, None, over_gradients=True)
+        if plan is None or plan.still:
+            return None
+        found = [grad for grad in grads if grad is not None]
+        grads.clear()
+        if not alone(found):
+            return None
+        self._run(plan, found, rates)
+        return found
+
+    def _unpatched(self) -> bool:
+        return all(map(_unpatched, {self.optimizer, *members(self.optimizer)}))
+
+    def _run(self, plan: Plan, grads: Sequence[Tensor | None], rates: Sequence[tuple[Scalar, ...]] | None) -> None:
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             for family in plan.families:
                 _run(family, [grads[n] for n in family.numbers], rates)
-            if rates is not None and out is not None and plan.still:
-                _predict_others([(parts[n], out[n]) for n in plan.still], rates)
-        for one in stepped:
+        for one in {self.optimizer, *members(self.optimizer)}:
             if hasattr(one.step, "_wrapped_by_lr_sched"):
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
-        return True
 
-    def _plan(self, parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None) -> Plan | None:
-        """That of this set of buffers, made anew if anything is not as it was."""
-        key = id(out[0]) if out else 0
+    def _plan(
+        self, parts: Sequence[Item], out: Sequence[Tensor] | None, over_gradients: bool = False
+    ) -> tuple[Plan | None, list[Tensor | None]]:
+        """That of this set of buffers, made anew if anything is not as it was, and the gradients; None if there can be none."""
+        key = id(out[0]) if out else -int(over_gradients)
         plan = self._plans.get(key)
+        if plan is not None:
+            plan.fetch()
+        grads = [item.weight.grad for item in parts]
         if plan is None or not plan.holds(parts, grads, out):
-            plan = make_plan(parts, grads, out)
+            plan = make_plan(parts, grads, out, over_gradients)
             if len(self._plans) >= SETS or plan is None:
                 self._plans.clear()
             if plan is not None:
                 self._plans[key] = plan
-        return plan
+        return (plan if plan is not None and plan.ready() else None), grads
 
 
 def _run(family: Family, grads: Sequence[Tensor | None], rates: Sequence[tuple[Scalar, ...]] | None) -> None:

@@ -60,6 +60,7 @@ class Family:
         parts: they themselves.
         states: of each the tensors of its state that the stepper names.
         outs: of each the buffer, or None.
+        over_gradients: predictions are written over the gradients.
 
     Attributes:
         counts, steps: see `calls`.
@@ -72,12 +73,13 @@ class Family:
         parts: Sequence[Item],
         states: Sequence[Sequence[Tensor]],
         outs: Sequence[Tensor | None],
+        over_gradients: bool,
     ) -> None:
         self.stepper, self.numbers, self.parts = stepper, numbers, parts
         self.counted = [item.state.get("step") for item in parts]
         self.counts = calls.Counts(self.counted)
         places = [stepper.place(i.weight, s, o) for i, s, o in zip(parts, states, outs, strict=True)]
-        self.steps = calls.Steps(places)
+        self.steps = calls.Steps(places, over_gradients)
         self._groups = [item.group_number for item in parts]
         first = {group: n for n, group in reversed(list(enumerate(self._groups)))}
         order = {group: n for n, group in enumerate(first)}
@@ -170,7 +172,9 @@ class Plan:
         return all(family.ready() for family in self.families)
 
 
-def make_plan(parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None) -> Plan | None:
+def make_plan(
+    parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None, over_gradients: bool = False
+) -> Plan | None:
     """A plan for the parameters that have a gradient; None if there are none, or one that no kernel can take."""
     found: dict[Stepper, list[tuple[int, list[Tensor]]]] = {}
     kept: list[tuple[Mapping[str, Any], str, Tensor]] = []
@@ -189,7 +193,7 @@ def make_plan(parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequen
         kept += [(state, name, tensor) for name, tensor in zip(names, tensors, strict=True)]
         kept += [(state, "step", state["step"])] if "step" in state else []
         found.setdefault(stepper, []).append((n, tensors))
-    return _planned(parts, grads, list(out or ()), found, kept) if found and available() else None
+    return _planned(parts, grads, list(out or ()), found, kept, over_gradients) if found and available() else None
 
 
 def _planned(
@@ -198,12 +202,14 @@ def _planned(
     out: Sequence[Tensor],
     found: Mapping[Stepper, list[tuple[int, list[Tensor]]]],
     kept: list[tuple[Mapping[str, Any], str, Tensor]],
+    over_gradients: bool,
 ) -> Plan:
     families = []
     for stepper, theirs in found.items():
         numbers = [n for n, _ in theirs]
         outs = [out[n] if out else None for n in numbers]
-        families.append(Family(stepper, numbers, [parts[n] for n in numbers], [states for _, states in theirs], outs))
+        states_of = [states for _, states in theirs]
+        families.append(Family(stepper, numbers, [parts[n] for n in numbers], states_of, outs, over_gradients))
     still = [n for n, grad in enumerate(grads) if grad is None]
     weights = [item.weight for item, grad in zip(parts, grads, strict=True) if grad is not None]
     owners = list({id(item.optimizer): item.optimizer for item in parts}.values())

@@ -33,14 +33,16 @@ class BufferSet:
         tensors: a view for each parameter, in the order given to :class:`StorageLayout`.
         bases: one tensor per storage.
         table: storage address -> storage number.
+        adopted: it is in memory that was made for something else; freed and not used again.
     """
 
-    __slots__ = ("bases", "table", "tensors")
+    __slots__ = ("adopted", "bases", "table", "tensors")
 
-    def __init__(self, bases: Sequence[Tensor], places: Sequence[Place]) -> None:
+    def __init__(self, bases: Sequence[Tensor], places: Sequence[Place] | None) -> None:
         self.bases = list(bases)
         self.table = {base.untyped_storage().data_ptr(): n for n, base in enumerate(self.bases)}
-        self.tensors = [view(self.bases, place) for place in places]
+        self.tensors = self.bases if places is None else [view(self.bases, place) for place in places]
+        self.adopted = places is None
 
     def nbytes(self) -> int:
         """Bytes of memory this copy occupies."""
@@ -66,6 +68,18 @@ class StorageLayout:
     def copy(self) -> BufferSet:
         """A new copy, equal to the latest weights (what shares a storage with them but never changes included)."""
         return BufferSet([empty_like(base).copy_(base) for base in self.latest.bases], self.places)
+
+    @property
+    def one_each(self) -> bool:
+        """Whether every parameter has a storage of its own and fills it, so that any tensor that lies alike can hold a copy of it."""
+        return all(
+            place.storage == n and place.offset == 0 and place.dtype is base.dtype and place.size.numel() == base.numel()
+            for n, (place, base) in enumerate(zip(self.places, self.latest.bases, strict=False))
+        ) and len(self.places) == len(self.latest.bases)
+
+    def adopt(self, tensors: Sequence[Tensor]) -> BufferSet:
+        """Tensors of somebody else's that lie as the parameters do, as a copy; where :attr:`one_each`."""
+        return BufferSet(tensors, None)
 
 
 def view(bases: Sequence[Tensor], place: Place) -> Tensor:

@@ -13,8 +13,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pipeoptim.kernels import calls
 from pipeoptim.schedule import Program
 from pipeoptim.weights.layout import BufferSet, StorageLayout
+
+LARGE = calls.STREAM_FROM
+"""Weights of a stage from which on its predictions are written over gradients."""
 
 
 class WeightPredictor(Protocol):
@@ -42,6 +46,8 @@ class FusingPredictor(Protocol):
     def fuses(self) -> bool: ...
 
     def fused_step(self, out: Sequence[Tensor], steps: int) -> bool: ...
+
+    def fused_step_over_gradients(self, steps: int) -> list[Tensor] | None: ...
 
     def still_holds(self, steps: int) -> bool: ...
 
@@ -90,6 +96,11 @@ class StageWeights:
         self._retained: dict[int, Held] = {}
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
+        self._over_gradients = self._large() and self.layout.one_each
+
+    def _large(self) -> bool:
+        """Whether the weights are more than the caches keep from an update to the next forward."""
+        return sum(p.numel() for p in self.params) >= LARGE
 
     def latest(self) -> Held:
         """The latest weights; they become a copy by themselves if somebody still holds them at the next update."""
@@ -108,6 +119,8 @@ class StageWeights:
         if held is not None and (not held.early or self._still_holds(steps)):
             held.early = False
             return self._hold(key)
+        if any(h.key[0] == self.version and h.copy is not None and h.copy.adopted for h in self._held.values()):
+            self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
         self._drop_stale_predictions()
         held = self._held[key] = Held(key, self._take())
         assert held.copy is not None
@@ -163,7 +176,7 @@ class StageWeights:
         """
         if self.predictor is None:
             step()
-        elif not (ahead and self._free and self._update_and_predict(ahead)):
+        elif not (ahead and self._update_and_predict(ahead)):
             if self.predictor.needs_previous and not self._free:
                 self._free.append(self._new())
             self.predictor.before_step(self._free[-1].tensors if self._free else None)
@@ -172,12 +185,27 @@ class StageWeights:
     def _update_and_predict(self, ahead: int) -> bool:
         if self._fusing is None or not self._fusing.fuses:
             return False
-        copy = self._free[-1]
-        if not self._fusing.fused_step(copy.tensors, ahead):
-            return False
-        held = self._held[self.version + 1, ahead] = Held((self.version + 1, ahead), self._free.pop())
+        copy = self._predicted_over_gradients(self._fusing, ahead)
+        if copy is None:
+            if not self._free or not self._fusing.fused_step(self._free[-1].tensors, ahead):
+                return False
+            copy = self._free.pop()
+        held = self._held[self.version + 1, ahead] = Held((self.version + 1, ahead), copy)
         held.early = True
         return True
+
+    def _predicted_over_gradients(self, fusing: FusingPredictor, ahead: int) -> BufferSet | None:
+        """The prediction in the memory of the gradients, which takes the place of a copy; None where that cannot be."""
+        if not self._over_gradients:
+            return None
+        tensors = fusing.fused_step_over_gradients(ahead)
+        if tensors is None:
+            return None
+        for copy in self._free:
+            self._copies.remove(copy)
+        self._free.clear()
+        self._copies.append(self.layout.adopt(tensors))
+        return self._copies[-1]
 
     def _still_holds(self, steps: int) -> bool:
         return self._fusing is not None and self._fusing.still_holds(steps)
@@ -201,7 +229,7 @@ class StageWeights:
         return self.layout.latest if held.copy is None else held.copy
 
     def nbytes_of_copies(self) -> int:
-        """Bytes of all copies made so far, in use or free."""
+        """Bytes of all copies that there are, in use or free."""
         return sum(copy.nbytes() for copy in self._copies)
 
     def _hold(self, key: tuple[int, int], must_exist: bool = False) -> Held:
@@ -221,7 +249,9 @@ class StageWeights:
 
     def _forget(self, held: Held) -> None:
         del self._held[held.key]
-        if held.copy is not None:
+        if held.copy is not None and held.copy.adopted:
+            self._copies.remove(held.copy)
+        elif held.copy is not None:
             self._free.append(held.copy)
 
     def _drop_stale_predictions(self, everything: bool = False) -> None:
