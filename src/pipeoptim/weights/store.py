@@ -96,6 +96,7 @@ class StageWeights:
         self._retained: dict[int, Held] = {}
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
+        self._most = 0  # copies that were needed at once
         self._over_gradients = self._large() and self.layout.one_each
 
     def _large(self) -> bool:
@@ -196,14 +197,13 @@ class StageWeights:
 
     def _predicted_over_gradients(self, fusing: FusingPredictor, ahead: int) -> BufferSet | None:
         """The prediction in the memory of the gradients, which takes the place of a copy; None where that cannot be."""
-        if not self._over_gradients:
+        if not self._over_gradients or len(self._copies) - len(self._free) == self._most:  # it would be one more than ever needed
             return None
         tensors = fusing.fused_step_over_gradients(ahead)
         if tensors is None:
             return None
-        for copy in self._free:
-            self._copies.remove(copy)
-        self._free.clear()
+        if self._free:
+            self._copies.remove(self._free.pop())
         self._copies.append(self.layout.adopt(tensors))
         return self._copies[-1]
 
@@ -245,6 +245,7 @@ class StageWeights:
 
     def _new(self) -> BufferSet:
         self._copies.append(self.layout.copy())
+        self._most = max(self._most, len(self._copies))
         return self._copies[-1]
 
     def _forget(self, held: Held) -> None:
