@@ -460,6 +460,102 @@ def test_infinite_weights_without_decay_stay_infinite() -> None:
     assert weight.tolist() == [float("inf"), 0.5] and out[0].tolist() == [float("inf"), -0.5]
 
 
+def grads_of(optimizer: Optimizer) -> list[Tensor]:
+    return [weight.grad for weight in weights_of(optimizer) if weight.grad is not None]
+
+
+FILLED = ("plain", "channels_last", "transposed", "scalar", "empty", "large")
+
+
+def give_own_gradients(optimizer: Optimizer, seed: int) -> None:
+    """As a backward leaves them: each in memory of its own."""
+    give_gradients(optimizer, seed)
+    for weight in weights_of(optimizer):
+        assert weight.grad is not None
+        weight.grad = torch.empty_like(weight.detach()).copy_(weight.grad)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_predictions_over_the_gradients_are_those_in_buffers(name: str, kind: str) -> None:
+    if kind == "decayed" and "adagrad" in name:
+        return
+    ours, theirs = make(name, FILLED), make(name, FILLED)
+    over, into = Predictor(ours, kind=kind), Predictor(theirs, kind=kind)
+    out = [torch.empty_like(w.detach()) for w in weights_of(theirs)]
+    done = 0
+    for update in range(BY_TORCH.get(name, 1) + 3):
+        give_own_gradients(ours, update)
+        give_gradients(theirs, update)
+        places = [grad.data_ptr() for grad in grads_of(ours)]
+        expected = into.fused_step(out, 3)
+        found = over.fused_step_over_gradients(3)
+        if found is None:
+            assert not expected or over.needs_grad
+            assert len(grads_of(ours)) == len(FILLED)
+            if not over.fused_step([torch.empty_like(w.detach()) for w in weights_of(ours)], 3):
+                ours.step()
+                theirs.step()
+            continue
+        done += 1
+        assert expected and [t.data_ptr() for t in found] == places and not grads_of(ours)
+        assert all(map(torch.equal, found, out)) and all(map(torch.equal, weights_of(ours), weights_of(theirs)))
+        for mine, other in zip(ours.state.values(), theirs.state.values(), strict=True):
+            assert all(torch.equal(mine[key], other[key]) for key in mine if isinstance(mine[key], Tensor))
+        over.after_step()
+        into.after_step()
+        assert over.still_holds(3)
+        later = [[torch.empty_like(b) for b in out] for _ in range(2)]
+        over.predict_into(later[0], 5)
+        into.predict_into(later[1], 5)
+        assert all(map(torch.equal, *later))
+    assert done == (0 if over.needs_grad else 3)
+
+
+def kept_by_a_hook(weights: list[Tensor]) -> Any:
+    return weights[0].grad
+
+
+def kept_as_a_view(weights: list[Tensor]) -> Any:
+    assert weights[0].grad is not None
+    return weights[0].grad.view(-1)
+
+
+def kept_by_a_graph(weights: list[Tensor]) -> Any:
+    assert weights[0].grad is not None
+    return torch.ones((), requires_grad=True) * weights[0].grad
+
+
+def in_a_bucket(weights: list[Tensor]) -> Any:
+    for weight in weights:
+        assert weight.grad is not None
+        weight.grad = torch.zeros(weight.numel() + 9)[: weight.numel()].view(weight.shape).copy_(weight.grad)
+
+
+def missing(weights: list[Tensor]) -> Any:
+    weights[0].grad = None
+
+
+def shared(weights: list[Tensor]) -> Any:
+    weights[0].grad = weights[1].grad
+
+
+@pytest.mark.parametrize("change", [kept_by_a_hook, kept_as_a_view, kept_by_a_graph, in_a_bucket, missing, shared])
+def test_gradients_that_somebody_else_has_are_left_alone(change: Any) -> None:
+    optimizer = make("adamw", ("plain", "plain"))
+    give_gradients(optimizer, 0)
+    optimizer.step()
+    predictor = Predictor(optimizer)
+    give_own_gradients(optimizer, 1)
+    kept = change(weights_of(optimizer))
+    before = [w.detach().clone() for w in [*weights_of(optimizer), *grads_of(optimizer)]]
+    assert predictor.fused_step_over_gradients(2) is None
+    assert all(map(torch.equal, before, [*weights_of(optimizer), *grads_of(optimizer)]))
+    del kept
+    give_own_gradients(optimizer, 2)
+    assert predictor.fused_step_over_gradients(2) is not None
+
+
 def test_a_copy_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     for streamed in (0, 1 << 60):
         monkeypatch.setattr(calls, "STREAM_FROM", streamed)

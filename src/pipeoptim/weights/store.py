@@ -184,22 +184,22 @@ class StageWeights:
             step()
 
     def _update_and_predict(self, ahead: int) -> bool:
-        if self._fusing is None or not self._fusing.fuses:
+        room = len(self._copies) - len(self._free) < self._most  # or it would be one copy more than ever needed
+        if not room or self._fusing is None or not self._fusing.fuses:
             return False
         copy = self._predicted_over_gradients(self._fusing, ahead)
         if copy is None:
-            if not self._free or not self._fusing.fused_step(self._free[-1].tensors, ahead):
+            copy = self._take()
+            if not self._fusing.fused_step(copy.tensors, ahead):
+                self._free.append(copy)
                 return False
-            copy = self._free.pop()
         held = self._held[self.version + 1, ahead] = Held((self.version + 1, ahead), copy)
         held.early = True
         return True
 
     def _predicted_over_gradients(self, fusing: FusingPredictor, ahead: int) -> BufferSet | None:
         """The prediction in the memory of the gradients, which takes the place of a copy; None where that cannot be."""
-        if not self._over_gradients or len(self._copies) - len(self._free) == self._most:  # it would be one more than ever needed
-            return None
-        tensors = fusing.fused_step_over_gradients(ahead)
+        tensors = fusing.fused_step_over_gradients(ahead) if self._over_gradients else None
         if tensors is None:
             return None
         if self._free:
