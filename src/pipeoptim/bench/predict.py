@@ -278,6 +278,7 @@ class _Bench:
 
     def rows(self, threads: int, repeats: int, budget: float, copied: float) -> list[Row]:
         """One row per contender, with its ratio to torch's step; ``copied`` GB/s is the speed of a copy in the same run."""
+        self._give_gradients()  # the last contender of the turns before may have used them up
         self.variant = self._fastest()
         found = self.contenders()
         samples, queued = self._sampled(found, repeats, budget)
