@@ -10,9 +10,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from functools import cache
+from operator import attrgetter
 
 import torch
-from torch import Tensor
+from torch import Tensor, UntypedStorage
 
 
 def alone(grads: Sequence[Tensor]) -> bool:
@@ -28,18 +29,19 @@ def alone(grads: Sequence[Tensor]) -> bool:
         False
     """
     usual = _usual()
-    return usual is not None and _counts(grads) <= usual and all(map(_fills, grads))
+    if usual is None or any(map(Tensor.storage_offset, grads)):
+        return False
+    memory = [grad.untyped_storage() for grad in grads]
+    filled = [*map(UntypedStorage.nbytes, memory)] == [*map(_nbytes, grads)]  # there is nothing else in it
+    return filled and _counts(grads, memory) <= usual
 
 
-def _fills(grad: Tensor) -> bool:
-    """Whether there is nothing else in its memory."""
-    return grad.storage_offset() == 0 and grad.untyped_storage().nbytes() == grad.numel() * grad.element_size()
+_nbytes = attrgetter("nbytes")
 
 
-def _counts(grads: Sequence[Tensor]) -> set[tuple[int, int, int]]:
+def _counts(grads: Sequence[Tensor], memory: Sequence[UntypedStorage]) -> set[tuple[int, int, int]]:
     """How often torch refers to a gradient, Python to it, and tensors to its memory: the different answers."""
-    memory = [grad.untyped_storage()._cdata for grad in grads]
-    users = map(torch._C._storage_Use_Count, memory)  # type: ignore[attr-defined]
+    users = map(torch._C._storage_Use_Count, [one._cdata for one in memory])  # type: ignore[attr-defined]
     return set(zip(map(Tensor._use_count, grads), map(sys.getrefcount, grads), users, strict=True))  # type: ignore[attr-defined]
 
 
@@ -52,4 +54,4 @@ def _usual() -> set[tuple[int, int, int]] | None:
         p = torch.nn.Parameter(torch.ones(1))
         p.sum().backward()  # type: ignore[no-untyped-call]
     assert p.grad is not None
-    return _counts([p.grad])
+    return _counts([p.grad], [p.grad.untyped_storage()])
