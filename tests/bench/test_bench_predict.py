@@ -13,6 +13,7 @@ import torch
 
 from pipeoptim.bench import predict
 from pipeoptim.bench.clock import CYCLES, MOST_CYCLES, Clock, DeviceClock
+from pipeoptim.bench.goals import goals
 from pipeoptim.bench.predict import _settings, columns, measure, merged
 from pipeoptim.bench.record import Record
 from pipeoptim.cli.app import _run
@@ -50,6 +51,22 @@ def test_command_writes_ratios_beside_the_byte_model_and_adds_to_a_file(
     head, body = columns(record)
     assert [line[0] for line in body] == ["AdamW", "SGD momentum", "SGD", "SGD nesterov"]
     assert all(len(line) == len(head) for line in body)
+
+
+def test_every_number_of_threads_measures_the_fused_step_and_goals_read_it(tmp_path: Path) -> None:
+    record = measure(SMALL, [1, 2], repeats=3, budget=0, optimizers=["adam", "asgd"])
+    fused = [row for row in record.rows if row.settings["what"] == "fused step and predict"]
+    assert [row.settings["threads"] for row in fused] == ([1, 2] if available() else [])
+    record.write(tmp_path / "predict.json")
+    found = {goal.what: goal for goal in goals(tmp_path)}
+    if fused:
+        goal = found["Adam, step and prediction over torch's step"]
+        assert goal.value == fused[0].settings["ratio"] and goal.most == 1.15
+    (dearest,) = [goal for what, goal in found.items() if "without a fused step" in what]
+    rows = [row.settings for row in record.rows if row.settings.get("optimizer") == "ASGD" and row.settings["threads"] == 1]
+    ratios = {row["what"]: row["ratio"] for row in rows}
+    assert not fused or "ASGD" in dearest.what
+    assert not fused or dearest.value == min(ratios["step, then predict"], ratios["step, displacement"])
 
 
 def test_what_does_not_belong_together_is_not_mixed() -> None:

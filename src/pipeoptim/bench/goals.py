@@ -47,7 +47,7 @@ class Goal:
 def goals(folder: Path) -> list[Goal]:
     """All goals that the result files in ``folder`` have figures for."""
     found: list[Goal] = []
-    for name, read in (("efficiency", _efficiency), ("throughput", _throughput), ("memory", _memory)):
+    for name, read in (("efficiency", _efficiency), ("throughput", _throughput), ("memory", _memory), ("predict", _predict)):
         path = folder / f"{name}.json"
         if path.is_file():
             found += read(Record.read(path))
@@ -115,3 +115,23 @@ def _memory(record: Record) -> Iterator[Goal]:
         )
         most = max(s["in_flight"] / (s["depth"] - s["stage"]) for s in rows)
         yield Goal("activations of pipeoptim over those of D-k micro-batches, the most of any stage", most, most=1.0)
+
+
+def _predict(record: Record) -> Iterator[Goal]:
+    """On one thread: with all cores the machine's memory is measured, not the work."""
+    rows = [row.settings for row in record.rows if row.settings["threads"] == 1 and "ratio" in row.settings]
+    ratios = {(s["optimizer"], s["what"]): s["ratio"] for s in rows}
+    for name in ("AdamW", "Adam", "SGD momentum"):
+        fused = ratios.get((name, "fused step and predict"))
+        if fused:
+            passes = next(s["model_ratio"] for s in rows if (s["optimizer"], s["what"]) == (name, "fused step and predict"))
+            yield Goal(f"{name}, step and prediction over torch's step", fused, most=1.15, beside=f"by passes {passes:.2f}")
+    apart = {}
+    for name in dict.fromkeys(s["optimizer"] for s in rows):
+        ways = [ratios[name, what] for what in ("step, then predict", "step, displacement") if (name, what) in ratios]
+        if (name, "fused step and predict") not in ratios and ways:
+            apart[name] = min(ways)
+    if apart:
+        worst = max(apart, key=lambda name: apart[name])
+        what = f"optimizers without a fused step, by rule or last displacement, the dearest ({worst})"
+        yield Goal(f"{what}, over torch's step", apart[worst], most=1.6)
