@@ -60,7 +60,7 @@ def test_every_number_of_threads_measures_the_fused_step_and_goals_read_it(tmp_p
     record.write(tmp_path / "predict.json")
     found = {goal.what: goal for goal in goals(tmp_path)}
     if fused:
-        goal = found["Adam, step and prediction over torch's step"]
+        goal = found["Adam, step and prediction on one thread, over torch's step"]
         assert goal.value == fused[0].settings["ratio"] and goal.most == 1.15
     (dearest,) = [goal for what, goal in found.items() if "without a fused step" in what]
     rows = [row.settings for row in record.rows if row.settings.get("optimizer") == "ASGD" and row.settings["threads"] == 1]

@@ -125,7 +125,12 @@ def _predict(record: Record) -> Iterator[Goal]:
         fused = ratios.get((name, "fused step and predict"))
         if fused:
             passes = next(s["model_ratio"] for s in rows if (s["optimizer"], s["what"]) == (name, "fused step and predict"))
-            yield Goal(f"{name}, step and prediction over torch's step", fused, most=1.15, beside=f"by passes {passes:.2f}")
+            yield Goal(
+                f"{name}, step and prediction on one thread, over torch's step",
+                fused,
+                most=1.15,
+                beside=f"by passes {passes:.2f}",
+            )
     apart = {}
     for name in dict.fromkeys(s["optimizer"] for s in rows):
         ways = [ratios[name, what] for what in ("step, then predict", "step, displacement") if (name, what) in ratios]
