@@ -19,6 +19,8 @@ def started(folder: Path, *arguments: str, **environment: str) -> Iterator[subpr
     """``pipeoptim ARGUMENTS`` in ``folder``; ended with the block."""
     path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
     env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **environment}
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background; the command would inherit it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     process = subprocess.Popen(
         [sys.executable, "-m", "pipeoptim", *arguments],
         cwd=folder,
