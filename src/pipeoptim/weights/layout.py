@@ -72,10 +72,10 @@ class StorageLayout:
     @property
     def one_each(self) -> bool:
         """Whether every parameter has a storage of its own and fills it, so that any tensor that lies alike can hold a copy of it."""
-        return all(
-            place.storage == n and place.offset == 0 and place.dtype is base.dtype and place.size.numel() == base.numel()
-            for n, (place, base) in enumerate(zip(self.places, self.latest.bases, strict=False))
-        ) and len(self.places) == len(self.latest.bases)
+        return len(self.places) == len(self.latest.bases) and all(
+            place.offset == 0 and place.size.numel() == base.numel()
+            for place, base in zip(self.places, self.latest.bases, strict=True)
+        )
 
     def adopt(self, tensors: Sequence[Tensor]) -> BufferSet:
         """Tensors of somebody else's that lie as the parameters do, as a copy; where :attr:`one_each`."""

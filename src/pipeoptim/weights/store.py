@@ -18,7 +18,7 @@ from pipeoptim.schedule import Program
 from pipeoptim.weights.layout import BufferSet, StorageLayout
 
 LARGE = calls.STREAM_FROM
-"""Weights of a stage from which on its predictions are written over gradients."""
+"""Weights of a stage from which on its predictions are written over gradients: more than the caches keep until the next forward."""
 
 
 class WeightPredictor(Protocol):
@@ -97,11 +97,7 @@ class StageWeights:
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
         self._most = 0  # copies that were needed at once
-        self._over_gradients = self._large() and self.layout.one_each
-
-    def _large(self) -> bool:
-        """Whether the weights are more than the caches keep from an update to the next forward."""
-        return sum(p.numel() for p in self.params) >= LARGE
+        self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_each
 
     def latest(self) -> Held:
         """The latest weights; they become a copy by themselves if somebody still holds them at the next update."""
