@@ -17,7 +17,7 @@ import torch
 
 from pipeoptim.bench.predict import shapes
 from pipeoptim.bench.record import Record, Row
-from pipeoptim.engine.monitor import SELDOM, PredictionMonitor
+from pipeoptim.engine.stage.prediction_monitor import SELDOM, PredictionMonitor
 from pipeoptim.rules import Predictor
 from pipeoptim.train.parts import build_parts
 from pipeoptim.train.pipes import emulator

@@ -29,7 +29,7 @@ from torch.utils._pytree import tree_map
 
 import pipeoptim as po
 from pipeoptim.bench.record import Record, Row, merged
-from pipeoptim.engine.tree import as_args, differentiable
+from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.partitioning import BlockCost
 
 RESULTS = Path(__file__).parent / "results"

@@ -18,7 +18,7 @@ from pipeoptim.bench.models import Work, _cuts, block_seconds, build
 from pipeoptim.bench.record import Record, Row, merged
 from pipeoptim.bench.tables import columns, render_document
 from pipeoptim.cli.app import _run
-from pipeoptim.engine.wire import HEADER
+from pipeoptim.engine.transport.message import HEADER
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
 

@@ -202,7 +202,7 @@ class Case:
             yield x, y, extra
 
     def train(self, pipe, factor=1.0):
-        """Feed the run to ``pipe``, whose losses are ``factor`` times what they should be; one digest per stage that lives there."""
+        """MicroBatch the run to ``pipe``, whose losses are ``factor`` times what they should be; one digest per stage that lives there."""
         losses, parts = [], []
         for n, (x, y, extra) in enumerate(self.batches()):
             args = [x] if 0 in pipe.local_stages else []

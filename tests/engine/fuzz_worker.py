@@ -13,8 +13,8 @@ from torch.distributed.pipelining import PipelineStage
 
 import fuzz_cases
 import pipeoptim as po
-from pipeoptim.engine import groups as made_by_engine
-from pipeoptim.engine import link
+from pipeoptim.engine.processes import rendezvous as made_by_engine
+from pipeoptim.engine.transport import link
 
 out, count, limit = sys.argv[1], int(sys.argv[2]), float(sys.argv[3])
 faulthandler.dump_traceback_later(limit, exit=True)  # the watchdog: a hang ends with the place where it hangs

@@ -12,14 +12,14 @@ from pathlib import Path
 
 import pytest
 
-from pipeoptim.engine.board import SharedBoard, shared_board
+from pipeoptim.engine.processes.shared_memory import SharedMemoryNorms, shared_memory_norms
 from pipeoptim.errors import StageFailure
 
 
 def boards(depth, timeout=20.0, processes=None):
     """The ends of all stages, on one page, and what each waited for."""
-    page, waits = mmap.mmap(-1, SharedBoard.size(depth)), [[] for _ in range(depth)]
-    return [SharedBoard(page, k, depth, timeout, waits[k].append, processes or {}) for k in range(depth)], waits
+    page, waits = mmap.mmap(-1, SharedMemoryNorms.size(depth)), [[] for _ in range(depth)]
+    return [SharedMemoryNorms(page, k, depth, timeout, waits[k].append, processes or {}) for k in range(depth)], waits
 
 
 def test_every_stage_reads_what_all_have_written_in_every_turn():
@@ -99,7 +99,7 @@ def test_a_process_that_is_killed_ends_the_wait_within_seconds():
 
 
 class Told:
-    """Ties of processes that are threads: what each tells, all hear."""
+    """Rendezvous of processes that are threads: what each tells, all hear."""
 
     def __init__(self, index, depth, barrier, texts, change=lambda what, text: text):
         self.index, self.ranks, self.timeout = index, list(range(depth)), timedelta(seconds=20)
@@ -115,7 +115,7 @@ def met(wanted, change=lambda what, text: text):
     barrier, texts = threading.Barrier(len(wanted)), {}
     ties = [Told(k, len(wanted), barrier, texts, change) for k in range(len(wanted))]
     with ThreadPoolExecutor(len(wanted)) as pool:
-        return list(pool.map(shared_board, ties, wanted, [lambda _: None] * len(wanted), timeout=60))
+        return list(pool.map(shared_memory_norms, ties, wanted, [lambda _: None] * len(wanted), timeout=60))
 
 
 def descriptors():

@@ -14,8 +14,8 @@ import case
 import compress_cases as cases
 import pipeoptim as po
 import stage_processes
-from pipeoptim.engine.compress import KINDS, ROW, Channel, Compressor, Packed, pack_tensor, unpack, unpack_tensor
-from pipeoptim.engine.wire import HEADER, format_of
+from pipeoptim.engine.transport.compression import KINDS, ROW, Channel, Compressor, Packed, pack_tensor, unpack, unpack_tensor
+from pipeoptim.engine.transport.message import HEADER, format_of
 
 HERE = Path(__file__).parent
 SHAPES = [(ROW,), (5, 40), (3, 4, 64), (2, 6, 5, 7), (40, 3), (2, 1, 33)]

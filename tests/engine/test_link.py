@@ -12,10 +12,10 @@ import torch
 from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 
 from late_streams import WAITS, LateStreams, until
-from pipeoptim.engine import link
-from pipeoptim.engine.local import SMALL, Channel
-from pipeoptim.engine.near import NearReceiver, NearSender
-from pipeoptim.engine.staging import StagedReceiver, StagedSender
+from pipeoptim.engine.transport import link
+from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
+from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender
+from pipeoptim.engine.transport.unix_channel import SMALL, Channel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 
@@ -66,7 +66,7 @@ def connected(kind, carrier, seed=0, forgotten=None):
     if kind == "staged":
         classes = [(partial(StagedSender, own), partial(StagedReceiver, own)) for own in streams]
     else:
-        classes = [(link.Sender, link.Receiver) if carrier == "group" else (NearSender, NearReceiver)] * 2
+        classes = [(link.Sender, link.Receiver) if carrier == "group" else (LocalSender, LocalReceiver)] * 2
     first = classes[0][0](there[0], *rest), classes[0][1](back[1], *rest, ahead=True)
     second = classes[1][0](back[0], *rest), classes[1][1](there[1], *rest, ahead=True)
     link.pair(*first)

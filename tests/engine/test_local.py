@@ -11,7 +11,7 @@ import torch
 from torch.distributed import HashStore
 
 import pipeoptim as po
-from pipeoptim.engine.local import SMALL, Channel, _rest, check_transport, neighbours
+from pipeoptim.engine.transport.unix_channel import SMALL, Channel, _rest, check_transport, neighbours
 from pipeoptim.errors import StageFailure
 
 SECOND = timedelta(seconds=1)

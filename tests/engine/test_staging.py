@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from pipeoptim.engine import groups
-from pipeoptim.engine.staging import SideStreams, side_streams
+from pipeoptim.engine.processes import rendezvous as groups
+from pipeoptim.engine.transport.staged_link import SideStreams, side_streams
 
 
 @pytest.mark.parametrize(

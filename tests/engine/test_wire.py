@@ -7,8 +7,9 @@ import pytest
 import torch
 
 import pipeoptim as po
-from pipeoptim.engine import link, wire
-from pipeoptim.engine.tree import transferred
+from pipeoptim.engine.transport import link
+from pipeoptim.engine.transport import message as wire
+from pipeoptim.engine.transport.pytree import transferred
 
 Pair = namedtuple("Pair", "first second")
 

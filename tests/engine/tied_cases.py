@@ -83,7 +83,7 @@ def options(case):
 
 
 def train(pipe):
-    """Feed a case to ``pipe``; what its local stages end with."""
+    """MicroBatch a case to ``pipe``; what its local stages end with."""
     first, last = 0 in pipe.local_stages, DEPTH - 1 in pipe.local_stages
     losses, norms = [], {k: [] for k in pipe.local_stages}
     for n, (x, y) in enumerate(batches()):

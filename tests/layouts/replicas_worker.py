@@ -13,7 +13,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import layout_cases as cases
 import pipeoptim as po
-from pipeoptim.engine import reduction
+from pipeoptim.engine.replicas import reduction
 
 out, which = sys.argv[1], sys.argv[2]
 torch.set_num_threads(1)

@@ -111,7 +111,7 @@ class Averages:
 
 
 def train(name, pipe, averages):
-    """Feed a case to ``pipe``; what its local stages end with."""
+    """MicroBatch a case to ``pipe``; what its local stages end with."""
     dtype = CASES[name][4] or torch.float32
     first, last = 0 in pipe.local_stages, DEPTH - 1 in pipe.local_stages
     losses, figures = [], {k: [] for k in pipe.local_stages}

@@ -11,7 +11,7 @@ from torch import nn
 
 import oracle
 import pipeoptim as po
-from pipeoptim.engine.clip import Clipper
+from pipeoptim.engine.stage.clip import Clipper
 
 WIDTH = 3
 loss_fn = nn.functional.mse_loss

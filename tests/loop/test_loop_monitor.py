@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pipeoptim as po
-from pipeoptim.engine.monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor, _products
+from pipeoptim.engine.stage.prediction_monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor, _products
 from pipeoptim.kernels import available
 from pipeoptim.methods import Method
 from pipeoptim.weights import Latest, Predicted

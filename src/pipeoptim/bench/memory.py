@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeoptim.bench.live import LiveStorages
 from pipeoptim.bench.record import Record, Row
 from pipeoptim.engine import Emulator
-from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
 

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.balance import best_cut
 from pipeoptim.train.targets import call, load

@@ -11,7 +11,7 @@ from torch.distributed import pipelining
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 
-from pipeoptim.engine.stage import LossFn
+from pipeoptim.engine.stage.worker import LossFn
 
 Step = Callable[[], None]
 ModuleOf = Callable[[int, int], nn.Module]

@@ -17,8 +17,8 @@ from torch.optim import Optimizer
 
 from pipeoptim.checkpoint.names import saved_name
 from pipeoptim.checkpoint.plain import flatten, rebuild, tensors_in
-from pipeoptim.engine.masters import module_parameter
-from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.stage.master_weights import module_parameter
+from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.combined import CombinedOptimizer, members
 

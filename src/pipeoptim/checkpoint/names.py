@@ -12,7 +12,7 @@ from pipeoptim.checkpoint.together import together
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeoptim.engine.base import Pipeline
+    from pipeoptim.engine.pipeline import Pipeline
 
 T = TypeVar("T")
 Names = Sequence[Mapping[str, str]]

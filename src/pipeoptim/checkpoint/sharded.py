@@ -24,7 +24,7 @@ from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeoptim.engine.base import Pipeline
+    from pipeoptim.engine.pipeline import Pipeline
 
 STATE = "state.json"
 FORMAT = 1

@@ -9,8 +9,8 @@ from pipeoptim.errors import ConfigError
 if TYPE_CHECKING:
     import torch.distributed as dist
 
-    from pipeoptim.engine.base import Pipeline
-    from pipeoptim.engine.groups import Ties
+    from pipeoptim.engine.pipeline import Pipeline
+    from pipeoptim.engine.processes.rendezvous import Rendezvous
 
 
 class Together:
@@ -20,7 +20,7 @@ class Together:
         ties: theirs, None where all stages live here.
     """
 
-    def __init__(self, ties: Ties | None) -> None:
+    def __init__(self, ties: Rendezvous | None) -> None:
         self.ties = ties
 
     @property
@@ -63,7 +63,7 @@ class Together:
 
 def checked(pipe: object, what: str) -> None:
     """Raises ConfigError where ``what`` was given something else than a pipeline."""
-    from pipeoptim.engine.base import Pipeline
+    from pipeoptim.engine.pipeline import Pipeline
 
     if not isinstance(pipe, Pipeline):
         raise ConfigError(

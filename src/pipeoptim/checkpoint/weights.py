@@ -21,7 +21,7 @@ from pipeoptim.checkpoint.together import checked, refuse_sharded, together
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeoptim.engine.base import Pipeline
+    from pipeoptim.engine.pipeline import Pipeline
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

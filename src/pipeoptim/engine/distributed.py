@@ -17,28 +17,28 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.base import Counted, Pipeline, T
-from pipeoptim.engine.board import shared_board
-from pipeoptim.engine.clip import Clip, as_clip
-from pipeoptim.engine.compress import Compression, as_compression
-from pipeoptim.engine.feed import Cutter, Feed, Part, Weigh
-from pipeoptim.engine.groups import Ties, by_gloo
-from pipeoptim.engine.link import Receiver, Sender, pair
-from pipeoptim.engine.local import check_transport, neighbours
-from pipeoptim.engine.near import NearReceiver, NearSender
-from pipeoptim.engine.norms import Gathering, ProcessNorms
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, Part, Weigh
 from pipeoptim.engine.options import StageOptions, UpdateHook
-from pipeoptim.engine.reduction import ALONE, Reduction
-from pipeoptim.engine.replicas import ReplicaSet, read_replicas, same_start
-from pipeoptim.engine.stage import LossFn
-from pipeoptim.engine.staging import StagedReceiver, StagedSender, side_streams
-from pipeoptim.engine.sums import ReducedSums
-from pipeoptim.engine.terms import Terms, agree
-from pipeoptim.engine.tied import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
+from pipeoptim.engine.pipeline import Counted, Pipeline, T
+from pipeoptim.engine.processes.agreement import SharedSettings, agree
+from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
+from pipeoptim.engine.processes.heartbeat import Watch
+from pipeoptim.engine.processes.norm_exchange import Gathering, ProcessNorms
+from pipeoptim.engine.processes.rendezvous import Rendezvous, by_gloo
+from pipeoptim.engine.processes.shared_memory import shared_memory_norms
+from pipeoptim.engine.replicas.reduction import ALONE, Reduction
+from pipeoptim.engine.replicas.replica_set import ReplicaSet, read_replicas, same_start
+from pipeoptim.engine.stage.clip import Clip, as_clip
+from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
+from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.trace import Row, Trace
-from pipeoptim.engine.tree import as_args
+from pipeoptim.engine.transport.compression import Compression, as_compression
+from pipeoptim.engine.transport.link import Receiver, Sender, pair
+from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
+from pipeoptim.engine.transport.pytree import as_args
+from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
+from pipeoptim.engine.transport.unix_channel import check_transport, neighbours
 from pipeoptim.engine.upstream import read_stage
-from pipeoptim.engine.watch import Watch
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
@@ -93,14 +93,14 @@ class Schedule(Pipeline):
     """
 
     _stages_here = 1  # stages per process (see InterleavedSchedule)
-    ties: Ties
+    ties: Rendezvous
     _failed = False
     _from_previous: Receiver | None = None
     _from_next: Receiver | None = None
     _to_next: Sender | None = None
     _to_previous: Sender | None = None
     _norms: ProcessNorms | None = None
-    _sums: Mapping[Tied, ReducedSums] = MappingProxyType({})
+    _sums: Mapping[Tied, AllReducedGradients] = MappingProxyType({})
     _replicas: ReplicaSet | None = None
     _reduction: Reduction = ALONE
     _watch: Watch | None = None
@@ -140,7 +140,7 @@ class Schedule(Pipeline):
         place = read_stage(stage, self._stages_here)
         self.ties = self._tie(place.ranks, timeout)
         try:
-            cutter = Cutter(microbatches, uneven, weigh)
+            cutter = BatchSplitter(microbatches, uneven, weigh)
             super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap, trace)
             self.k, self.device, self.ranks = place.k, place.device, place.ranks
             options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
@@ -149,13 +149,13 @@ class Schedule(Pipeline):
             copies = read_replicas(replicas, place.module)
             scaled = scaler is not None and scaler.is_enabled()
             shared = read_tied(tied, self.program, self.method, options.clip, scaled)
-            self._sums = {tie: ReducedSums(timeout) for tie in shared if self.k in tie.holders}
+            self._sums = {tie: AllReducedGradients(timeout) for tie in shared if self.k in tie.holders}
             settings = (
                 f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
                 f"{options.describe()} replicas={copies.count} overlap={overlap} tied=[{'; '.join(map(str, shared))}]"
             )
             if copies.count > 1:
-                self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, Terms(settings, place.cut))
+                self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, SharedSettings(settings, place.cut))
                 self._reduction = self._replicas.reduction(place.module, optimizer, uneven)
             row = self._row(self.k, self.device) if copies.index == 0 else None
             worker = traced.worker(row)(
@@ -175,7 +175,7 @@ class Schedule(Pipeline):
                 ties=[TieEnd(tie, self.k, traced.exchange(row, own)) for tie, own in self._sums.items()],
             )
             self.worker = self._workers[self.k] = worker
-            self._connect(liveness_timeout, Terms(settings, place.cut), row)
+            self._connect(liveness_timeout, SharedSettings(settings, place.cut), row)
             for tie, own in self._sums.items():
                 weight = self.worker.tied_weight(tie)
                 if weight is not None:
@@ -223,7 +223,7 @@ class Schedule(Pipeline):
                 raise  # else there was no drain, and nobody takes the last gradients; the wait ends when the peer closes
 
     def stage_state_dict(self, k: int) -> dict[str, Any]:
-        """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.base.Pipeline.stage_state_dict>`.
+        """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.pipeline.Pipeline.stage_state_dict>`.
 
         With ``replicas`` all of them call it, and it holds the random numbers of all, and what their compression lost, so that
         saving one of them is enough.
@@ -235,7 +235,7 @@ class Schedule(Pipeline):
         return state
 
     def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
-        """As :meth:`Pipeline.load_stage_state_dict <pipeoptim.engine.base.Pipeline.load_stage_state_dict>`.
+        """As :meth:`Pipeline.load_stage_state_dict <pipeoptim.engine.pipeline.Pipeline.load_stage_state_dict>`.
 
         Each replica takes its own random numbers from it, and what its own compression lost; one that the state does not know
         draws new ones.
@@ -257,7 +257,7 @@ class Schedule(Pipeline):
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
-    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
         first = self._steps * self.microbatches
         self._run(self.program.step(self.k, self._steps), first, feeds, losses, self.program.flushes)
 
@@ -265,7 +265,7 @@ class Schedule(Pipeline):
         self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True)
         self._hand_over()
 
-    def _run(self, actions: list[Action], first: int, feeds: list[Feed], losses: list[Counted], settle: bool) -> None:
+    def _run(self, actions: list[Action], first: int, feeds: list[MicroBatch], losses: list[Counted], settle: bool) -> None:
         for action in actions:
             if action.kind is Kind.F:
                 self._forward(action.number, feeds[action.number - first], losses)
@@ -282,7 +282,7 @@ class Schedule(Pipeline):
             if link is not None:
                 link.hand_over()
 
-    def _forward(self, i: int, feed: Feed, losses: list[Counted]) -> None:
+    def _forward(self, i: int, feed: MicroBatch, losses: list[Counted]) -> None:
         args, part = feed.args, feed.part
         if self._from_previous is not None:
             self._from_previous.post()
@@ -307,7 +307,7 @@ class Schedule(Pipeline):
             scale = self.worker.loss_scale
             self._to_previous.send(self.worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
 
-    def _evaluate(self, feed: Feed) -> Tensor | None:
+    def _evaluate(self, feed: MicroBatch) -> Tensor | None:
         args = feed.args
         if self._from_previous is not None:
             args = as_args(self._take_activation())
@@ -336,17 +336,17 @@ class Schedule(Pipeline):
             cause = str(error) if self._watch is None else self._watch.cause(f"{error} [seen by stage {self.k}]")
             raise StageFailure(cause) from error
 
-    def _meet(self, tie: Tied, sums: ReducedSums) -> None:
+    def _meet(self, tie: Tied, sums: AllReducedGradients) -> None:
         """Find the other holders of a tied weight, who must move it alike."""
         assert self.ranks is not None
         ranks = [self.ranks[k] for k in tie.holders]
-        holders = Ties("tied", ranks, self.ties.timeout.total_seconds(), f"holder {{}} of {tie.names[0]!r}")
+        holders = Rendezvous("tied", ranks, self.ties.timeout.total_seconds(), f"holder {{}} of {tie.names[0]!r}")
         own = describe(self.worker.tied_weight(tie), self.worker.optimizer, self.worker.scheduler)
         check_alike(tie, holders.exchange(own))
         sums.connect(holders)
 
-    def _tie(self, ranks: tuple[int, ...], timeout: float) -> Ties:
-        return Ties("pipeline", ranks, timeout)
+    def _tie(self, ranks: tuple[int, ...], timeout: float) -> Rendezvous:
+        return Rendezvous("pipeline", ranks, timeout)
 
     def _untie(self, wait: bool) -> None:
         if self._watch is not None:
@@ -354,7 +354,7 @@ class Schedule(Pipeline):
             self._watch = None
         self.ties.close(wait)
 
-    def _connect(self, liveness: float | None, terms: Terms, row: Row | None) -> None:
+    def _connect(self, liveness: float | None, terms: SharedSettings, row: Row | None) -> None:
         """A check that all agree; the watch; and one group per direction, so that neither waits for the other."""
         agree(self.ties, terms)
         for tie, sums in self._sums.items():
@@ -367,7 +367,7 @@ class Schedule(Pipeline):
         groups = [self.ties.group(name) for name in ("activations", "gradients")]
         self._link(row, lambda direction, _: groups[direction], waiting)
         if self._norms is not None:  # in all processes, as they have agreed above
-            board = shared_board(self.ties, self._transport == "auto" and by_gloo(), waiting)
+            board = shared_memory_norms(self.ties, self._transport == "auto" and by_gloo(), waiting)
             self._norms.connect(board or Gathering(self.ties.group("norms", "gloo"), self.ties.timeout))
 
     def _link(
@@ -388,7 +388,7 @@ class Schedule(Pipeline):
             if streams is not None:
                 sender, receiver = partial(StagedSender, streams), partial(StagedReceiver, streams)
             elif (0, boundary) in near:
-                sender, receiver = NearSender, NearReceiver
+                sender, receiver = LocalSender, LocalReceiver
             rest = peer, ranks[peer], self.device, timeout, waiting
             carriers = [near.get((way, boundary)) or group(way, boundary) for way in (there, back)]
             # a receive that is never matched would keep a GPU's stream busy

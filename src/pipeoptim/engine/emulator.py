@@ -13,17 +13,17 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.base import Counted, Pipeline
-from pipeoptim.engine.clip import Clip, as_clip
-from pipeoptim.engine.compress import Compression, as_compression
-from pipeoptim.engine.feed import Cutter, Feed, Part, StageKwargs, Weigh
-from pipeoptim.engine.norms import NormBoard
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, Part, StageKwargs, Weigh
 from pipeoptim.engine.options import StageOptions, UpdateHook
-from pipeoptim.engine.stage import LossFn
-from pipeoptim.engine.sums import SumBoard
-from pipeoptim.engine.tied import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
+from pipeoptim.engine.pipeline import Counted, Pipeline
+from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
+from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
+from pipeoptim.engine.stage.clip import Clip, as_clip
+from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
+from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.trace import Trace
-from pipeoptim.engine.tree import as_args, transferred
+from pipeoptim.engine.transport.compression import Compression, as_compression
+from pipeoptim.engine.transport.pytree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
@@ -70,7 +70,8 @@ class Emulator(Pipeline):
         compress: ``"bf16"``, ``"int8"`` or a :class:`~pipeoptim.Compression`: what passes between stages loses what it would lose
             on the way between processes that send fewer bytes.
         tied: weights of which several stages have a copy, which are kept equal: ``po.partition(...).tied``, or for each of them a list
-            of (stage, name of the parameter): ``[[(0, "embed.weight"), (1, "head.weight")]]`` (see :mod:`pipeoptim.engine.tied`).
+            of (stage, name of the parameter): ``[[(0, "embed.weight"), (1, "head.weight")]]``
+            (see :mod:`~pipeoptim.engine.stage.tied_weights`).
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -112,7 +113,7 @@ class Emulator(Pipeline):
     ) -> None:
         stages = _modules(stages)
         _refuse_shared(stages)
-        cutter = Cutter(microbatches, uneven, weigh)
+        cutter = BatchSplitter(microbatches, uneven, weigh)
         super().__init__(method, len(stages), microbatches, cutter, recompute, processes, overlap, trace)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
@@ -120,10 +121,10 @@ class Emulator(Pipeline):
         _check_optimizers(chosen)
         seed = torch.initial_seed() if seed is None else seed
         clip, compression = as_clip(clip), as_compression(compress)
-        board = NormBoard(len(stages)) if clip is not None and clip.exchanges else None
+        board = LocalNormExchange(len(stages)) if clip is not None and clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
         ties = read_tied(tied, self.program, self.method, clip, scaled)
-        sums = [SumBoard(tie.holders) for tie in ties]
+        sums = [LocalGradientSum(tie.holders) for tie in ties]
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
             self._workers[k] = traced.worker(row)(
@@ -153,7 +154,7 @@ class Emulator(Pipeline):
         stage_kwargs: StageKwargs | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Feed one mini-batch and return its loss (mean over micro-batches, detached).
+        """MicroBatch one mini-batch and return its loss (mean over micro-batches, detached).
 
         Args:
             args, kwargs: input of stage 0.
@@ -171,19 +172,19 @@ class Emulator(Pipeline):
     def eval_step(
         self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
     ) -> Tensor:
-        """As :meth:`Pipeline.eval_step <pipeoptim.engine.base.Pipeline.eval_step>`; the loss is always here."""
+        """As :meth:`Pipeline.eval_step <pipeoptim.engine.pipeline.Pipeline.eval_step>`; the loss is always here."""
         loss = super().eval_step(*args, target=target, drain=drain, stage_kwargs=stage_kwargs, **kwargs)
         assert loss is not None
         return loss
 
-    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
         first = self._steps * self.microbatches
         self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, losses)
 
     def _finish(self) -> None:
         self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
 
-    def _evaluate(self, feed: Feed) -> Tensor:
+    def _evaluate(self, feed: MicroBatch) -> Tensor:
         value: Any = feed.args
         for k, worker in self._workers.items():
             inputs = value if k == 0 else as_args(transferred(value))
@@ -192,7 +193,7 @@ class Emulator(Pipeline):
         return value
 
     def _run(
-        self, todo: list[list[Action]], first: int, feeds: list[Feed], losses: list[Counted], settle: bool = False
+        self, todo: list[list[Action]], first: int, feeds: list[MicroBatch], losses: list[Counted], settle: bool = False
     ) -> None:
         """Let every stage act as far as it can, in turn, until all lists are done; ``settle``: and no update waits."""
         queues = [deque(actions) for actions in todo]
@@ -228,7 +229,7 @@ class Emulator(Pipeline):
             return k == self.depth - 1 or bool(self._gradients[k])
         return True
 
-    def _act(self, k: int, action: Action, first: int, feeds: list[Feed], losses: list[Counted]) -> None:
+    def _act(self, k: int, action: Action, first: int, feeds: list[MicroBatch], losses: list[Counted]) -> None:
         worker, i = self._workers[k], action.number
         if action.kind is Kind.F:
             self._forward(k, i, feeds[i - first], losses)
@@ -241,7 +242,7 @@ class Emulator(Pipeline):
         else:
             worker.update()
 
-    def _forward(self, k: int, i: int, feed: Feed, losses: list[Counted]) -> None:
+    def _forward(self, k: int, i: int, feed: MicroBatch, losses: list[Counted]) -> None:
         worker, args, part = self._workers[k], feed.args, feed.part
         if k > 0:
             value, overflowed, part = self._activations[k].popleft()

@@ -11,16 +11,16 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.base import Counted, Pipeline, T
-from pipeoptim.engine.compress import as_compression
 from pipeoptim.engine.distributed import Schedule
-from pipeoptim.engine.feed import Feed
-from pipeoptim.engine.groups import Ties
-from pipeoptim.engine.stage import LossFn
-from pipeoptim.engine.terms import Terms, agree
+from pipeoptim.engine.microbatches import MicroBatch
+from pipeoptim.engine.pipeline import Counted, Pipeline, T
+from pipeoptim.engine.processes.agreement import SharedSettings, agree
+from pipeoptim.engine.processes.heartbeat import Watch
+from pipeoptim.engine.processes.rendezvous import Rendezvous
+from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.trace import Row
+from pipeoptim.engine.transport.compression import as_compression
 from pipeoptim.engine.upstream import read_stage
-from pipeoptim.engine.watch import Watch
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
@@ -85,7 +85,9 @@ class InterleavedSchedule(Pipeline):
             raise ConfigError(f"stages {[s.stage_index for s in stages]} were given in process {first.k}; it holds {expected}")
         compress = as_compression(options.get("compress"))
         settings = f"method={method} microbatches={microbatches} stages={first.depth} compress={compress}"
-        self._shared = shared = _Shared(first.ranks, len(stages), Terms(settings, first.cut), timeout, liveness_timeout)
+        self._shared = shared = _Shared(
+            first.ranks, len(stages), SharedSettings(settings, first.cut), timeout, liveness_timeout
+        )
         self._parts: dict[int, _Part] = {}
         self._steps = 0
         try:
@@ -142,7 +144,7 @@ class InterleavedSchedule(Pipeline):
     def _note_stop(self) -> None:
         self._parts[0]._note_stop()
 
-    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
         self._run(self.program.process_step(self.p, self._steps), self._steps * self.microbatches, feeds, losses)
 
     def _finish(self) -> None:
@@ -151,7 +153,7 @@ class InterleavedSchedule(Pipeline):
             part.worker.settle()
             part._hand_over()
 
-    def _run(self, actions: list[tuple[int, Action]], first: int, feeds: list[Feed], losses: list[Counted]) -> None:
+    def _run(self, actions: list[tuple[int, Action]], first: int, feeds: list[MicroBatch], losses: list[Counted]) -> None:
         for k, (kind, i) in actions:
             part = self._parts[k]
             if kind is Kind.F:
@@ -161,7 +163,7 @@ class InterleavedSchedule(Pipeline):
             else:
                 part.worker.update()
 
-    def _evaluate(self, feed: Feed) -> Tensor | None:
+    def _evaluate(self, feed: MicroBatch) -> Tensor | None:
         return [part._evaluate(feed) for part in self._parts.values()][-1]
 
     def _guard(self, work: Callable[[], T]) -> T:
@@ -171,10 +173,12 @@ class InterleavedSchedule(Pipeline):
 class _Shared:
     """What the parts of one process have in common: ties to the other processes, and one watch."""
 
-    def __init__(self, ranks: tuple[int, ...], chunks: int, terms: Terms, timeout: float, liveness: float | None) -> None:
+    def __init__(
+        self, ranks: tuple[int, ...], chunks: int, terms: SharedSettings, timeout: float, liveness: float | None
+    ) -> None:
         members = ranks[: len(ranks) // chunks]
         self.chunks, self.processes, self.liveness = chunks, len(members), liveness
-        self.ties = Ties("pipeline", members, timeout, "process {}")
+        self.ties = Rendezvous("pipeline", members, timeout, "process {}")
         agree(self.ties, terms)
         self.watch: Watch | None = None
         if liveness is not None:
@@ -207,13 +211,13 @@ class _Part(Schedule):
         self._shared, self._stages_here = shared, shared.chunks
         super().__init__(*args, **options)
 
-    def _tie(self, ranks: tuple[int, ...], timeout: float) -> Ties:
+    def _tie(self, ranks: tuple[int, ...], timeout: float) -> Rendezvous:
         return self._shared.ties
 
     def _untie(self, wait: bool) -> None:
         """Not yet: other parts use them."""
 
-    def _connect(self, liveness: float | None, terms: Terms, row: Row | None) -> None:
+    def _connect(self, liveness: float | None, terms: SharedSettings, row: Row | None) -> None:
         self._watch = self._shared.watch
         if self._shared.liveness is not None and self._replicas is not None:
             self._replicas.watch(self._shared.liveness)

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch.amp.grad_scaler import GradScaler
 
-from pipeoptim.engine.clip import Clip
-from pipeoptim.engine.compress import Compression
-from pipeoptim.engine.precision import check_autocast
+from pipeoptim.engine.stage.autocast import check_autocast
+from pipeoptim.engine.stage.clip import Clip
+from pipeoptim.engine.transport.compression import Compression
 from pipeoptim.errors import ConfigError
 
 UpdateHook = Callable[[int, int], None]
@@ -27,7 +27,7 @@ class StageOptions:
         scaler: loss scaling for float16; one of its own per stage.
         on_update: called after every update.
         monitor: measure the predictions made at every so many versions; True: as many as keep the cost below 1 % of the update, at most 10.
-        recompute: on which weights activation checkpoints run again, see :mod:`pipeoptim.engine.recompute`.
+        recompute: on which weights activation checkpoints run again, see :mod:`pipeoptim.engine.stage.recompute`.
         compress: of what is sent to the stages before and after.
 
     Raises:

@@ -6,11 +6,11 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic
 
-from pipeoptim.engine.compress import Compressor
-from pipeoptim.engine.exchange import Exchange, Heard, Told
-from pipeoptim.engine.link import Receiver, Sender
-from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.processes.exchange import Exchange, Heard, Told
+from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import Row
+from pipeoptim.engine.transport.compression import Compressor
+from pipeoptim.engine.transport.link import Receiver, Sender
 from pipeoptim.schedule import Kind
 
 

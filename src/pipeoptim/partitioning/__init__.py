@@ -1,6 +1,6 @@
 """Where to cut a model: what its blocks cost on the real device, and the best contiguous cut for those costs."""
 
-from pipeoptim.engine.tied import Tied
+from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.partitioning.api import partition
 from pipeoptim.partitioning.balance import best_cut, best_replicas
 from pipeoptim.partitioning.places import full_state_dict, untie

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
 
-from pipeoptim.engine.feed import Whole
+from pipeoptim.engine.microbatches import Whole
 from pipeoptim.partitioning.absent import Absent
 
 _FORM = "form of a tensor"

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeoptim.engine.tree import as_args
+from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import microbatch
 from pipeoptim.partitioning.profile import BlockCost, profile

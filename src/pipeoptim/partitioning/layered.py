@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from pipeoptim.engine.tree import as_args
+from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import bound, microbatch, parameters, tensor_names, whole
 from pipeoptim.partitioning.layers import find_layers

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.engine.tree import differentiable
+from pipeoptim.engine.transport.pytree import differentiable
 from pipeoptim.partitioning.arguments import Inputs
 from pipeoptim.partitioning.profile import arriving, drop_gradients, minibatch, nbytes, undisturbed, wait
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 
 import torch.distributed as dist
 
-from pipeoptim.engine.groups import Ties
+from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
 from pipeoptim.partitioning.profile import BlockCost
 
@@ -21,7 +21,7 @@ def measured_once(measure: Callable[[], list[BlockCost]], group: dist.ProcessGro
     Raises:
         StageFailure: the first process failed, or one did not come.
     """
-    ties = Ties("partition", dist.get_process_group_ranks(group), _TIMEOUT, "process {}")
+    ties = Rendezvous("partition", dist.get_process_group_ranks(group), _TIMEOUT, "process {}")
     try:
         found = [asdict(cost) for cost in measure()] if ties.index == 0 else None
         answers = ties.exchange(json.dumps(found))

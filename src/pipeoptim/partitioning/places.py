@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from torch import Tensor, nn
 
 from pipeoptim.checkpoint.names import inverted, merge
-from pipeoptim.engine.tied import Tied
+from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.shadow import shadow, slots
 

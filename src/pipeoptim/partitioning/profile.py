@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pipeoptim.engine.tree import as_args, differentiable
+from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pipeoptim.engine.tied import Tied
+from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.partitioning.places import full_state_dict
 from pipeoptim.partitioning.profile import BlockCost
 

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch.distributed.pipelining import SplitPoint, pipeline
 from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
-from pipeoptim.engine.tree import as_args
+from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, microbatch, parameters
 from pipeoptim.partitioning.blocks import Run

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeoptim.rules.fused.steppers import RootStepper
 from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken, total
 from pipeoptim.rules.registry import Rule, register_rule
-from pipeoptim.rules.steps import RootStepper
 
 
 class AdagradStepper(RootStepper):

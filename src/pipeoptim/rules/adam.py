@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeoptim.rules.fused.steppers import AdamStepper
 from pipeoptim.rules.move import (
     Ahead,
     Group,
@@ -18,7 +19,6 @@ from pipeoptim.rules.move import (
     steps_taken,
 )
 from pipeoptim.rules.registry import Rule, register_rule
-from pipeoptim.rules.steps import AdamStepper
 
 
 @register_rule(torch.optim.Adam, torch.optim.AdamW)

@@ -15,7 +15,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_steps
 from pipeoptim.rules.drive import Item, items, parameters, write_by_rule
 from pipeoptim.rules.fallback import copy_weights, extrapolate
-from pipeoptim.rules.fused import FusedStep, could_fuse
+from pipeoptim.rules.fused.step import FusedStep, could_fuse
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.move import Scalar
 

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from pipeoptim.kernels import calls
+from pipeoptim.rules.fused.steppers import AdamStepper
 from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, decoupled_keep, scalar, steps_taken
 from pipeoptim.rules.registry import Rule, register_rule
-from pipeoptim.rules.steps import AdamStepper
 
 
 class RAdamStepper(AdamStepper):

@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.combined import CombinedOptimizer
+from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.move import Ahead, Group, Move, State
-from pipeoptim.rules.steps import Stepper
 
 
 @dataclass(frozen=True)

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeoptim.rules.fused.steppers import SgdStepper
 from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, scalar
 from pipeoptim.rules.registry import Rule, register_rule
-from pipeoptim.rules.steps import SgdStepper
 
 
 @register_rule(torch.optim.SGD)

@@ -1,6 +1,7 @@
 """Prediction errors as rows of ``metrics.jsonl``, as TensorBoard scalars and as one figure per stage.
 
-What is measured, and the warning, are the engine's (:mod:`pipeoptim.engine.monitor`); here it becomes something to look at.
+What is measured, and the warning, are the engine's (:mod:`pipeoptim.engine.stage.prediction_monitor`);
+here it becomes something to look at.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeoptim.checkpoint import load_sharded, load_stage, save, save_sharded
 from pipeoptim.config import TrainConfig
-from pipeoptim.engine.tied import Tied
+from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.checks import check
 from pipeoptim.train.group import OneProcess

@@ -92,7 +92,7 @@ def efficiency(
       pipeoptim bench efficiency --depth 4 --delay 2 --bandwidth 10 --add
     """
     from pipeoptim.bench.efficiency import measure
-    from pipeoptim.engine.local import check_transport
+    from pipeoptim.engine.transport.unix_channel import check_transport
 
     check_transport(transport)
     _positive(repeats=repeats, steps=steps, depth=min(depth or [1]), milliseconds=min(milliseconds or [1]))

@@ -156,7 +156,7 @@ def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]
     import torch
     from torch.utils._pytree import tree_map_only
 
-    from pipeoptim.engine.feed import Whole
+    from pipeoptim.engine.microbatches import Whole
 
     try:
         to_device = partial(tree_map_only, torch.Tensor, lambda t: t.to(device))

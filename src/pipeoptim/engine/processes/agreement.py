@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from pipeoptim.engine.groups import Ties
+from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Terms:
+class SharedSettings:
     """``settings`` in words; ``cut``: blocks of each stage, where this process's stage is one of ``partition``'s, else empty."""
 
     settings: str
@@ -21,12 +21,12 @@ class Terms:
         return json.dumps([self.settings, self.cut])
 
     @classmethod
-    def read(cls, text: str) -> Terms:
+    def read(cls, text: str) -> SharedSettings:
         """From :meth:`write`."""
         settings, cut = json.loads(text)
         return cls(settings, tuple(cut))
 
-    def compare(self, other: Terms, own_name: str, other_name: str) -> None:
+    def compare(self, other: SharedSettings, own_name: str, other_name: str) -> None:
         """Raises ConfigError where the two do not go together."""
         if other.settings != self.settings:
             raise ConfigError(
@@ -39,10 +39,10 @@ class Terms:
             )
 
 
-def agree(ties: Ties, terms: Terms) -> None:
+def agree(ties: Rendezvous, terms: SharedSettings) -> None:
     """All processes must run the same method with the same settings on one model; find out before the first message."""
     for j, theirs in enumerate(ties.exchange(terms.write())):
-        terms.compare(Terms.read(theirs), ties.name.format(ties.index), ties.name.format(j))
+        terms.compare(SharedSettings.read(theirs), ties.name.format(ties.index), ties.name.format(j))
 
 
 def _blocks(cut: tuple[int, ...]) -> str:

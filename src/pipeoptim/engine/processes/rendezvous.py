@@ -23,7 +23,7 @@ _REFUSED = "!"
 _made: Counter[str] = Counter()  # meetings held in this process, by who met
 
 
-class Ties:
+class Rendezvous:
     """Of the processes with global ranks ``ranks``, for one pipeline. All of them make theirs, in the same order.
 
     Args:

@@ -10,12 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.exchange import BoardEnd, Sums
-from pipeoptim.engine.groups import Ties
+from pipeoptim.engine.processes.exchange import LocalExchangeEnd, Sums
+from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
 
 
-class SumBoard:
+class LocalGradientSum:
     """The exchange between stages of one process. Stage ``k`` uses ``board.end(k)``."""
 
     def __init__(self, holders: Sequence[int]) -> None:
@@ -25,7 +25,7 @@ class SumBoard:
 
     def end(self, k: int) -> Sums:
         """What stage ``k`` holds."""
-        return BoardEnd(self, k)
+        return LocalExchangeEnd(self, k)
 
     def post(self, k: int, version: int, gradient: Tensor) -> None:
         """Note the gradient of stage ``k``."""
@@ -49,7 +49,7 @@ class SumBoard:
         return found
 
 
-class ReducedSums:
+class AllReducedGradients:
     """The exchange between processes, started at once and waited for late.
 
     Two holders all-reduce, whose sum does not depend on its order; more of them gather the gradients and add them up in the order
@@ -61,11 +61,11 @@ class ReducedSums:
 
     def __init__(self, timeout: float) -> None:
         self.timeout = timedelta(seconds=timeout)
-        self._holders: Ties | None = None
+        self._holders: Rendezvous | None = None
         self._works: dict[int, tuple[Any, list[Tensor]]] = {}
         self._told: dict[int, Tensor] = {}
 
-    def connect(self, holders: Ties) -> None:
+    def connect(self, holders: Rendezvous) -> None:
         """Use a group of ``holders`` for this alone: it waits for no activation, and no activation waits for it."""
         self._holders = holders
 

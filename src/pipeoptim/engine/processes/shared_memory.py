@@ -21,7 +21,7 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from types import MappingProxyType
 
-from pipeoptim.engine.groups import Ties
+from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
 
 Waiting = Callable[[int | None], None]
@@ -30,7 +30,7 @@ _LOOK = 0.05  # seconds between looks whether the stage that is waited for still
 _MIX = 0x9E3779B97F4A7C15  # odd, so that its multiples below 2^64 differ
 
 
-class SharedBoard:
+class SharedMemoryNorms:
     """The page, as stage ``k`` sees it.
 
     Args:
@@ -126,7 +126,7 @@ def _mark(turn: int) -> int:
     return (turn + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
 
 
-def shared_board(ties: Ties, wanted: bool, waiting: Waiting) -> SharedBoard | None:
+def shared_memory_norms(ties: Rendezvous, wanted: bool, waiting: Waiting) -> SharedMemoryNorms | None:
     """The board of the processes of ``ties``, one per stage; None in all of them where one is on another machine or does not want it.
 
     The first makes the memory, under a name that nobody can guess and that lies in no folder. The others find it in what the system
@@ -135,7 +135,7 @@ def shared_board(ties: Ties, wanted: bool, waiting: Waiting) -> SharedBoard | No
     Raises:
         StageFailure: a process did not come within the time-out.
     """
-    k, depth, size = ties.index, len(ties.ranks), SharedBoard.size(len(ties.ranks))
+    k, depth, size = ties.index, len(ties.ranks), SharedMemoryNorms.size(len(ties.ranks))
     made = _make(size) if wanted and k == 0 else None
     page, processes = None, dict[int, int]()
     try:
@@ -149,7 +149,7 @@ def shared_board(ties: Ties, wanted: bool, waiting: Waiting) -> SharedBoard | No
         if made is not None:
             os.close(int(made.split()[0]))
     if agreed and page is not None:
-        return SharedBoard(page, k, depth, ties.timeout.total_seconds(), waiting, processes)
+        return SharedMemoryNorms(page, k, depth, ties.timeout.total_seconds(), waiting, processes)
     for fd in processes.values():
         os.close(fd)
     return None

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeoptim.engine.exchange import Norms
+from pipeoptim.engine.processes.exchange import Norms
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule import Program
 

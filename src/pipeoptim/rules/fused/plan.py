@@ -22,8 +22,8 @@ from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.memory import flat
 from pipeoptim.rules.drive import Item
+from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.registry import Rule
-from pipeoptim.rules.steps import Stepper
 
 _PLAIN = {Tensor, torch.nn.Parameter}
 _NOBODY: Mapping[str, Any] = {}

@@ -46,7 +46,7 @@ class Part(NamedTuple):
 NOTHING = Part(0, 0)
 
 
-class Feed(NamedTuple):
+class MicroBatch(NamedTuple):
     """One micro-batch as the user gave it.
 
     Attributes:
@@ -67,7 +67,7 @@ class Feed(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Cutter:
+class BatchSplitter:
     """Cuts mini-batches into M micro-batches.
 
     Args:
@@ -88,7 +88,7 @@ class Cutter:
         if self.weigh is not None and not callable(self.weigh):
             raise ConfigError(f"weigh is {self.weigh!r}, must be a function of the target that returns a number, or None")
 
-    def cut(self, what: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[Feed]:
+    def cut(self, what: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[MicroBatch]:
         """The micro-batches of a mini-batch.
 
         Raises:
@@ -96,13 +96,13 @@ class Cutter:
         """
         _check_rows(what, (args, kwargs.get(0)))
         if self.m == 1 and self.weigh is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
-            return [Feed(args, kwargs, target, NOTHING, NOTHING, None)]
+            return [MicroBatch(args, kwargs, target, NOTHING, NOTHING, None)]
         inputs = split((args, kwargs), self.m, what, self.uneven)
         targets = split(target, self.m, f"target of {what}", self.uneven)
         parts = _parts((args, kwargs), self.m, what)
         wanted = _parts(target, self.m, f"target of {what}") if self.uneven else [NOTHING] * self.m
         weights = self._weights(targets)
-        return [Feed(*i, *rest) for i, *rest in zip(inputs, targets, parts, wanted, weights, strict=True)]
+        return [MicroBatch(*i, *rest) for i, *rest in zip(inputs, targets, parts, wanted, weights, strict=True)]
 
     def _weights(self, targets: list[Any]) -> Sequence[float | None]:
         if self.weigh is None or all(target is None for target in targets):  # no target here: not the last stage
@@ -115,7 +115,7 @@ class Cutter:
             )
         return [weight / total for weight in weights]
 
-    def share(self, feed: Feed, part: Part) -> float | None:
+    def share(self, feed: MicroBatch, part: Part) -> float | None:
         """The share of the loss with which ``feed`` counts, ``part`` of the inputs of stage 0; None for exactly 1/M.
 
         Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from pipeoptim.engine.stage import StageWorker
+    from pipeoptim.engine.stage.worker import StageWorker
 
 
 def state_of(stage: StageWorker) -> dict[str, Any]:

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from pipeoptim.engine.tree import portable
+from pipeoptim.engine.transport.pytree import portable
 from pipeoptim.errors import ConfigError
 
 KINDS = ("bf16", "int8")
@@ -53,7 +53,7 @@ class Compression:
     Args:
         activations, gradients: ``"bf16"``, ``"int8"`` or None, of what goes forward and of what goes back.
         error_feedback: ``"gradients"``, ``"activations"`` or ``"both"``: what a message lost is added to the next one of the same
-            micro-batch position (see :mod:`pipeoptim.engine.compress` for what that means and does not mean). A tensor whose
+            micro-batch position (see :mod:`pipeoptim.engine.transport.compression` for what that means and does not mean). A tensor whose
             shape has changed begins anew; a changed loss scale is divided out. Costs a copy of a mini-batch's messages in float32.
 
     Raises:

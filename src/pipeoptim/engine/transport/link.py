@@ -21,8 +21,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine import wire
-from pipeoptim.engine.local import Channel
+from pipeoptim.engine.transport import message as wire
+from pipeoptim.engine.transport.unix_channel import Channel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 Waiting = Callable[[int | None], None]
@@ -89,7 +89,7 @@ class Sender(_End):
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, part: tuple[int, int] = (0, 0)) -> None:
         """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind.
 
-        ``flags``, ``loss_scale`` and ``part`` travel in the header (see :class:`~pipeoptim.engine.wire.Header`).
+        ``flags``, ``loss_scale`` and ``part`` travel in the header (see :class:`~pipeoptim.engine.transport.message.Header`).
         """
         form, tensors = wire.format_of(tree)
         self._finish_old()

@@ -23,10 +23,10 @@ from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.drive import Item, rates_for, write_by_rule
+from pipeoptim.rules.fused.ownership import alone
+from pipeoptim.rules.fused.plan import Family, Plan, make_plan, stepper_of
+from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.move import Ahead, Scalar
-from pipeoptim.rules.owners import alone
-from pipeoptim.rules.plan import Family, Plan, make_plan, stepper_of
-from pipeoptim.rules.steps import Stepper
 
 SETS = 4
 """Sets of buffers whose plans are kept: an engine has few, and takes them in turn."""

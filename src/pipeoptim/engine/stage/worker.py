@@ -19,23 +19,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pipeoptim.engine.clip import Clipper
-from pipeoptim.engine.compress import Compressor
-from pipeoptim.engine.exchange import Norms
-from pipeoptim.engine.feed import Cutter, Feed, Part
-from pipeoptim.engine.fit import by_kernels, check_parts, grouped, nothing, optimized, stepping
-from pipeoptim.engine.losses import LossLog, call_loss, check_graph, collect_losses, read_loss, warn_cut_off
-from pipeoptim.engine.masters import MasterPredictor, Masters
-from pipeoptim.engine.monitor import PredictionMonitor
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, Part
 from pipeoptim.engine.options import OFF, StageOptions
-from pipeoptim.engine.precision import computing
-from pipeoptim.engine.random import StageRandom
-from pipeoptim.engine.recompute import check_recompute, recomputing
-from pipeoptim.engine.reduction import ALONE, Reduction
-from pipeoptim.engine.scaling import LossScale
-from pipeoptim.engine.state import restore, state_of
-from pipeoptim.engine.tied import Tied, TiedWeight, TieEnd
-from pipeoptim.engine.tree import as_args, differentiable
+from pipeoptim.engine.processes.exchange import Norms
+from pipeoptim.engine.replicas.reduction import ALONE, Reduction
+from pipeoptim.engine.stage.autocast import computing
+from pipeoptim.engine.stage.checks import by_kernels, check_parts, grouped, nothing, optimized, stepping
+from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.loss_scaling import LossScale
+from pipeoptim.engine.stage.losses import LossLog, call_loss, check_graph, collect_losses, read_loss, warn_cut_off
+from pipeoptim.engine.stage.master_weights import MasterWeightPredictor, MasterWeights
+from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from pipeoptim.engine.stage.recompute import check_recompute, recomputing
+from pipeoptim.engine.stage.rng import StageRandom
+from pipeoptim.engine.stage.state import restore, state_of
+from pipeoptim.engine.stage.tied_weights import Tied, TiedWeight, TieEnd
+from pipeoptim.engine.transport.compression import Compressor
+from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
@@ -114,9 +114,9 @@ class StageWorker:
             )
         self._optimizer_step = stepping(optimizer, method, program, self.predictor, reduction, ties)
         held, params = ([reduction.parts.get(p, p) for p in tensors] for tensors in (held, params))
-        self.masters = Masters(held, params)
+        self.masters = MasterWeights(held, params)
         if self.predictor is not None and self.masters.pairs:
-            self.predictor = MasterPredictor(self.predictor, held)
+            self.predictor = MasterWeightPredictor(self.predictor, held)
         self.weights = StageWeights(params, program, k, self.predictor)
         self.device = device or (params[0].device if params else torch.device("cpu"))
         self.random = StageRandom(seed, k, self.device, reduction.index)
@@ -186,7 +186,9 @@ class StageWorker:
         self._keep(i, Flight(inputs, outputs, saved, held, own))
         return result.detach() if self.is_last else result
 
-    def forward_part(self, i: int, args: tuple[Any, ...], feed: Feed, part: Part, cutter: Cutter) -> tuple[Any, float | None]:
+    def forward_part(
+        self, i: int, args: tuple[Any, ...], feed: MicroBatch, part: Part, cutter: BatchSplitter
+    ) -> tuple[Any, float | None]:
         """F of micro-batch ``i``, which is ``part`` of its mini-batch: the output, None if it is empty, and its share of the loss."""
         if part.empty:
             self.skip(i)
@@ -512,7 +514,7 @@ class StageWorker:
         """Bytes of memory that hold weights of this stage: its parameters and every copy of them, each storage once."""
         parts = [self.reduction.parts.get(p, p) for p in self.module.parameters()]
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
-        extra = self.predictor.nbytes() if isinstance(self.predictor, MasterPredictor) else 0
+        extra = self.predictor.nbytes() if isinstance(self.predictor, MasterWeightPredictor) else 0
         return sum(storages.values()) + self.weights.nbytes_of_copies() + self.masters.nbytes() + extra
 
     def state_dict(self) -> dict[str, Any]:

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.masters import module_parameter
 from pipeoptim.engine.options import StageOptions
-from pipeoptim.engine.reduction import Reduction
-from pipeoptim.engine.tied import TieEnd
+from pipeoptim.engine.replicas.reduction import Reduction
+from pipeoptim.engine.stage.master_weights import module_parameter
+from pipeoptim.engine.stage.tied_weights import TieEnd
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor

@@ -15,12 +15,12 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
-from pipeoptim.engine.groups import Ties
-from pipeoptim.engine.masters import module_parameter
-from pipeoptim.engine.reduction import ByDDP, MeanGradients, Reduction, failure
-from pipeoptim.engine.sharded import BySharding, sharding_mesh
-from pipeoptim.engine.terms import Terms
-from pipeoptim.engine.watch import Watch
+from pipeoptim.engine.processes.agreement import SharedSettings
+from pipeoptim.engine.processes.heartbeat import Watch
+from pipeoptim.engine.processes.rendezvous import Rendezvous
+from pipeoptim.engine.replicas.reduction import ByDDP, MeanGradients, Reduction, failure
+from pipeoptim.engine.replicas.sharded import BySharding, sharding_mesh
+from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.errors import ConfigError
 
 
@@ -88,9 +88,9 @@ class ReplicaSet:
         ConfigError: they hold another stage, or were given other settings.
     """
 
-    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, terms: Terms) -> None:
+    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, terms: SharedSettings) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
-        self._ties = Ties("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
+        self._ties = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
         self._watch: Watch | None = None
         place = f"stage {k} of {depth}"
@@ -98,7 +98,7 @@ class ReplicaSet:
             theirs, given = told.split("\n", 1)
             if theirs != place:
                 raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
-            terms.compare(Terms.read(given), place, f"its replica on rank {rank}")
+            terms.compare(SharedSettings.read(given), place, f"its replica on rank {rank}")
         self._ties.group("control", "gloo")  # made while all are here
 
     @property

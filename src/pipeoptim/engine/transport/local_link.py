@@ -1,7 +1,7 @@
 """Links to neighbours on this machine: in a format that is known, small messages go from tensors into tensors.
 
 In all that is rare, and for large messages, they are links like the others, through the same channel (see
-:mod:`pipeoptim.engine.local`). The bytes are the same either way.
+:mod:`pipeoptim.engine.transport.unix_channel`). The bytes are the same either way.
 """
 
 from __future__ import annotations
@@ -11,17 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeoptim.engine import wire
-from pipeoptim.engine.link import Receiver, Sender
-from pipeoptim.engine.local import SMALL, Channel
+from pipeoptim.engine.transport import message as wire
+from pipeoptim.engine.transport.link import Receiver, Sender
+from pipeoptim.engine.transport.unix_channel import SMALL, Channel
 from pipeoptim.errors import StageFailure
 
 _PADS = [bytes(n) for n in range(64)]  # what is sent between tensors, and where it arrives
 _SINKS = [bytearray(n) for n in range(64)]
 
 
-class NearSender(Sender):
-    """As :class:`~pipeoptim.engine.link.Sender`, to a stage on this machine."""
+class LocalSender(Sender):
+    """As :class:`~pipeoptim.engine.transport.link.Sender`, to a stage on this machine."""
 
     channel: Channel
 
@@ -47,8 +47,8 @@ class NearSender(Sender):
         self.sequence += 1
 
 
-class NearReceiver(Receiver):
-    """As :class:`~pipeoptim.engine.link.Receiver`, from a stage on this machine."""
+class LocalReceiver(Receiver):
+    """As :class:`~pipeoptim.engine.transport.link.Receiver`, from a stage on this machine."""
 
     channel: Channel
 

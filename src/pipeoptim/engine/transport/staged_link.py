@@ -29,10 +29,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine import wire
-from pipeoptim.engine.groups import by_gloo
-from pipeoptim.engine.link import Block, Receiver, Sender
-from pipeoptim.engine.local import SMALL, Channel
+from pipeoptim.engine.processes.rendezvous import by_gloo
+from pipeoptim.engine.transport import message as wire
+from pipeoptim.engine.transport.link import Block, Receiver, Sender
+from pipeoptim.engine.transport.unix_channel import SMALL, Channel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 _SEVERAL = 8  # blocks that wait to be used again before anybody waits for one
@@ -92,7 +92,7 @@ def side_streams(device: torch.device) -> SideStreams | None:
 
 
 class StagedSender(Sender):
-    """As :class:`~pipeoptim.engine.link.Sender`, from a device. A message is complete when the transport has it."""
+    """As :class:`~pipeoptim.engine.transport.link.Sender`, from a device. A message is complete when the transport has it."""
 
     def __init__(self, streams: SideStreams, *args: Any) -> None:
         super().__init__(*args)
@@ -219,7 +219,7 @@ class _Handed:
 
 
 class StagedReceiver(Receiver):
-    """As :class:`~pipeoptim.engine.link.Receiver`, to a device."""
+    """As :class:`~pipeoptim.engine.transport.link.Receiver`, to a device."""
 
     def __init__(self, streams: SideStreams, *args: Any, ahead: bool) -> None:
         super().__init__(*args, ahead=True)

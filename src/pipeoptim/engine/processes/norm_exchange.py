@@ -9,11 +9,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.exchange import BoardEnd, Norms
+from pipeoptim.engine.processes.exchange import LocalExchangeEnd, Norms
 from pipeoptim.errors import StageFailure
 
 
-class NormBoard:
+class LocalNormExchange:
     """The exchange of stages that live in one process. Stage ``k`` uses ``board.end(k)``."""
 
     def __init__(self, depth: int) -> None:
@@ -23,7 +23,7 @@ class NormBoard:
 
     def end(self, k: int) -> Norms:
         """What stage ``k`` holds."""
-        return BoardEnd(self, k)
+        return LocalExchangeEnd(self, k)
 
     def post(self, k: int, version: int, norm: float) -> None:
         """Note the norm of stage ``k``."""
@@ -44,7 +44,7 @@ class NormBoard:
 
 
 class Way(Protocol):
-    """How processes tell each other a number: on a shared page (see :mod:`pipeoptim.engine.board`), or with :class:`Gathering`."""
+    """How processes tell each other a number: on a shared page (:mod:`~.shared_memory`), or by :class:`Gathering`."""
 
     def post(self, turn: int, number: float) -> None:
         """Tell the others the ``turn``-th number of this stage; does not wait."""

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
-from pipeoptim.engine.tree import check_leaf, portable
+from pipeoptim.engine.transport.pytree import check_leaf, portable
 from pipeoptim.errors import ConfigError
 
 HEADER = 128  # bytes, of which 72 are used

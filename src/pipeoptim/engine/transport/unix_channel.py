@@ -6,8 +6,9 @@ one, the block that the sender copies into is mapped by both processes: a record
 copies it out and answers with one byte that it may be used again. What a process has sent arrives also after it has ended, and a
 process that dies closes its sockets, which ends the waits of its neighbours.
 
-A channel has the methods of a process group that a link calls (see :mod:`pipeoptim.engine.link`); which neighbours have one is found out
-when a pipeline is set up: two processes that cannot reach one another's sockets, being on two machines, use their group.
+A channel has the methods of a process group that a link calls (see :mod:`pipeoptim.engine.transport.link`); which neighbours
+have one is found out when a pipeline is set up: two processes that cannot reach one another's sockets, being on two machines,
+use their group.
 """
 
 from __future__ import annotations

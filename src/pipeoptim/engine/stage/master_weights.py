@@ -61,7 +61,7 @@ def module_parameter(p: Tensor) -> Tensor:
     return found
 
 
-class Masters:
+class MasterWeights:
     """The masters of one stage and the module's parameters that follow them.
 
     Args:
@@ -102,7 +102,7 @@ class Masters:
                 master.copy_(value)
 
 
-class MasterPredictor:
+class MasterWeightPredictor:
     """Between a predictor of float32 masters and buffers in the module's type.
 
     A rule writes into any type. The last displacement ``W_t - W_{t-1}`` is smaller than the rounding of a low-precision copy,

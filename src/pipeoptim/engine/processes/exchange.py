@@ -45,7 +45,7 @@ class Board(Protocol[Told, Heard]):
         ...
 
 
-class BoardEnd(Generic[Told, Heard]):
+class LocalExchangeEnd(Generic[Told, Heard]):
     """What stage ``k`` holds of ``board``."""
 
     def __init__(self, board: Board[Told, Heard], k: int) -> None:

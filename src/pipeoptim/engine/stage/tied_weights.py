@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.clip import Clip
-from pipeoptim.engine.exchange import Sums
+from pipeoptim.engine.processes.exchange import Sums
+from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.rules.combined import members

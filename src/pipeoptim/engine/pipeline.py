@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.engine.feed import Cutter, Feed, StageKwargs, merge_kwargs
-from pipeoptim.engine.groups import Ties
-from pipeoptim.engine.monitor import PredictionError
-from pipeoptim.engine.stage import StageWorker
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, StageKwargs, merge_kwargs
+from pipeoptim.engine.processes.rendezvous import Rendezvous
+from pipeoptim.engine.stage.prediction_monitor import PredictionError
+from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import Row, Trace
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
@@ -34,7 +34,7 @@ class Pipeline:
     """
 
     ranks: tuple[int, ...] | None = None
-    ties: Ties | None = None
+    ties: Rendezvous | None = None
     _place = "stage"  # what messages call a process by, with the number of its first stage
     _closed = False
 
@@ -43,7 +43,7 @@ class Pipeline:
         method: str | Method,
         depth: int,
         microbatches: int,
-        cutter: Cutter,
+        cutter: BatchSplitter,
         recompute: str,
         processes: int | None = None,
         overlap: bool = False,
@@ -75,7 +75,7 @@ class Pipeline:
         stage_kwargs: StageKwargs | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
-        """Feed one mini-batch: F of its micro-batches, and the backwards that are due by then.
+        """MicroBatch one mini-batch: F of its micro-batches, and the backwards that are due by then.
 
         Args:
             args: input of the model; where stage 0 lives.
@@ -120,7 +120,7 @@ class Pipeline:
         """
         if drain:
             self.drain()
-        (feed,) = self._cut(Cutter(1), args, kwargs, stage_kwargs, target)
+        (feed,) = self._cut(BatchSplitter(1), args, kwargs, stage_kwargs, target)
         return self._guard(lambda: self._evaluate(feed))
 
     def stage_module(self, k: int) -> nn.Module:
@@ -202,7 +202,7 @@ class Pipeline:
 
     # -- what engines differ in --------------------------------------------------------------------------------------
 
-    def _advance(self, feeds: list[Feed], losses: list[Counted]) -> None:
+    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
         """The actions of the next mini-batch."""
         raise NotImplementedError
 
@@ -210,7 +210,7 @@ class Pipeline:
         """The actions still in flight."""
         raise NotImplementedError
 
-    def _evaluate(self, feed: Feed) -> Tensor | None:
+    def _evaluate(self, feed: MicroBatch) -> Tensor | None:
         """Forward through the stages that live here, on the latest weights."""
         raise NotImplementedError
 
@@ -221,8 +221,8 @@ class Pipeline:
     # -- what they have in common ------------------------------------------------------------------------------------
 
     def _cut(
-        self, cutter: Cutter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
-    ) -> list[Feed]:
+        self, cutter: BatchSplitter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
+    ) -> list[MicroBatch]:
         """What was given to the stages that live here, by micro-batches."""
         first = self.local_stages[0]
         here = f"{self._place} {first}"

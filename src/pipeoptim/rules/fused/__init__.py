@@ -1,0 +1,1 @@
+"""The optimizer step and the prediction after it in one pass over memory."""
