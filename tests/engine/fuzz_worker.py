@@ -40,9 +40,9 @@ def hand_back(parts):
     ends = [(part._to_next, part._to_previous, part._from_previous, part._from_next) for part in parts]
     shared = [end for four in ends for end in four if end is not None and end.channel is None]
     for sender in (end for end in shared if isinstance(end, link.Sender)):
-        sender._start(link.Block(sender._memory(sender.size), []), [])
+        sender._start(link.MessageBuffer(sender._memory(sender.size), []), [])
     for receiver in (end for end in shared if isinstance(end, link.Receiver)):
-        receiver.post()
+        receiver.post_receive()
         receiver.wait(receiver._posted[0])
 
 

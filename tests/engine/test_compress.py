@@ -14,7 +14,16 @@ import case
 import compress_cases as cases
 import pipeoptim as po
 import stage_processes
-from pipeoptim.engine.transport.compression import KINDS, ROW, Channel, Compressor, Packed, pack_tensor, unpack, unpack_tensor
+from pipeoptim.engine.transport.compression import (
+    KINDS,
+    ROW,
+    CompressedDirection,
+    Compressor,
+    Packed,
+    pack_tensor,
+    unpack,
+    unpack_tensor,
+)
 from pipeoptim.engine.transport.message import HEADER, format_of
 
 HERE = Path(__file__).parent
@@ -71,7 +80,7 @@ def test_what_is_left_alone_and_what_comes_back(kind):
     small = [torch.ones(ROW - 1), torch.tensor(1.0), torch.empty(0, 64)]
     alone = [*small, torch.ones(64, dtype=torch.float64), torch.ones(64, dtype=torch.int64), torch.ones(64) > 0, None, "text"]
     tree = {"alone": alone, "image": image, "plain": (torch.randn(3, 50).t(),)}
-    packed = Channel(kind, False, 1).pack(0, tree)
+    packed = CompressedDirection(kind, False, 1).pack(0, tree)
     assert all(a is b for a, b in zip(packed["alone"], alone, strict=True))
     back = unpack(packed)
     assert (back["image"].stride(), back["image"].requires_grad, back["image"].is_leaf) == (image.stride(), True, True)
@@ -101,7 +110,7 @@ def test_off_is_off():
 )
 def test_what_was_sent_and_what_is_lost_is_all_there_was(kind, dtype, m, seeds, scales):
     """The sum telescopes at every position, also when the loss scale changes on the way; the oracle adds in float64."""
-    channel, shape = Channel(kind, True, m), (4, 33)
+    channel, shape = CompressedDirection(kind, True, m), (4, 33)
     given_, sent = torch.zeros(m, *shape, dtype=torch.float64), torch.zeros(m, *shape, dtype=torch.float64)
     for i, (seed, scale) in enumerate(zip(seeds, scales, strict=False)):
         x = (torch.randn(shape, generator=torch.Generator().manual_seed(seed)) * scale).to(dtype)
@@ -113,7 +122,7 @@ def test_what_was_sent_and_what_is_lost_is_all_there_was(kind, dtype, m, seeds, 
 
 
 def test_residuals_of_another_shape_or_position_are_not_added():
-    channel = Channel("int8", True, 2)
+    channel = CompressedDirection("int8", True, 2)
     x, other = torch.randn(4, 64), torch.randn(3, 64)
     for i, value in ((0, x), (1, other), (2, other), (4, x)):
         plain = unpack_tensor(pack_tensor(value, "int8"))

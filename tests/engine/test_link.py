@@ -15,7 +15,7 @@ from late_streams import WAITS, LateStreams, until
 from pipeoptim.engine.transport import link
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender
-from pipeoptim.engine.transport.unix_channel import SMALL, Channel
+from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 
@@ -61,7 +61,9 @@ class LateGroup:
 def connected(kind, carrier, seed=0, forgotten=None):
     """Sender and receiver of one stage, and those of the next; the side streams of both, where they are staged."""
     rest = 1, 1, torch.device("cpu"), 10.0, lambda peer: None
-    there, back = ([LateGroup()] * 2 if carrier == "group" else [Channel(end) for end in socket.socketpair()] for _ in range(2))
+    there, back = (
+        [LateGroup()] * 2 if carrier == "group" else [UnixChannel(end) for end in socket.socketpair()] for _ in range(2)
+    )
     streams = [LateStreams(seed, forgotten), LateStreams(seed + 1, forgotten)] if kind == "staged" else []
     if kind == "staged":
         classes = [(partial(StagedSender, own), partial(StagedReceiver, own)) for own in streams]
@@ -130,14 +132,14 @@ def exchange(sender, receiver, seed):
     generator = random.Random(seed)
     waiting = deque()
     for n, tree in enumerate(trees(generator, 120)):
-        sender.send(tree, flags=n, loss_scale=n / 2, part=(n, 120))
+        sender.send(tree, flags=n, loss_scale=n / 2, share=(n, 120))
         waiting.append((n, tree_map(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, tree)))
         for tensor in tensors_of(tree):
             tensor.zero_()  # as the next forward may
         while waiting and (len(waiting) > 5 or generator.random() < 0.5):
             number, expected = waiting.popleft()
-            got = receiver.take()
-            assert (receiver.flags, receiver.loss_scale, receiver.part) == (number, number / 2, (number, 120))
+            got, *header = receiver.receive()
+            assert tuple(header) == (number, number / 2, (number, 120))
             assert tree_structure(got) == tree_structure(expected)
             for a, b in zip(tensors_of(got), tensors_of(expected), strict=True):
                 assert a.shape == b.shape and torch.equal(a, b)
@@ -169,7 +171,7 @@ def test_what_is_handed_over_waits_for_the_device_no_more():
 def test_a_peer_that_has_gone_is_named_with_a_later_message(kind):
     with connected(kind, "channel") as ((sender, _), (_, receiver), _):
         sender.send(torch.zeros(3))
-        receiver.take()
+        receiver.receive()
         receiver.close()
         with pytest.raises(StageFailure, match="stage 1 died or closed its connection"):
             send_several(sender)
@@ -203,9 +205,9 @@ def test_a_sender_keeps_what_the_peer_has_not_taken_and_no_more(neighbours):
         sender.send(torch.full((numbers,), float(n)))
         memory.add(sender._pending[-1][1].memory.data_ptr())
         if n >= 3:  # as in a pipeline: the peer is some messages behind, and answers each
-            assert torch.equal(receiver.take(), torch.full((numbers,), float(n - 3)))
+            assert torch.equal(receiver.receive().tree, torch.full((numbers,), float(n - 3)))
             to_previous.send([torch.full((7,), float(n))])
-            assert torch.equal(from_next.take()[0], torch.full((7,), float(n)))
+            assert torch.equal(from_next.receive().tree[0], torch.full((7,), float(n)))
             assert len(sender._pending) == 3 or isinstance(sender, StagedSender)  # which has copies of its own in the channel
             assert len(sender._pending) <= 3
     assert len(memory) <= 5  # 4 in turn, and the first message, in a new format
@@ -215,7 +217,7 @@ def test_without_answers_few_messages_are_kept(ends):
     sender, receiver = ends
     for n in range(60):
         sender.send(torch.full((10,), float(n)))
-        assert torch.equal(receiver.take(), torch.full((10,), float(n)))
+        assert torch.equal(receiver.receive().tree, torch.full((10,), float(n)))
         assert len(sender._pending) <= 10
 
 
@@ -223,7 +225,7 @@ def test_the_last_message_of_a_peer_that_has_gone_is_taken_and_only_the_next_fai
     sender, receiver = ends
     for n in range(2):
         sender.send(torch.full((3,), float(n)))
-    receiver.take()  # and the second is awaited
+    receiver.receive()  # and the second is awaited
 
     def gone(*_):
         raise RuntimeError("Connection closed by peer [127.0.0.1]:6335.")
@@ -232,14 +234,14 @@ def test_the_last_message_of_a_peer_that_has_gone_is_taken_and_only_the_next_fai
         monkeypatch.setattr(receiver.group, "recv", gone)
     sender.hand_over()  # as drain() does; what a thread still has of it is lost with the link
     sender.close()
-    assert torch.equal(receiver.take(), torch.ones(3))
+    assert torch.equal(receiver.receive().tree, torch.ones(3))
     with pytest.raises(StageFailure, match="stage 1 died or closed its connection"):
-        receiver.take()
+        receiver.receive()
 
 
 def test_a_foreign_message_is_refused(ends):
     sender, receiver = ends
-    receiver.post()
-    sender.group.send([sender._memory(link.wire.HEADER).zero_()], 1, 0)
+    receiver.post_receive()
+    sender.group.send([sender._memory(link.message.HEADER).zero_()], 1, 0)
     with pytest.raises(PipeOptimError, match="out of order"):
-        receiver.take()
+        receiver.receive()

@@ -11,7 +11,7 @@ import torch
 from torch.distributed import HashStore
 
 import pipeoptim as po
-from pipeoptim.engine.transport.unix_channel import SMALL, Channel, _rest, check_transport, neighbours
+from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel, _rest, check_transport, connect_neighbours
 from pipeoptim.errors import StageFailure
 
 SECOND = timedelta(seconds=1)
@@ -33,7 +33,7 @@ def met(wanted):
     """The channels of every stage of a pipeline."""
     store = HashStore()
     with ThreadPoolExecutor(len(wanted)) as pool:
-        found = [pool.submit(neighbours, store, k, len(wanted), want, 20 * SECOND) for k, want in enumerate(wanted)]
+        found = [pool.submit(connect_neighbours, store, k, len(wanted), want, 20 * SECOND) for k, want in enumerate(wanted)]
         return [future.result() for future in found]
 
 
@@ -68,11 +68,11 @@ def test_without_the_consent_of_both_the_group_stays(unwilling):
 def test_a_caller_that_does_not_know_the_token_is_sent_away():
     store = HashStore()
     with ThreadPoolExecutor(1) as pool, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as stranger:
-        second = pool.submit(neighbours, store, 1, 2, True, 20 * SECOND)
+        second = pool.submit(connect_neighbours, store, 1, 2, True, 20 * SECOND)
         store.wait(["local/0"], 20 * SECOND)
         stranger.connect("\0" + store.get("local/0").decode()[:-32])
         stranger.sendall(bytes(17))
-        first = neighbours(store, 0, 2, True, 20 * SECOND)
+        first = connect_neighbours(store, 0, 2, True, 20 * SECOND)
         message(first[0, 0], 3)
         assert taken(second.result()[0, 0]) == {3}
         close(first, second.result())
@@ -80,11 +80,11 @@ def test_a_caller_that_does_not_know_the_token_is_sent_away():
 
 def test_a_neighbour_that_does_not_come_is_named():
     with pytest.raises(StageFailure, match=r"stage 1 did not come within 0.2 s"):
-        neighbours(HashStore(), 0, 2, True, timedelta(seconds=0.2))
+        connect_neighbours(HashStore(), 0, 2, True, timedelta(seconds=0.2))
 
 
 def test_a_wait_ends_with_the_timeout_and_with_the_peer():
-    sender, receiver = (Channel(end) for end in socket.socketpair())
+    sender, receiver = (UnixChannel(end) for end in socket.socketpair())
     with pytest.raises(RuntimeError, match="timed out"):
         receiver.recv([torch.empty(8, dtype=torch.uint8)], 0, 0).wait(timedelta(seconds=0.05))
     work = message(sender, 1)
@@ -97,7 +97,7 @@ def test_a_wait_ends_with_the_timeout_and_with_the_peer():
     with pytest.raises(RuntimeError, match="closed by peer"):
         taken(receiver)
     receiver.close()
-    sender, receiver = (Channel(end) for end in socket.socketpair())
+    sender, receiver = (UnixChannel(end) for end in socket.socketpair())
     receiver.close()
     for size in (64, LARGE):
         with pytest.raises(RuntimeError, match="closed by peer"):
@@ -106,7 +106,7 @@ def test_a_wait_ends_with_the_timeout_and_with_the_peer():
 
 
 def test_a_message_arrives_though_signals_cut_it_up():
-    sender, receiver = (Channel(end) for end in socket.socketpair())
+    sender, receiver = (UnixChannel(end) for end in socket.socketpair())
     parts, expected = [bytes(range(100)), bytearray(b"x" * 7), b"y" * 300], bytes(range(100)) + b"x" * 7 + b"y" * 300
     for count in (0, 1, 100, 103, 107, 406, 407):
         assert b"".join(bytes(part) for part in _rest(parts, count)) == expected[count:]
@@ -121,7 +121,7 @@ def test_a_message_arrives_though_signals_cut_it_up():
 
 
 def test_blocks_of_other_sizes_are_forgotten_at_both_ends():
-    sender, receiver = (Channel(end) for end in socket.socketpair())
+    sender, receiver = (UnixChannel(end) for end in socket.socketpair())
     before = len(os.listdir("/proc/self/fd"))
     for n in range(50):
         size = LARGE + n

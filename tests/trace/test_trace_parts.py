@@ -104,7 +104,7 @@ def test_moments_of_a_device_come_from_its_own_events(monkeypatch):
     monkeypatch.setattr(recording.torch, "Event", Event)
     monkeypatch.setattr(recording.torch, "accelerator", accelerator)
     monkeypatch.setattr(recording.time, "perf_counter_ns", lambda: 100)
-    clock = recording.DeviceClock(torch.device("meta"))
+    clock = recording.DeviceTraceClock(torch.device("meta"))
     assert clock.nanoseconds(clock.now()) == 100 + 2_500_000
 
 

@@ -17,9 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, Part, Weigh
+from pipeoptim.engine.microbatches import BatchSplitter, LossWeight, MicroBatch, RowShare
 from pipeoptim.engine.options import StageOptions, UpdateHook
-from pipeoptim.engine.pipeline import Counted, Pipeline, T
+from pipeoptim.engine.pipeline import CountedLoss, Pipeline, T
 from pipeoptim.engine.processes.agreement import SharedSettings, agree
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
 from pipeoptim.engine.processes.heartbeat import Watch
@@ -31,14 +31,15 @@ from pipeoptim.engine.replicas.replica_set import ReplicaSet, read_replicas, sam
 from pipeoptim.engine.stage.clip import Clip, as_clip
 from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
 from pipeoptim.engine.stage.worker import LossFn
-from pipeoptim.engine.trace import Row, Trace
+from pipeoptim.engine.torch_stage import read_stage
+from pipeoptim.engine.trace import Trace, TraceRow
 from pipeoptim.engine.transport.compression import Compression, as_compression
 from pipeoptim.engine.transport.link import Receiver, Sender, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
+from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
-from pipeoptim.engine.transport.unix_channel import check_transport, neighbours
-from pipeoptim.engine.upstream import read_stage
+from pipeoptim.engine.transport.unix_channel import check_transport, connect_neighbours
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
@@ -122,7 +123,7 @@ class Schedule(Pipeline):
         on_update: UpdateHook | None = None,
         monitor: bool | int = False,
         uneven: bool = False,
-        weigh: Weigh | None = None,
+        weigh: LossWeight | None = None,
         recompute: str = "backward",
         replicas: dist.ProcessGroup | DeviceMesh | None = None,
         overlap: bool = False,
@@ -140,8 +141,8 @@ class Schedule(Pipeline):
         place = read_stage(stage, self._stages_here)
         self.ties = self._tie(place.ranks, timeout)
         try:
-            cutter = BatchSplitter(microbatches, uneven, weigh)
-            super().__init__(method, place.depth, microbatches, cutter, recompute, len(set(place.ranks)), overlap, trace)
+            splitter = BatchSplitter(microbatches, uneven, weigh)
+            super().__init__(method, place.depth, microbatches, splitter, recompute, len(set(place.ranks)), overlap, trace)
             self.k, self.device, self.ranks = place.k, place.device, place.ranks
             options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
             if options.clip is not None and options.clip.exchanges:
@@ -257,18 +258,20 @@ class Schedule(Pipeline):
 
     # -- actions -----------------------------------------------------------------------------------------------------
 
-    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
+    def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         first = self._steps * self.microbatches
-        self._run(self.program.step(self.k, self._steps), first, feeds, losses, self.program.flushes)
+        self._run(self.program.step(self.k, self._steps), first, micro_batches, losses, self.program.flushes)
 
     def _finish(self) -> None:
         self._run(self.program.drain(self.k, self._steps), 0, [], [], settle=True)
         self._hand_over()
 
-    def _run(self, actions: list[Action], first: int, feeds: list[MicroBatch], losses: list[Counted], settle: bool) -> None:
+    def _run(
+        self, actions: list[Action], first: int, micro_batches: list[MicroBatch], losses: list[CountedLoss], settle: bool
+    ) -> None:
         for action in actions:
             if action.kind is Kind.F:
-                self._forward(action.number, feeds[action.number - first], losses)
+                self._forward(action.number, micro_batches[action.number - first], losses)
             elif action.kind is Kind.B:
                 self._backward(action.number)
             else:
@@ -282,46 +285,46 @@ class Schedule(Pipeline):
             if link is not None:
                 link.hand_over()
 
-    def _forward(self, i: int, feed: MicroBatch, losses: list[Counted]) -> None:
-        args, part = feed.args, feed.part
+    def _forward(self, i: int, micro_batch: MicroBatch, losses: list[CountedLoss]) -> None:
+        args, row_share = micro_batch.args, micro_batch.row_share
         if self._from_previous is not None:
-            self._from_previous.post()
+            self._from_previous.post_receive()
             self.worker.prepare(i)  # predicts while the input is on its way
-            args = as_args(self._take_activation())
-            part = Part(*self._from_previous.part)
-            self.worker.hear(self._from_previous.loss_scale)
-        output, share = self.worker.forward_part(i, args, feed, part, self._cutter)
+            message = self._receive_activation()
+            args, row_share = as_args(self.worker.compressor.unpack(message.tree)), RowShare(*message.share)
+            self.worker.hear(message.loss_scale)
+        output, share = self.worker.forward_part(i, args, micro_batch, row_share, self._splitter)
         if self._to_next is not None:
-            message = self.worker.compressor.pack_activations(i, output)
-            self._to_next.send(message, _STOP if self._stop else 0, self.worker.tell(), part)
-        elif not part.empty:
+            packed = self.worker.compressor.pack_activations(i, output)
+            self._to_next.send(packed, _STOP if self._stop else 0, self.worker.tell(), row_share)
+        elif not row_share.empty:
             losses.append((output, share))
 
     def _backward(self, i: int) -> None:
         if self._from_next is None:
             gradients = self.worker.backward(i, [])
         else:
-            gradients = self.worker.compressor.unpack(self._from_next.take())
-            gradients = self.worker.backward(i, gradients, self._from_next.loss_scale)
+            message = self._from_next.receive()
+            gradients = self.worker.backward(i, self.worker.compressor.unpack(message.tree), message.loss_scale)
         if self._to_previous is not None:
             scale = self.worker.loss_scale
             self._to_previous.send(self.worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
 
-    def _evaluate(self, feed: MicroBatch) -> Tensor | None:
-        args = feed.args
+    def _evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
+        args = micro_batch.args
         if self._from_previous is not None:
-            args = as_args(self._take_activation())
-        output = self.worker.evaluate(args, feed.kwargs.get(self.k, {}), feed.target)
+            args = as_args(self.worker.compressor.unpack(self._receive_activation().tree))
+        output = self.worker.evaluate(args, micro_batch.kwargs.get(self.k, {}), micro_batch.target)
         if self._to_next is not None:
             self._to_next.send(output, _STOP if self._stop else 0)
             return None
         return output  # type: ignore[no-any-return]
 
-    def _take_activation(self) -> Any:
+    def _receive_activation(self) -> Message:
         assert self._from_previous is not None
-        value = self.worker.compressor.unpack(self._from_previous.take())
-        self._stop = bool(self._from_previous.flags & _STOP)
-        return value
+        message = self._from_previous.receive()
+        self._stop = bool(message.flags & _STOP)
+        return message
 
     # -- processes -----------------------------------------------------------------------------------------------------
 
@@ -354,7 +357,7 @@ class Schedule(Pipeline):
             self._watch = None
         self.ties.close(wait)
 
-    def _connect(self, liveness: float | None, terms: SharedSettings, row: Row | None) -> None:
+    def _connect(self, liveness: float | None, terms: SharedSettings, row: TraceRow | None) -> None:
         """A check that all agree; the watch; and one group per direction, so that neither waits for the other."""
         agree(self.ties, terms)
         for tie, sums in self._sums.items():
@@ -371,7 +374,7 @@ class Schedule(Pipeline):
             self._norms.connect(board or Gathering(self.ties.group("norms", "gloo"), self.ties.timeout))
 
     def _link(
-        self, row: Row | None, group: Callable[[int, int], dist.ProcessGroup], waiting: Callable[[int | None], None]
+        self, row: TraceRow | None, group: Callable[[int, int], dist.ProcessGroup], waiting: Callable[[int | None], None]
     ) -> None:
         """The links to the stages before and after; ``group(direction, boundary)`` is what they go through."""
         assert self.ranks is not None
@@ -379,7 +382,7 @@ class Schedule(Pipeline):
         streams = side_streams(self.device)
         in_host = self.device.type == "cpu" or streams is not None  # what travels is in the host's memory
         wanted = self._transport == "auto" and in_host and by_gloo()
-        near = neighbours(self.ties.store, self.k, self.depth, wanted, self.ties.timeout)
+        near = connect_neighbours(self.ties.store, self.k, self.depth, wanted, self.ties.timeout)
 
         def ends(there: int, back: int, boundary: int, peer: int) -> tuple[Sender, Receiver]:
             """To and from ``peer``; the first two say in which direction messages go."""

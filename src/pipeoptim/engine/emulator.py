@@ -13,9 +13,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, Part, StageKwargs, Weigh
+from pipeoptim.engine.microbatches import BatchSplitter, LossWeight, MicroBatch, RowShare, StageKwargs
 from pipeoptim.engine.options import StageOptions, UpdateHook
-from pipeoptim.engine.pipeline import Counted, Pipeline
+from pipeoptim.engine.pipeline import CountedLoss, Pipeline
 from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
 from pipeoptim.engine.stage.clip import Clip, as_clip
@@ -103,7 +103,7 @@ class Emulator(Pipeline):
         on_update: UpdateHook | None = None,
         monitor: bool | int = False,
         uneven: bool = False,
-        weigh: Weigh | None = None,
+        weigh: LossWeight | None = None,
         recompute: str = "backward",
         processes: int | None = None,
         overlap: bool = False,
@@ -113,8 +113,8 @@ class Emulator(Pipeline):
     ) -> None:
         stages = _modules(stages)
         _refuse_shared(stages)
-        cutter = BatchSplitter(microbatches, uneven, weigh)
-        super().__init__(method, len(stages), microbatches, cutter, recompute, processes, overlap, trace)
+        splitter = BatchSplitter(microbatches, uneven, weigh)
+        super().__init__(method, len(stages), microbatches, splitter, recompute, processes, overlap, trace)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
         scalers = _scalers(stages, scaler)
@@ -143,7 +143,7 @@ class Emulator(Pipeline):
             )
         for tie in ties:
             self._join(tie)
-        self._activations: list[deque[tuple[Any, float, Part]]] = [deque() for _ in stages]
+        self._activations: list[deque[tuple[Any, float, RowShare]]] = [deque() for _ in stages]
         self._gradients: list[deque[tuple[Any, float]]] = [deque() for _ in stages]
 
     def step(
@@ -154,7 +154,7 @@ class Emulator(Pipeline):
         stage_kwargs: StageKwargs | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """MicroBatch one mini-batch and return its loss (mean over micro-batches, detached).
+        """Train on one mini-batch and return its loss (mean over micro-batches, detached).
 
         Args:
             args, kwargs: input of stage 0.
@@ -177,23 +177,28 @@ class Emulator(Pipeline):
         assert loss is not None
         return loss
 
-    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
+    def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         first = self._steps * self.microbatches
-        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, feeds, losses)
+        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, micro_batches, losses)
 
     def _finish(self) -> None:
         self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
 
-    def _evaluate(self, feed: MicroBatch) -> Tensor:
-        value: Any = feed.args
+    def _evaluate(self, micro_batch: MicroBatch) -> Tensor:
+        value: Any = micro_batch.args
         for k, worker in self._workers.items():
             inputs = value if k == 0 else as_args(transferred(value))
-            value = worker.evaluate(inputs, feed.kwargs.get(k, {}), feed.target)
+            value = worker.evaluate(inputs, micro_batch.kwargs.get(k, {}), micro_batch.target)
         assert isinstance(value, Tensor)
         return value
 
     def _run(
-        self, todo: list[list[Action]], first: int, feeds: list[MicroBatch], losses: list[Counted], settle: bool = False
+        self,
+        todo: list[list[Action]],
+        first: int,
+        micro_batches: list[MicroBatch],
+        losses: list[CountedLoss],
+        settle: bool = False,
     ) -> None:
         """Let every stage act as far as it can, in turn, until all lists are done; ``settle``: and no update waits."""
         queues = [deque(actions) for actions in todo]
@@ -201,7 +206,7 @@ class Emulator(Pipeline):
             before = sum(map(len, queues))
             for k, queue in enumerate(queues):
                 while queue and self._can(k, queue[0]):
-                    self._act(k, queue.popleft(), first, feeds, losses)
+                    self._act(k, queue.popleft(), first, micro_batches, losses)
             if sum(map(len, queues)) == before:
                 raise PipeOptimError(f"the program deadlocks at {[str(q[0]) for q in queues if q]}")
         if settle or self.program.flushes:
@@ -229,10 +234,10 @@ class Emulator(Pipeline):
             return k == self.depth - 1 or bool(self._gradients[k])
         return True
 
-    def _act(self, k: int, action: Action, first: int, feeds: list[MicroBatch], losses: list[Counted]) -> None:
+    def _act(self, k: int, action: Action, first: int, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         worker, i = self._workers[k], action.number
         if action.kind is Kind.F:
-            self._forward(k, i, feeds[i - first], losses)
+            self._forward(k, i, micro_batches[i - first], losses)
         elif action.kind is Kind.B:
             received, scale = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
             gradients = worker.backward(i, worker.compressor.unpack(received) if received else [], scale)
@@ -242,17 +247,17 @@ class Emulator(Pipeline):
         else:
             worker.update()
 
-    def _forward(self, k: int, i: int, feed: MicroBatch, losses: list[Counted]) -> None:
-        worker, args, part = self._workers[k], feed.args, feed.part
+    def _forward(self, k: int, i: int, micro_batch: MicroBatch, losses: list[CountedLoss]) -> None:
+        worker, args, row_share = self._workers[k], micro_batch.args, micro_batch.row_share
         if k > 0:
-            value, overflowed, part = self._activations[k].popleft()
+            value, overflowed, row_share = self._activations[k].popleft()
             worker.hear(overflowed)
             args = as_args(worker.compressor.unpack(value))
-        output, share = worker.forward_part(i, args, feed, part, self._cutter)
+        output, share = worker.forward_part(i, args, micro_batch, row_share, self._splitter)
         if not worker.is_last:
             message = transferred(worker.compressor.pack_activations(i, output))
-            self._activations[k + 1].append((message, worker.tell(), part))
-        elif not part.empty:
+            self._activations[k + 1].append((message, worker.tell(), row_share))
+        elif not row_share.empty:
             losses.append((output, share))
 
 

@@ -13,14 +13,14 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.microbatches import MicroBatch
-from pipeoptim.engine.pipeline import Counted, Pipeline, T
+from pipeoptim.engine.pipeline import CountedLoss, Pipeline, T
 from pipeoptim.engine.processes.agreement import SharedSettings, agree
 from pipeoptim.engine.processes.heartbeat import Watch
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.stage.worker import LossFn
-from pipeoptim.engine.trace import Row
+from pipeoptim.engine.torch_stage import read_stage
+from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import as_compression
-from pipeoptim.engine.upstream import read_stage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Action, Kind
@@ -102,7 +102,7 @@ class InterleavedSchedule(Pipeline):
         parts = list(self._parts.values())
         overlap = parts[0].program.overlap
         trace = parts[0].trace
-        super().__init__(method, first.depth, microbatches, parts[0]._cutter, parts[0]._recompute, processes, overlap, trace)
+        super().__init__(method, first.depth, microbatches, parts[0]._splitter, parts[0]._recompute, processes, overlap, trace)
         self._workers = {k: part.worker for k, part in self._parts.items()}
         self.p, self.ranks, self.ties = first.k, first.ranks, shared.ties
 
@@ -144,8 +144,8 @@ class InterleavedSchedule(Pipeline):
     def _note_stop(self) -> None:
         self._parts[0]._note_stop()
 
-    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
-        self._run(self.program.process_step(self.p, self._steps), self._steps * self.microbatches, feeds, losses)
+    def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
+        self._run(self.program.process_step(self.p, self._steps), self._steps * self.microbatches, micro_batches, losses)
 
     def _finish(self) -> None:
         self._run(self.program.process_drain(self.p, self._steps), 0, [], [])
@@ -153,18 +153,20 @@ class InterleavedSchedule(Pipeline):
             part.worker.settle()
             part._hand_over()
 
-    def _run(self, actions: list[tuple[int, Action]], first: int, feeds: list[MicroBatch], losses: list[Counted]) -> None:
+    def _run(
+        self, actions: list[tuple[int, Action]], first: int, micro_batches: list[MicroBatch], losses: list[CountedLoss]
+    ) -> None:
         for k, (kind, i) in actions:
             part = self._parts[k]
             if kind is Kind.F:
-                part._forward(i, feeds[i - first], losses)
+                part._forward(i, micro_batches[i - first], losses)
             elif kind is Kind.B:
                 part._backward(i)
             else:
                 part.worker.update()
 
-    def _evaluate(self, feed: MicroBatch) -> Tensor | None:
-        return [part._evaluate(feed) for part in self._parts.values()][-1]
+    def _evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
+        return [part._evaluate(micro_batch) for part in self._parts.values()][-1]
 
     def _guard(self, work: Callable[[], T]) -> T:
         return self._parts[self.p]._guard(work)
@@ -217,7 +219,7 @@ class _Part(Schedule):
     def _untie(self, wait: bool) -> None:
         """Not yet: other parts use them."""
 
-    def _connect(self, liveness: float | None, terms: SharedSettings, row: Row | None) -> None:
+    def _connect(self, liveness: float | None, terms: SharedSettings, row: TraceRow | None) -> None:
         self._watch = self._shared.watch
         if self._shared.liveness is not None and self._replicas is not None:
             self._replicas.watch(self._shared.liveness)

@@ -1,4 +1,4 @@
-"""What a user feeds into a pipeline, cut into micro-batches: equal slices, or uneven ones that count by their share."""
+"""What a user feeds into a pipeline, split into micro-batches: equal slices, or uneven ones that count by their share."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pipeoptim.errors import ConfigError
 
 StageKwargs = Mapping[int, Mapping[str, Any]]
-Weigh = Callable[[Any], Any]
+LossWeight = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Whole:
     value: Any
 
 
-class Part(NamedTuple):
+class RowShare(NamedTuple):
     """How much of its mini-batch a micro-batch is: ``rows`` of ``of`` rows; (0, 0) where nothing says so."""
 
     rows: int
@@ -43,7 +43,7 @@ class Part(NamedTuple):
         return self.rows == 0 and self.of > 0
 
 
-NOTHING = Part(0, 0)
+NO_ROWS = RowShare(0, 0)
 
 
 class MicroBatch(NamedTuple):
@@ -53,22 +53,22 @@ class MicroBatch(NamedTuple):
         args: of stage 0.
         kwargs: of every stage that is given some.
         target: of the loss.
-        part: its part of the inputs.
-        target_part: its part of the target, (0, 0) where nobody asks.
-        weight: its share of the loss, where the user's function gave one.
+        row_share: its rows of those of the inputs.
+        target_share: its rows of those of the target, (0, 0) where nobody asks.
+        loss_share: its share of the loss, where the user's function gave one.
     """
 
     args: tuple[Any, ...]
     kwargs: dict[int, dict[str, Any]]
     target: Any
-    part: Part
-    target_part: Part
-    weight: float | None
+    row_share: RowShare
+    target_share: RowShare
+    loss_share: float | None
 
 
 @dataclass(frozen=True)
 class BatchSplitter:
-    """Cuts mini-batches into M micro-batches.
+    """Splits mini-batches into M micro-batches.
 
     Args:
         m: how many.
@@ -80,7 +80,7 @@ class BatchSplitter:
 
     m: int
     uneven: bool = False
-    weigh: Weigh | None = None
+    weigh: LossWeight | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.uneven, bool):
@@ -96,11 +96,11 @@ class BatchSplitter:
         """
         _check_rows(what, (args, kwargs.get(0)))
         if self.m == 1 and self.weigh is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
-            return [MicroBatch(args, kwargs, target, NOTHING, NOTHING, None)]
+            return [MicroBatch(args, kwargs, target, NO_ROWS, NO_ROWS, None)]
         inputs = split((args, kwargs), self.m, what, self.uneven)
         targets = split(target, self.m, f"target of {what}", self.uneven)
-        parts = _parts((args, kwargs), self.m, what)
-        wanted = _parts(target, self.m, f"target of {what}") if self.uneven else [NOTHING] * self.m
+        parts = _row_shares((args, kwargs), self.m, what)
+        wanted = _row_shares(target, self.m, f"target of {what}") if self.uneven else [NO_ROWS] * self.m
         weights = self._weights(targets)
         return [MicroBatch(*i, *rest) for i, *rest in zip(inputs, targets, parts, wanted, weights, strict=True)]
 
@@ -115,25 +115,26 @@ class BatchSplitter:
             )
         return [weight / total for weight in weights]
 
-    def share(self, feed: MicroBatch, part: Part) -> float | None:
-        """The share of the loss with which ``feed`` counts, ``part`` of the inputs of stage 0; None for exactly 1/M.
+    def share(self, micro_batch: MicroBatch, row_share: RowShare) -> float | None:
+        """The share of the loss with which ``micro_batch`` counts, ``row_share`` of the inputs of stage 0; None for exactly 1/M.
 
         Raises:
-            ConfigError: the target was cut in other shares than the inputs.
+            ConfigError: the target was split in other shares than the inputs.
         """
-        if feed.weight is not None:
-            return feed.weight
-        theirs = feed.target_part
-        if theirs.of and theirs.rows * part.of != part.rows * theirs.of:
+        if micro_batch.loss_share is not None:
+            return micro_batch.loss_share
+        theirs = micro_batch.target_share
+        if theirs.of and theirs.rows * row_share.of != row_share.rows * theirs.of:
             raise ConfigError(
-                f"a micro-batch has {part.rows} of the {part.of} rows of the input, but {theirs.rows} of {theirs.of} of the target; "
+                f"a micro-batch has {row_share.rows} of the {row_share.of} rows of the input, but {theirs.rows} of "
+                f"{theirs.of} of the target; "
                 "give a target with one row for each row of the input"
             )
-        return self.rows_share(part)
+        return self.rows_share(row_share)
 
-    def rows_share(self, part: Part) -> float | None:
+    def rows_share(self, row_share: RowShare) -> float | None:
         """The share of the rows; None for exactly 1/M."""
-        return None if part.of == part.rows * self.m else part.rows / part.of
+        return None if row_share.of == row_share.rows * self.m else row_share.rows / row_share.of
 
 
 def _plain(values: Sequence[Any]) -> bool:
@@ -207,7 +208,7 @@ def _slices(leaf: Any, m: int, what: str, uneven: bool) -> Sequence[Any]:
     return leaf.tensor_split(m) if rows else [leaf] * m
 
 
-def _parts(tree: Any, m: int, what: str) -> list[Part]:
+def _row_shares(tree: Any, m: int, what: str) -> list[RowShare]:
     """The part that each micro-batch is, from the tensors' common number of rows."""
     sizes = {leaf.shape[0] for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.dim()} if m > 1 else set()
     if len(sizes) > 1:
@@ -216,4 +217,4 @@ def _parts(tree: Any, m: int, what: str) -> list[Part]:
             "wrap what all micro-batches shall get whole in pipeoptim.Whole"
         )
     rows = sizes.pop() if sizes else 0
-    return [Part((rows + m - 1 - i) // m, rows) for i in range(m)]
+    return [RowShare((rows + m - 1 - i) // m, rows) for i in range(m)]

@@ -12,12 +12,12 @@ from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, StageKwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
-from pipeoptim.engine.trace import Row, Trace
+from pipeoptim.engine.trace import Trace, TraceRow
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, get_method
 
 T = TypeVar("T")
-Counted = tuple[Tensor, float | None]
+CountedLoss = tuple[Tensor, float | None]
 """The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
 
 
@@ -43,7 +43,7 @@ class Pipeline:
         method: str | Method,
         depth: int,
         microbatches: int,
-        cutter: BatchSplitter,
+        splitter: BatchSplitter,
         recompute: str,
         processes: int | None = None,
         overlap: bool = False,
@@ -55,7 +55,7 @@ class Pipeline:
             raise ConfigError(f"trace is a {type(trace).__name__}, must be a pipeoptim.Trace or None")
         self.method = get_method(method)
         self.program = self.method.program(depth, microbatches, processes, overlap)
-        self.depth, self.microbatches, self._cutter, self.trace = depth, microbatches, cutter, trace
+        self.depth, self.microbatches, self._splitter, self.trace = depth, microbatches, splitter, trace
         self._workers: dict[int, StageWorker] = {}
         self._recompute = recompute
         self._steps = 0  # mini-batches fed since the last (re)start
@@ -75,7 +75,7 @@ class Pipeline:
         stage_kwargs: StageKwargs | None = None,
         **kwargs: Any,
     ) -> Tensor | None:
-        """MicroBatch one mini-batch: F of its micro-batches, and the backwards that are due by then.
+        """Train on one mini-batch: F of its micro-batches, and the backwards that are due by then.
 
         Args:
             args: input of the model; where stage 0 lives.
@@ -92,13 +92,13 @@ class Pipeline:
             ConfigError: arguments on the wrong stage, a batch that M does not divide, or a loss that is no scalar.
             StageFailure: another stage died or does not answer.
         """
-        feeds = self._cut(self._cutter, args, kwargs, stage_kwargs, target)
+        micro_batches = self._cut(self._splitter, args, kwargs, stage_kwargs, target)
         if 0 in self._workers:
             self._guard(self._note_stop)
-        found: list[Counted] = []
+        found: list[CountedLoss] = []
         for worker in self._workers.values():
             worker.losses.begin()
-        self._guard(lambda: self._advance(feeds, found))
+        self._guard(lambda: self._advance(micro_batches, found))
         self._steps += 1
         if self._synchronous():
             self.drain()
@@ -120,8 +120,8 @@ class Pipeline:
         """
         if drain:
             self.drain()
-        (feed,) = self._cut(BatchSplitter(1), args, kwargs, stage_kwargs, target)
-        return self._guard(lambda: self._evaluate(feed))
+        (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, stage_kwargs, target)
+        return self._guard(lambda: self._evaluate(micro_batch))
 
     def stage_module(self, k: int) -> nn.Module:
         """The module of stage ``k``, with the latest weights."""
@@ -202,7 +202,7 @@ class Pipeline:
 
     # -- what engines differ in --------------------------------------------------------------------------------------
 
-    def _advance(self, feeds: list[MicroBatch], losses: list[Counted]) -> None:
+    def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         """The actions of the next mini-batch."""
         raise NotImplementedError
 
@@ -210,7 +210,7 @@ class Pipeline:
         """The actions still in flight."""
         raise NotImplementedError
 
-    def _evaluate(self, feed: MicroBatch) -> Tensor | None:
+    def _evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
         """Forward through the stages that live here, on the latest weights."""
         raise NotImplementedError
 
@@ -221,7 +221,7 @@ class Pipeline:
     # -- what they have in common ------------------------------------------------------------------------------------
 
     def _cut(
-        self, cutter: BatchSplitter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
+        self, splitter: BatchSplitter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
     ) -> list[MicroBatch]:
         """What was given to the stages that live here, by micro-batches."""
         first = self.local_stages[0]
@@ -230,7 +230,7 @@ class Pipeline:
             raise ConfigError(f"{here} was given {len(args)} inputs; only {self._place} 0 takes them, use keywords for others")
         every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
         mine = {k: own for k, own in every.items() if k in self._workers and own}
-        return cutter.cut("the inputs" if self.ranks is None else f"the inputs of {here}", args, mine, target)
+        return splitter.cut("the inputs" if self.ranks is None else f"the inputs of {here}", args, mine, target)
 
     def _synchronous(self) -> bool:
         """Whether training is still in the part that the method wants synchronous; the same on every stage."""
@@ -242,7 +242,7 @@ class Pipeline:
         self._stop = self._stop or self._stop_wanted
 
     @staticmethod
-    def _mean(found: list[Counted], losses: list[Tensor] | None) -> Tensor | None:
+    def _mean(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:
         """The loss of a mini-batch from those of its micro-batches, which also go into the caller's list."""
         if losses is not None:
             losses[:] = [loss for loss, _ in found]
@@ -258,7 +258,7 @@ class Pipeline:
             worker.restart()
         self._steps = 0
 
-    def _row(self, k: int, device: torch.device) -> Row | None:
+    def _row(self, k: int, device: torch.device) -> TraceRow | None:
         """Where the trace records stage ``k``."""
         return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
 

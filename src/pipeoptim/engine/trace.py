@@ -23,7 +23,7 @@ from pipeoptim.schedule import Program
 FORMAT = 1
 
 
-class Clock(Protocol):
+class TraceClock(Protocol):
     """Takes times cheaply, and says later what they were."""
 
     def now(self) -> Any:
@@ -35,7 +35,7 @@ class Clock(Protocol):
         ...
 
 
-class HostClock:
+class HostTraceClock:
     """For devices that are done when a call returns."""
 
     now = staticmethod(time.perf_counter_ns)
@@ -44,7 +44,7 @@ class HostClock:
         return moment
 
 
-class DeviceClock:
+class DeviceTraceClock:
     """For devices that work behind the program's back: moments are events in the queue of the device."""
 
     def __init__(self, device: torch.device) -> None:
@@ -64,12 +64,12 @@ class DeviceClock:
         return self._began + round(1e6 * self._zero.elapsed_time(moment))
 
 
-class Row:
+class TraceRow:
     """The record of one stage. ``add`` takes what ``now`` gave; both do nothing outside the mini-batches to record."""
 
     def __init__(self, k: int, program: Program, method: str, device: torch.device, first: int, end: int) -> None:
         self.k, self.program, self.method = k, program, method
-        self.clock: Clock = HostClock() if device.type == "cpu" else DeviceClock(device)
+        self.clock: TraceClock = HostTraceClock() if device.type == "cpu" else DeviceTraceClock(device)
         self._first, self._end = first * program.microbatches, end * program.microbatches
         self._fed = -1
         self.on = False
@@ -139,9 +139,9 @@ class Trace:
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
                 raise ConfigError(f"{what} of a trace is {value!r}, must be an integer of at least {least}")
         self.steps, self.skip = steps, skip
-        self._rows: dict[int, Row] = {}
+        self._rows: dict[int, TraceRow] = {}
 
-    def row(self, k: int, program: Program, method: str, device: torch.device) -> Row:
+    def row(self, k: int, program: Program, method: str, device: torch.device) -> TraceRow:
         """The record of stage ``k``; called by the engines.
 
         Raises:
@@ -149,7 +149,7 @@ class Trace:
         """
         if k in self._rows:
             raise ConfigError(f"the trace already records a stage {k}; make a Trace of its own for each pipeline")
-        self._rows[k] = Row(k, program, method, device, self.skip, self.skip + self.steps)
+        self._rows[k] = TraceRow(k, program, method, device, self.skip, self.skip + self.steps)
         return self._rows[k]
 
     @contextmanager

@@ -8,28 +8,28 @@ from typing import Any, Generic
 
 from pipeoptim.engine.processes.exchange import Exchange, Heard, Told
 from pipeoptim.engine.stage.worker import StageWorker
-from pipeoptim.engine.trace import Row
+from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.link import Receiver, Sender
 from pipeoptim.schedule import Kind
 
 
-def worker(row: Row | None) -> Callable[..., StageWorker]:
+def worker(row: TraceRow | None) -> Callable[..., StageWorker]:
     """What makes the worker of a stage."""
     return StageWorker if row is None else partial(TracedWorker, row)
 
 
-def links(row: Row | None, receiver: Receiver | None, sender: Sender | None) -> None:
+def links(row: TraceRow | None, receiver: Receiver | None, sender: Sender | None) -> None:
     """Its links to one neighbour, which note messages that come in and go out where there is a ``row``."""
     if row is not None and receiver is not None:
         _note_waits(row, receiver)
-        _note_calls(row, receiver, "take", "receive")
+        _note_calls(row, receiver, "receive", "receive")
     if row is not None and sender is not None:
         _note_waits(row, sender)
         _note_calls(row, sender, "send", "send")
 
 
-def exchange(row: Row | None, plain: Exchange[Told, Heard]) -> Exchange[Told, Heard]:
+def exchange(row: TraceRow | None, plain: Exchange[Told, Heard]) -> Exchange[Told, Heard]:
     """``plain`` itself, or its recorded form."""
     return plain if row is None else TracedExchange(row, plain)
 
@@ -37,7 +37,7 @@ def exchange(row: Row | None, plain: Exchange[Told, Heard]) -> Exchange[Told, He
 class TracedWorker(StageWorker):
     """Notes prediction, F, B, U and evaluation. Micro-batches are numbered from the beginning of training."""
 
-    def __init__(self, row: Row, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, row: TraceRow, *args: Any, **kwargs: Any) -> None:
         self.row = row
         super().__init__(*args, **kwargs)
         if self.compressor.compression is not None:
@@ -88,7 +88,7 @@ class TracedWorker(StageWorker):
 class TracedCompressor(Compressor):
     """Notes packing and unpacking."""
 
-    def __init__(self, row: Row, plain: Compressor) -> None:
+    def __init__(self, row: TraceRow, plain: Compressor) -> None:
         vars(self).update(vars(plain))
         self.row = row
 
@@ -114,7 +114,7 @@ class TracedCompressor(Compressor):
 class TracedExchange(Generic[Told, Heard]):
     """Notes the wait for what other stages tell: norms, or the gradients of tied weights."""
 
-    def __init__(self, row: Row, plain: Exchange[Told, Heard]) -> None:
+    def __init__(self, row: TraceRow, plain: Exchange[Told, Heard]) -> None:
         self.row, self.plain = row, plain
         self.post, self.ready = plain.post, plain.ready
 
@@ -125,7 +125,7 @@ class TracedExchange(Generic[Told, Heard]):
         return found
 
 
-def _note_calls(row: Row, link: Receiver | Sender, method: str, what: str) -> None:
+def _note_calls(row: TraceRow, link: Receiver | Sender, method: str, what: str) -> None:
     plain = getattr(link, method)
 
     def noted(*args: Any, **kwargs: Any) -> Any:
@@ -137,7 +137,7 @@ def _note_calls(row: Row, link: Receiver | Sender, method: str, what: str) -> No
     setattr(link, method, noted)
 
 
-def _note_waits(row: Row, link: Receiver | Sender) -> None:
+def _note_waits(row: TraceRow, link: Receiver | Sender) -> None:
     """A link says before a wait whom it waits for, and None after it."""
     begun: list[Any] = [None, -1]
     waiting = link.waiting

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from pipeoptim.engine.upstream import mark_cut
+from pipeoptim.engine.torch_stage import mark_cut
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.blocks import Blocks, sliceable

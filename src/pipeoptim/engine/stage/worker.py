@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, Part
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
 from pipeoptim.engine.options import OFF, StageOptions
 from pipeoptim.engine.processes.exchange import Norms
 from pipeoptim.engine.replicas.reduction import ALONE, Reduction
@@ -187,14 +187,14 @@ class StageWorker:
         return result.detach() if self.is_last else result
 
     def forward_part(
-        self, i: int, args: tuple[Any, ...], feed: MicroBatch, part: Part, cutter: BatchSplitter
+        self, i: int, args: tuple[Any, ...], micro_batch: MicroBatch, row_share: RowShare, splitter: BatchSplitter
     ) -> tuple[Any, float | None]:
-        """F of micro-batch ``i``, which is ``part`` of its mini-batch: the output, None if it is empty, and its share of the loss."""
-        if part.empty:
+        """F of micro-batch ``i``, which is ``row_share`` of its mini-batch: the output, None if it is empty, and its share of the loss."""
+        if row_share.empty:
             self.skip(i)
             return None, 0.0
-        share = cutter.share(feed, part) if self.is_last else cutter.rows_share(part)
-        return self.forward(i, args, feed.kwargs.get(self.k, {}), feed.target, share), share
+        share = splitter.share(micro_batch, row_share) if self.is_last else splitter.rows_share(row_share)
+        return self.forward(i, args, micro_batch.kwargs.get(self.k, {}), micro_batch.target, share), share
 
     def skip(self, i: int) -> None:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""

@@ -129,7 +129,7 @@ def unpack_tensor(packed: Packed) -> Tensor:
 
 
 def unpack(tree: Any) -> Any:
-    """``tree`` as it was before :meth:`Channel.pack`, but for what the compression lost."""
+    """``tree`` as it was before :meth:`CompressedDirection.pack`, but for what the compression lost."""
     return tree_map(lambda leaf: unpack_tensor(leaf) if _is_packed(leaf) else leaf, tree, is_leaf=_is_packed)
 
 
@@ -146,7 +146,7 @@ def _row(x: Tensor) -> list[int]:
     return list(range(first, x.dim()))
 
 
-class Channel:
+class CompressedDirection:
     """Packs what one stage sends in one direction, and remembers what it lost.
 
     Args:
@@ -206,8 +206,8 @@ class Compressor:
     def __init__(self, compression: Compression | None, microbatches: int) -> None:
         chosen = compression or Compression(None, None)
         self.compression = compression
-        self.activations = Channel(chosen.activations, chosen.feeds("activations"), microbatches)
-        self.gradients = Channel(chosen.gradients, chosen.feeds("gradients"), microbatches)
+        self.activations = CompressedDirection(chosen.activations, chosen.feeds("activations"), microbatches)
+        self.gradients = CompressedDirection(chosen.gradients, chosen.feeds("gradients"), microbatches)
 
     def pack_activations(self, i: int, tree: Any) -> Any:
         """What goes to the next stage instead of the output of micro-batch ``i``."""

@@ -21,8 +21,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.transport import message as wire
-from pipeoptim.engine.transport.unix_channel import Channel
+from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.message import Message
+from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 Waiting = Callable[[int | None], None]
@@ -32,15 +33,21 @@ class _End:
     """What a sender and a receiver share: the peer, its group, and waits that name the peer when they fail."""
 
     def __init__(
-        self, group: dist.ProcessGroup | Channel, peer: int, rank: int, device: torch.device, timeout: float, waiting: Waiting
+        self,
+        group: dist.ProcessGroup | UnixChannel,
+        peer: int,
+        rank: int,
+        device: torch.device,
+        timeout: float,
+        waiting: Waiting,
     ) -> None:
         self.group, self.peer, self.device = group, peer, device
-        self.channel = group if isinstance(group, Channel) else None
-        self.place = 0 if isinstance(group, Channel) else dist.get_group_rank(group, rank)  # the peer's, in the group
+        self.channel = group if isinstance(group, UnixChannel) else None
+        self.place = 0 if isinstance(group, UnixChannel) else dist.get_group_rank(group, rank)  # the peer's, in the group
         self.timeout = timedelta(seconds=timeout)
         self.waiting = waiting
-        self.size = wire.HEADER
-        self.format: wire.Format | None = None
+        self.size = message.HEADER
+        self.format: message.Format | None = None
         self.sequence = 0
 
     def wait(self, work: Any) -> None:
@@ -64,7 +71,7 @@ class _End:
         return f"stage {self.peer} died or closed its connection ({first})"
 
 
-class Block(NamedTuple):
+class MessageBuffer(NamedTuple):
     """Memory of one message, and where its tensors go in it (or in ``copy``, from where they come into it).
 
     ``form`` where it can take another message of that format.
@@ -72,7 +79,7 @@ class Block(NamedTuple):
 
     memory: Tensor
     places: list[Tensor | None]
-    form: wire.Format | None = None
+    form: message.Format | None = None
     copy: Tensor | None = None
 
 
@@ -81,37 +88,37 @@ class Sender(_End):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._pending: deque[tuple[Any, Block, int]] = deque()  # with the number of the message
-        self._free: list[Block] = []  # of messages in the present format
+        self._pending: deque[tuple[Any, MessageBuffer, int]] = deque()  # with the number of the message
+        self._free: list[MessageBuffer] = []  # of messages in the present format
         self._broken: StageFailure | None = None
         self.opposite: Receiver | None = None
 
-    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, part: tuple[int, int] = (0, 0)) -> None:
+    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind.
 
-        ``flags``, ``loss_scale`` and ``part`` travel in the header (see :class:`~pipeoptim.engine.transport.message.Header`).
+        ``flags``, ``loss_scale`` and ``share`` travel in the header (see :class:`~pipeoptim.engine.transport.message.Header`).
         """
-        form, tensors = wire.format_of(tree)
+        form, tensors = message.format_of(tree)
         self._finish_old()
         if form != self.format:
-            block = self._announce(form, flags, loss_scale, part)
+            block = self._announce(form, flags, loss_scale, share)
         else:
-            block = self._free.pop() if self._free else self._block(wire.HEADER, form, self.format)
-            wire.put_header(block.memory, self.sequence, flags, loss_scale=loss_scale, part=part, taken=self._taken())
+            block = self._free.pop() if self._free else self._block(message.HEADER, form, self.format)
+            message.put_header(block.memory, self.sequence, flags, loss_scale=loss_scale, share=share, taken=self._taken())
         self._start(block, tensors)
         self.sequence += 1
 
-    def _announce(self, form: wire.Format, flags: int, loss_scale: float, part: tuple[int, int]) -> Block:
+    def _announce(self, form: message.Format, flags: int, loss_scale: float, share: tuple[int, int]) -> MessageBuffer:
         """Send notice of a message in a new format; the block of that message, its description written."""
         text = form.describe()
-        start = wire.HEADER + -(-len(text) // 64) * 64
+        start = message.HEADER + -(-len(text) // 64) * 64
         block = self._block(start, form, None)
-        notice = Block(self._memory(self.size), [])
-        wire.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
+        notice = MessageBuffer(self._memory(self.size), [])
+        message.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
         self._start(notice, [])
         described, taken = len(text), self._taken()
-        wire.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, part, taken)
-        block.memory[wire.HEADER : wire.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
+        message.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, share, taken)
+        block.memory[message.HEADER : message.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self.format, self.size = form, form.size
         self._free.clear()
         return block
@@ -131,10 +138,10 @@ class Sender(_End):
         if self._broken is not None:
             raise self._broken
 
-    def _block(self, start: int, form: wire.Format, again: wire.Format | None) -> Block:
+    def _block(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
         """For a message in format ``form`` whose tensors begin at byte ``start``; for others in ``again``, too."""
         memory = self._memory(start + form.payload)
-        return Block(memory, wire.places(memory, start, form), again)
+        return MessageBuffer(memory, message.places(memory, start, form), again)
 
     def _taken(self) -> int:
         return 0 if self.opposite is None else self.opposite.sequence
@@ -156,9 +163,9 @@ class Sender(_End):
         if block.form is not None and block.form is self.format:
             self._free.append(block)
 
-    def _start(self, block: Block, tensors: list[Tensor]) -> None:
+    def _start(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
         """Fill ``block`` with ``tensors`` and begin to send it."""
-        wire.fill(block.places, tensors)
+        message.fill(block.places, tensors)
         try:
             self._pending.append((self.group.send([block.memory], self.place, 0), block, self.sequence))
         except RuntimeError as error:
@@ -169,51 +176,52 @@ class Sender(_End):
 class Receiver(_End):
     """Receives trees from stage ``peer``. ``ahead`` posts the next receive as soon as a message was taken."""
 
-    _read = staticmethod(wire.read)
+    _read = staticmethod(message.read)
 
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
         self.ahead = ahead
-        self.flags, self.loss_scale, self.part = 0, 0.0, (0, 0)
         self._posted: tuple[Any, Tensor] | None = None
         self.opposite: Sender | None = None
 
-    def post(self) -> None:
+    def post_receive(self) -> None:
         """Be ready for the next message."""
         if self._posted is None:
             self._posted = self._receive(self.size)
 
-    def take(self) -> Any:
-        """The next tree, as leaves of a new graph. Blocks until it is there."""
-        self.post()
+    def receive(self) -> Message:
+        """The next message, its tensors leaves of a new graph. Blocks until it is there."""
+        self.post_receive()
         assert self._posted is not None
         (work, block), self._posted = self._posted, None
         self.wait(work)
-        header = self._checked(wire.get_header(block))
+        header = self._checked(message.get_header(block))
         if header.following:
-            return self._take_described(header.following)
-        self._note(header)
+            return self._receive_described(header.following)
+        self._note_taken(header)
         assert self.format is not None
-        return self._read(block, wire.HEADER, self.format)
+        return Message(
+            self._read(block, message.HEADER, self.format), header.flags, header.loss_scale, (header.rows, header.of)
+        )
 
-    def _take_described(self, size: int) -> Any:
-        """The tree of a message in a new format, which was announced with its ``size``."""
+    def _receive_described(self, size: int) -> Message:
+        """A message in a new format, which was announced with its ``size``."""
         work, block = self._receive(size)
         self.wait(work)
-        header = self._checked(wire.get_header(block))
-        text = bytes(block[wire.HEADER : wire.HEADER + header.described].cpu().numpy())
-        self.format = wire.Format.parse(text)
+        header = self._checked(message.get_header(block))
+        text = bytes(block[message.HEADER : message.HEADER + header.described].cpu().numpy())
+        self.format = message.Format.parse(text)
         self.size = self.format.size
-        self._note(header)
-        return self._read(block, wire.HEADER + -(-header.described // 64) * 64, self.format)
+        self._note_taken(header)
+        tree = self._read(block, message.HEADER + -(-header.described // 64) * 64, self.format)
+        return Message(tree, header.flags, header.loss_scale, (header.rows, header.of))
 
-    def _note(self, header: wire.Header) -> None:
-        """A message was taken: what its header says, and the receive of the next one."""
+    def _note_taken(self, header: message.Header) -> None:
+        """A message was taken: post the receive of the next one, and free what the peer has taken of ours."""
         self.sequence += 1
-        self.flags, self.loss_scale, self.part = header.flags, header.loss_scale, (header.rows, header.of)
         if self.ahead:
             with suppress(StageFailure):  # a peer that has sent its last may be gone; who needs another message hears of it
-                self.post()
+                self.post_receive()
         if self.opposite is not None:
             self.opposite.delivered(header.taken)
 
@@ -224,8 +232,8 @@ class Receiver(_End):
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
 
-    def _checked(self, header: wire.Header) -> wire.Header:
-        if not wire.is_ours(header) or header.sequence != self.sequence:
+    def _checked(self, header: message.Header) -> message.Header:
+        if not message.is_ours(header) or header.sequence != self.sequence:
             raise PipeOptimError(
                 f"message {self.sequence} from stage {self.peer} is out of order (got {header.sequence}): do all processes "
                 "call step, drain and eval_step in the same order?"

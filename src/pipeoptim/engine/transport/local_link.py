@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeoptim.engine.transport import message as wire
+from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.link import Receiver, Sender
-from pipeoptim.engine.transport.unix_channel import SMALL, Channel
+from pipeoptim.engine.transport.message import Message
+from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 from pipeoptim.errors import StageFailure
 
 _PADS = [bytes(n) for n in range(64)]  # what is sent between tensors, and where it arrives
@@ -23,22 +24,22 @@ _SINKS = [bytearray(n) for n in range(64)]
 class LocalSender(Sender):
     """As :class:`~pipeoptim.engine.transport.link.Sender`, to a stage on this machine."""
 
-    channel: Channel
+    channel: UnixChannel
 
-    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, part: tuple[int, int] = (0, 0)) -> None:
+    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         form = self.format
         if form is None or form.size > SMALL:
-            super().send(tree, flags, loss_scale, part)
+            super().send(tree, flags, loss_scale, share)
             return
-        tensors = wire.unchanged(tree, form)
+        tensors = message.unchanged(tree, form)
         if tensors is None:
-            found, tensors = wire.format_of(tree)
+            found, tensors = message.format_of(tree)
             if found != form:
-                super().send(tree, flags, loss_scale, part)
+                super().send(tree, flags, loss_scale, share)
                 return
         if self._broken is not None:
             raise self._broken
-        begin = wire.header(self.sequence, flags, loss_scale, part, self._taken())
+        begin = message.header(self.sequence, flags, loss_scale, share, self._taken())
         try:
             self.channel.wait_at_most(self.timeout)
             self.channel.put([begin, *_memory(tensors, form, _PADS)])
@@ -50,21 +51,21 @@ class LocalSender(Sender):
 class LocalReceiver(Receiver):
     """As :class:`~pipeoptim.engine.transport.link.Receiver`, from a stage on this machine."""
 
-    channel: Channel
+    channel: UnixChannel
 
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args, ahead=False)  # messages wait in the socket
-        self._begin = bytearray(wire.HEADER)
+        self._begin = bytearray(message.HEADER)
 
-    def post(self) -> None:
+    def post_receive(self) -> None:
         if self.format is None or self.size > SMALL:
-            super().post()
+            super().post_receive()
 
-    def take(self) -> Any:
+    def receive(self) -> Message:
         form = self.format
         if form is None or self.size > SMALL:
-            return super().take()
-        tensors = wire.empty(form)
+            return super().receive()
+        tensors = message.empty(form)
         self.waiting(self.peer)
         try:
             self.channel.wait_at_most(self.timeout)
@@ -73,14 +74,14 @@ class LocalReceiver(Receiver):
             raise StageFailure(self._reason(error)) from error
         finally:
             self.waiting(None)
-        header = self._checked(wire.header_in(self._begin))
+        header = self._checked(message.header_in(self._begin))
         if header.following:
-            return self._take_described(header.following)
-        self._note(header)
-        return wire.tree_of(tensors, form)
+            return self._receive_described(header.following)
+        self._note_taken(header)
+        return Message(message.tree_of(tensors, form), header.flags, header.loss_scale, (header.rows, header.of))
 
 
-def _memory(tensors: list[Tensor], form: wire.Format, between: list[Any]) -> list[Any]:
+def _memory(tensors: list[Tensor], form: message.Format, between: list[Any]) -> list[Any]:
     """The bytes of ``tensors`` and what lies between them in a message, as buffers."""
     buffers: list[Any] = []
     for tensor, slot in zip(tensors, form.slots, strict=True):

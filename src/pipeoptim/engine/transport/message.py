@@ -25,6 +25,22 @@ _HEADER = struct.Struct("<5qd3q")
 _BEHIND = bytes(HEADER - _HEADER.size)
 
 
+class Message(NamedTuple):
+    """What a stage receives from its neighbour.
+
+    Attributes:
+        tree: activations or gradients, as the neighbour's compressor packed them.
+        flags: bit 0: stop requested.
+        loss_scale: with gradients, the loss scale that is in them; with activations, one that overflowed, or 0.
+        share: with activations, (rows, of): the micro-batch's rows of those of its mini-batch.
+    """
+
+    tree: Any
+    flags: int = 0
+    loss_scale: float = 0.0
+    share: tuple[int, int] = (0, 0)
+
+
 class Header(NamedTuple):
     """The beginning of a message: 64-bit integers, and a float64 for the loss scale.
 
@@ -51,7 +67,7 @@ class Header(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Slot:
+class TensorSlot:
     """Where one tensor lies in the message."""
 
     offset: int
@@ -76,15 +92,15 @@ class Format:
         return HEADER + self.payload
 
     @cached_property
-    def slots(self) -> list[Slot]:
+    def slots(self) -> list[TensorSlot]:
         """Of the tensors, in order."""
-        return [leaf for leaf in self.leaves if isinstance(leaf, Slot)]
+        return [leaf for leaf in self.leaves if isinstance(leaf, TensorSlot)]
 
     @cached_property
     def usual(self) -> int | None:
         """-1 for a tensor, n for a list of n leaves, which is what stages usually send; None for any other structure."""
         if self.spec == _one():
-            return -1 if type(self.leaves[0]) is Slot else None
+            return -1 if type(self.leaves[0]) is TensorSlot else None
         return len(self.leaves) if self.leaves and self.spec == _several(len(self.leaves)) else None
 
     def describe(self) -> bytes:
@@ -143,7 +159,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
         if isinstance(value, Tensor):
             sent = portable(value.detach())
             nbytes = sent.numel() * sent.element_size()
-            slot = Slot(offset, nbytes, tuple(sent.shape), sent.stride(), sent.dtype, value.requires_grad)
+            slot = TensorSlot(offset, nbytes, tuple(sent.shape), sent.stride(), sent.dtype, value.requires_grad)
             leaves.append(slot)
             tensors.append(sent)
             offset += -(-nbytes // 64) * 64
@@ -160,7 +176,7 @@ def unchanged(tree: Any, form: Format) -> list[Tensor] | None:
         return None
     tensors = []
     for value, leaf in zip(tree, form.leaves, strict=True):
-        if type(leaf) is Slot and type(value) in _PLAIN_TENSORS:
+        if type(leaf) is TensorSlot and type(value) in _PLAIN_TENSORS:
             if value.shape != leaf.shape or value.dtype is not leaf.dtype or value.requires_grad is not leaf.requires_grad:
                 return None
             if value.layout is not torch.strided or not value.is_cpu or value.is_neg() or value.is_conj() or value.is_nested:
@@ -176,9 +192,9 @@ def unchanged(tree: Any, form: Format) -> list[Tensor] | None:
 _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 
-def header(sequence: int, flags: int, loss_scale: float, part: tuple[int, int], taken: int) -> bytes:
+def header(sequence: int, flags: int, loss_scale: float, share: tuple[int, int], taken: int) -> bytes:
     """The header, as bytes, of a message in the format of the one before it."""
-    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *part, taken) + _BEHIND
+    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken) + _BEHIND
 
 
 def header_in(memory: bytearray) -> Header:
@@ -200,12 +216,12 @@ def tree_of(tensors: list[Tensor], form: Format) -> Any:
     if form.usual == len(tensors):
         return tensors
     coming = iter(tensors)
-    return tree_unflatten([next(coming) if isinstance(leaf, Slot) else leaf for leaf in form.leaves], form.spec)
+    return tree_unflatten([next(coming) if isinstance(leaf, TensorSlot) else leaf for leaf in form.leaves], form.spec)
 
 
 def places(block: Tensor, start: int, form: Format) -> list[Tensor | None]:
     """Where the tensors of a message go in ``block``, the payload beginning at byte ``start``; None for empty ones."""
-    return [_at(block, start, leaf) if leaf.nbytes else None for leaf in form.leaves if isinstance(leaf, Slot)]
+    return [_at(block, start, leaf) if leaf.nbytes else None for leaf in form.leaves if isinstance(leaf, TensorSlot)]
 
 
 def fill(places: list[Tensor | None], tensors: list[Tensor]) -> None:
@@ -219,7 +235,7 @@ def read(block: Tensor, start: int, form: Format) -> Any:
     """The tree of a message; its tensors are views of ``block``, leaves of a new graph."""
     values = []
     for leaf in form.leaves:
-        if not isinstance(leaf, Slot):
+        if not isinstance(leaf, TensorSlot):
             values.append(leaf)
         elif leaf.nbytes:
             values.append(_at(block, start, leaf).requires_grad_(leaf.requires_grad))
@@ -229,7 +245,7 @@ def read(block: Tensor, start: int, form: Format) -> Any:
     return tree_unflatten(values, form.spec)
 
 
-def _at(block: Tensor, start: int, slot: Slot) -> Tensor:
+def _at(block: Tensor, start: int, slot: TensorSlot) -> Tensor:
     begin = start + slot.offset
     flat = block[begin : begin + slot.nbytes].view(slot.dtype)
     return flat.as_strided(slot.shape, slot.stride)
@@ -242,11 +258,11 @@ def put_header(
     following: int = 0,
     described: int = 0,
     loss_scale: float = 0.0,
-    part: tuple[int, int] = (0, 0),
+    share: tuple[int, int] = (0, 0),
     taken: int = 0,
 ) -> None:
     """Write the header of a message; on a GPU in the order of what is computed there, without waiting for it."""
-    values = (_MAGIC, sequence, flags, following, described, loss_scale, *part, taken)
+    values = (_MAGIC, sequence, flags, following, described, loss_scale, *share, taken)
     if block.is_cpu:
         _HEADER.pack_into(cast(Any, block.numpy()), 0, *values)
     else:

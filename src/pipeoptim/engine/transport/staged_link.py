@@ -30,9 +30,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeoptim.engine.processes.rendezvous import by_gloo
-from pipeoptim.engine.transport import message as wire
-from pipeoptim.engine.transport.link import Block, Receiver, Sender
-from pipeoptim.engine.transport.unix_channel import SMALL, Channel
+from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.link import MessageBuffer, Receiver, Sender
+from pipeoptim.engine.transport.message import Message
+from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 _SEVERAL = 8  # blocks that wait to be used again before anybody waits for one
@@ -59,7 +60,7 @@ class SideStreams:
 
     def fill(self, places: list[Tensor | None], tensors: list[Tensor]) -> None:
         """Copy on the device, as a part of what is computed."""
-        wire.fill(places, tensors)
+        message.fill(places, tensors)
 
     def now(self) -> torch.Event:
         """Over when all is done that was to be computed until now."""
@@ -118,14 +119,14 @@ class StagedSender(Sender):
         self._thread.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _block(self, start: int, form: wire.Format, again: wire.Format | None) -> Block:
+    def _block(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
         copy = self._streams.empty(form.payload)
-        return Block(self._memory(start + form.payload), wire.places(copy, 0, form), again, copy)
+        return MessageBuffer(self._memory(start + form.payload), message.places(copy, 0, form), again, copy)
 
     def _memory(self, size: int) -> Tensor:
         return self._streams.pinned(size)
 
-    def _start(self, block: Block, tensors: list[Tensor]) -> None:
+    def _start(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
         copied = None
         if block.copy is not None and block.copy.numel():
             self._streams.fill(block.places, tensors)
@@ -137,13 +138,13 @@ class StagedSender(Sender):
 class _Courier:
     """Takes messages to the transport, one after the other; runs in the thread of a sender."""
 
-    def __init__(self, group: dist.ProcessGroup | Channel, place: int, timeout: timedelta) -> None:
+    def __init__(self, group: dist.ProcessGroup | UnixChannel, place: int, timeout: timedelta) -> None:
         self.group, self.place, self.timeout = group, place, timeout
         self.closed = False
         self._failed: Exception | None = None
         self._shared: deque[tuple[Any, Tensor]] = deque()  # blocks that the peer has, or has had
 
-    def hand(self, block: Block, copied: torch.Event | None) -> Any:
+    def hand(self, block: MessageBuffer, copied: torch.Event | None) -> Any:
         """Wait until ``block`` has left the device and give it to the transport; None when it can be used again."""
         if self._failed is not None:
             raise self._failed  # what follows a message that is lost would be out of order
@@ -152,7 +153,7 @@ class _Courier:
                 self._wait_for(copied)
             if self.closed:
                 return None
-            if isinstance(self.group, Channel):
+            if isinstance(self.group, UnixChannel):
                 return self._put(self.group, block.memory)
             return self.group.send([block.memory], self.place, 0)
         except Exception as error:
@@ -165,7 +166,7 @@ class _Courier:
         except RuntimeError as error:
             raise PipeOptimError(f"the device failed before a message had been copied from it: {error}") from error
 
-    def _put(self, channel: Channel, memory: Tensor) -> None:
+    def _put(self, channel: UnixChannel, memory: Tensor) -> None:
         channel.wait_at_most(self.timeout)
         if memory.numel() <= SMALL:
             channel.send([memory], self.place, 0)
@@ -174,7 +175,7 @@ class _Courier:
         block.copy_(memory)
         self._shared.append((channel.send([block], self.place, 0), block))
 
-    def _shared_block(self, channel: Channel, size: int) -> Tensor:
+    def _shared_block(self, channel: UnixChannel, size: int) -> Tensor:
         if self._shared and self._shared[-1][1].numel() != size:
             self._shared.clear()  # the channel forgets them, too
         if self._shared and (len(self._shared) > _SEVERAL or self._shared[0][0].is_completed()):
@@ -236,16 +237,16 @@ class StagedReceiver(Receiver):
         self._rooms.append((self._streams.empty(size), self._streams.now()))
         return work, host
 
-    def _take_described(self, size: int) -> Any:
+    def _receive_described(self, size: int) -> Message:
         self._rooms.clear()  # that of the notice
-        return super()._take_described(size)
+        return super()._receive_described(size)
 
-    def _read(self, host: Tensor, start: int, form: wire.Format) -> Any:
+    def _read(self, host: Tensor, start: int, form: message.Format) -> Any:
         room, free = self._rooms.popleft()
         copied = self._streams.copy_in(room, host, free)
         self._streams.compute_after(copied)
         self._read_from.append((copied, host))
-        return wire.read(room, start, form)
+        return message.read(room, start, form)
 
     def _pinned(self, size: int) -> Tensor:
         while self._read_from and (len(self._read_from) > _SEVERAL or self._read_from[0][0].query()):

@@ -60,7 +60,7 @@ def _rest(parts: list[Any], count: int) -> Iterator[memoryview]:
         count = max(0, count - view.nbytes)
 
 
-class Channel:
+class UnixChannel:
     """One end of one direction between two processes; one of them sends, the other receives. Both know the size of the next message.
 
     Args:
@@ -229,7 +229,7 @@ class _Sent:
 
     __slots__ = ("_channel", "_number")
 
-    def __init__(self, channel: Channel, number: int) -> None:
+    def __init__(self, channel: UnixChannel, number: int) -> None:
         self._channel, self._number = channel, number
 
     def is_completed(self) -> bool:
@@ -246,7 +246,7 @@ class _Receipt:
 
     __slots__ = ("_block", "_channel")
 
-    def __init__(self, channel: Channel, block: Tensor) -> None:
+    def __init__(self, channel: UnixChannel, block: Tensor) -> None:
         self._channel, self._block = channel, block
 
     def wait(self, timeout: timedelta) -> None:
@@ -254,11 +254,11 @@ class _Receipt:
         self._channel.take(self._block)
 
 
-Channels = dict[tuple[int, int], Channel]
+UnixChannels = dict[tuple[int, int], UnixChannel]
 """(direction, boundary) -> channel; boundary k lies between stages k and k + 1."""
 
 
-def neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: timedelta) -> Channels:
+def connect_neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: timedelta) -> UnixChannels:
     """The channels of stage ``k`` to those of its neighbours that are on this machine and want it too. All stages call this.
 
     Nobody waits for a neighbour that waits for it: every stage first says where it listens to the one before it, then calls the one
@@ -267,7 +267,7 @@ def neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: timedelt
     Raises:
         StageFailure: a neighbour did not come within the time-out.
     """
-    found: Channels = {}
+    found: UnixChannels = {}
     listener = _listen(store, k - 1, wanted) if k > 0 else None
     try:
         if k < depth - 1:
@@ -296,9 +296,9 @@ def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, b
     return listener, token
 
 
-def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> Channels:
+def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> UnixChannels:
     told = _hear(store, f"local/{boundary}", boundary + 1, timeout)
-    found: Channels = {}
+    found: UnixChannels = {}
     if wanted and told != "-":
         name, token = told[: -2 * _TOKEN], bytes.fromhex(told[-2 * _TOKEN :])
         with suppress(OSError):
@@ -306,17 +306,17 @@ def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> Chan
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 connection.connect("\0" + name)
                 connection.sendall(token + bytes([direction]))
-                found[direction, boundary] = Channel(connection)
+                found[direction, boundary] = UnixChannel(connection)
     if len(found) < 2:
         found.clear()
     store.set(f"local/{boundary}/called", "yes" if found else "no")
     return found
 
 
-def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta) -> Channels:
+def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta) -> UnixChannels:
     if _hear(store, f"local/{boundary}/called", boundary, timeout) == "no" or listener is None:
         return {}
-    found: Channels = {}
+    found: UnixChannels = {}
     listener[0].settimeout(timeout.total_seconds())
     while len(found) < 2:
         connection, _ = listener[0].accept()
@@ -326,7 +326,7 @@ def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] |
             greeting = connection.recv(_TOKEN + 1, socket.MSG_WAITALL)
         connection.settimeout(None)
         if len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1]):
-            found[greeting[_TOKEN], boundary] = Channel(connection)
+            found[greeting[_TOKEN], boundary] = UnixChannel(connection)
         else:
             connection.close()
     return found

@@ -7,19 +7,18 @@ import pytest
 import torch
 
 import pipeoptim as po
-from pipeoptim.engine.transport import link
-from pipeoptim.engine.transport import message as wire
+from pipeoptim.engine.transport import link, message
 from pipeoptim.engine.transport.pytree import transferred
 
 Pair = namedtuple("Pair", "first second")
 
 
 def through(tree):
-    form, tensors = wire.format_of(tree)
-    other = wire.Format.parse(form.describe())
+    form, tensors = message.format_of(tree)
+    other = message.Format.parse(form.describe())
     block = torch.zeros(other.size, dtype=torch.uint8)
-    wire.fill(wire.places(block, wire.HEADER, form), tensors)
-    return wire.read(block, wire.HEADER, other)
+    message.fill(message.places(block, message.HEADER, form), tensors)
+    return message.read(block, message.HEADER, other)
 
 
 x = torch.randn(2, 3, 4, 5, requires_grad=True)
@@ -55,7 +54,7 @@ def test_a_tree_arrives_as_it_was_by_message_and_in_the_emulator(tree):
 
 @pytest.mark.parametrize("leaf", [{1, 2}, torch.eye(2).to_sparse(), torch.ones(2, device="meta"), slice(1), object()])
 def test_what_cannot_be_sent_is_refused_by_both_engines(leaf):
-    for send in (wire.format_of, transferred):
+    for send in (message.format_of, transferred):
         with pytest.raises(po.ConfigError, match="cannot be sent to the next stage"):
             send((torch.ones(1), leaf))
 
@@ -63,7 +62,7 @@ def test_what_cannot_be_sent_is_refused_by_both_engines(leaf):
 def test_a_class_that_the_next_process_cannot_import_is_refused():
     local = namedtuple("local", "a")
     with pytest.raises(po.ConfigError, match="define its class at the top of a module"):
-        wire.format_of(local(torch.ones(1)))[0].describe()
+        message.format_of(local(torch.ones(1)))[0].describe()
     assert pickle.loads(pickle.dumps(Pair(1, 2))) == (1, 2)
 
 
@@ -93,4 +92,4 @@ def test_a_format_is_described_only_when_it_changes(monkeypatch):
         before = len(sizes)
         sender.send(tree)
         assert len(sizes) - before == messages
-    assert sizes[2] == wire.HEADER + 64, "header and payload, nothing else"
+    assert sizes[2] == message.HEADER + 64, "header and payload, nothing else"
