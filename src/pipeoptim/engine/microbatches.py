@@ -127,8 +127,7 @@ class BatchSplitter:
         if theirs.of and theirs.rows * row_share.of != row_share.rows * theirs.of:
             raise ConfigError(
                 f"a micro-batch has {row_share.rows} of the {row_share.of} rows of the input, but {theirs.rows} of "
-                f"{theirs.of} of the target; "
-                "give a target with one row for each row of the input"
+                f"{theirs.of} of the target; give a target with one row for each row of the input"
             )
         return self.rows_share(row_share)
 
