@@ -6,7 +6,8 @@ shapes, types) is sent only when it changes; as long as it stays the same a mess
 
 from __future__ import annotations
 
-import pickle
+import json
+import math
 import struct
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -17,7 +18,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipeoptim.engine.transport.pytree import check_leaf, portable
-from pipeoptim.errors import ConfigError
+from pipeoptim.engine.transport.treespec import describe_spec, describe_value, parse_spec, parse_value
+from pipeoptim.errors import ConfigError, PipeOptimError
 
 HEADER = 128  # bytes, of which 72 are used
 _MAGIC = 0x50697065_4F707431
@@ -109,20 +111,64 @@ class Format:
         Raises:
             ConfigError: a container in the tree is of a class that the other process cannot import.
         """
-        try:
-            return pickle.dumps((tree_unflatten(self.leaves, self.spec), self.payload), protocol=5)
-        except (pickle.PicklingError, AttributeError, TypeError) as error:
-            raise ConfigError(
-                f"a stage returned a structure that cannot be described to the next stage ({error}); define its class at the top "
-                "of a module, or return tuples, lists and dicts"
-            ) from error
+        leaves = [{"slot": _described(leaf)} if isinstance(leaf, TensorSlot) else describe_value(leaf) for leaf in self.leaves]
+        return json.dumps([describe_spec(self.spec), leaves], separators=(",", ":")).encode()
 
     @staticmethod
     def parse(text: bytes) -> Format:
-        """The format that :meth:`describe` wrote."""
-        tree, payload = pickle.loads(text)
-        leaves, spec = tree_flatten(tree)
-        return Format(spec, tuple(leaves), payload)
+        """The format that :meth:`describe` wrote.
+
+        Where the tensors lie is computed here and not believed, so that no description leads out of the message's memory.
+
+        Raises:
+            PipeOptimError: it is damaged.
+            ConfigError: it holds a class that this process does not know.
+        """
+        try:
+            node, described = json.loads(text)
+            leaves: list[Any] = []
+            offset = 0
+            for entry in described:
+                slot = entry.get("slot") if isinstance(entry, dict) else None
+                leaves.append(parse_value(entry) if slot is None else _slot(offset, *slot))
+                offset += 0 if slot is None else _padded(leaves[-1].nbytes)
+            spec = parse_spec(node)
+            if spec.num_leaves != len(leaves):
+                raise ValueError(f"{len(leaves)} leaves for a structure of {spec.num_leaves}")
+        except ConfigError:
+            raise
+        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+            raise PipeOptimError(f"a message from another process has no valid description ({error})") from error
+        return Format(spec, tuple(leaves), offset)
+
+
+def _described(slot: TensorSlot) -> list[Any]:
+    return [slot.shape, slot.stride, describe_value(slot.dtype)["dtype"], slot.requires_grad]
+
+
+def _slot(offset: int, shape: list[int], stride: list[int], dtype: str, requires_grad: bool) -> TensorSlot:
+    """What :func:`_described` described, at byte ``offset``.
+
+    Raises:
+        ValueError: its elements would overlap or leave gaps, which no tensor that is sent has.
+    """
+    kind = parse_value({"dtype": dtype})
+    count, dense = math.prod(shape), 1
+    for length, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
+        if (
+            not isinstance(length, int)
+            or not isinstance(step, int)
+            or length < 0
+            or step < 0
+            or (length > 1 and count and step != dense)
+        ):
+            raise ValueError(f"no dense tensor has shape {shape} and strides {stride}")
+        dense *= max(length, 1)
+    return TensorSlot(offset, count * kind.itemsize, tuple(shape), tuple(stride), kind, bool(requires_grad))
+
+
+def _padded(nbytes: int) -> int:
+    return -(-nbytes // 64) * 64
 
 
 def _flatten(tree: Any) -> tuple[list[Any], Any]:
@@ -162,7 +208,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
             slot = TensorSlot(offset, nbytes, tuple(sent.shape), sent.stride(), sent.dtype, value.requires_grad)
             leaves.append(slot)
             tensors.append(sent)
-            offset += -(-nbytes // 64) * 64
+            offset += _padded(nbytes)
         else:
             leaves.append(value)
     return Format(spec, tuple(leaves), offset), tensors

@@ -29,10 +29,10 @@ def check_leaf(value: Any) -> None:
         raise ConfigError(
             f"a stage returned a {kind} tensor, which cannot be sent to the next stage; return dense tensors with data"
         )
-    if not isinstance(value, PLAIN):
+    if type(value) not in PLAIN:  # a subclass would lose its class on the way to another process
         raise ConfigError(
-            f"a stage returned a {type(value).__name__}, which cannot be sent to the next stage; return tensors, None, numbers, "
-            "strings and types, in tuples, lists, dicts, or classes registered with torch.utils._pytree"
+            f"a stage returned a {type(value).__name__}, which cannot be sent to the next stage; return tensors, None, Python's own "
+            "numbers and strings, and types of torch, in tuples, lists, dicts, or classes registered with torch.utils._pytree"
         )
 
 
