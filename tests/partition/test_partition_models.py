@@ -10,7 +10,7 @@ from torch import nn
 
 import partition_models as models
 import pipeoptim as po
-from pipeoptim.partitioning.absent import Absent
+from pipeoptim.partitioning.absent_tensor import AbsentTensor
 
 STEPS = 3
 
@@ -79,7 +79,7 @@ def test_every_stage_holds_its_own_parameters_and_nothing_else(name):
     for stage, names in zip(cut.stages, cut.names, strict=True):
         assert set(names.values()) == set(stage.state_dict())
         tensors = [v for m in stage.modules() for v in vars(m).values() if isinstance(v, torch.Tensor)]
-        assert all(isinstance(t, Absent) for t in tensors), "a stage holds a tensor that is neither parameter nor buffer"
+        assert all(isinstance(t, AbsentTensor) for t in tensors), "a stage holds a tensor that is neither parameter nor buffer"
 
 
 @pytest.mark.parametrize("name", ["gpt2", "llama", "bert"])

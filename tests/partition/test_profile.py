@@ -33,7 +33,7 @@ clock = Clock()  # of the module, since layers are copied into stages
 @pytest.fixture(autouse=True)
 def own_clock(monkeypatch):
     clock.__init__()
-    for module in ("profile", "measure"):
+    for module in ("block_costs", "phase_costs"):
         monkeypatch.setattr(importlib.import_module(f"pipeoptim.partitioning.{module}"), "time", clock)
 
 

@@ -7,11 +7,11 @@ For use outside a run there are the weights under the names of the original mode
 another number of stages can resume from.
 """
 
-from pipeoptim.checkpoint.meta import Meta, TornError, folder_name, read_meta, verify
-from pipeoptim.checkpoint.read import Found, find, load_stage
+from pipeoptim.checkpoint.find_checkpoint import Found, find, load_stage
+from pipeoptim.checkpoint.manifest import Meta, TornError, folder_name, read_meta, verify
 from pipeoptim.checkpoint.sharded import load_sharded, save_sharded
 from pipeoptim.checkpoint.weights import full_state_dict, load_weights, save_weights
-from pipeoptim.checkpoint.write import save
+from pipeoptim.checkpoint.write_checkpoint import save
 
 __all__ = [
     "Found",

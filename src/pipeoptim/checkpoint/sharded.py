@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch.utils._pytree import tree_map_only
 
-from pipeoptim.checkpoint.named import NamedState, check_covered, collect, merged, needed
-from pipeoptim.checkpoint.names import Names, saved_name, unique_names
-from pipeoptim.checkpoint.together import Together, checked, refuse_sharded, together
+from pipeoptim.checkpoint.named_state import NamedState, check_covered, collect_stage, stage_state, tensors_needed
+from pipeoptim.checkpoint.parameter_names import Names, saved_name, unique_names
+from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
 from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
 
@@ -65,13 +65,13 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
 
     checked(pipe, "save_sharded")
     pipe.drain()
-    folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
+    folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     state = NamedState()
     for k in pipe.local_stages:
-        collect(pipe.stage_worker(k), names_of[k], state)
-    _write_plain(part, state, pipe.depth, processes)
+        collect_stage(pipe.stage_worker(k), names_of[k], state)
+    _write_state_json(part, state, pipe.depth, processes)
     writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
     options: dict[str, Any] = {"storage_writer": writer, "process_group": processes.group, "no_dist": processes.group is None}
     tensors: dict[str, Any] = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
@@ -79,8 +79,8 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
         if processes.group is None:  # its thread would warn later, so not only inside this call
             warnings.filterwarnings("ignore", message=_ALONE)
         saving: Future[Any] = async_save(tensors, **options)  # type: ignore[assignment]
-        return _then(saving, lambda: _finish(part, folder, processes))
-    with _quietly(processes):
+        return _finish_after(saving, lambda: _finish(part, folder, processes))
+    with _without_single_process_warning(processes):
         save(tensors, **options)
     _finish(part, folder, processes)
     done: Future[None] = Future()
@@ -111,9 +111,9 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     from torch.distributed.checkpoint.state_dict_loader import load
 
     checked(pipe, "load_sharded")
-    folder, processes, names_of = Path(folder), together(pipe), unique_names(pipe, names)
+    folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
-    saved, depth = _read_plain(folder)
+    saved, depth = _read_state_json(folder)
     same = all(
         processes.gather(
             depth == pipe.depth and all(saved.weights.get(k) == list(found.values()) for k, found in names_of.items())
@@ -124,14 +124,14 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     everywhere = processes.gather({k: list(found.values()) for k, found in names_of.items()})
     reader = HuggingFaceStorageReader(str(folder))
     there = reader.read_metadata().state_dict_metadata
-    wanted = {name for k in pipe.local_stages for name in needed(pipe.stage_worker(k), names_of[k], saved, same)}
+    wanted = {name for k in pipe.local_stages for name in tensors_needed(pipe.stage_worker(k), names_of[k], saved, same)}
     check_covered((own for part in everywhere for own in part.values()), saved)
     saved.tensors = {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
-    with _quietly(processes):
+    with _without_single_process_warning(processes):
         load(dict(saved.tensors), storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
     seen: set[str] = set()
     for k in pipe.local_stages:
-        state = merged(pipe.stage_worker(k), names_of[k], saved, same)
+        state = stage_state(pipe.stage_worker(k), names_of[k], saved, same)
         if seen & set(names_of[k].values()):  # optimizers keep what they load: a copy of a tied weight needs a state of its own
             state["optimizer"] = tree_map_only(torch.Tensor, torch.clone, state["optimizer"])
         seen |= set(names_of[k].values())
@@ -140,7 +140,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     return same
 
 
-def _write_plain(part: Path, state: NamedState, depth: int, processes: Together) -> None:
+def _write_state_json(part: Path, state: NamedState, depth: int, processes: SavingGroup) -> None:
     """``state.json``: what all processes have that is no tensor."""
     everything = NamedState()
     for other in processes.gather(state.plain()):
@@ -156,7 +156,7 @@ def _write_plain(part: Path, state: NamedState, depth: int, processes: Together)
         (part / STATE).write_text(text + "\n")
 
 
-def _read_plain(folder: Path) -> tuple[NamedState, int]:
+def _read_state_json(folder: Path) -> tuple[NamedState, int]:
     try:
         data = json.loads((folder / STATE).read_text())
         if data.pop("format") != FORMAT:
@@ -174,7 +174,7 @@ def _read_plain(folder: Path) -> tuple[NamedState, int]:
 
 
 @contextmanager
-def _quietly(processes: Together) -> Iterator[None]:
+def _without_single_process_warning(processes: SavingGroup) -> Iterator[None]:
     """Without torch's warning that there is one process only."""
     with warnings.catch_warnings():
         if processes.group is None:
@@ -182,14 +182,14 @@ def _quietly(processes: Together) -> Iterator[None]:
         yield
 
 
-def _finish(part: Path, folder: Path, processes: Together) -> None:
+def _finish(part: Path, folder: Path, processes: SavingGroup) -> None:
     processes.barrier()
     if processes.is_first:
         part.rename(folder)
     processes.barrier()
 
 
-def _then(saving: Future[Any], finish: Callable[[], None]) -> Future[None]:
+def _finish_after(saving: Future[Any], finish: Callable[[], None]) -> Future[None]:
     """Done when ``saving`` is and ``finish`` has run, in the thread that saved."""
     done: Future[None] = Future()
 

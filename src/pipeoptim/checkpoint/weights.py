@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.checkpoint.names import Names, inverted, merge, original_names
-from pipeoptim.checkpoint.together import checked, refuse_sharded, together
+from pipeoptim.checkpoint.parameter_names import Names, inverted, merge, original_names
+from pipeoptim.checkpoint.saving_group import checked, refuse_sharded, saving_group
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -53,8 +53,8 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     checked(pipe, "full_state_dict")
     pipe.drain()
     found = original_names(pipe, names)
-    states = {k: {name: _on_cpu(t) for name, t in _stage_tensors(pipe.stage_module(k), k)} for k in pipe.local_stages}
-    parts = together(pipe).gather_at_first((found, states))
+    states = {k: {name: _copied_to_cpu(t) for name, t in _stage_tensors(pipe.stage_module(k), k)} for k in pipe.local_stages}
+    parts = saving_group(pipe).gather_at_first((found, states))
     if parts is None:
         return None
     everywhere = [{k: own for part in parts for k, own in part[n].items()} for n in (0, 1)]
@@ -87,14 +87,14 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
 
     checked(pipe, "save_weights")
     pipe.drain()
-    folder, processes, names_of = Path(folder), together(pipe), original_names(pipe, names)
+    folder, processes, names_of = Path(folder), saving_group(pipe), original_names(pipe, names)
     refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     where: dict[str, tuple[str, int]] = {}
     first = _first_stages(processes.gather(names_of))
     for k in pipe.local_stages:
-        once = ((names_of[k][name][0], t) for name, t in _once(_stage_tensors(pipe.stage_module(k), k)))
-        tensors = {original: _on_cpu(t).contiguous() for original, t in once if first[original] == k}
+        once = ((names_of[k][name][0], t) for name, t in _without_aliases(_stage_tensors(pipe.stage_module(k), k)))
+        tensors = {original: _copied_to_cpu(t).contiguous() for original, t in once if first[original] == k}
         file = f"model-{k + 1:05d}-of-{pipe.depth:05d}.safetensors"
         save_file(tensors, part / file, metadata={"format": "pt"})
         where |= {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
@@ -146,7 +146,7 @@ def load_weights(
     with torch.no_grad():
         for name, tensor in loaded.items():
             if own[name].is_meta:
-                _put(module, name, tensor.to(device or "cpu", own[name].dtype))
+                _replace_tensor(module, name, tensor.to(device or "cpu", own[name].dtype))
             else:
                 own[name].copy_(tensor)
     left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
@@ -188,12 +188,12 @@ def _stage_tensors(module: nn.Module, k: int) -> Iterable[tuple[str, Tensor]]:
         yield name, value
 
 
-def _on_cpu(tensor: Tensor) -> Tensor:
+def _copied_to_cpu(tensor: Tensor) -> Tensor:
     whole: Callable[[], Tensor] | None = getattr(tensor, "full_tensor", None)  # of a shard; its replicas all ask
     return (tensor.detach() if whole is None else whole().detach()).to("cpu", copy=True)
 
 
-def _once(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
+def _without_aliases(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
     """Without those that are another one's memory."""
     seen: set[tuple[Any, ...]] = set()
     for name, t in tensors:
@@ -247,7 +247,7 @@ def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mappi
         )
 
 
-def _put(module: nn.Module, name: str, value: Tensor) -> None:
+def _replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter or buffer on the meta device, wherever the module refers to it."""
     path, _, leaf = name.rpartition(".")
     old = getattr(module.get_submodule(path), leaf)

@@ -13,19 +13,19 @@ from torch.distributed import ProcessGroup
 from pipeoptim.engine.torch_stage import mark_cut
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
-from pipeoptim.partitioning.blocks import Blocks, sliceable
-from pipeoptim.partitioning.choice import Wanted, choose
-from pipeoptim.partitioning.layered import Layered
-from pipeoptim.partitioning.once import measured_once
-from pipeoptim.partitioning.places import find_places, separated
-from pipeoptim.partitioning.profile import BlockCost
+from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.block_splitter import BlockSplitter, sliceable
+from pipeoptim.partitioning.cut_plan import CutRequest, choose_cut
+from pipeoptim.partitioning.layer_splitter import LayerSplitter
+from pipeoptim.partitioning.parameter_places import find_parameter_places, without_sharing
 from pipeoptim.partitioning.result import Partition
-from pipeoptim.partitioning.shared import Weights, shared_weights
+from pipeoptim.partitioning.shared_measurement import measured_by_first
+from pipeoptim.partitioning.shared_weights import BlockWeights, shared_weights
 
 HOW = ("auto", "blocks", "layers", "trace")
 
 
-class Splitter(Protocol):
+class ModelSplitter(Protocol):
     """A model seen as a row of blocks."""
 
     names: list[str]
@@ -33,7 +33,7 @@ class Splitter(Protocol):
 
     def may_cut(self, c: int) -> bool: ...
     def costs(self) -> list[BlockCost]: ...
-    def weights(self) -> list[Weights]: ...
+    def weights(self) -> list[BlockWeights]: ...
     def stages(self, ranges: Sequence[tuple[int, int]]) -> list[nn.Module]: ...
     def check(self, stages: Sequence[nn.Module]) -> None: ...
 
@@ -110,16 +110,16 @@ def partition(
     if costs is None:
         pinned = num_stages is not None and len(numbers) == num_stages - 1 and memory is None
         measure = partial(_unmeasured, splitter) if pinned and not splitter.measurable else splitter.costs
-        costs = measure() if group is None else measured_once(measure, group)
+        costs = measure() if group is None else measured_by_first(measure, group)
     if len(costs) != blocks:
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
     allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
-    wanted = Wanted(num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
-    plan = choose(list(costs), wanted, shared_weights(splitter.weights()))
+    request = CutRequest(num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
+    plan = choose_cut(list(costs), request, shared_weights(splitter.weights()))
     shared = splitter.stages(plan.ranges)
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)
-    names, tied = find_places(whole, shared)
-    stages = separated(shared)
+    names, tied = find_parameter_places(whole, shared)
+    stages = without_sharing(shared)
     splitter.check(stages)
     lengths = [end - start for start, end in plan.ranges]
     mark_cut(stages, lengths)
@@ -128,7 +128,7 @@ def partition(
 
 def _splitter(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: str, layers: Any, m: int, stages: int | None
-) -> tuple[str, Splitter]:
+) -> tuple[str, ModelSplitter]:
     if how not in HOW:
         raise ConfigError(f"how is {how!r}, must be one of {', '.join(HOW)}")
     given = isinstance(args, tuple)
@@ -145,7 +145,7 @@ def _splitter(
                 f'how is "blocks" and the model is a {type(model).__name__}, which cannot be sliced; pass an nn.Sequential or '
                 'the list of its blocks in the order in which they run, or how="layers"'
             )
-        return how, Blocks(model, args, m)
+        return how, BlockSplitter(model, args, m)
     if not isinstance(model, nn.Module):
         raise ConfigError(f'how is "{how}" and the model is a {type(model).__name__}, must be an nn.Module')
     if not args and not kwargs:
@@ -154,16 +154,16 @@ def _splitter(
             "from which its layers are found, or pass an nn.Sequential or the list of its blocks"
         )
     if how == "layers":
-        layered = Layered(model, args, kwargs, layers, m)
+        layered = LayerSplitter(model, args, kwargs, layers, m)
         places = sum(layered.may_cut(c) for c in range(len(layered.names) - 1))
         if not auto or not layered.measurable or places >= (stages or 1) - 1 or len(layered.names) < (stages or 1):
             return how, layered
-    from pipeoptim.partitioning.traced import Traced  # torch.export is slow to import
+    from pipeoptim.partitioning.trace_splitter import TraceSplitter  # torch.export is slow to import
 
-    return "trace", Traced(model, args, kwargs, layers, m)
+    return "trace", TraceSplitter(model, args, kwargs, layers, m)
 
 
-def _unmeasured(splitter: Splitter) -> list[BlockCost]:
+def _unmeasured(splitter: ModelSplitter) -> list[BlockCost]:
     """Costs where nothing is to be chosen: bytes of the weights, no seconds."""
     pairs = zip(splitter.names, splitter.weights(), strict=True)
     return [BlockCost(name, 0.0, 0.0, 0, 0, sum(own.values())) for name, own in pairs]

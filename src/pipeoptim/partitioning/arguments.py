@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
 
 from pipeoptim.engine.microbatches import Whole
-from pipeoptim.partitioning.absent import Absent
+from pipeoptim.partitioning.absent_tensor import AbsentTensor
 
 _FORM = "form of a tensor"
 
@@ -72,7 +72,7 @@ def closed(inputs: Inputs, form_only: set[str]) -> Any:
     """``inputs`` as they travel: tensors named in ``form_only`` as a few numbers."""
 
     def leaf(path: Any, value: Any) -> Any:
-        if isinstance(value, Tensor) and (isinstance(value, Absent) or keystr(path) in form_only):
+        if isinstance(value, Tensor) and (isinstance(value, AbsentTensor) or keystr(path) in form_only):
             return (_FORM, str(value.dtype).removeprefix("torch."), *value.shape)
         return value
 
@@ -84,7 +84,7 @@ def opened(travelled: Any, device: torch.device) -> Inputs:
 
     def leaf(value: Any) -> Any:
         if isinstance(value, tuple) and value and value[0] == _FORM:
-            return Absent.made(value[2:], getattr(torch, value[1]), device)
+            return AbsentTensor.made(value[2:], getattr(torch, value[1]), device)
         return value
 
     def walk(value: Any) -> Any:

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from pipeoptim.engine.stage.tied_weights import Tied
-from pipeoptim.partitioning.places import full_state_dict
-from pipeoptim.partitioning.profile import BlockCost
+from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.parameter_places import full_state_dict
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Partition:
 
     def to_svg(self) -> str:
         """The cut as a self-contained SVG: a bar per stage, its blocks side by side, and a bar for its memory."""
-        from pipeoptim.partitioning.draw import to_svg
+        from pipeoptim.partitioning.svg import to_svg
 
         return to_svg(self.rows())
 

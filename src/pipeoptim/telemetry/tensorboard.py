@@ -20,7 +20,7 @@ def check_installed() -> None:
         ) from error
 
 
-class Board:
+class TensorBoardLog:
     """Scalars of a run in ``folder``; look at them with ``tensorboard --logdir runs``.
 
     Args:
@@ -37,7 +37,7 @@ class Board:
         for name, value in values.items():
             self._writer.add_scalar(name, value, step)
 
-    def __enter__(self) -> Board:
+    def __enter__(self) -> TensorBoardLog:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:

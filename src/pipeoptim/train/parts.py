@@ -21,7 +21,7 @@ from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.engine.stage.tied_weights import Tied, read_tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
-from pipeoptim.partitioning.places import untie
+from pipeoptim.partitioning.parameter_places import untie
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.checks import program
 from pipeoptim.train.cut import cut

@@ -10,7 +10,7 @@ from pipeoptim.errors import PipeOptimError
 from pipeoptim.telemetry.metrics import MetricsFile
 from pipeoptim.telemetry.prediction import Changes, scalars
 from pipeoptim.telemetry.progress import ProgressView
-from pipeoptim.telemetry.tensorboard import Board
+from pipeoptim.telemetry.tensorboard import TensorBoardLog
 
 #: Mini-batches that a loss or a rate is averaged over.
 WINDOW = 20
@@ -23,8 +23,10 @@ class DivergedError(PipeOptimError):
 class Recorder:
     """Writes the rows of a session and remembers what its result needs."""
 
-    def __init__(self, file: MetricsFile, view: ProgressView, batch_size: int, board: Board | None = None) -> None:
-        self._file, self._view, self._batch_size, self._board = file, view, batch_size, board
+    def __init__(
+        self, file: MetricsFile, view: ProgressView, batch_size: int, tensorboard_log: TensorBoardLog | None = None
+    ) -> None:
+        self._file, self._view, self._batch_size, self._tensorboard_log = file, view, batch_size, tensorboard_log
         self._changes = Changes()
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._times: deque[float] = deque(maxlen=WINDOW)
@@ -66,8 +68,8 @@ class Recorder:
         self._show(step, scalars(measured))
 
     def _show(self, step: int, values: dict[str, float]) -> None:
-        if self._board is not None:
-            self._board.scalars(step, values)
+        if self._tensorboard_log is not None:
+            self._tensorboard_log.scalars(step, values)
 
     def note(self, text: str) -> None:
         """Show a line."""

@@ -14,7 +14,7 @@ from pipeoptim.engine import PredictionWarning
 from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
-from pipeoptim.telemetry.tensorboard import Board
+from pipeoptim.telemetry.tensorboard import TensorBoardLog
 from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import Group
@@ -52,8 +52,8 @@ def run_session(
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
-            board = stack.enter_context(Board(run.tensorboard, start.step)) if config.tensorboard else None
-            recorder = Recorder(file, view, config.batch_size, board)
+            tensorboard_log = stack.enter_context(TensorBoardLog(run.tensorboard, start.step)) if config.tensorboard else None
+            recorder = Recorder(file, view, config.batch_size, tensorboard_log)
 
         def save_all(step: int) -> None:
             states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}  # with what differs between replicas

@@ -9,13 +9,13 @@ from pipeoptim_zoo.data.losses import (
     label_smoothing,
     token_accuracy,
 )
-from pipeoptim_zoo.data.task import IndexedTask, Source, Task, TensorSource
+from pipeoptim_zoo.data.task import ExampleSource, IndexedTask, Task, TensorSource
 
 __all__ = [
     "IGNORE",
     "IndexedTask",
     "PADDING",
-    "Source",
+    "ExampleSource",
     "Task",
     "TensorSource",
     "accuracy",

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pipeoptim.errors import ConfigError
 
-__all__ = ["IndexedTask", "Source", "Task", "TensorSource", "generator", "shuffled"]
+__all__ = ["IndexedTask", "ExampleSource", "Task", "TensorSource", "generator", "shuffled"]
 
 _MASK = (1 << 64) - 1
 _VALIDATION_SEED = 1  # not the run's seed: runs with different seeds are validated on the same batches
@@ -54,7 +54,7 @@ class Task(Protocol):
         ...
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """Examples by number. ``generator`` is None where augmentation would be wrong (validation)."""
 
     def __len__(self) -> int: ...
@@ -98,7 +98,7 @@ class TensorSource:
 
 @dataclass(eq=False)
 class IndexedTask:
-    """A :class:`Task` over two :class:`Source` s: shuffled every epoch, without replacement.
+    """A :class:`Task` over two :class:`ExampleSource` s: shuffled every epoch, without replacement.
 
     Epoch e visits the training examples in the order ``shuffled(n, seed, e)``; the ``n mod batch_size``
     examples left over at its end are dropped, others in every epoch. ``vocab_size`` (ids of the input) and
@@ -106,8 +106,8 @@ class IndexedTask:
     """
 
     name: str
-    train: Source
-    validation: Source
+    train: ExampleSource
+    validation: ExampleSource
     loss: Callable[[Tensor, Tensor], Tensor]
     metrics: Callable[[Tensor, Tensor], dict[str, float]]
     origin: str

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from pipeoptim_zoo.models.transformer import Block, initialise
 
-__all__ = ["Embedding", "Head", "gpt"]
+__all__ = ["Embedding", "TokenHead", "gpt"]
 
 
 class Embedding(nn.Module):
@@ -34,7 +34,7 @@ class Embedding(nn.Module):
         return out
 
 
-class Head(nn.Module):
+class TokenHead(nn.Module):
     """Final norm and projection to logits: ``[B, T, width]`` to ``[B, T, vocab_size]``."""
 
     def __init__(self, width: int, vocab_size: int) -> None:
@@ -63,7 +63,7 @@ def gpt(vocab_size: int, context: int, width: int, layers: int, heads: int, drop
     model = nn.Sequential(
         Embedding(vocab_size, context, width, dropout),
         *(Block(width, heads, dropout) for _ in range(layers)),
-        Head(width, vocab_size),
+        TokenHead(width, vocab_size),
     )
     initialise(model)
     return model

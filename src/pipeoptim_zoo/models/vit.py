@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from pipeoptim.errors import ConfigError
 from pipeoptim_zoo.models.transformer import Block, initialise
 
-__all__ = ["Head", "Patches", "vit", "vit_b16"]
+__all__ = ["ClassifierHead", "Patches", "vit", "vit_b16"]
 
 
 class Patches(nn.Module):
@@ -35,7 +35,7 @@ class Patches(nn.Module):
         return out
 
 
-class Head(nn.Module):
+class ClassifierHead(nn.Module):
     """Norm and linear classifier on the class token: ``[B, T, width]`` to ``[B, classes]``."""
 
     def __init__(self, width: int, classes: int) -> None:
@@ -67,7 +67,7 @@ def vit(
     if input_size % patch:
         raise ConfigError(f"patch={patch} does not divide input_size={input_size}; choose a divisor")
     blocks = [Block(width, heads, dropout, causal=False) for _ in range(layers)]
-    model = nn.Sequential(Patches(input_size, patch, width, dropout), *blocks, Head(width, classes))
+    model = nn.Sequential(Patches(input_size, patch, width, dropout), *blocks, ClassifierHead(width, classes))
     initialise(model)
     return model
 

@@ -12,22 +12,22 @@ from torch.utils._pytree import tree_leaves
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import bound, microbatch, parameters, tensor_names, whole
-from pipeoptim.partitioning.layers import find_layers
-from pipeoptim.partitioning.measure import measure
-from pipeoptim.partitioning.pieces import LayerStage
-from pipeoptim.partitioning.profile import BlockCost
-from pipeoptim.partitioning.shadow import is_meta, shadow, slots
-from pipeoptim.partitioning.shared import Weights
-from pipeoptim.partitioning.watch import cuts, watch
+from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.find_layers import find_layers
+from pipeoptim.partitioning.layer_stage import LayerStage
+from pipeoptim.partitioning.operation_log import cut_facts, record_operations
+from pipeoptim.partitioning.phase_costs import measure
+from pipeoptim.partitioning.shared_weights import BlockWeights
+from pipeoptim.partitioning.weight_slots import is_meta, shadow_copy, weight_slots
 
 
-class Layered:
+class LayerSplitter:
     """Blocks 0 .. n-1 are the layers, the first one with what comes before it; block n is what comes after the last layer.
 
     Args:
         model: any model whose layers run one after the other.
         args, kwargs: one mini-batch.
-        layers: names, see :func:`~pipeoptim.partitioning.layers.find_layers`.
+        layers: names, see :func:`~pipeoptim.partitioning.find_layers.find_layers`.
         microbatches: what runs when costs are measured.
     """
 
@@ -43,9 +43,9 @@ class Layered:
         self.model, self.m, self.inputs = model, microbatches, whole(given)
         self._microbatch = microbatch(given, microbatches)
         self.measurable = not is_meta(model)
-        log = watch(model, tuple(self.inputs[0]), self.inputs[1])
+        log = record_operations(model, tuple(self.inputs[0]), self.inputs[1])
         self.layers = find_layers(model, log, layers)
-        self.cuts = cuts(log, self.layers)
+        self.cuts = cut_facts(log, self.layers)
         numbered = tensor_names(self.inputs)
         self.by_value = [{numbered[j] for j in needed} for needed in self.cuts.needed]
         self.names = [*self.layers, f"after {self.layers[-1]}"]
@@ -56,11 +56,11 @@ class Layered:
         uses: dict[str, set[int]] = {}
         elsewhere: dict[int, set[int]] = {}
         before = {0}
-        for slot in slots(self.model):
+        for slot in weight_slots(self.model):
             for name in slot.names:
                 if name in self.cuts.uses:
                     elsewhere[id(slot.tensor)] = self.cuts.uses[name]
-        for slot in slots(self.model):
+        for slot in weight_slots(self.model):
             found = next((self.cuts.uses[name] for name in slot.names if name in self.cuts.uses), None)
             found = found or elsewhere.get(id(slot.tensor))
             before = {max(found)} if found else before
@@ -89,10 +89,10 @@ class Layered:
             for name, (forward, backward, output, saved), size in zip(self.names, found, weights, strict=True)
         ]
 
-    def weights(self) -> list[Weights]:
+    def weights(self) -> list[BlockWeights]:
         """Those that each block uses."""
-        found: list[Weights] = [{} for _ in self.names]
-        for slot in slots(self.model):
+        found: list[BlockWeights] = [{} for _ in self.names]
+        for slot in weight_slots(self.model):
             for phase in () if slot.buffer else self._uses[slot.names[0]]:
                 found[phase][id(slot.tensor)] = slot.tensor.nbytes
         return found
@@ -105,11 +105,11 @@ class Layered:
         n = len(self.layers)
         last = end == n + 1
         form_only = set() if last else set(tensor_names(self.inputs)) - self.by_value[end - 1]
-        stage = LayerStage(shadow(self.model), self.layers, start, min(end, n), last, form_only)
+        stage = LayerStage(shadow_copy(self.model), self.layers, start, min(end, n), last, form_only)
         phases = set(range(start, end))
-        absent = [s for s in slots(stage.model) if not s.buffer and not self._uses[s.names[0]] & phases]
+        absent = [s for s in weight_slots(stage.model) if not s.buffer and not self._uses[s.names[0]] & phases]
         elsewhere = {id(slot.module) for slot in absent}
-        for slot in slots(stage.model):
+        for slot in weight_slots(stage.model):
             used = self._uses[slot.names[0]]
             if slot.buffer and not used & phases and (id(slot.module) in elsewhere or 0 not in used):
                 absent.append(slot)

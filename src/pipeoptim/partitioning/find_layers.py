@@ -8,12 +8,12 @@ from difflib import get_close_matches
 from torch import nn
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.watch import Exit, Log
+from pipeoptim.partitioning.operation_log import ModuleExit, OperationLog
 
 _LISTS = (nn.ModuleList, nn.Sequential)
 
 
-def find_layers(model: nn.Module, log: Log, given: str | Sequence[str] | None) -> list[str]:
+def find_layers(model: nn.Module, log: OperationLog, given: str | Sequence[str] | None) -> list[str]:
     """Names of the modules behind which the model may be cut, in the order in which they return.
 
     Args:
@@ -36,7 +36,7 @@ def find_layers(model: nn.Module, log: Log, given: str | Sequence[str] | None) -
         inside = next((other for other in wanted if other.startswith(f"{name}.")), None)
         if inside is not None:
             raise ConfigError(f"layer {inside!r} is a part of layer {name!r}; name one of them")
-    order = [event.name for event in log.events if isinstance(event, Exit) and event.name in set(wanted)]
+    order = [event.name for event in log.events if isinstance(event, ModuleExit) and event.name in set(wanted)]
     if not order:
         raise ConfigError(
             f"no layers were found in the {type(model).__name__}; name them, layers='path.to.the.list', "
@@ -61,7 +61,7 @@ def _given(modules: dict[str, nn.Module], given: str | Sequence[str]) -> list[st
     return names
 
 
-def _found(model: nn.Module, modules: dict[str, nn.Module], log: Log) -> list[str]:
+def _found(model: nn.Module, modules: dict[str, nn.Module], log: OperationLog) -> list[str]:
     members = [
         f"{path}.{child}" if path else child
         for path, module in modules.items()

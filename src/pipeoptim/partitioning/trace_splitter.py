@@ -17,15 +17,15 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, microbatch, parameters
-from pipeoptim.partitioning.blocks import Run
-from pipeoptim.partitioning.layers import find_layers
-from pipeoptim.partitioning.profile import BlockCost, profile
-from pipeoptim.partitioning.shadow import is_meta, slots
-from pipeoptim.partitioning.shared import Weights, weights_of
-from pipeoptim.partitioning.watch import watch
+from pipeoptim.partitioning.block_costs import BlockCost, profile
+from pipeoptim.partitioning.block_splitter import BlockRun
+from pipeoptim.partitioning.find_layers import find_layers
+from pipeoptim.partitioning.operation_log import record_operations
+from pipeoptim.partitioning.shared_weights import BlockWeights, weights_of
+from pipeoptim.partitioning.weight_slots import is_meta, weight_slots
 
 
-class Block(nn.Module):
+class TracedBlock(nn.Module):
     """One piece of the traced model. Takes the values that live before it, returns those that live behind it.
 
     Args:
@@ -42,20 +42,20 @@ class Block(nn.Module):
 
     def forward(self, *live: Any) -> Any:
         values = dict(zip(self.before, live, strict=True))
-        result = self.part(*[values[c.name] if isinstance(c, _Name) else c for c in self.calls])
+        result = self.part(*[values[c.name] if isinstance(c, _ValueName) else c for c in self.calls])
         values.update(zip(self.made, result if isinstance(result, (tuple, list)) else [result], strict=False))
         return tuple(values[name] for name in self.behind)
 
 
-class _Name:
+class _ValueName:
     def __init__(self, name: str) -> None:
         self.name = name
 
 
-class First(nn.Module):
+class FirstTracedBlock(nn.Module):
     """Takes the model's arguments as the model does, and checks that they have the form of the trace."""
 
-    def __init__(self, block: Block, signature: Parameters, inputs: Inputs) -> None:
+    def __init__(self, block: TracedBlock, signature: Parameters, inputs: Inputs) -> None:
         super().__init__()
         self.block, self.signature = block, signature
         self.forms = [_form(leaf) for leaf in tree_leaves(inputs)]
@@ -71,7 +71,7 @@ class First(nn.Module):
         return self.block(*leaves)
 
 
-class Last(nn.Module):
+class LastTracedBlock(nn.Module):
     """Gives what it is handed the structure that the model returns."""
 
     def __init__(self, block: nn.Module, output: Any) -> None:
@@ -85,13 +85,13 @@ class Last(nn.Module):
         return tree_unflatten([next(made) if fixed is None else fixed[0] for fixed in self.fixed], self.spec)
 
 
-class Traced:
+class TraceSplitter:
     """Blocks 0 .. n-1 end where the layers end; block n is what comes after the last.
 
     Args:
         model: what ``torch.export`` can trace.
         args, kwargs: one mini-batch.
-        layers: names, see :func:`~pipeoptim.partitioning.layers.find_layers`.
+        layers: names, see :func:`~pipeoptim.partitioning.find_layers.find_layers`.
         microbatches: the trace is made with a micro-batch.
     """
 
@@ -107,15 +107,15 @@ class Traced:
             raise ConfigError('the model is on the meta device, where it cannot be traced; partition with how="layers"')
         self.model, self.m, signature = model, microbatches, parameters(model)
         self.inputs: Inputs = microbatch(bound(signature, args, kwargs), microbatches)
-        log = watch(model, tuple(self.inputs[0]), self.inputs[1])
+        log = record_operations(model, tuple(self.inputs[0]), self.inputs[1])
         found = find_layers(model, log, layers)
         self.names, self.measurable = [*found, f"after {found[-1]}"], True
-        self.blocks: list[nn.Module] = list(_blocks(self._trace(found)))
+        self.blocks: list[nn.Module] = list(_traced_blocks(self._trace(found)))
         for block in self.blocks:
-            _take_own(block.part, model)  # type: ignore[arg-type]
+            _use_model_weights(block.part, model)  # type: ignore[arg-type]
         self.names = self.names[: len(self.blocks)]
-        self.blocks[0] = First(self.blocks[0], signature, self.inputs)  # type: ignore[arg-type]
-        self.blocks[-1] = Last(self.blocks[-1], log.output)
+        self.blocks[0] = FirstTracedBlock(self.blocks[0], signature, self.inputs)  # type: ignore[arg-type]
+        self.blocks[-1] = LastTracedBlock(self.blocks[-1], log.output)
         self._fixed_mode = any(isinstance(m, _TWO_MODES) for m in model.modules())
         if self._fixed_mode:
             warnings.warn(
@@ -153,13 +153,13 @@ class Traced:
         """Measured on the model's device."""
         return profile(self.blocks, tuple(self.inputs[0]), self.names, sample_kwargs=self.inputs[1], microbatches=self.m)
 
-    def weights(self) -> list[Weights]:
+    def weights(self) -> list[BlockWeights]:
         """Those of each block."""
         return [weights_of(block) for block in self.blocks]
 
     def stages(self, ranges: Sequence[tuple[int, int]]) -> list[nn.Module]:
         """One stage per range of blocks; they hold the model's own tensors."""
-        return [Run({str(i): self.blocks[i] for i in range(start, end)}) for start, end in ranges]
+        return [BlockRun({str(i): self.blocks[i] for i in range(start, end)}) for start, end in ranges]
 
     def check(self, stages: Sequence[nn.Module]) -> None:
         """``pipeline`` has run what it traced."""
@@ -168,14 +168,14 @@ class Traced:
 _TWO_MODES = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
 
 
-def _blocks(gm: fx.GraphModule) -> list[Block]:
+def _traced_blocks(gm: fx.GraphModule) -> list[TracedBlock]:
     """The called pieces of ``gm`` in order, each with the values that live before and behind it."""
     calls = [node for node in gm.graph.nodes if node.op == "call_module"]
     made: dict[fx.Node, list[str]] = {call: [call.name] for call in calls}
     for node in gm.graph.nodes:
         if node.op == "call_function":  # getitem: one of several values that a piece returns
             piece, index = node.args
-            made[piece] = _at(made[piece] if piece.name not in made[piece] else [], index, node.name)
+            made[piece] = _with_name_at(made[piece] if piece.name not in made[piece] else [], index, node.name)
     last = next(node for node in gm.graph.nodes if node.op == "output")
     uses = [{n.name for n in call.all_input_nodes} for call in calls] + [{n.name for n in last.all_input_nodes}]
     live = [node.name for node in gm.graph.nodes if node.op == "placeholder"]
@@ -186,16 +186,16 @@ def _blocks(gm: fx.GraphModule) -> list[Block]:
         live = [name for name in dict.fromkeys(known) if name in later]
         if i == len(calls) - 1:
             live = [node.name for node in tree_leaves(last.args) if isinstance(node, fx.Node)]
-        arguments = [_Name(a.name) if isinstance(a, fx.Node) else a for a in call.args]
-        blocks.append(Block(gm.get_submodule(call.target), arguments, before, live, made[call]))
+        arguments = [_ValueName(a.name) if isinstance(a, fx.Node) else a for a in call.args]
+        blocks.append(TracedBlock(gm.get_submodule(call.target), arguments, before, live, made[call]))
     return blocks
 
 
-def _take_own(part: nn.Module, model: nn.Module) -> None:
+def _use_model_weights(part: nn.Module, model: nn.Module) -> None:
     """Tied weights become the model's own again, of which a trace makes copies; what the graph of ``part`` does not use goes."""
     _drop_unused(part)
     own = dict(model.named_parameters(remove_duplicate=False))
-    for slot in slots(part):
+    for slot in weight_slots(part):
         original = own.get(slot.names[0])
         if original is not None and not slot.buffer and original.shape == slot.tensor.shape:
             slot.put(original)
@@ -216,7 +216,7 @@ def _drop_unused(module: nn.Module, called: Sequence[str] = ()) -> None:
             delattr(module, name)
 
 
-def _at(names: list[str], index: int, name: str) -> list[str]:
+def _with_name_at(names: list[str], index: int, name: str) -> list[str]:
     names = names + [""] * (index + 1 - len(names))
     names[index] = name
     return names

@@ -10,10 +10,10 @@ from typing import Any, Protocol
 
 import torch
 
-from pipeoptim.checkpoint.meta import META, Meta, TornError, digest, folder_name, read_meta, stage_file
+from pipeoptim.checkpoint.manifest import META, Meta, TornError, digest, folder_name, read_meta, stage_file
 
 
-class Group(Protocol):
+class CheckpointGroup(Protocol):
     """The processes that write together."""
 
     @property
@@ -28,7 +28,7 @@ def save(
     states: Mapping[int, Mapping[str, Any]],
     *,
     config: str,
-    group: Group,
+    group: CheckpointGroup,
     keep: int,
     versions: Mapping[str, str],
 ) -> Path:

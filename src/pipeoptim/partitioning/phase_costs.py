@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from pipeoptim.engine.transport.pytree import differentiable
 from pipeoptim.partitioning.arguments import Inputs
-from pipeoptim.partitioning.profile import arriving, drop_gradients, minibatch, nbytes, undisturbed, wait
+from pipeoptim.partitioning.block_costs import arriving, drop_gradients, minibatch, nbytes, undisturbed, wait
 
 
 class _Clock:

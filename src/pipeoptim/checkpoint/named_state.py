@@ -15,8 +15,8 @@ from typing import Any
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pipeoptim.checkpoint.names import saved_name
-from pipeoptim.checkpoint.plain import flatten, rebuild, tensors_in
+from pipeoptim.checkpoint.parameter_names import saved_name
+from pipeoptim.checkpoint.plain_data import flatten, rebuild, tensors_in
 from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
@@ -55,22 +55,22 @@ class NamedState:
         return {name: value for name, value in vars(self).items() if name != "tensors"}
 
 
-def collect(worker: StageWorker, found: Mapping[str, str], into: NamedState) -> None:
+def collect_stage(worker: StageWorker, found: Mapping[str, str], into: NamedState) -> None:
     """Add the state of one stage at rest; ``found``: name in the stage -> name in the original model."""
     k, state = worker.k, worker.state_dict()
     for name, value in state["module"].items():
         into.tensors[f"model/{found[name]}"] = value.detach()
     into.weights[k] = [found[name] for name in state["module"]]
     _collect_optimizer(worker, found, into)
-    into.tensors |= dict(zip(_masters(worker, found), state.get("masters") or (), strict=True))
+    into.tensors |= dict(zip(_master_names(worker, found), state.get("masters") or (), strict=True))
     into.version = state["version"]
     into.scheduler = flatten(state["scheduler"], "scheduler", into.tensors) or into.scheduler
     own = {name: state[name] for name in OF_THE_STAGE if name in state}
     into.own[k] = flatten(own, f"stage/{k}", into.tensors)
 
 
-def merged(worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool) -> dict[str, Any]:
-    """The state of a stage as ``StageWorker.load_state_dict`` takes it, from what :func:`collect` found on whatever stages.
+def stage_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool) -> dict[str, Any]:
+    """The state of a stage as ``StageWorker.load_state_dict`` takes it, from what :func:`collect_stage` found on whatever stages.
 
     Raises:
         ConfigError: a weight or its optimizer state is not in ``saved``, or the optimizer is another one or has other param groups.
@@ -80,7 +80,7 @@ def merged(worker: StageWorker, found: Mapping[str, str], saved: NamedState, sam
     if worker.optimizer is not None:
         state["optimizer"] = _optimizer_state(worker, found, saved)
     if worker.masters.pairs:
-        state["masters"] = [saved.tensors[name] for name in _masters(worker, found)]
+        state["masters"] = [saved.tensors[name] for name in _master_names(worker, found)]
     state["version"] = saved.version
     if worker.scheduler is not None and saved.scheduler is not None:
         state["scheduler"] = rebuild(saved.scheduler, saved.tensors)
@@ -91,8 +91,8 @@ def merged(worker: StageWorker, found: Mapping[str, str], saved: NamedState, sam
     return state
 
 
-def needed(worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool) -> set[str]:
-    """The tensors that :func:`merged` will ask for.
+def tensors_needed(worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool) -> set[str]:
+    """The tensors that :func:`stage_state` will ask for.
 
     Raises:
         ConfigError: the checkpoint lacks some of the stage's weights.
@@ -106,7 +106,7 @@ def needed(worker: StageWorker, found: Mapping[str, str], saved: NamedState, sam
         )
     tensors = {f"model/{original}" for original in found.values()}
     tensors |= {name for original in found.values() for name in tensors_in(saved.optimizer.get(original))}
-    tensors |= set(_masters(worker, found))
+    tensors |= set(_master_names(worker, found))
     tensors |= tensors_in(saved.scheduler)
     tensors |= {name for groups in saved.groups for name in tensors_in(groups)}
     return tensors | (tensors_in(saved.own[worker.k]) if same_cut else set())
@@ -117,19 +117,19 @@ def _by_parameter(worker: StageWorker, found: Mapping[str, str]) -> dict[int, st
     return {id(p): found[name] for name, p in worker.module.named_parameters()}
 
 
-def _masters(worker: StageWorker, found: Mapping[str, str]) -> list[str]:
+def _master_names(worker: StageWorker, found: Mapping[str, str]) -> list[str]:
     """Names of the tensors that hold the stage's masters, in their order."""
     own = _by_parameter(worker, found) if worker.masters.pairs else {}
     return [f"master/{own[id(p)]}" for _, p in worker.masters.pairs]
 
 
-def _parameters(worker: StageWorker, optimizer: Optimizer, found: Mapping[str, str]) -> list[str]:
+def _numbered_names(worker: StageWorker, optimizer: Optimizer, found: Mapping[str, str]) -> list[str]:
     """Original names in the optimizer's own numbering."""
     own = _by_parameter(worker, found)
     return [own[id(module_parameter(p))] for group in optimizer.param_groups for p in group["params"]]
 
 
-def _states(optimizer: Optimizer) -> list[dict[str, Any]]:
+def _member_states(optimizer: Optimizer) -> list[dict[str, Any]]:
     return [member.state_dict() for member in members(optimizer)]
 
 
@@ -137,8 +137,8 @@ def _collect_optimizer(worker: StageWorker, found: Mapping[str, str], into: Name
     if worker.optimizer is None:
         return
     groups = []
-    for n, (member, state) in enumerate(zip(members(worker.optimizer), _states(worker.optimizer), strict=True)):
-        numbered = _parameters(worker, member, found)
+    for n, (member, state) in enumerate(zip(members(worker.optimizer), _member_states(worker.optimizer), strict=True)):
+        numbered = _numbered_names(worker, member, found)
         into.kinds |= dict.fromkeys(numbered, type(member).__name__)
         for index, values in state["state"].items():
             if not isinstance(index, int):
@@ -155,14 +155,14 @@ def _collect_optimizer(worker: StageWorker, found: Mapping[str, str], into: Name
 
 def _optimizer_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState) -> dict[str, Any]:
     assert worker.optimizer is not None
-    states = _states(worker.optimizer)
+    states = _member_states(worker.optimizer)
     if [len(groups) for groups in saved.groups] != [len(state["param_groups"]) for state in states]:
         raise ConfigError(
             f"the checkpoint has optimizers with {[len(groups) for groups in saved.groups]} param groups, stage {worker.k} with "
             f"{[len(state['param_groups']) for state in states]}; make the optimizer as it was made when saved"
         )
     for member, state, groups in zip(members(worker.optimizer), states, saved.groups, strict=True):
-        numbered = _parameters(worker, member, found)
+        numbered = _numbered_names(worker, member, found)
         _check_kinds(worker.k, type(member).__name__, numbered, saved)
         there = [(n, saved.optimizer[name]) for n, name in enumerate(numbered) if name in saved.optimizer]
         state["state"] = {n: rebuild(values, saved.tensors) for n, values in there}

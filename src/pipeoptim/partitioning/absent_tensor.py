@@ -29,7 +29,7 @@ _FORM_ONLY = {
 }
 
 
-class Absent(Tensor):
+class AbsentTensor(Tensor):
     """A tensor with shape, type and device, but without values.
 
     Args:
@@ -37,9 +37,9 @@ class Absent(Tensor):
         device: where the values would be.
 
     Example:
-        >>> absent = Absent.like(torch.ones(2, 3))
+        >>> absent = AbsentTensor.like(torch.ones(2, 3))
         >>> type(absent @ torch.ones(3, 4)).__name__, tuple((absent @ torch.ones(3, 4)).shape)
-        ('Absent', (2, 4))
+        ('AbsentTensor', (2, 4))
         >>> torch.zeros_like(absent).sum()
         tensor(0.)
     """
@@ -47,8 +47,8 @@ class Absent(Tensor):
     form: Tensor
 
     @staticmethod
-    def __new__(cls, form: Tensor, device: torch.device) -> Absent:
-        made: Absent = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+    def __new__(cls, form: Tensor, device: torch.device) -> AbsentTensor:
+        made: AbsentTensor = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
             cls,
             form.size(),
             strides=form.stride(),
@@ -65,12 +65,12 @@ class Absent(Tensor):
         pass
 
     @classmethod
-    def like(cls, tensor: Tensor) -> Absent:
+    def like(cls, tensor: Tensor) -> AbsentTensor:
         """An absent tensor of the form of ``tensor``."""
         return cls.made(tensor.shape, tensor.dtype, tensor.device)
 
     @classmethod
-    def made(cls, shape: Any, dtype: torch.dtype, device: torch.device) -> Absent:
+    def made(cls, shape: Any, dtype: torch.dtype, device: torch.device) -> AbsentTensor:
         """An absent tensor of this form."""
         return cls(torch.empty(shape, dtype=dtype, device="meta"), device)
 
@@ -80,7 +80,7 @@ class Absent(Tensor):
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
-        absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Absent)]
+        absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, AbsentTensor)]
         device = torch.device(kwargs.get("device") or absents[0].device)
         if name in _FORM_ONLY:
             return func(*tree_map(_template, args), **tree_map(_template, kwargs))
@@ -96,22 +96,22 @@ class Absent(Tensor):
         return tree_map(lambda out: cls(out, device) if isinstance(out, Tensor) else out, result)
 
     def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]
-        return f"Absent({tuple(self.shape)}, {self.dtype}, {self.device})"
+        return f"AbsentTensor({tuple(self.shape)}, {self.dtype}, {self.device})"
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return Absent.made, (tuple(self.shape), self.dtype, self.device)
+        return AbsentTensor.made, (tuple(self.shape), self.dtype, self.device)
 
-    def __deepcopy__(self, memo: Any) -> Absent:
-        return Absent.like(self)
+    def __deepcopy__(self, memo: Any) -> AbsentTensor:
+        return AbsentTensor.like(self)
 
 
 def is_absent(value: Any) -> bool:
     """Whether ``value`` is a tensor without values."""
-    return isinstance(value, Absent)
+    return isinstance(value, AbsentTensor)
 
 
 def _form(value: Any) -> Any:
-    if isinstance(value, Absent):
+    if isinstance(value, AbsentTensor):
         return value.form
     if isinstance(value, Tensor):
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device="meta")
@@ -120,7 +120,7 @@ def _form(value: Any) -> Any:
 
 def _template(value: Any) -> Any:
     """A real tensor of the same form that takes no memory."""
-    if isinstance(value, Absent):
+    if isinstance(value, AbsentTensor):
         return torch.empty((), dtype=value.dtype, device=value.device).expand(value.shape)
     return value
 
@@ -128,7 +128,7 @@ def _template(value: Any) -> Any:
 def _check_writes(func: Any, args: Any) -> None:
     for argument, value in zip(func._schema.arguments, args, strict=False):
         written = argument.alias_info is not None and argument.alias_info.is_write
-        if written and isinstance(value, Tensor) and not isinstance(value, Absent):
+        if written and isinstance(value, Tensor) and not isinstance(value, AbsentTensor):
             raise _unknown(f"{func} into a tensor of this stage")
 
 

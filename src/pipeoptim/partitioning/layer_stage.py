@@ -10,9 +10,9 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeoptim.errors import ConfigError, PipeOptimError
-from pipeoptim.partitioning.absent import Absent
+from pipeoptim.partitioning.absent_tensor import AbsentTensor
 from pipeoptim.partitioning.arguments import bound, closed, first_device, opened, parameters
-from pipeoptim.partitioning.shadow import Slot
+from pipeoptim.partitioning.weight_slots import WeightSlot
 
 
 class _Reached(BaseException):
@@ -31,7 +31,7 @@ class LayerStage(nn.Module):
 
     What comes before the layers also makes what each of them needs, such as masks and rotary embeddings. So every stage runs
     that code again, from the arguments; whatever in it depends on the weights of other stages is skipped (see
-    :class:`~pipeoptim.partitioning.absent.Absent`).
+    :class:`~pipeoptim.partitioning.absent_tensor.AbsentTensor`).
 
     Args:
         model: a copy of the model's structure, for this stage alone.
@@ -46,7 +46,7 @@ class LayerStage(nn.Module):
         self.model, self.start, self.end, self.last = model, start, end, last
         self._form_only = form_only
         self._received: Any = None
-        self._absent: list[Slot] = []
+        self._absent: list[WeightSlot] = []
         for i, name in enumerate(layers):
             if not start <= i < end:
                 _hollow(model.get_submodule(name), self._resumed if i == start - 1 else self._skipped)
@@ -70,7 +70,7 @@ class LayerStage(nn.Module):
             raise PipeOptimError(f"the model returned without running layer {self.end - 1}; a stage must run all its layers")
         return self._checked(output)
 
-    def let_go(self, absent: list[Slot]) -> None:
+    def let_go(self, absent: list[WeightSlot]) -> None:
         """Keep only the form of the parameters and buffers in these slots."""
         for slot in absent:
             slot.clear()
@@ -80,10 +80,10 @@ class LayerStage(nn.Module):
         return self._received
 
     def _skipped(self, *_: Any, **__: Any) -> Any:
-        return tree_map(lambda v: Absent.like(v) if isinstance(v, Tensor) else v, self._received)
+        return tree_map(lambda v: AbsentTensor.like(v) if isinstance(v, Tensor) else v, self._received)
 
     def _checked(self, output: Any) -> Any:
-        if any(isinstance(leaf, Absent) for leaf in tree_leaves(output)):
+        if any(isinstance(leaf, AbsentTensor) for leaf in tree_leaves(output)):
             raise ConfigError(
                 f"layers {self.start} .. {self.end - 1} need more of the stages before them than what layer {self.start - 1} "
                 'returns; cut elsewhere with pins, or partition with how="trace"'
@@ -96,7 +96,7 @@ class LayerStage(nn.Module):
         for slot in self._absent:
             old = slot.tensor
             moved = fn(torch.empty(0, dtype=old.dtype, device=old.device))
-            setattr(slot.module, slot.attribute, Absent.made(old.shape, moved.dtype, moved.device))
+            setattr(slot.module, slot.attribute, AbsentTensor.made(old.shape, moved.dtype, moved.device))
         return self
 
 

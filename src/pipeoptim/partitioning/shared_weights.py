@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-Weights = dict[int, int]
+BlockWeights = dict[int, int]
 """The weights of a block: identity of a parameter -> its bytes."""
 
 
@@ -28,12 +28,12 @@ class SharedWeight:
         return sum(start <= block < end for block in self.blocks)
 
 
-def weights_of(block: nn.Module) -> Weights:
+def weights_of(block: nn.Module) -> BlockWeights:
     """The parameters of ``block``."""
     return {id(p): p.nbytes for p in block.parameters()}
 
 
-def shared_weights(blocks: Sequence[Weights]) -> list[SharedWeight]:
+def shared_weights(blocks: Sequence[BlockWeights]) -> list[SharedWeight]:
     """Those that more than one of ``blocks`` uses.
 
     Example:

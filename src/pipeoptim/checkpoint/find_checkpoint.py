@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from pipeoptim.checkpoint.meta import Meta, TornError, stage_file, verify
+from pipeoptim.checkpoint.manifest import Meta, TornError, stage_file, verify
 
 
 @dataclass(frozen=True)

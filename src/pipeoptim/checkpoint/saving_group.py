@@ -13,25 +13,25 @@ if TYPE_CHECKING:
     from pipeoptim.engine.processes.rendezvous import Rendezvous
 
 
-class Together:
+class SavingGroup:
     """The processes of one pipeline; one process for an emulated one.
 
     Args:
         ties: theirs, None where all stages live here.
     """
 
-    def __init__(self, ties: Rendezvous | None) -> None:
-        self.ties = ties
+    def __init__(self, rendezvous: Rendezvous | None) -> None:
+        self.rendezvous = rendezvous
 
     @property
     def group(self) -> dist.ProcessGroup | None:
         """On the CPU, whatever the pipeline computes on; made by all its processes when they first need it."""
-        return None if self.ties is None else self.ties.group("saving", "gloo")
+        return None if self.rendezvous is None else self.rendezvous.group("saving", "gloo")
 
     @property
     def is_first(self) -> bool:
         """Whether this is the process of stage 0."""
-        return self.ties is None or self.ties.index == 0
+        return self.rendezvous is None or self.rendezvous.index == 0
 
     def barrier(self) -> None:
         """Wait for all."""
@@ -54,10 +54,10 @@ class Together:
         """The ``value`` of every process on the first; None on the others."""
         import torch.distributed as dist
 
-        if self.group is None or self.ties is None:
+        if self.group is None or self.rendezvous is None:
             return [value]
         values: list[Any] | None = [None] * dist.get_world_size(self.group) if self.is_first else None
-        dist.gather_object(value, values, dst=self.ties.ranks[0], group=self.group)
+        dist.gather_object(value, values, dst=self.rendezvous.ranks[0], group=self.group)
         return values
 
 
@@ -71,7 +71,7 @@ def checked(pipe: object, what: str) -> None:
         )
 
 
-def refuse_sharded(pipe: Pipeline, processes: Together) -> None:
+def refuse_sharded(pipe: Pipeline, processes: SavingGroup) -> None:
     """Raises ConfigError, in all processes, where a stage is spread over processes that are not of this pipeline."""
     sharded = [
         k for part in processes.gather([k for k in pipe.local_stages if pipe.stage_worker(k).reduction.parts]) for k in part
@@ -83,6 +83,6 @@ def refuse_sharded(pipe: Pipeline, processes: Together) -> None:
         )
 
 
-def together(pipe: Pipeline) -> Together:
+def saving_group(pipe: Pipeline) -> SavingGroup:
     """The processes of ``pipe``."""
-    return Together(pipe.ties)
+    return SavingGroup(pipe.ties)

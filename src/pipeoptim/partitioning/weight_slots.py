@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.absent import Absent
+from pipeoptim.partitioning.absent_tensor import AbsentTensor
 
 
 @dataclass
-class Slot:
+class WeightSlot:
     """One place for a parameter or buffer. Tied weights are one tensor in several slots.
 
     Attributes:
@@ -49,22 +49,22 @@ class Slot:
 
     def clear(self) -> None:
         """Only the form is left, as a plain attribute, which is no parameter and in no ``state_dict``."""
-        form = Absent.like(self.tensor)
+        form = AbsentTensor.like(self.tensor)
         (self.module._buffers if self.buffer else self.module._parameters).pop(self.attribute)
         setattr(self.module, self.attribute, form)
 
 
-def slots(model: nn.Module) -> list[Slot]:
+def weight_slots(model: nn.Module) -> list[WeightSlot]:
     """All slots of ``model`` in its own order."""
-    found: dict[tuple[int, str], Slot] = {}
+    found: dict[tuple[int, str], WeightSlot] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         for attribute, buffer in _held(module):
-            slot = found.setdefault((id(module), attribute), Slot(module, attribute, buffer=buffer))
+            slot = found.setdefault((id(module), attribute), WeightSlot(module, attribute, buffer=buffer))
             slot.names.append(f"{path}.{attribute}" if path else attribute)
     return list(found.values())
 
 
-def shadow(model: nn.Module) -> nn.Module:
+def shadow_copy(model: nn.Module) -> nn.Module:
     """A copy of the modules of ``model`` that holds the same parameters and buffers, not copies of them.
 
     Raises:

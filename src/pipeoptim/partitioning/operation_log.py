@@ -16,25 +16,25 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.absent import Absent
-from pipeoptim.partitioning.shadow import is_meta, shadow, slots
+from pipeoptim.partitioning.absent_tensor import AbsentTensor
+from pipeoptim.partitioning.weight_slots import is_meta, shadow_copy, weight_slots
 
-WEIGHTS = -1
+FROM_WEIGHTS = -1
 """The label of everything that was computed from weights; the labels from 0 on are the model's input tensors."""
 
 
 @dataclass(frozen=True)
-class Op:
+class Operation:
     """One operation: keys of its inputs and outputs, the slots it used, and whether it told Python a value."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     slots: tuple[str, ...]
-    tells: bool
+    reads_value: bool
 
 
 @dataclass(frozen=True)
-class Exit:
+class ModuleExit:
     """A module returned: the keys of the tensors it returned."""
 
     name: str
@@ -42,7 +42,7 @@ class Exit:
 
 
 @dataclass
-class Log:
+class OperationLog:
     """What a run did.
 
     Attributes:
@@ -53,35 +53,37 @@ class Log:
         output: of the model.
     """
 
-    events: list[Op | Exit] = field(default_factory=list)
+    events: list[Operation | ModuleExit] = field(default_factory=list)
     inputs: list[int] = field(default_factory=list)
     calls: dict[str, int] = field(default_factory=dict)
     buffers: set[str] = field(default_factory=set)
     output: Any = None
 
 
-def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Log:
+def record_operations(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OperationLog:
     """Run ``model`` once and say what it did. The model, its buffers and the random state are as before afterwards.
 
     Raises:
         ConfigError: the model does not run on these arguments.
     """
-    log, spy = Log(), _Spy()
-    twin, meta = shadow(model), is_meta(model)
+    log, recorder = OperationLog(), _OperationRecorder()
+    twin, meta = shadow_copy(model), is_meta(model)
     device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
-    for slot in slots(twin):
+    for slot in weight_slots(twin):
         own = _own(slot.tensor, slot.buffer, meta, device)
         slot.put(own)
-        spy.slots[id(own)] = slot.names[0]
+        recorder.slots[id(own)] = slot.names[0]
         log.buffers |= {slot.names[0]} if slot.buffer else set()
-    handles = _note_exits(twin, log, spy)
-    log.inputs = [spy.key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
-    spy.log = log
+    handles = _note_exits(twin, log, recorder)
+    log.inputs = [recorder.key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+    recorder.log = log
     state = torch.get_rng_state()
     try:
-        with torch.no_grad(), spy:
+        with torch.no_grad(), recorder:
             log.output = twin(*args, **kwargs)
-        log.events.append(Op(tuple(spy.key(t) for t in tree_leaves(log.output) if isinstance(t, Tensor)), (), (), False))
+        log.events.append(
+            Operation(tuple(recorder.key(t) for t in tree_leaves(log.output) if isinstance(t, Tensor)), (), (), False)
+        )
     except ConfigError:
         raise
     except Exception as error:
@@ -99,34 +101,34 @@ def watch(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Lo
 def _own(tensor: Tensor, buffer: bool, meta: bool, device: torch.device) -> Tensor:
     """A tensor object for one slot; of a buffer a copy, since running may change it."""
     if meta and tensor.device.type == "meta":
-        return Absent(tensor.detach(), device)
+        return AbsentTensor(tensor.detach(), device)
     return tensor.detach().clone() if buffer else nn.Parameter(tensor.detach(), requires_grad=False)
 
 
-def _note_exits(twin: nn.Module, log: Log, spy: _Spy) -> list[Any]:
+def _note_exits(twin: nn.Module, log: OperationLog, recorder: _OperationRecorder) -> list[Any]:
     def note(name: str) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
             log.calls[name] = log.calls.get(name, 0) + 1
-            log.events.append(Exit(name, tuple(spy.key(t) for t in tree_leaves(output) if isinstance(t, Tensor))))
+            log.events.append(ModuleExit(name, tuple(recorder.key(t) for t in tree_leaves(output) if isinstance(t, Tensor))))
 
         return hook
 
     return [module.register_forward_hook(note(name)) for name, module in twin.named_modules()]
 
 
-class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation below autograd."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.slots: dict[int, str] = {}
-        self.log = Log()
+        self.log = OperationLog()
         self._kept: list[Any] = []  # so that no key is used twice
 
     def key(self, tensor: Tensor) -> int:
         """Equal for tensors on the same memory."""
         self._kept.append(tensor)
-        return id(tensor) if isinstance(tensor, Absent) else tensor.untyped_storage()._cdata
+        return id(tensor) if isinstance(tensor, AbsentTensor) else tensor.untyped_storage()._cdata
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -134,13 +136,13 @@ class _Spy(TorchDispatchMode):  # type: ignore[no-untyped-call]
         used = tuple(self.slots[id(t)] for t in tensors if id(t) in self.slots)
         inputs = tuple(self.key(t) for t in tensors if id(t) not in self.slots)
         outputs = tuple(self.key(t) for t in tree_leaves(result) if isinstance(t, Tensor))
-        tells = func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "is_nonzero")
-        self.log.events.append(Op(inputs, outputs, used, tells))
+        reads_value = func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "is_nonzero")
+        self.log.events.append(Operation(inputs, outputs, used, reads_value))
         return result
 
 
 @dataclass
-class Cuts:
+class CutFacts:
     """What a log says about cutting behind each of ``layers``.
 
     Phase i ends when layer i returns; the last phase is what comes after all layers. A cut behind layer c separates the phases
@@ -157,30 +159,30 @@ class Cuts:
     needed: list[set[int]]
 
 
-def cuts(log: Log, layers: list[str]) -> Cuts:
+def cut_facts(log: OperationLog, layers: list[str]) -> CutFacts:
     """Follow everything that was computed from weights or inputs through the run."""
     number = {name: i for i, name in enumerate(layers)}
-    found = Cuts({}, [False] * len(layers), [set() for _ in layers])
+    found = CutFacts({}, [False] * len(layers), [set() for _ in layers])
     labels: dict[int, frozenset[int]] = {key: frozenset([j]) for j, key in enumerate(log.inputs)}
     born = dict.fromkeys(log.inputs, 0)
     returned: list[set[int]] = []
     for event in log.events:
         phase = len(returned)
-        if isinstance(event, Exit):
+        if isinstance(event, ModuleExit):
             if event.name in number:
                 returned.append(set(event.outputs))
             continue
         for slot in event.slots:
             found.uses.setdefault(slot, set()).add(phase)
-        mine: frozenset[int] = frozenset([WEIGHTS] if set(event.slots) - log.buffers else [])
+        mine: frozenset[int] = frozenset([FROM_WEIGHTS] if set(event.slots) - log.buffers else [])
         for key in event.inputs:
             what = labels.get(key, frozenset())
             mine |= what
             crossed = {c for c in range(born.get(key, phase), phase) if key not in returned[c]}
-            if event.tells:
+            if event.reads_value:
                 crossed |= set(range(phase, len(layers)))
             for c in crossed if what else ():
-                if WEIGHTS in what:
+                if FROM_WEIGHTS in what:
                     found.live[c] = True
                 else:
                     found.needed[c] |= what

@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from torch import Tensor, nn
 
-from pipeoptim.checkpoint.names import inverted, merge
+from pipeoptim.checkpoint.parameter_names import inverted, merge
 from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.shadow import shadow, slots
+from pipeoptim.partitioning.weight_slots import shadow_copy, weight_slots
 
 
 def full_state_dict(names: Sequence[Mapping[str, str]], states: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
@@ -27,7 +27,7 @@ def full_state_dict(names: Sequence[Mapping[str, str]], states: Sequence[Mapping
     return merge(dict(enumerate(map(inverted, names))), dict(enumerate(states)))
 
 
-def find_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dict[str, str]], list[Tied]]:
+def find_parameter_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dict[str, str]], list[Tied]]:
     """Names and tied parameters of stages that hold the very tensors of ``model``, before any is copied."""
     originals: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
@@ -74,20 +74,20 @@ def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
     """
     if not isinstance(stages, Iterable) or not all(isinstance(stage, nn.Module) for stage in stages):
         raise ConfigError(f"untie() was given {stages!r}, must be given the list of the stages' modules")
-    _, tied = find_places(nn.ModuleList(stages), stages)
-    return separated(stages), tied
+    _, tied = find_parameter_places(nn.ModuleList(stages), stages)
+    return without_sharing(stages), tied
 
 
-def separated(stages: Sequence[nn.Module]) -> list[nn.Module]:
+def without_sharing(stages: Sequence[nn.Module]) -> list[nn.Module]:
     """Stages that share nothing: each after the first that holds a parameter or buffer gets a copy of its own, tied within the
     stage as before."""
     seen: set[int] = set()
     modules: set[int] = set()
     result = []
     for stage in stages:
-        own = shadow(stage) if modules & {id(m) for m in stage.modules()} else stage
+        own = shadow_copy(stage) if modules & {id(m) for m in stage.modules()} else stage
         copies: dict[int, Tensor] = {}
-        held = slots(own)
+        held = weight_slots(own)
         tensors = [slot.tensor for slot in held]
         for slot, tensor in zip(held, tensors, strict=True):
             if id(tensor) in seen:

@@ -10,8 +10,8 @@ from torch import nn
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import microbatch
-from pipeoptim.partitioning.profile import BlockCost, profile
-from pipeoptim.partitioning.shared import Weights, weights_of
+from pipeoptim.partitioning.block_costs import BlockCost, profile
+from pipeoptim.partitioning.shared_weights import BlockWeights, weights_of
 
 
 def sliceable(model: Any) -> bool:
@@ -21,7 +21,7 @@ def sliceable(model: Any) -> bool:
     return isinstance(model, nn.Module) and hasattr(model, "__len__") and hasattr(model, "__getitem__")
 
 
-class Run(nn.Module):
+class BlockRun(nn.Module):
     """Blocks one after the other; a tuple that one returns becomes the positional arguments of the next.
 
     Each block is a child with the name it has in ``blocks``.
@@ -39,7 +39,7 @@ class Run(nn.Module):
         return value
 
 
-class Blocks:
+class BlockSplitter:
     """Blocks as they are given.
 
     Args:
@@ -65,7 +65,7 @@ class Blocks:
             raise ConfigError("neither sample_args nor costs were given; pass one mini-batch as sample_args to measure with")
         return profile(self.blocks, self._microbatch, self.names, microbatches=self.m)
 
-    def weights(self) -> list[Weights]:
+    def weights(self) -> list[BlockWeights]:
         """Those of each block."""
         return [weights_of(block) for block in self.blocks]
 
@@ -73,7 +73,7 @@ class Blocks:
         """One stage per range of blocks; they hold the model's own modules."""
         if isinstance(self.model, nn.Module):
             return [self.model[start:end] for start, end in ranges]  # type: ignore[index]
-        return [Run({str(i): self.blocks[i] for i in range(start, end)}) for start, end in ranges]
+        return [BlockRun({str(i): self.blocks[i] for i in range(start, end)}) for start, end in ranges]
 
     def check(self, stages: Sequence[nn.Module]) -> None:
         """Nothing can differ."""

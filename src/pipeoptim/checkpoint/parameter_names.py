@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import nn
 
-from pipeoptim.checkpoint.together import together
+from pipeoptim.checkpoint.saving_group import saving_group
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -41,8 +41,8 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, l
     """
     own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
     if names is not None:
-        return {k: _mapped(k, entries, names) for k, entries in own.items()}
-    often = Counter(name for part in together(pipe).gather(own) for entries in part.values() for name in entries)
+        return {k: _original_names_given(k, entries, names) for k, entries in own.items()}
+    often = Counter(name for part in saving_group(pipe).gather(own) for entries in part.values() for name in entries)
     unique = max(often.values(), default=1) == 1
     return {k: {name: [name if unique else f"{k}.{name}"] for name in entries} for k, entries in own.items()}
 
@@ -53,17 +53,17 @@ def unique_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str
     Entries of a stage that are the same weight have the same name.
     """
     found = original_names(pipe, names)
-    everywhere = {k: own for part in together(pipe).gather(found) for k, own in part.items()}
+    everywhere = {k: own for part in saving_group(pipe).gather(found) for k, own in part.items()}
     seen: Counter[str] = Counter()
     result: dict[int, dict[str, str]] = {}
     for k in sorted(everywhere):
         firsts = dict.fromkeys(originals[0] for originals in everywhere[k].values())
-        result[k] = {own: _numbered(o[0], seen[o[0]]) for own, o in everywhere[k].items()}
+        result[k] = {own: _with_copy_number(o[0], seen[o[0]]) for own, o in everywhere[k].items()}
         seen.update(firsts.keys())
-    return {k: _once(pipe.stage_module(k), result[k]) for k in found}
+    return {k: _one_name_per_parameter(pipe.stage_module(k), result[k]) for k in found}
 
 
-def _once(module: nn.Module, named: dict[str, str]) -> dict[str, str]:
+def _one_name_per_parameter(module: nn.Module, named: dict[str, str]) -> dict[str, str]:
     first: dict[int, str] = {}
     same = {own: id(p) for own, p in module.named_parameters(remove_duplicate=False)}
     return {own: first.setdefault(same[own], name) if own in same else name for own, name in named.items()}
@@ -79,11 +79,11 @@ def saved_name(name: str, known: Collection[str]) -> str:
     return name.rpartition("@")[0] if "@" in name and name not in known else name
 
 
-def _numbered(name: str, n: int) -> str:
+def _with_copy_number(name: str, n: int) -> str:
     return f"{name}@{n}" if n else name
 
 
-def _mapped(k: int, own: list[str], names: Names) -> dict[str, list[str]]:
+def _original_names_given(k: int, own: list[str], names: Names) -> dict[str, list[str]]:
     if k >= len(names):
         raise ConfigError(f"names has {len(names)} entries, but there is a stage {k}; give one mapping per stage")
     found = inverted(names[k])

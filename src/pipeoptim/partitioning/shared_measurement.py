@@ -10,12 +10,12 @@ import torch.distributed as dist
 
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
-from pipeoptim.partitioning.profile import BlockCost
+from pipeoptim.partitioning.block_costs import BlockCost
 
 _TIMEOUT = 1800.0  # seconds; that of torch's own groups
 
 
-def measured_once(measure: Callable[[], list[BlockCost]], group: dist.ProcessGroup) -> list[BlockCost]:
+def measured_by_first(measure: Callable[[], list[BlockCost]], group: dist.ProcessGroup) -> list[BlockCost]:
     """The costs that ``measure`` finds in the first process of ``group``. All of them call this.
 
     Raises:

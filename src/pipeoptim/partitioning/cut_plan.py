@@ -1,4 +1,4 @@
-"""From the costs of blocks and what is wanted to the best plan: which blocks each stage has, on how many devices."""
+"""From the costs of blocks and what is request to the best plan: which blocks each stage has, on how many devices."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from math import inf
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies
 from pipeoptim.partitioning.balance import best_cut, best_replicated_cut, shared
-from pipeoptim.partitioning.profile import BlockCost
-from pipeoptim.partitioning.shared import SharedWeight
+from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.shared_weights import SharedWeight
 from pipeoptim.schedule import common_delay
 
 
 @dataclass(frozen=True)
-class Wanted:
+class CutRequest:
     """What :func:`~pipeoptim.partitioning.partition` was asked for, checked; ``allowed``: blocks behind which one may cut."""
 
     stages: int | None
@@ -31,7 +31,7 @@ class Wanted:
 
 
 @dataclass(frozen=True)
-class Plan:
+class CutPlan:
     """Per stage: its range of blocks, its devices, its seconds and bytes."""
 
     ranges: list[tuple[int, int]]
@@ -40,7 +40,7 @@ class Plan:
     memory: list[int]
 
 
-def choose(costs: list[BlockCost], wanted: Wanted, shared_by: Sequence[SharedWeight] = ()) -> Plan:
+def choose_cut(costs: list[BlockCost], request: CutRequest, shared_by: Sequence[SharedWeight] = ()) -> CutPlan:
     """The plan whose slowest stage is the fastest; among equals the one with the fewest stages.
 
     ``shared_by``: weights that several blocks count.
@@ -48,12 +48,12 @@ def choose(costs: list[BlockCost], wanted: Wanted, shared_by: Sequence[SharedWei
     Raises:
         ConfigError: there is none.
     """
-    if wanted.devices is None or wanted.stages is not None:
-        return _of_depth(costs, wanted, wanted.stages or 1, shared_by)
+    if request.devices is None or request.stages is not None:
+        return _of_depth(costs, request, request.stages or 1, shared_by)
     plans, refused = [], None
-    for depth in range(1, min(wanted.devices, len(costs)) + 1):
+    for depth in range(1, min(request.devices, len(costs)) + 1):
         try:
-            plans.append(_of_depth(costs, wanted, depth, shared_by))
+            plans.append(_of_depth(costs, request, depth, shared_by))
         except ConfigError as error:
             refused = refused or error
     if not plans:
@@ -62,44 +62,44 @@ def choose(costs: list[BlockCost], wanted: Wanted, shared_by: Sequence[SharedWei
     return min(plans, key=lambda plan: max(plan.seconds))
 
 
-def _of_depth(costs: list[BlockCost], wanted: Wanted, depth: int, shared_by: Sequence[SharedWeight]) -> Plan:
+def _of_depth(costs: list[BlockCost], request: CutRequest, depth: int, shared_by: Sequence[SharedWeight]) -> CutPlan:
     blocks = len(costs)
-    if len(wanted.allowed) < depth - 1:
+    if len(request.allowed) < depth - 1:
         raise ConfigError(
-            f"num_stages is {depth}, but only {len(wanted.allowed)} of the {blocks - 1} places between the model's layers can be "
+            f"num_stages is {depth}, but only {len(request.allowed)} of the {blocks - 1} places between the model's layers can be "
             "cut: elsewhere more than a layer's own output is used later; use fewer stages, name other layers, or partition with "
             'how="trace"'
         )
-    scale = _Scale(costs, wanted, depth, shared_by)
-    limits: Sequence[float] = wanted.memory or [inf]
+    scale = _StageCosts(costs, request, depth, shared_by)
+    limits: Sequence[float] = request.memory or [inf]
 
     def cost(k: int, start: int, end: int, m: int) -> float:
-        forbidden = any(start < pin < end for pin in wanted.pins) or (end < blocks and end - 1 not in wanted.allowed)
+        forbidden = any(start < pin < end for pin in request.pins) or (end < blocks and end - 1 not in request.allowed)
         return inf if forbidden or scale.memory(k, start, end) > limits[k % len(limits)] else scale.seconds(k, start, end, m)
 
-    if wanted.devices is None:
+    if request.devices is None:
         lengths, replicas = best_cut(blocks, depth, lambda k, start, end: cost(k, start, end, 1)), [1] * depth
     else:
-        largest, lengths, replicas = best_replicated_cut(blocks, depth, wanted.devices, cost)
+        largest, lengths, replicas = best_replicated_cut(blocks, depth, request.devices, cost)
         if largest == inf:
             raise ConfigError(
-                f"{blocks} blocks cannot be cut into {depth} stages on {wanted.devices} devices under these limits; use other "
+                f"{blocks} blocks cannot be cut into {depth} stages on {request.devices} devices under these limits; use other "
                 "pins, more memory or another number of stages"
             )
     ranges = list(pairwise([0, *accumulate(lengths)]))
     seconds = [scale.seconds(k, *r, m) for k, (r, m) in enumerate(zip(ranges, replicas, strict=True))]
-    return Plan(ranges, replicas, seconds, [scale.memory(k, *r) for k, r in enumerate(ranges)])
+    return CutPlan(ranges, replicas, seconds, [scale.memory(k, *r) for k, r in enumerate(ranges)])
 
 
-class _Scale:
+class _StageCosts:
     """Seconds and bytes of a range of blocks as a stage."""
 
-    def __init__(self, costs: list[BlockCost], wanted: Wanted, depth: int, shared_by: Sequence[SharedWeight]) -> None:
+    def __init__(self, costs: list[BlockCost], request: CutRequest, depth: int, shared_by: Sequence[SharedWeight]) -> None:
         self.shared_by = shared_by
-        self.costs, self.m, self.bandwidth = costs, wanted.microbatches, wanted.bandwidth
-        self.speeds = wanted.speeds or [1.0] * depth
-        program = wanted.method.program(depth, self.m)
-        self.copies = [copies(wanted.method, depth, self.m, k) for k in range(depth)]
+        self.costs, self.m, self.bandwidth = costs, request.microbatches, request.bandwidth
+        self.speeds = request.speeds or [1.0] * depth
+        program = request.method.program(depth, self.m)
+        self.copies = [copies(request.method, depth, self.m, k) for k in range(depth)]
         self.in_flight = [program.in_flight(k) for k in range(depth)]
         self._delay = common_delay(program, (0, depth - 1)) if shared_by else 0  # of gradients of shared weights, at most
         self._time = [0.0, *accumulate(c.seconds for c in costs)]
