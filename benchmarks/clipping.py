@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pipeoptim.bench.record import Record, Row
 from pipeoptim.methods import get_method
-from pipeoptim.schedule import Action, Kind
+from pipeoptim.schedule import Action, ActionKind
 
 MILLISECONDS = 10  # of a stage, for forward and backward of a mini-batch
 SCOPES = ("none", "stage", "global_delayed", "global")
@@ -37,22 +37,22 @@ def seconds(depth: int, microbatches: int, waits: bool, minibatches: int = 40) -
             while queue:
                 action = queue[-1]
                 needs = [(j, waiting[k]) for j in range(depth)] if waiting[k] is not None else []
-                if action.kind is Kind.F and k > 0:
+                if action.kind is ActionKind.F and k > 0:
                     needs.append((k - 1, action))
-                if action.kind is Kind.B and k < depth - 1:
+                if action.kind is ActionKind.B and k < depth - 1:
                     needs.append((k + 1, action))
                 if any(need not in done for need in needs):
                     break
                 queue.pop()
-                if action.kind is Kind.U:
+                if action.kind is ActionKind.U:
                     waiting[k] = action.number if waits else None
                     continue
                 start = max([clock[k], *(done[need] for need in needs)])
-                clock[k] = done[k, action] = start + (1.0 if action.kind is Kind.F else 2.0)
+                clock[k] = done[k, action] = start + (1.0 if action.kind is ActionKind.F else 2.0)
                 waiting[k] = None
-                if action.kind is Kind.B and (action.number + 1) % microbatches == 0:
+                if action.kind is ActionKind.B and (action.number + 1) % microbatches == 0:
                     done[k, action.number // microbatches] = clock[k]
-    ends = [done[0, Action(Kind.B, n * microbatches - 1)] for n in (minibatches // 4, 3 * minibatches // 4)]
+    ends = [done[0, Action(ActionKind.B, n * microbatches - 1)] for n in (minibatches // 4, 3 * minibatches // 4)]
     return (ends[1] - ends[0]) / (minibatches / 2)
 
 

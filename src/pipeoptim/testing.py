@@ -14,7 +14,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeoptim.rules import REFUSED, RULES, find_rule, predict_weights, track
-from pipeoptim.rules.drive import BY_RULE
+from pipeoptim.rules.entries import RULE_KINDS
 from pipeoptim.rules.fallback import copy_of, unhooked_step
 
 Make = Callable[[list[Parameter]], Optimizer]
@@ -78,7 +78,7 @@ def check_rule(
     assert optimizer not in REFUSED, f"{optimizer.__name__} cannot be predicted: {REFUSED[optimizer]}"
     case = _Case(optimizer, make or optimizer, [tuple(shape) for shape in shapes], seed, tolerance)
     rule = find_rule(case.fresh())
-    kinds = tuple(k for k in rule.kinds if k in BY_RULE) if rule is not None else ("displacement",)
+    kinds = tuple(k for k in rule.kinds if k in RULE_KINDS) if rule is not None else ("displacement",)
     if rule is not None:
         registered = next(RULES[base] for base in optimizer.__mro__ if base in RULES)
         assert registered.exact and registered.source, f"{type(registered).__name__} does not state `exact` and `source`"

@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 import pipeoptim as po
-from pipeoptim.methods.smoothed import SmoothedAdam
+from pipeoptim.methods.average_predictors import SmoothedAdam
 
 WIDTH, LR, DECAY = 6, 0.03, 0.1
 

@@ -247,7 +247,7 @@ def test_pipedream_2bw_is_one_update_behind_on_every_stage():
 
 
 def test_pipemare_t3_is_synchronous_at_first():
-    from pipeoptim.methods.m_pipemare import pipemare
+    from pipeoptim.methods.catalog.pipemare import pipemare
 
     def run(method, steps):
         torch.manual_seed(0)

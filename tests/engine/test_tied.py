@@ -17,7 +17,7 @@ import pipeoptim as po
 import stage_processes
 import tied_cases as cases
 from exactly import assert_equal
-from pipeoptim.schedule import Kind, Program, common_delay, replay
+from pipeoptim.schedule import ActionKind, Program, common_delay, replay
 
 WIDTH = 3
 mse = nn.functional.mse_loss
@@ -134,9 +134,9 @@ def test_the_delay_is_the_smallest_that_holds_at_any_speed(depth, m, overlap, se
         assert delay == math.ceil(depth / m)
     plans = [[(k, action) for n in range(2 * depth + 2) for action in program.step(k, n)] for k in range(depth)]
     for slow in [*holders, *holders, None, None]:  # speeds that differ by orders of magnitude
-        lasts = {(k, kind): 10 ** rng.uniform(-6, -3) * (1e9 if k == slow else 1) for k in range(depth) for kind in Kind}
+        lasts = {(k, kind): 10 ** rng.uniform(-6, -3) * (1e9 if k == slow else 1) for k in range(depth) for kind in ActionKind}
         spans = replay(plans, depth, lambda k, kind, lasts=lasts: lasts[k, kind])
-        updates = {(s.k, s.action.number): s for s in spans if s.action.kind is Kind.U}
+        updates = {(s.k, s.action.number): s for s in spans if s.action.kind is ActionKind.U}
         for n, j, k in itertools.product(range(delay, 1 + max(n for _, n in updates)), holders, holders):
             if j != k and (k, n) in updates:
                 there = (d for d in range(n + 1) if (j, n - d) in updates and updates[j, n - d].end <= updates[k, n].start)

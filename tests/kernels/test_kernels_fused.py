@@ -99,8 +99,8 @@ def test_a_step_without_prediction_is_torchs(name: str, monkeypatch: pytest.Monk
     ours, theirs = make(name, FORMS), make(name, FORMS)
     predictor = Predictor(ours, kind="none")
     used = []
-    original = calls.Steps.run
-    monkeypatch.setattr(calls.Steps, "run", lambda self, *how: (used.append(len(how[1])), original(self, *how)))
+    original = calls.MultiTensorStep.run
+    monkeypatch.setattr(calls.MultiTensorStep, "run", lambda self, *how: (used.append(len(how[1])), original(self, *how)))
     last = BY_TORCH.get(name, 1) + 2
     for update in range(last + 1):
         for optimizer in (ours, theirs):
@@ -561,5 +561,5 @@ def test_a_copy_is_a_copy(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(calls, "STREAM_FROM", streamed)
         sources = [torch.randn(100_003), torch.tensor([float("inf"), float("nan"), -0.0]), torch.randn(20)[3:]]
         targets = [torch.empty_like(s) for s in sources]
-        calls.copy(sources, targets)
+        calls.copy_tensors(sources, targets)
         assert all(a.numpy().tobytes() == b.contiguous().numpy().tobytes() for a, b in zip(targets, sources, strict=True))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 import layout_cases as cases
 import pipeoptim as po
-from pipeoptim.schedule import Kind, Program, count_gaps, timeline, to_svg, to_text, validate
+from pipeoptim.schedule import ActionKind, Program, count_gaps, timeline, to_svg, to_text, validate
 
 processes, chunks, micros = st.integers(1, 5), st.integers(1, 4), st.integers(1, 6)
 
@@ -48,7 +48,7 @@ def test_one_stage_per_process_is_plain_async_1f1b_and_overlap_costs_one_update(
 @pytest.mark.parametrize(("p", "v", "m"), [(2, 2, 1), (2, 4, 1), (3, 2, 1), (4, 2, 4), (4, 4, 2), (8, 2, 8)])
 def test_interleaving_keeps_every_process_busy(p, v, m):
     program = Program("async_interleaved", p * v, m, p)
-    spans = [s for s in timeline(program, 40) if s.action.kind is not Kind.U]
+    spans = [s for s in timeline(program, 40) if s.action.kind is not ActionKind.U]
     length = 3 * v * m  # of a mini-batch on one process, F = 1 and B = 2
     steady = [s for s in spans if 15 * length <= s.start < 25 * length]
     assert sum(s.end - s.start for s in steady) == pytest.approx(p * 10 * length, rel=0.03)
@@ -93,7 +93,7 @@ def oracle(program, weights, batches, loss_fn, lr):
         for k in range(depth):
             while at[k] < len(programs[k]):
                 kind, i = programs[k][at[k]]
-                if kind is Kind.F:
+                if kind is ActionKind.F:
                     if k and ("out", k - 1, i) not in kept:
                         break
                     x = batches[i][0] if k == 0 else kept["out", k - 1, i]
@@ -101,7 +101,7 @@ def oracle(program, weights, batches, loss_fn, lr):
                     moved = versions[k][now] - versions[k][now - 1] if now else 0
                     predicted[k, i] = versions[k][now] + steps * moved
                     kept["in", k, i], kept["out", k, i] = x, torch.tanh(x @ predicted[k, i])
-                elif kind is Kind.B:
+                elif kind is ActionKind.B:
                     out = kept["out", k, i]
                     if k == depth - 1:
                         leaf = out.clone().requires_grad_()

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import RULES, Predictor, predict_weights
-from pipeoptim.rules.drive import BY_RULE
+from pipeoptim.rules.entries import RULE_KINDS
 from rules_cases import BY_NAME, CASES, Case, Lion, largest_difference, set_random_grads, train, values_of, weights_of
 
 
@@ -41,7 +41,7 @@ def lion(seed: int = 0) -> Optimizer:
 @settings(max_examples=300, deadline=None)
 @given(st.sampled_from(CASES), st.data())
 def test_equals_predict_weights_bit_for_bit_although_gradients_are_gone(case: Case, data: st.DataObject) -> None:
-    kind = data.draw(st.sampled_from([k for k in RULES[case.cls].kinds if k in BY_RULE]))
+    kind = data.draw(st.sampled_from([k for k in RULES[case.cls].kinds if k in RULE_KINDS]))
     steps, updates = data.draw(st.integers(0, 4)), data.draw(st.integers(0, 3))
     optimizer, twin = case.make(), case.make()
     predictor = Predictor(optimizer, kind=kind)

@@ -13,9 +13,9 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.rules import RULES, Predictor, find_rule, predict_weights
-from pipeoptim.rules.drive import BY_RULE, items, write_by_rule
+from pipeoptim.rules.entries import RULE_KINDS, parameter_entries, predict_by_rule
+from pipeoptim.rules.interpreters import ApplyMode
 from pipeoptim.rules.lr import next_rates
-from pipeoptim.rules.write import Mode
 from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, set_random_grads, train, values_of, weights_of
 
 KINDS = ("refined", "paper", "decayed", "displacement")
@@ -26,12 +26,12 @@ def offered(case: Case) -> tuple[str, ...]:
 
 
 def by_rule(cls: type[Optimizer]) -> list[str]:
-    return [kind for kind in RULES[cls].kinds if kind in BY_RULE]
+    return [kind for kind in RULES[cls].kinds if kind in RULE_KINDS]
 
 
-def write(optimizer: Optimizer, steps: int, kind: str, out: list[Tensor], mode: Mode) -> None:
+def write(optimizer: Optimizer, steps: int, kind: str, out: list[Tensor], mode: ApplyMode) -> None:
     grads = [w.grad for w in weights_of(optimizer)]
-    write_by_rule(items(optimizer, kind), grads, next_rates(optimizer, None, steps), out, mode)
+    predict_by_rule(parameter_entries(optimizer, kind), grads, next_rates(optimizer, None, steps), out, mode)
 
 
 def snapshot(optimizer: Optimizer) -> tuple[Any, ...]:
@@ -117,11 +117,11 @@ def test_foreach_blocks_are_flushed_when_full(monkeypatch: pytest.MonkeyPatch) -
     optimizer = BY_NAME["adamw"].make()
     train(optimizer, 3)
     sizes: list[int] = []
-    from pipeoptim.rules import write as writers
+    from pipeoptim.rules import interpreters
 
-    real = writers.write_foreach
-    monkeypatch.setattr(writers, "BLOCK_ELEMENTS", 13)
-    monkeypatch.setattr(writers, "write_foreach", lambda w, m, o: (sizes.append(len(w)), real(w, m, o))[1])
+    real = interpreters.apply_foreach
+    monkeypatch.setattr(interpreters, "BLOCK_ELEMENTS", 13)
+    monkeypatch.setattr(interpreters, "apply_foreach", lambda w, m, o: (sizes.append(len(w)), real(w, m, o))[1])
     out = [torch.empty_like(w) for w in values_of(optimizer)]
     write(optimizer, 2, "refined", out, "foreach")
     assert sizes == [2, 1]  # 12 + 5 elements fill a block

@@ -20,12 +20,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeoptim.kernels import triton_move
-from pipeoptim.kernels.memory import flat, in_step
-from pipeoptim.rules import RULES, write
-from pipeoptim.rules.drive import BY_RULE, items, write_by_rule
+from pipeoptim.kernels.tensor_layout import flat, in_step
+from pipeoptim.rules import RULES, interpreters
+from pipeoptim.rules.entries import RULE_KINDS, parameter_entries, predict_by_rule
+from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.move import Move, Term
-from pipeoptim.rules.write import Mode, Writer
 from rules_cases import CASES, train, values_of, weights_of
 
 pytest.importorskip("triton", reason="no Triton here")
@@ -81,7 +81,7 @@ def test_every_rule_is_written_as_by_the_plain_path(cls: Any, device: str, launc
         if device != "cpu":
             optimizer = case.cls([torch.nn.Parameter(w.detach().to(device)) for w in weights_of(optimizer)], **case.settings)
         train(optimizer, 2)
-        for kind in [kind for kind in RULES[cls].kinds if kind in BY_RULE]:
+        for kind in [kind for kind in RULES[cls].kinds if kind in RULE_KINDS]:
             before = len(launches)
             results = [by_mode(optimizer, kind, mode) for mode in ("plain", "triton")]
             assert len(launches) > before or all(map(torch.equal, results[0], weights_of(optimizer))), (case.name, kind)
@@ -89,9 +89,11 @@ def test_every_rule_is_written_as_by_the_plain_path(cls: Any, device: str, launc
                 torch.testing.assert_close(ours, plain, rtol=0, atol=1e-6 * max(1.0, float(plain.abs().max())))
 
 
-def by_mode(optimizer: Any, kind: str, mode: Mode) -> list[Tensor]:
+def by_mode(optimizer: Any, kind: str, mode: ApplyMode) -> list[Tensor]:
     out = [torch.full_like(w, float("nan")) for w in values_of(optimizer)]
-    write_by_rule(items(optimizer, kind), [w.grad for w in weights_of(optimizer)], next_rates(optimizer, None, 3), out, mode)
+    predict_by_rule(
+        parameter_entries(optimizer, kind), [w.grad for w in weights_of(optimizer)], next_rates(optimizer, None, 3), out, mode
+    )
     return out
 
 
@@ -159,7 +161,7 @@ def exact(weight: Tensor, move: Move) -> tuple[Tensor, Tensor]:
 def test_any_moves_are_those_of_float64_and_nothing_else_is_written(data: st.DataObject, device: str) -> None:
     weights, moves, outs, memories = data.draw(drawn_moves(device))
     originals = [w.clone() for w in weights]
-    assert write.write_by_triton(weights, moves, outs)
+    assert interpreters.apply_by_triton(weights, moves, outs)
     for weight, original, move, out, memory in zip(weights, originals, moves, outs, memories, strict=True):
         expected, size = exact(weight, move)
         error = (out.double() - expected).abs()
@@ -199,7 +201,7 @@ def test_addresses_are_sent_once_and_again_when_something_moved(device: str, mon
     def run(values: Sequence[Tensor], scale: float) -> list[torch.dtype]:
         sent.clear()
         moves = [Move((Term(scale, value),)) for value in values]
-        assert write.write_by_triton(weights, moves, out)
+        assert interpreters.apply_by_triton(weights, moves, out)
         for weight, value, buffer in zip(weights, values, out, strict=True):
             torch.testing.assert_close(buffer, weight - scale * value)
         return sent
@@ -216,10 +218,10 @@ def test_parameters_of_one_form_share_a_launch(device: str, launches: list[trito
     weights = [torch.randn(n, device=device) for n in range(1, 30)]
     kept = [torch.rand_like(w) for w in weights]
     outs = [torch.empty_like(w) for w in weights]
-    writer = Writer("triton")
+    batch = MoveBatch("triton")
     for n, (weight, value, out) in enumerate(zip(weights, kept, outs, strict=True)):
-        writer.put(weight, Move((Term(0.1 * n, value, value if n % 2 else None, 1.0, 0.1),), 1.0 - 0.01 * n), out)
-    writer.flush()
+        batch.add(weight, Move((Term(0.1 * n, value, value if n % 2 else None, 1.0, 0.1),), 1.0 - 0.01 * n), out)
+    batch.flush()
     assert len(launches) == 2  # with root, and without
 
 
@@ -234,11 +236,11 @@ def test_numbers_that_lie_on_the_device_are_not_read(device: str, monkeypatch: p
     with monkeypatch.context() as patch:
         for reading in ("item", "tolist", "__float__"):
             patch.setattr(Tensor, reading, lambda self: pytest.fail("read"))
-        writer = Writer("triton")
+        batch = MoveBatch("triton")
         for weight, move, out in zip(weights, moves, outs, strict=True):
-            assert write._triton_can(weight, move, out, "triton")
-            writer.put(weight, move, out)
-        writer.flush()
+            assert interpreters._triton_can(weight, move, out, "triton")
+            batch.add(weight, move, out)
+        batch.flush()
     for weight, value, root, out in zip(weights, values, roots, outs, strict=True):
         torch.testing.assert_close(out, 0.9 * weight - 2.0 * value / (root.sqrt() / 0.5 + 0.1))
 
@@ -254,7 +256,7 @@ def test_only_what_lies_at_multiples_of_16_bytes_is_read_16_at_a_time() -> None:
         (not_aligned, aligned, aligned, aligned, 1),
         (aligned, not_aligned, aligned, None, 1),
     ]:
-        assert triton_move._form(triton_move.Move(w, out, (triton_move.Term(value, 1.0, root),)))[0].align == align
+        assert triton_move._form(triton_move.TritonMove(w, out, (triton_move.TritonTerm(value, 1.0, root),)))[0].align == align
 
 
 def test_what_the_kernel_cannot_take_goes_another_way(device: str, launches: list[triton_move.Form]) -> None:
@@ -272,9 +274,9 @@ def test_what_the_kernel_cannot_take_goes_another_way(device: str, launches: lis
     ]
     for weight, value, scale in odd:
         out = torch.empty_like(weight)
-        writer = Writer("triton")
-        writer.put(weight, Move((Term(scale, value),)), out)
-        writer.flush()
+        batch = MoveBatch("triton")
+        batch.add(weight, Move((Term(scale, value),)), out)
+        batch.flush()
         torch.testing.assert_close(out, weight - (0.5 * value).to(weight.dtype))
     assert not launches
 
@@ -284,9 +286,9 @@ def test_on_a_cpu_nobody_asks_for_triton(monkeypatch: pytest.MonkeyPatch) -> Non
     for dtype in (torch.float32, torch.bfloat16):
         weight = torch.ones(3, dtype=dtype)
         out = torch.empty_like(weight)
-        writer = Writer()
-        writer.put(weight, Move((Term(0.5, weight),)), out)
-        writer.flush()
+        batch = MoveBatch()
+        batch.add(weight, Move((Term(0.5, weight),)), out)
+        batch.flush()
         assert out.tolist() == [0.5] * 3
 
 
@@ -324,7 +326,7 @@ def test_without_a_triton_that_works_it_goes_on_and_says_so_once(kernel: str, mo
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("always")
         # As on a GPU, where `triton` is what "auto" means.
-        monkeypatch.setattr(write, "_triton_can", lambda *_: triton_move.available())
+        monkeypatch.setattr(interpreters, "_triton_can", lambda *_: triton_move.available())
         results = [by_mode(optimizer, "refined", "triton") for _ in range(2)]
     plain = by_mode(optimizer, "refined", "plain")
     for ours in results:
@@ -357,7 +359,7 @@ COMPILED = {  # types of weight, operands and result; terms, whether they share 
 }
 
 
-def compiled(job: triton_move.Move, generation: int, monkeypatch: pytest.MonkeyPatch) -> Any:
+def compiled(job: triton_move.TritonMove, generation: int, monkeypatch: pytest.MonkeyPatch) -> Any:
     """What a launch for that job is compiled to on a GPU of that generation. All is as on a GPU but the launch itself."""
     import triton
     from triton.backends.compiler import GPUTarget
@@ -388,14 +390,14 @@ def test_it_compiles_to_wide_loads(name: str, tmp_path: Any, monkeypatch: pytest
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     types, terms, shared, rooted = COMPILED[name]
 
-    def job(shift: int) -> triton_move.Move:
+    def job(shift: int) -> triton_move.TritonMove:
         def tensor(dtype: torch.dtype) -> Tensor:
             return laid_out(torch.zeros(3000), "unaligned" if shift else "plain", dtype, "cpu")[0]
 
         operands = [(tensor(types[1]), tensor(types[1]) if rooted else None) for _ in range(1 if shared else terms)]
         own = (operands * terms)[:terms]
-        return triton_move.Move(
-            tensor(types[0]), tensor(types[2]), tuple(triton_move.Term(value, 0.5, root) for value, root in own)
+        return triton_move.TritonMove(
+            tensor(types[0]), tensor(types[2]), tuple(triton_move.TritonTerm(value, 0.5, root) for value, root in own)
         )
 
     pairs = 1 if shared else terms

@@ -128,4 +128,4 @@ def test_the_sentence_fits_what_was_wrong(tmp_path: Path, fresh: pytest.MonkeyPa
     library._load.cache_clear()
     assert said() == []  # another process of this machine says it
     with pytest.raises(AssertionError):
-        calls.copy([torch.ones(3)], [torch.empty(3)])  # nothing runs a library that is not there
+        calls.copy_tensors([torch.ones(3)], [torch.empty(3)])  # nothing runs a library that is not there

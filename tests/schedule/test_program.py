@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeoptim.errors import ConfigError, PipeOptimError
-from pipeoptim.schedule import ORDERS, Action, Kind, Program, bubble, timeline, to_svg, to_text, validate, with_transfers
+from pipeoptim.schedule import ORDERS, Action, ActionKind, Program, bubble, timeline, to_svg, to_text, validate, with_transfers
 from pipeoptim.schedule import program as program_module
 from pipeoptim.schedule import validate as validate_function
 
@@ -61,13 +61,13 @@ def test_in_flight_is_the_most_that_ever_happens(order, depth, m):
     for k in range(depth):
         flying, most = 0, 0
         for action in p.full(k, 2 * depth + 2):
-            flying += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
+            flying += {ActionKind.F: 1, ActionKind.B: -1}.get(action.kind, 0)
             most = max(most, flying)
         assert most == p.in_flight(k)
 
 
 def test_async_1f1b_has_no_bubble_in_steady_state():
-    spans = [s for s in timeline(Program("async_1f1b", 4), 40) if s.action.kind is not Kind.U]
+    spans = [s for s in timeline(Program("async_1f1b", 4), 40) if s.action.kind is not ActionKind.U]
     steady = [s for s in spans if 40 <= s.start < 100]
     assert sum(s.end - s.start for s in steady) == pytest.approx(4 * 60, rel=0.02)
 
@@ -82,7 +82,7 @@ def test_a_program_that_cannot_work_is_named():
         name, flushes = "deadlock", False
 
         def step(self, k, depth, m, n):
-            f, b, u = Action(Kind.F, n), Action(Kind.B, n), Action(Kind.U, n)
+            f, b, u = Action(ActionKind.F, n), Action(ActionKind.B, n), Action(ActionKind.U, n)
             return [f, b, u]
 
         def drain(self, k, depth, m, n):
@@ -93,12 +93,12 @@ def test_a_program_that_cannot_work_is_named():
 
     class BackwardFirst(Deadlock):
         def step(self, k, depth, m, n):
-            return [Action(Kind.B, n), Action(Kind.F, n), Action(Kind.U, n)]
+            return [Action(ActionKind.B, n), Action(ActionKind.F, n), Action(ActionKind.U, n)]
 
     class Swapped(Deadlock):
         def step(self, k, depth, m, n):
-            pair = [Action(Kind.F, 2 * n), Action(Kind.F, 2 * n + 1)]
-            work = [Action(Kind.B, 2 * n), Action(Kind.B, 2 * n + 1), Action(Kind.U, n)]
+            pair = [Action(ActionKind.F, 2 * n), Action(ActionKind.F, 2 * n + 1)]
+            work = [Action(ActionKind.B, 2 * n), Action(ActionKind.B, 2 * n + 1), Action(ActionKind.U, n)]
             return (pair if k == 0 else pair[::-1]) + work
 
     def program(order, m=1):
@@ -119,9 +119,9 @@ def test_a_deadlock_is_found():
         name, flushes = "waits", True
 
         def step(self, k, depth, m, n):
-            f0, f1, b0, b1 = (Action(kind, i) for kind in (Kind.F, Kind.B) for i in (2 * n, 2 * n + 1))
+            f0, f1, b0, b1 = (Action(kind, i) for kind in (ActionKind.F, ActionKind.B) for i in (2 * n, 2 * n + 1))
             # stage 0 wants B(0) before it forwards 1, stage 1 forwards both before any backward
-            return [f0, b0, f1, b1, Action(Kind.U, n)] if k == 0 else [f0, f1, b0, b1, Action(Kind.U, n)]
+            return [f0, b0, f1, b1, Action(ActionKind.U, n)] if k == 0 else [f0, f1, b0, b1, Action(ActionKind.U, n)]
 
         def drain(self, k, depth, m, n):
             return []
@@ -144,7 +144,9 @@ def test_bad_programs_are_refused_with_the_value():
 
 
 def test_transfers_surround_the_work():
-    assert [str(a) for a in with_transfers([Action(Kind.F, 1), Action(Kind.B, 0), Action(Kind.U, 0)], 1, 3)] == [
+    assert [
+        str(a) for a in with_transfers([Action(ActionKind.F, 1), Action(ActionKind.B, 0), Action(ActionKind.U, 0)], 1, 3)
+    ] == [
         "recv_activation1",
         "F1",
         "send_activation1",

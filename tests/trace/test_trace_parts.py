@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import pipeoptim as po
 from pipeoptim.engine import trace as recording
-from pipeoptim.schedule import Kind, replay, timeline
+from pipeoptim.schedule import ActionKind, replay, timeline
 from pipeoptim.telemetry.trace.align import align
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten, read
 from pipeoptim.telemetry.trace.shares import ideal, shares
@@ -65,7 +65,7 @@ def test_clocks_of_two_machines_are_aligned_from_messages(shift, up, down):
 @pytest.mark.parametrize("method", sorted(po.METHODS))
 def test_the_ideal_schedule_of_all_actions_is_the_programs_own(method):
     program = po.get_method(method).program(3, 3)
-    durations = {Kind.F: 2.0, Kind.B: 3.0, Kind.U: 0.0}
+    durations = {ActionKind.F: 2.0, ActionKind.B: 3.0, ActionKind.U: 0.0}
     plans = [[(k, action) for action in program.full(k, 5)] for k in range(3)]
     assert replay(plans, 3, lambda k, kind: durations[kind]) == timeline(program, 5, 2.0, 3.0)
 
@@ -166,7 +166,7 @@ def test_a_trace_holds_the_program_and_changes_nothing(method, tmp_path):
     for k, found in enumerate(read(tmp_path)):
         first = traced.program.full(k, 3)
         expected = [str(a) for a in first]
-        expected += [f"{a.kind.value}{a.number + (3 if a.kind is Kind.U else 6)}" for a in first]
+        expected += [f"{a.kind.value}{a.number + (3 if a.kind is ActionKind.U else 6)}" for a in first]
         actions = [f"{s.what}{s.number}" for s in sorted(found.spans, key=lambda s: s.begin) if s.what in ("F", "B", "U")]
         assert actions == expected
         predicts = [s for s in found.spans if s.what == "predict"]

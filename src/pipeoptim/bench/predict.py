@@ -26,10 +26,10 @@ from pipeoptim.bench.clock import Clock, clock_of
 from pipeoptim.bench.record import Record, Row
 from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls, triton_move
+from pipeoptim.kernels.allocation import empty_like
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.pages import empty_like
 from pipeoptim.rules import RULES, Predictor
-from pipeoptim.rules.drive import items, write_by_rule
+from pipeoptim.rules.entries import parameter_entries, predict_by_rule
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.weights import StorageLayout
 
@@ -258,7 +258,7 @@ class _Bench:
     @torch.no_grad()
     def _predict_by_foreach(self) -> None:
         rates = next_rates(self.optimizer, None, STEPS)
-        write_by_rule(items(self.optimizer, "refined"), [p.grad for p in self.params], rates, self.out, "foreach")
+        predict_by_rule(parameter_entries(self.optimizer, "refined"), [p.grad for p in self.params], rates, self.out, "foreach")
 
     def _give_gradients(self, own: bool = False) -> None:
         """The same in every turn; with ``own`` in memory that nobody else has, as a backward would leave them."""
@@ -338,7 +338,7 @@ def _copy_row(weights: int, threads: int, repeats: int, clock: Clock) -> Row:
     target = empty_like(source).zero_()
     ways: list[Callable[[], Any]] = [lambda: target.copy_(source)]
     if available() and not clock.on_gpu:
-        ways.append(lambda: calls.copy([source], [target]))
+        ways.append(lambda: calls.copy_tensors([source], [target]))
     samples = min(([1e3 * clock.seconds(way) for _ in range(repeats)] for way in ways), key=median)
     settings = {"what": "copy", "threads": threads, "weights": weights, "passes": 2}
     settings["gigabytes_per_second"] = round(8e-6 * weights / median(samples), 1)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
-import pkgutil
 import re
 from dataclasses import dataclass
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, gap, get_method
-from pipeoptim.methods.registry import FACTORIES
+from pipeoptim.methods.registry import EXPLANATIONS, FACTORIES
 from pipeoptim.schedule import ORDERS, Program, timeline
 from pipeoptim.weights import Source
 
@@ -108,15 +106,10 @@ _WORDS = {"numbered": "one version"}
 
 
 def explanation(method: Method) -> str:
-    """The docstring of the file that defines the method: what it does, with its formula; its summary where there is none."""
-    package = importlib.import_module("pipeoptim.methods")
-    for info in pkgutil.iter_modules(package.__path__):
-        if info.name.startswith("m_"):
-            module = importlib.import_module(f"pipeoptim.methods.{info.name}")
-            if module.METHOD.name == family(method.name):
-                paragraphs = (module.__doc__ or method.summary).strip().replace("``", "").split("\n\n")
-                return "\n\n".join(" ".join(text.split()) for text in paragraphs)
-    return method.summary
+    """The docstring of the module that defines the method: what it does, with its formula; its summary where there is none."""
+    text = EXPLANATIONS.get(family(method.name)) or method.summary
+    paragraphs = text.strip().replace("``", "").split("\n\n")
+    return "\n\n".join(" ".join(paragraph.split()) for paragraph in paragraphs)
 
 
 def family(name: str) -> str:

@@ -28,10 +28,10 @@ _DIVERGED = re.compile(r"the loss is (?:nan|-?inf) at step (\d+)")
 
 def main() -> None:
     """Serve until stdin ends."""
-    from pipeoptim.kernels.pages import keep_freed
+    from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train.worker import end_with_parent
 
-    keep_freed()
+    keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers
     end_with_parent()
     for line in sys.stdin:

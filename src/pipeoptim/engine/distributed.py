@@ -42,7 +42,7 @@ from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender,
 from pipeoptim.engine.transport.unix_channel import check_transport, connect_neighbours
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.methods import Method
-from pipeoptim.schedule import Action, Kind
+from pipeoptim.schedule import Action, ActionKind
 
 _STOP = 1
 _PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
@@ -270,9 +270,9 @@ class Schedule(Pipeline):
         self, actions: list[Action], first: int, micro_batches: list[MicroBatch], losses: list[CountedLoss], settle: bool
     ) -> None:
         for action in actions:
-            if action.kind is Kind.F:
+            if action.kind is ActionKind.F:
                 self._forward(action.number, micro_batches[action.number - first], losses)
-            elif action.kind is Kind.B:
+            elif action.kind is ActionKind.B:
                 self._backward(action.number)
             else:
                 self.worker.update()

@@ -26,7 +26,7 @@ from pipeoptim.engine.transport.compression import Compression, as_compression
 from pipeoptim.engine.transport.pytree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
-from pipeoptim.schedule import Action, Kind
+from pipeoptim.schedule import Action, ActionKind
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerMaker = Callable[[Optimizer], LRScheduler]
@@ -228,17 +228,17 @@ class Emulator(Pipeline):
     def _can(self, k: int, action: Action) -> bool:
         if not self._workers[k].ready():
             return False
-        if action.kind is Kind.F:
+        if action.kind is ActionKind.F:
             return k == 0 or bool(self._activations[k])
-        if action.kind is Kind.B:
+        if action.kind is ActionKind.B:
             return k == self.depth - 1 or bool(self._gradients[k])
         return True
 
     def _act(self, k: int, action: Action, first: int, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         worker, i = self._workers[k], action.number
-        if action.kind is Kind.F:
+        if action.kind is ActionKind.F:
             self._forward(k, i, micro_batches[i - first], losses)
-        elif action.kind is Kind.B:
+        elif action.kind is ActionKind.B:
             received, scale = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
             gradients = worker.backward(i, worker.compressor.unpack(received) if received else [], scale)
             if k > 0:

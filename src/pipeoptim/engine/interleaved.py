@@ -23,7 +23,7 @@ from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import as_compression
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
-from pipeoptim.schedule import Action, Kind
+from pipeoptim.schedule import Action, ActionKind
 
 
 class InterleavedSchedule(Pipeline):
@@ -158,9 +158,9 @@ class InterleavedSchedule(Pipeline):
     ) -> None:
         for k, (kind, i) in actions:
             part = self._parts[k]
-            if kind is Kind.F:
+            if kind is ActionKind.F:
                 part._forward(i, micro_batches[i - first], losses)
-            elif kind is Kind.B:
+            elif kind is ActionKind.B:
                 part._backward(i)
             else:
                 part.worker.update()

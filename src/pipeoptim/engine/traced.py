@@ -11,7 +11,7 @@ from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.link import Receiver, Sender
-from pipeoptim.schedule import Kind
+from pipeoptim.schedule import ActionKind
 
 
 def worker(row: TraceRow | None) -> Callable[..., StageWorker]:
@@ -58,14 +58,14 @@ class TracedWorker(StageWorker):
         self.prepare(i)
         began = self.row.now()
         result = super().forward(i, *args, **kwargs)
-        self.row.add(Kind.F.value, self._number(i), began)
+        self.row.add(ActionKind.F.value, self._number(i), began)
         return result
 
     def backward(self, i: int, gradients: Any, loss_scale: float = 0.0) -> Any:
         self.settle()
         began = self.row.now()
         result = super().backward(i, gradients, loss_scale)
-        self.row.add(Kind.B.value, self._number(i), began)
+        self.row.add(ActionKind.B.value, self._number(i), began)
         return result
 
     def settle(self) -> None:
@@ -73,7 +73,7 @@ class TracedWorker(StageWorker):
             return
         version, began = self.weights.version, self.row.now()
         super().settle()
-        self.row.add(Kind.U.value, version, began)
+        self.row.add(ActionKind.U.value, version, began)
 
     def evaluate(self, args: Any, kwargs: dict[str, Any], target: Any = None) -> Any:
         began = self.row.now()

@@ -9,25 +9,38 @@ On GPUs the prediction alone has a kernel, written in Triton (`triton_move`, `tr
 Set ``PIPEOPTIM_KERNELS=0`` to do without, ``PIPEOPTIM_CACHE`` to choose where compiled libraries are kept.
 """
 
-from pipeoptim.kernels.calls import Adam, AdamHow, Ahead, Counts, Fetch, Move, Sgd, SgdHow, Steps, Term, copy, run_moves
+from pipeoptim.kernels.calls import (
+    AdamCoefficients,
+    AdamTensors,
+    CachePrefetch,
+    KernelMove,
+    KernelPrediction,
+    KernelTerm,
+    MultiTensorStep,
+    SgdCoefficients,
+    SgdTensors,
+    StepCounters,
+    copy_tensors,
+    run_moves,
+)
 from pipeoptim.kernels.library import available, why_not
-from pipeoptim.kernels.memory import flat
-from pipeoptim.kernels.take import Take
+from pipeoptim.kernels.sampling import TensorSampler
+from pipeoptim.kernels.tensor_layout import flat
 
 __all__ = [
-    "Adam",
-    "AdamHow",
-    "Ahead",
-    "Counts",
-    "Fetch",
-    "Move",
-    "Sgd",
-    "SgdHow",
-    "Steps",
-    "Take",
-    "Term",
+    "AdamTensors",
+    "AdamCoefficients",
+    "KernelPrediction",
+    "StepCounters",
+    "CachePrefetch",
+    "KernelMove",
+    "SgdTensors",
+    "SgdCoefficients",
+    "MultiTensorStep",
+    "TensorSampler",
+    "KernelTerm",
     "available",
-    "copy",
+    "copy_tensors",
     "flat",
     "run_moves",
     "why_not",

@@ -18,7 +18,7 @@ STREAM_FROM = 1 << 21
 """Elements written per call from which on they bypass the caches: fewer may still be there when a forward reads them."""
 
 
-class Term(NamedTuple):
+class KernelTerm(NamedTuple):
     """``scale * value / (sqrt(root) * inverse + eps)``, or ``scale * value`` without root."""
 
     value: Tensor
@@ -28,20 +28,20 @@ class Term(NamedTuple):
     eps: float = 0.0
 
 
-class Move(NamedTuple):
+class KernelMove(NamedTuple):
     """``out = w - lose * w - sum(terms)``."""
 
     w: Tensor
     out: Tensor
-    terms: tuple[Term, ...] = ()
+    terms: tuple[KernelTerm, ...] = ()
     lose: float = 0.0
 
 
 @dataclass(frozen=True)
-class Ahead:
+class KernelPrediction:
     """What to predict right after the step: ``w' - lose w' - sum(...)``, or ``w' + steps (w' - w)`` by displacement.
 
-    `factors`: for Adam, pairs (scale, inverse) of one term each, all with ``value = m``, ``root = v`` and the eps of the step;
+    `factors`: for AdamTensors, pairs (scale, inverse) of one term each, all with ``value = m``, ``root = v`` and the eps of the step;
     for SGD one pair, of the gradient and of the buffer.
     """
 
@@ -51,7 +51,7 @@ class Ahead:
 
 
 @dataclass(frozen=True)
-class AdamHow:
+class AdamCoefficients:
     """``g = sign g + coupled w``, ``m = b1 m + (1-b1) g``, ``v = b2 v + gain g^2``,
     ``w = w - decay w - rate m / (sqrt(v) inverse + eps)``; without m, g in its place. `gain`: 1 - b2 unless given.
     """
@@ -64,7 +64,7 @@ class AdamHow:
     sign: float = 1.0
     coupled: float = 0.0
     decay: float = 0.0
-    ahead: Ahead | None = None
+    ahead: KernelPrediction | None = None
     gain: float | None = None
 
     @property
@@ -79,7 +79,7 @@ class AdamHow:
 
     def packed(self, into: int, factors: int) -> bytes:
         """For the kernel; `into`: how the prediction is written, `factors`: address of the packed factors."""
-        a = self.ahead or Ahead()
+        a = self.ahead or KernelPrediction()
         scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if self.form == layout.BY_TERMS else 0)
         return layout.ADAM_HOW.pack(
             factors, self.form, into, count, 0,
@@ -90,7 +90,7 @@ class AdamHow:
 
 
 @dataclass(frozen=True)
-class SgdHow:
+class SgdCoefficients:
     """``d = sign g + coupled w``, ``b = mu b + damp d``, ``w = w - lr (along[0] d + along[1] b)``; without b, ``w - lr d``."""
 
     lr: float
@@ -99,11 +99,11 @@ class SgdHow:
     along: tuple[float, float] = (0.0, 1.0)
     sign: float = 1.0
     coupled: float = 0.0
-    ahead: Ahead | None = None
+    ahead: KernelPrediction | None = None
 
     def packed(self, into: int, factors: int) -> bytes:
         """For the kernel, which needs no table of factors."""
-        a = self.ahead or Ahead()
+        a = self.ahead or KernelPrediction()
         form: int = layout.NO_PREDICTION
         if self.ahead is not None:
             form = layout.BY_RULE if a.steps is None else layout.BY_DISPLACEMENT
@@ -114,7 +114,7 @@ class SgdHow:
         )  # fmt: skip
 
 
-class Adam(NamedTuple):
+class AdamTensors(NamedTuple):
     """Where one parameter of an Adam step lies; `out` takes the prediction."""
 
     w: Tensor
@@ -123,7 +123,7 @@ class Adam(NamedTuple):
     out: Tensor | None = None
 
 
-class Sgd(NamedTuple):
+class SgdTensors(NamedTuple):
     """Where one parameter of an SGD step lies; `out` takes the prediction."""
 
     w: Tensor
@@ -131,7 +131,7 @@ class Sgd(NamedTuple):
     out: Tensor | None = None
 
 
-class Steps:
+class MultiTensorStep:
     """Steps of several parameters by one call, again and again: what stays from step to step is packed once.
 
     Args:
@@ -139,14 +139,16 @@ class Steps:
         over_gradients: write the predictions over the gradients, not into what `out` names.
     """
 
-    def __init__(self, places: Sequence[Adam] | Sequence[Sgd], over_gradients: bool = False) -> None:
-        self._entry, pack = ("adam", layout.ADAM_PLACE) if isinstance(places[0], Adam) else ("sgd", layout.SGD_PLACE)
+    def __init__(self, places: Sequence[AdamTensors] | Sequence[SgdTensors], over_gradients: bool = False) -> None:
+        self._entry, pack = ("adam", layout.ADAM_PLACE) if isinstance(places[0], AdamTensors) else ("sgd", layout.SGD_PLACE)
         self._into = layout.OVER_GRADIENT if over_gradients else _into([place.out for place in places])
         self._count = len(places)
         self._places = b"".join(pack.pack(place.w.numel(), *map(_address, place)) for place in places)
         self._pack_grads, self._pack_which = Struct(f"@{self._count}P"), Struct(f"@{self._count}i")
 
-    def run(self, grads: Iterable[int], which: Sequence[int], hows: Sequence[AdamHow] | Sequence[SgdHow]) -> None:
+    def run(
+        self, grads: Iterable[int], which: Sequence[int], hows: Sequence[AdamCoefficients] | Sequence[SgdCoefficients]
+    ) -> None:
         """Carry out all steps, in place, with the predictions that go with them.
 
         Args:
@@ -161,7 +163,7 @@ class Steps:
         _done(entry(*jobs, packed, torch.get_num_threads()), self._count)
 
 
-class Counts:
+class StepCounters:
     """The step counts that torch keeps for parameters: float32, one number each, on the CPU; None where there is none."""
 
     def __init__(self, steps: Sequence[Tensor | None]) -> None:
@@ -174,7 +176,7 @@ class Counts:
         return self._now[:]
 
 
-class Fetch:
+class CachePrefetch:
     """Brings what Python looks at for tensors and other objects into the caches, all of it at once.
 
     After a backward has gone through other memory, a look at a hundred tensors waits for memory several times per tensor, one wait
@@ -205,11 +207,11 @@ def _address(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _factors(how: AdamHow | SgdHow) -> ctypes.Array[ctypes.c_char]:
+def _factors(how: AdamCoefficients | SgdCoefficients) -> ctypes.Array[ctypes.c_char]:
     return _memory([layout.FACTOR.pack(*pair) for pair in how.ahead.factors] if how.ahead is not None else [])
 
 
-def run_moves(jobs: Sequence[Move]) -> None:
+def run_moves(jobs: Sequence[KernelMove]) -> None:
     """Write all predictions."""
     into = _into([job.out for job in jobs])
     terms = [
@@ -227,9 +229,9 @@ def run_moves(jobs: Sequence[Move]) -> None:
         _done(library().pipeoptim_move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
 
 
-def copy(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
+def copy_tensors(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     """Copy; large tensors past the caches, in two passes over memory instead of the three of an ordinary copy."""
-    run_moves([Move(source, out) for source, out in zip(sources, outs, strict=True)])
+    run_moves([KernelMove(source, out) for source, out in zip(sources, outs, strict=True)])
 
 
 def _done(failed: int, count: int) -> None:

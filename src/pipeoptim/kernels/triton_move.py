@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.kernels.library import switched_off, tell_without
-from pipeoptim.kernels.memory import in_step
+from pipeoptim.kernels.tensor_layout import in_step
 
 BLOCK = 1024
 """Elements per program: 8 per thread, two vectors of float32 from each stream; not tuned on a GPU."""
@@ -33,8 +33,8 @@ _failed: list[str] = []
 Number = float | Tensor
 
 
-class Term(NamedTuple):
-    """As `calls.Term`; its numbers may lie on the device, as tensors without dimensions, and are not read then."""
+class TritonTerm(NamedTuple):
+    """As `calls.KernelTerm`; its numbers may lie on the device, as tensors without dimensions, and are not read then."""
 
     value: Tensor
     scale: Number
@@ -43,12 +43,12 @@ class Term(NamedTuple):
     eps: Number = 0.0
 
 
-class Move(NamedTuple):
-    """As `calls.Move`, likewise, with an `out` and operands of another type than `w` if need be."""
+class TritonMove(NamedTuple):
+    """As `calls.KernelMove`, likewise, with an `out` and operands of another type than `w` if need be."""
 
     w: Tensor
     out: Tensor
-    terms: tuple[Term, ...] = ()
+    terms: tuple[TritonTerm, ...] = ()
     lose: Number = 0.0
 
 
@@ -110,12 +110,12 @@ def _give_up(error: Exception) -> None:
         tell_without("Triton kernel", _failed[0], "install the triton that this torch names, and a C compiler")
 
 
-def run_moves(jobs: Sequence[Move]) -> bool:
+def run_moves(jobs: Sequence[TritonMove]) -> bool:
     """Write all predictions: one launch for all parameters of one form. Every job must be one that the kernel `can` take.
 
     False, and what was written worth nothing, if Triton cannot compile it; it is `available` no more then.
     """
-    forms: dict[Form, tuple[list[Move], list[int]]] = {}
+    forms: dict[Form, tuple[list[TritonMove], list[int]]] = {}
     for job in jobs:
         form, row = _form(job)
         own, places = forms.setdefault(form, ([], []))
@@ -124,7 +124,7 @@ def run_moves(jobs: Sequence[Move]) -> bool:
     return all(_launch(form, own, places) for form, (own, places) in forms.items())
 
 
-def _form(job: Move) -> tuple[Form, list[int]]:
+def _form(job: TritonMove) -> tuple[Form, list[int]]:
     """The form, and the row of the table of places: size, addresses of w, out, and value and root of each operand."""
     w, out, terms, _ = job
     shared = len(terms) > 1 and all(t.value is terms[0].value and t.root is terms[0].root for t in terms)
@@ -138,12 +138,12 @@ def _form(job: Move) -> tuple[Form, list[int]]:
     return Form(w.device, types, len(terms), shared, roots, 1 if bits % WIDEST else WIDEST), row
 
 
-def _launch(form: Form, jobs: Sequence[Move], places: Sequence[int]) -> bool:
+def _launch(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) -> bool:
     with torch.cuda.device(form.device) if form.device.type == "cuda" else nullcontext():
         return _launch_here(form, jobs, places)
 
 
-def _launch_here(form: Form, jobs: Sequence[Move], places: Sequence[int]) -> bool:
+def _launch_here(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) -> bool:
     where = (form.device, torch.cuda.current_stream().cuda_stream if form.device.type == "cuda" else 0)
     blocks = _blocks(tuple(job.w.numel() for job in jobs), BLOCK, *where)
     if not len(blocks):

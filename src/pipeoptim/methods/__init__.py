@@ -5,8 +5,8 @@ where a name is expected, or :func:`register_method` it to use it by name.
 """
 
 from pipeoptim.methods.facts import copies, gap
+from pipeoptim.methods.lookup import get_method
 from pipeoptim.methods.method import Method
-from pipeoptim.methods.named import get_method
 from pipeoptim.methods.registry import METHODS, register_method
 
 __all__ = ["METHODS", "Method", "copies", "gap", "get_method", "register_method"]

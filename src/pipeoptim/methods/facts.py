@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import lru_cache
 
 from pipeoptim.methods.method import Method
-from pipeoptim.schedule import Action, Kind, Program
+from pipeoptim.schedule import Action, ActionKind, Program
 from pipeoptim.weights import Numbered, Source, Stashed
 
 Key = tuple[int, int]
@@ -69,13 +69,13 @@ class _Walk:
 
     def act(self, action: Action) -> None:
         i = action.number
-        if action.kind is Kind.F:
+        if action.kind is ActionKind.F:
             key = self._use(self.method.forward, i)
             if self.keep_forward or isinstance(self.method.backward, Stashed):
                 self.stash[i] = key
             self.next_forward = i + 1
             self._retain()
-        elif action.kind is Kind.B:
+        elif action.kind is ActionKind.B:
             if not isinstance(self.method.backward, Stashed):
                 self._use(self.method.backward, i)
             self.stash.pop(i, None)

@@ -1,7 +1,7 @@
-"""Finding methods: every module ``m_*.py`` of this package defines one as ``METHOD``, so a new method is one new file.
+"""Finding methods: every module of ``methods/catalog`` defines one as ``METHOD``, so a new method is one new file.
 
-``VARIANTS`` in the same file are further forms of it, named ``method+option``; ``FACTORY`` is a function that makes the method
-with options of the user's.
+``VARIANTS`` in the same module are further forms of it, named ``method+option``; ``FACTORY`` is a function that makes the method
+with the user's options.
 """
 
 from __future__ import annotations
@@ -12,17 +12,23 @@ from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.methods import catalog
 from pipeoptim.methods.method import Method
 
 _methods: dict[str, Method] = {}
 
 METHODS: Mapping[str, Method] = MappingProxyType(_methods)
-"""name -> method, in alphabetical order of their files."""
+"""name -> method, in alphabetical order of their modules."""
 
 _factories: dict[str, Callable[..., Method]] = {}
 
 FACTORIES: Mapping[str, Callable[..., Method]] = MappingProxyType(_factories)
 """name -> function that makes the method with other options."""
+
+_explanations: dict[str, str] = {}
+
+EXPLANATIONS: Mapping[str, str] = MappingProxyType(_explanations)
+"""name -> docstring of the module that defines the method: what it does, with its formula."""
 
 
 def register_method(method: Method) -> Method:
@@ -38,15 +44,13 @@ def register_method(method: Method) -> Method:
 
 
 def _discover() -> None:
-    import pipeoptim.methods as package
-
-    for info in sorted(pkgutil.iter_modules(package.__path__), key=lambda i: i.name):
-        if info.name.startswith("m_"):
-            module = importlib.import_module(f"pipeoptim.methods.{info.name}")
-            for method in (module.METHOD, *getattr(module, "VARIANTS", ())):
-                register_method(method)
-            if hasattr(module, "FACTORY"):
-                _factories[module.METHOD.name] = module.FACTORY
+    for name in sorted(info.name for info in pkgutil.iter_modules(catalog.__path__)):
+        module = importlib.import_module(f"{catalog.__name__}.{name}")
+        for method in (module.METHOD, *getattr(module, "VARIANTS", ())):
+            register_method(method)
+        _explanations[module.METHOD.name] = module.__doc__ or ""
+        if hasattr(module, "FACTORY"):
+            _factories[module.METHOD.name] = module.FACTORY
 
 
 _discover()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pipeoptim.schedule import Kind, Program, timeline
+from pipeoptim.schedule import ActionKind, Program, timeline
 
 
 def seconds_per_minibatch(program: Program, stage_seconds: Sequence[float]) -> float:
@@ -24,5 +24,5 @@ def seconds_per_minibatch(program: Program, stage_seconds: Sequence[float]) -> f
     backward = [2 * f for f in forward]
     first, last = 2 * program.depth, 4 * program.depth  # after the warm-up, before the drain
     spans = timeline(program, 6 * program.depth, forward, backward)
-    updates = {s.action.number: s.end for s in spans if s.k == 0 and s.action.kind is Kind.U}
+    updates = {s.action.number: s.end for s in spans if s.k == 0 and s.action.kind is ActionKind.U}
     return (updates[last] - updates[first]) / (last - first)

@@ -24,7 +24,7 @@ from pipeoptim.rules.combined import CombinedOptimizer, muon_adamw
 from pipeoptim.rules.move import Ahead, Move, Scalar, Term
 from pipeoptim.rules.predict import predict_weights
 from pipeoptim.rules.predictor import Predictor
-from pipeoptim.rules.registry import KINDS, REFUSED, RULES, Kind, Rule, find_rule, register_rule
+from pipeoptim.rules.registry import KINDS, REFUSED, RULES, PredictionKind, Rule, find_rule, register_rule
 from pipeoptim.rules.tracking import Tracker, track
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
     "RULES",
     "Ahead",
     "CombinedOptimizer",
-    "Kind",
+    "PredictionKind",
     "Move",
     "Predictor",
     "Rule",

@@ -14,8 +14,8 @@ from torch.optim import Optimizer
 
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.memory import flat
-from pipeoptim.rules.drive import parameters
+from pipeoptim.kernels.tensor_layout import flat
+from pipeoptim.rules.entries import parameters
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def copy_weights(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
     pairs = list(zip(weights, out, strict=True))
     large = sum(weight.numel() for weight in weights) >= calls.STREAM_FROM
     if large and all(flat(pair) for pair in pairs) and available():
-        calls.copy([weight for weight, _ in pairs], [buffer for _, buffer in pairs])
+        calls.copy_tensors([weight for weight, _ in pairs], [buffer for _, buffer in pairs])
         return
     for weight, buffer in pairs:
         buffer.copy_(weight)

@@ -1,7 +1,7 @@
 """What a rule answers with: where a weight goes, as plain data that several interpreters can carry out.
 
 A rule does no arithmetic on whole tensors if it can help it. It names the tensors and the scalars of its
-formula, and `pipeoptim.rules.write` turns them into kernels. So one file describes one optimizer family,
+formula, and `pipeoptim.rules.interpreters` turns them into kernels. So one file describes one optimizer family,
 and a faster interpreter (foreach today, one fused kernel tomorrow) serves every family at once.
 """
 

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.rules.checks import check_steps
 from pipeoptim.rules.combined import members
-from pipeoptim.rules.drive import BY_RULE, Item, items, write_by_rule
+from pipeoptim.rules.entries import RULE_KINDS, ParameterEntry, parameter_entries, predict_by_rule
 from pipeoptim.rules.fallback import copy_weights, extrapolate, next_weights_of_copy
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.tracking import tracked_previous
@@ -64,22 +64,22 @@ def predict_weights(
     (``RULES[cls].exact``).
     """
     check_steps(steps)
-    parts = items(optimizer, kind)
+    parts = parameter_entries(optimizer, kind)
     out = [torch.empty_like(item.weight.detach()) for item in parts]
     if steps == 0:
         copy_weights([item.weight for item in parts], out)
         return out
-    if any(item.kind in BY_RULE for item in parts) or scheduler is not None:
+    if any(item.kind in RULE_KINDS for item in parts) or scheduler is not None:
         rates = next_rates(optimizer, scheduler, steps)
-        write_by_rule(parts, [item.weight.grad for item in parts], rates, out)
+        predict_by_rule(parts, [item.weight.grad for item in parts], rates, out)
     else:
-        write_by_rule(parts, [None] * len(parts), [], out)
+        predict_by_rule(parts, [None] * len(parts), [], out)
     for member in members(optimizer):
         _predict_by_displacement(member, parts, steps, out)
     return out
 
 
-def _predict_by_displacement(optimizer: Optimizer, parts: list[Item], steps: int, out: list[Tensor]) -> None:
+def _predict_by_displacement(optimizer: Optimizer, parts: list[ParameterEntry], steps: int, out: list[Tensor]) -> None:
     """Those parameters of `optimizer` that are predicted so."""
     own = [(item, buffer) for item, buffer in zip(parts, out, strict=True) if item.optimizer is optimizer]
     if not any(item.kind == "displacement" for item, _ in own):

@@ -13,7 +13,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_steps
-from pipeoptim.rules.drive import Item, items, parameters, write_by_rule
+from pipeoptim.rules.entries import ParameterEntry, parameter_entries, parameters, predict_by_rule
 from pipeoptim.rules.fallback import copy_weights, extrapolate
 from pipeoptim.rules.fused.step import FusedStep, could_fuse
 from pipeoptim.rules.lr import next_rates
@@ -62,9 +62,9 @@ class Predictor:
         self.scheduler = scheduler
         self.fused: Literal["auto", False] = False if parts else fused
         self.parts = parts
-        self._made: list[Item] = []
+        self._made: list[ParameterEntry] = []
         self._made_for: list[tuple[Any, ...]] | None = None
-        self._one_each: list[Item] = []  # a parameter of each group: kind and options are the group's
+        self._one_each: list[ParameterEntry] = []  # a parameter of each group: kind and options are the group's
         self._moves_by_itself = False  # whether any is predicted by displacement
         self._fusable: bool | None = None  # None: not asked yet, which may build the kernels
         self._fused_step = FusedStep(optimizer)
@@ -92,12 +92,12 @@ class Predictor:
         self._items()
         return self._moves_by_itself
 
-    def _items(self) -> list[Item]:
-        """As `items`, made anew only when the param groups are others than before."""
+    def _items(self) -> list[ParameterEntry]:
+        """As `parameter_entries`, made anew only when the param groups are others than before."""
         groups = self.optimizer.param_groups
         made_for = [(id(group), id(group["params"]), len(group["params"]), group.get("prediction")) for group in groups]
         if self._made_for != made_for:
-            self._made, self._made_for = items(self.optimizer, self.kind, self.parts), made_for
+            self._made, self._made_for = parameter_entries(self.optimizer, self.kind, self.parts), made_for
             self._one_each = list({item.group_number: item for item in self._made}.values())
             self._moves_by_itself = any(item.kind == "displacement" for item in self._one_each)
             self._fusable = None
@@ -147,7 +147,9 @@ class Predictor:
             self._note(parts, rates, out, steps)
         return out
 
-    def _note(self, parts: Sequence[Item], rates: list[tuple[Scalar, ...]], out: Sequence[Tensor], steps: int) -> None:
+    def _note(
+        self, parts: Sequence[ParameterEntry], rates: list[tuple[Scalar, ...]], out: Sequence[Tensor], steps: int
+    ) -> None:
         """What a fused step has predicted, into which buffers."""
         self._known_at, self._adopt = steps, False
         self._known = None
@@ -168,7 +170,7 @@ class Predictor:
         parts = self._items()
         return self._fused_for == self._circumstances(parts, next_rates(self.optimizer, self.scheduler, steps))
 
-    def _circumstances(self, parts: Sequence[Item], rates: list[tuple[Scalar, ...]]) -> tuple[Any, ...]:
+    def _circumstances(self, parts: Sequence[ParameterEntry], rates: list[tuple[Scalar, ...]]) -> tuple[Any, ...]:
         return rates, [item.kind for item in self._one_each], [item.weight._version for item in parts]
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
@@ -208,7 +210,7 @@ class Predictor:
             copy_weights([parts[n].weight for n in rest], [out[n] for n in rest])
         elif len(moved) < len(parts):
             rates = next_rates(self.optimizer, self.scheduler, steps)
-            write_by_rule(parts, self._grads if self._grads is not None else [None] * len(parts), rates, out)
+            predict_by_rule(parts, self._grads if self._grads is not None else [None] * len(parts), rates, out)
 
     def _extrapolate_into(self, weights: list[Tensor], out: list[Tensor], steps: int, numbers: list[int]) -> None:
         """The parameters by displacement, whose places in all are `numbers`."""

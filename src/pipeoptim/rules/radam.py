@@ -21,7 +21,7 @@ class RAdamStepper(AdamStepper):
         """See the class."""
         return _rectified(t, float(group["betas"][1])) is not None
 
-    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
+    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.AdamCoefficients:
         """See the class."""
         factor = _rectified(t, float(group["betas"][1]))
         assert factor is not None

@@ -18,7 +18,7 @@ from pipeoptim.rules.move import Ahead, Group, Move, State
 
 
 @dataclass(frozen=True)
-class Kind:
+class PredictionKind:
     """A kind of prediction.
 
     Attributes:
@@ -35,32 +35,32 @@ class Kind:
     steps_order: int
 
 
-KINDS: dict[str, Kind] = {
-    "refined": Kind(
+KINDS: dict[str, PredictionKind] = {
+    "refined": PredictionKind(
         "W_t - (sum of the next s learning rates) * dW_t, with weight decay and every flag of the optimizer",
         "a direction that stays: a constant gradient, once moments have settled; any schedule that the scheduler knows",
         2,
         2,
     ),
-    "paper": Kind(
+    "paper": PredictionKind(
         "W_t - lr * s * dW_t exactly as in arXiv 2312.00839: no decoupled weight decay, no amsgrad, no schedule",
         "a direction and a learning rate that stay, no decoupled decay; with either of those of order 1 in lr",
         2,
         2,
     ),
-    "decayed": Kind(
+    "decayed": PredictionKind(
         "the next s updates if every further gradient were zero: momentum fades",
         "gradients that are zero from now on; for others it stops short by what they would add",
         1,
         1,
     ),
-    "displacement": Kind(
+    "displacement": PredictionKind(
         "W_t + s * (W_t - W_{t-1}): knows nothing of the optimizer",
         "a last displacement that repeats itself",
         2,
         2,
     ),
-    "none": Kind("W_t: the weights as they are, unpredicted", "weights that stay", 1, 1),
+    "none": PredictionKind("W_t: the weights as they are, unpredicted", "weights that stay", 1, 1),
 }
 """The kinds of prediction. A param group may choose its own: ``group["prediction"] = "paper"``."""
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pipeoptim.rules.drive import parameters
+from pipeoptim.rules.entries import parameters
 
 
 class Tracker:

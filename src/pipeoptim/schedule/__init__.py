@@ -4,9 +4,9 @@ One program per (order, depth, micro-batches) is read by three interpreters: the
 the timeline that draws it. What a stage does, and how old its weights are when it does it, is therefore said once.
 """
 
-from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.draw import to_svg, to_text
-from pipeoptim.schedule.known import common_delay
+from pipeoptim.schedule.happens_before import common_delay
 from pipeoptim.schedule.orders import INTERLEAVED, ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
 from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
@@ -16,7 +16,7 @@ __all__ = [
     "INTERLEAVED",
     "ORDERS",
     "Action",
-    "Kind",
+    "ActionKind",
     "Order",
     "Program",
     "Span",

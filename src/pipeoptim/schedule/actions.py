@@ -6,7 +6,7 @@ from enum import StrEnum
 from typing import NamedTuple
 
 
-class Kind(StrEnum):
+class ActionKind(StrEnum):
     """What an action does. F, B and U are work; the other four move data between neighbouring stages."""
 
     F = "F"
@@ -26,11 +26,11 @@ class Action(NamedTuple):
         number: the micro-batch, counted from 0 since the last (re)start; for ``U`` the mini-batch it consumes.
 
     Example:
-        >>> str(Action(Kind.F, 3))
+        >>> str(Action(ActionKind.F, 3))
         'F3'
     """
 
-    kind: Kind
+    kind: ActionKind
     number: int
 
     def __str__(self) -> str:

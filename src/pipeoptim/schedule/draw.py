@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
-from pipeoptim.schedule.actions import Kind
+from pipeoptim.schedule.actions import ActionKind
 from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.timeline import Span, timeline
 
@@ -37,7 +37,7 @@ def to_text(program: Program, minibatches: int, width: int | None = None) -> str
         updates = set()
         for span in (s for s in spans if s.k == k):
             start = int(span.start)
-            if span.action.kind is Kind.U:
+            if span.action.kind is ActionKind.U:
                 updates.add(start)
                 continue
             cells[start] = str(span.action).ljust(cell)
@@ -85,10 +85,10 @@ def _label(program: Program, k: int) -> str:
 def _svg_span(span: Span, m: int) -> str:
     kind, index = span.action
     x, y = _LEFT + _UNIT * span.start, _TOP + _ROW * span.k
-    if kind is Kind.U:
+    if kind is ActionKind.U:
         return f'<path class="ink" d="M{x - 4:g} {y + 29} l4 -6 l4 6z"/>'
     colour = _COLOURS[(index // m) % len(_COLOURS)]
-    opacity, ink = ("0.45", 'class="ink"') if kind is Kind.F else ("1", 'fill="#fff"')
+    opacity, ink = ("0.45", 'class="ink"') if kind is ActionKind.F else ("1", 'fill="#fff"')
     w = _UNIT * (span.end - span.start)
     return (
         f'<g><title>stage {span.k}: {span.action}</title><rect x="{x:g}" y="{y}" width="{w - 1:g}" height="22" rx="3" '

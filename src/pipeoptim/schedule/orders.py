@@ -14,7 +14,7 @@ from math import gcd
 from types import MappingProxyType
 from typing import ClassVar, Protocol
 
-from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.actions import Action, ActionKind
 
 
 class Order(Protocol):
@@ -43,9 +43,9 @@ class Order(Protocol):
 
 def _backward(i: int, m: int) -> list[Action]:
     """B of micro-batch ``i``, and the update where ``i`` is the last of its mini-batch."""
-    done = [Action(Kind.B, i)]
+    done = [Action(ActionKind.B, i)]
     if (i + 1) % m == 0:
-        done.append(Action(Kind.U, i // m))
+        done.append(Action(ActionKind.U, i // m))
     return done
 
 
@@ -59,7 +59,7 @@ class AsyncOneFOneB:
         ahead = depth - 1 - k
         actions: list[Action] = []
         for i in range(n * m, (n + 1) * m):
-            actions.append(Action(Kind.F, i))
+            actions.append(Action(ActionKind.F, i))
             if i >= ahead:
                 actions += _backward(i - ahead, m)
         return actions
@@ -80,7 +80,7 @@ class GPipe:
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         batch = range(n * m, (n + 1) * m)
-        return [Action(Kind.F, i) for i in batch] + [a for i in batch for a in _backward(i, m)]
+        return [Action(ActionKind.F, i) for i in batch] + [a for i in batch for a in _backward(i, m)]
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         return []
@@ -98,9 +98,9 @@ class OneFOneBFlush:
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         ahead = min(depth - 1 - k, m)
         first, end = n * m, (n + 1) * m
-        actions = [Action(Kind.F, i) for i in range(first, first + ahead)]
+        actions = [Action(ActionKind.F, i) for i in range(first, first + ahead)]
         for i in range(first + ahead, end):
-            actions += [Action(Kind.F, i), *_backward(i - ahead, m)]
+            actions += [Action(ActionKind.F, i), *_backward(i - ahead, m)]
         return actions + [a for i in range(end - ahead, end) for a in _backward(i, m)]
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
@@ -159,7 +159,7 @@ class AsyncInterleaved:
         flying = most = 0
         for n in range(2 * depth + 2):
             for action in self.step(k, depth, m, n):
-                flying += {Kind.F: 1, Kind.B: -1}.get(action.kind, 0)
+                flying += {ActionKind.F: 1, ActionKind.B: -1}.get(action.kind, 0)
                 most = max(most, flying)
         return most
 
@@ -183,7 +183,7 @@ class _Slots:
         """The F in slot ``q`` of process ``p``."""
         block, rest = divmod(q, self.g * self.v)
         v, j = divmod(rest, self.g)
-        return [(v * self.processes + p, Action(Kind.F, block * self.g + j))]
+        return [(v * self.processes + p, Action(ActionKind.F, block * self.g + j))]
 
     def backward(self, p: int, q: int, before: int | None = None) -> list[tuple[int, Action]]:
         """The B in slot ``q``, with its U; none in the warm-up, and none of micro-batches from ``before`` on."""

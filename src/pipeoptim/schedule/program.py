@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.orders import ORDERS, AsyncInterleaved, Order
 
 
@@ -119,9 +119,9 @@ class Program:
         left = {k: deque(own(k)) for k in range(p, self.depth, self.processes)}
         merged: list[tuple[int, Action]] = []
         for k, action in base:
-            while action.kind is not Kind.U and action in left[k]:
+            while action.kind is not ActionKind.U and action in left[k]:
                 merged.append((k, left[k].popleft()))
-            while left[k] and left[k][0].kind is Kind.U:
+            while left[k] and left[k][0].kind is ActionKind.U:
                 merged.append((k, left[k].popleft()))
         return merged + [(k, action) for k, queue in left.items() for action in queue]
 
@@ -161,9 +161,9 @@ def _later(actions: Iterable[Action]) -> tuple[list[Action], list[Action]]:
     out: list[Action] = []
     held: list[Action] = []
     for action in actions:
-        if action.kind is Kind.U:
+        if action.kind is ActionKind.U:
             held.append(action)
-        elif action.kind is Kind.F:
+        elif action.kind is ActionKind.F:
             out, held = [*out, action, *held], []
         else:  # a backward must not add to gradients that an update is still to use
             out, held = [*out, *held, action], []
@@ -174,16 +174,17 @@ def count_gaps(actions: Iterable[Action]) -> dict[int, int]:
     """Version gap of each micro-batch of one stage: the number of ``U`` between its F and its B.
 
     Example:
-        >>> count_gaps([Action(Kind.F, 0), Action(Kind.F, 1), Action(Kind.B, 0), Action(Kind.U, 0), Action(Kind.B, 1)])
+        >>> F, B, U = ActionKind.F, ActionKind.B, ActionKind.U
+        >>> count_gaps([Action(F, 0), Action(F, 1), Action(B, 0), Action(U, 0), Action(B, 1)])
         {0: 0, 1: 1}
     """
     updates, at_forward, gaps = 0, {}, {}
     for kind, index in actions:
-        if kind is Kind.U:
+        if kind is ActionKind.U:
             updates += 1
-        elif kind is Kind.F:
+        elif kind is ActionKind.F:
             at_forward[index] = updates
-        elif kind is Kind.B:
+        elif kind is ActionKind.B:
             gaps[index] = updates - at_forward[index]
     return gaps
 

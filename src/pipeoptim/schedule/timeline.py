@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from pipeoptim.errors import PipeOptimError
-from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.program import Program
 
 
@@ -43,12 +43,16 @@ def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_b
         >>> [f"{s.k}:{s.action}@{s.start:g}" for s in timeline(Program("gpipe", 2), 1) if s.action.kind != "U"]
         ['0:F0@0', '1:F0@1', '1:B0@2', '0:B0@4']
     """
-    durations = {Kind.F: _each(t_forward, program), Kind.B: _each(t_backward, program), Kind.U: _each(0.0, program)}
+    durations = {
+        ActionKind.F: _each(t_forward, program),
+        ActionKind.B: _each(t_backward, program),
+        ActionKind.U: _each(0.0, program),
+    }
     plans = [_whole(program, p, minibatches) for p in range(program.processes or program.depth)]
     return replay(plans, program.depth, lambda k, kind: durations[kind][k])
 
 
-def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Callable[[int, Kind], float]) -> list[Span]:
+def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Callable[[int, ActionKind], float]) -> list[Span]:
     """As :func:`timeline`, for any lists of actions, one per process, each action with its stage.
 
     Args:
@@ -61,7 +65,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
         PipeOptimError: the stages wait for one another for ever.
 
     Example:
-        >>> plans = [[(0, Action(Kind.F, 7)), (0, Action(Kind.B, 6))], [(1, Action(Kind.F, 7))]]
+        >>> plans = [[(0, Action(ActionKind.F, 7)), (0, Action(ActionKind.B, 6))], [(1, Action(ActionKind.F, 7))]]
         >>> [f"{s.k}:{s.action}@{s.start:g}" for s in replay(plans, 2, lambda k, kind: 1.0)]
         ['0:F7@0', '0:B6@1', '1:F7@1']
     """
@@ -106,7 +110,11 @@ def _ready(
     k: int, action: Action, depth: int, done: dict[tuple[int, Action], float], planned: set[tuple[int, Action]]
 ) -> float | None:
     """When the neighbour's result that ``action`` needs is there; None while it is not."""
-    if (action.kind is Kind.F and k == 0) or (action.kind is Kind.B and k == depth - 1) or action.kind is Kind.U:
+    if (
+        (action.kind is ActionKind.F and k == 0)
+        or (action.kind is ActionKind.B and k == depth - 1)
+        or action.kind is ActionKind.U
+    ):
         return 0.0
-    needed = (k - 1 if action.kind is Kind.F else k + 1, action)
+    needed = (k - 1 if action.kind is ActionKind.F else k + 1, action)
     return done.get(needed) if needed in planned else 0.0

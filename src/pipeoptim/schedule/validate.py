@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeoptim.errors import PipeOptimError
-from pipeoptim.schedule.actions import Action, Kind
+from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.timeline import timeline
 
@@ -12,16 +12,16 @@ def with_transfers(actions: list[Action], k: int, depth: int) -> list[Action]:
     """The same actions with the receives before and the sends after each F and B spelled out.
 
     Example:
-        >>> [str(a) for a in with_transfers([Action(Kind.F, 0)], k=1, depth=3)]
+        >>> [str(a) for a in with_transfers([Action(ActionKind.F, 0)], k=1, depth=3)]
         ['recv_activation0', 'F0', 'send_activation0']
     """
     out: list[Action] = []
     for action in actions:
         first, last = k == 0, k == depth - 1
-        if action.kind is Kind.F:
-            before, after = (not first, Kind.RECV_ACTIVATION), (not last, Kind.SEND_ACTIVATION)
-        elif action.kind is Kind.B:
-            before, after = (not last, Kind.RECV_GRADIENT), (not first, Kind.SEND_GRADIENT)
+        if action.kind is ActionKind.F:
+            before, after = (not first, ActionKind.RECV_ACTIVATION), (not last, ActionKind.SEND_ACTIVATION)
+        elif action.kind is ActionKind.B:
+            before, after = (not last, ActionKind.RECV_GRADIENT), (not first, ActionKind.SEND_GRADIENT)
         else:
             out.append(action)
             continue
@@ -46,8 +46,8 @@ def validate(program: Program, minibatches: int) -> None:
         _check_stage(k, actions, program.microbatches, minibatches)
     lists = [with_transfers(actions, k, program.depth) for k, actions in enumerate(plans)]
     for k in range(program.depth - 1):
-        _check_channel(lists[k], Kind.SEND_ACTIVATION, k, lists[k + 1], Kind.RECV_ACTIVATION, k + 1)
-        _check_channel(lists[k + 1], Kind.SEND_GRADIENT, k + 1, lists[k], Kind.RECV_GRADIENT, k)
+        _check_channel(lists[k], ActionKind.SEND_ACTIVATION, k, lists[k + 1], ActionKind.RECV_ACTIVATION, k + 1)
+        _check_channel(lists[k + 1], ActionKind.SEND_GRADIENT, k + 1, lists[k], ActionKind.RECV_GRADIENT, k)
     timeline(program, minibatches)
 
 
@@ -55,9 +55,9 @@ def _check_stage(k: int, actions: list[Action], m: int, minibatches: int) -> Non
     seen: set[Action] = set()
     for action in actions:
         needs = {
-            Kind.F: [],
-            Kind.B: [Action(Kind.F, action.number)],
-            Kind.U: [Action(Kind.B, i) for i in range(action.number * m, (action.number + 1) * m)],
+            ActionKind.F: [],
+            ActionKind.B: [Action(ActionKind.F, action.number)],
+            ActionKind.U: [Action(ActionKind.B, i) for i in range(action.number * m, (action.number + 1) * m)],
         }.get(action.kind)
         if needs is None:
             raise PipeOptimError(f"stage {k}: {action} is not an F, B or U")
@@ -67,14 +67,14 @@ def _check_stage(k: int, actions: list[Action], m: int, minibatches: int) -> Non
         if action in seen:
             raise PipeOptimError(f"stage {k}: {action} comes twice")
         seen.add(action)
-    counts = {Kind.F: minibatches * m, Kind.B: minibatches * m, Kind.U: minibatches}
+    counts = {ActionKind.F: minibatches * m, ActionKind.B: minibatches * m, ActionKind.U: minibatches}
     for kind, expected in counts.items():
         found = sum(a.kind is kind for a in seen)
         if found != expected:
             raise PipeOptimError(f"stage {k}: {found} {kind.value} where {expected} are due")
 
 
-def _check_channel(sender: list[Action], send: Kind, k: int, receiver: list[Action], recv: Kind, to: int) -> None:
+def _check_channel(sender: list[Action], send: ActionKind, k: int, receiver: list[Action], recv: ActionKind, to: int) -> None:
     sent = [a.number for a in sender if a.kind is send]
     received = [a.number for a in receiver if a.kind is recv]
     if sent != received:

@@ -28,10 +28,10 @@ def main(arguments: list[str], stop: StopOnInterrupt) -> None:
     """Train the stages that the environment variable RANK says."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
-    from pipeoptim.kernels.pages import keep_freed
+    from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train.rundir import RunDir
 
-    keep_freed()
+    keep_freed_memory()
     parser = argparse.ArgumentParser(prog="pipeoptim.train.worker")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--from", dest="checkpoint", default="")

@@ -3,12 +3,12 @@
 from pipeoptim.weights.layout import BufferSet, StorageLayout
 from pipeoptim.weights.saved import SavedWeights
 from pipeoptim.weights.sources import Latest, Numbered, Predicted, PredictedOnce, Source, Stashed
-from pipeoptim.weights.store import Held, StageWeights
+from pipeoptim.weights.store import StageWeights, WeightSet
 from pipeoptim.weights.swap import swapped
 
 __all__ = [
     "BufferSet",
-    "Held",
+    "WeightSet",
     "Latest",
     "Numbered",
     "Predicted",

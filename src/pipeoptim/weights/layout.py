@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeoptim.kernels.pages import empty_like
+from pipeoptim.kernels.allocation import empty_like
 
 
 class Place(NamedTuple):

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 if TYPE_CHECKING:
     from pipeoptim.schedule import Program
-    from pipeoptim.weights.store import Held, StageWeights
+    from pipeoptim.weights.store import StageWeights, WeightSet
 
 
 class Source:
@@ -31,7 +31,7 @@ class Source:
         """Whether it counts in the action program, whatever that is, instead of by a formula for one order."""
         return True
 
-    def acquire(self, weights: StageWeights, i: int) -> Held:
+    def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         """The weights for micro-batch ``i``; the caller releases them."""
         raise NotImplementedError
 
@@ -48,7 +48,7 @@ class Source:
 class Latest(Source):
     """The newest weights W_t at the time of the action."""
 
-    def acquire(self, weights: StageWeights, i: int) -> Held:
+    def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         return weights.latest()
 
 
@@ -56,7 +56,7 @@ class Latest(Source):
 class Stashed(Source):
     """Backward only: exactly the weights that the forward of the same micro-batch used."""
 
-    def acquire(self, weights: StageWeights, i: int) -> Held:
+    def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         raise AssertionError("the weights of the forward are kept with the micro-batch, not acquired again")
 
 
@@ -76,7 +76,7 @@ class Predicted(Source):
     def any_order(self) -> bool:
         return self.steps is counted_gap
 
-    def acquire(self, weights: StageWeights, i: int) -> Held:
+    def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         return weights.predicted(self.steps_ahead(weights.program, weights.k, i))
 
     def steps_ahead(self, program: Program, k: int, i: int) -> int:
@@ -89,14 +89,14 @@ class PredictedOnce(Predicted):
 
     once: ClassVar[bool] = True
 
-    def acquire(self, weights: StageWeights, i: int) -> Held:
+    def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         n, j = divmod(i, weights.program.microbatches)
         if j == 0:
             weights.pin((self, n), weights.predicted(self.steps_ahead(weights.program, weights.k, i)))
-        held = weights.pinned((self, n))
+        weight_set = weights.pinned((self, n))
         if j == weights.program.microbatches - 1:
             weights.unpin((self, n))
-        return held
+        return weight_set
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Numbered(Source):
     def any_order(self) -> bool:
         return False
 
-    def acquire(self, weights: StageWeights, i: int) -> Held:
+    def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         return weights.numbered(weights.restart + self.number(weights.program, weights.k, i))
 
     def oldest_needed(self, weights: StageWeights, i: int) -> int | None:

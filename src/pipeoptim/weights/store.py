@@ -52,7 +52,7 @@ class FusingPredictor(Protocol):
     def still_holds(self, steps: int) -> bool: ...
 
 
-class Held:
+class WeightSet:
     """One set of weights in use: the latest in place (``copy`` is None) or a copy.
 
     Attributes:
@@ -91,50 +91,50 @@ class StageWeights:
         self.layout = StorageLayout(self.params)
         self.version = 0
         self.restart = 0
-        self._held: dict[tuple[int, int], Held] = {}
-        self._pinned: dict[Hashable, Held] = {}
-        self._retained: dict[int, Held] = {}
+        self._sets: dict[tuple[int, int], WeightSet] = {}
+        self._pinned: dict[Hashable, WeightSet] = {}
+        self._retained: dict[int, WeightSet] = {}
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
         self._most = 0  # copies that were needed at once
         self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_each
 
-    def latest(self) -> Held:
+    def latest(self) -> WeightSet:
         """The latest weights; they become a copy by themselves if somebody still holds them at the next update."""
-        return self._hold((self.version, 0))
+        return self._acquire((self.version, 0))
 
-    def numbered(self, version: int) -> Held:
+    def numbered(self, version: int) -> WeightSet:
         """The weights as they were at ``version``, which somebody must have held since."""
-        return self._hold((version, 0), must_exist=version != self.version)
+        return self._acquire((version, 0), must_exist=version != self.version)
 
-    def predicted(self, steps: int) -> Held:
+    def predicted(self, steps: int) -> WeightSet:
         """The weights predicted for ``steps`` updates after the latest; the latest themselves for 0."""
         key = (self.version, steps)
         if steps == 0 or self.predictor is None:  # no predictor: a stage without parameters
-            return self._hold((self.version, 0))
-        held = self._held.get(key)
-        if held is not None and (not held.early or self._still_holds(steps)):
-            held.early = False
-            return self._hold(key)
-        if any(h.key[0] == self.version and h.copy is not None and h.copy.adopted for h in self._held.values()):
+            return self._acquire((self.version, 0))
+        weight_set = self._sets.get(key)
+        if weight_set is not None and (not weight_set.early or self._still_holds(steps)):
+            weight_set.early = False
+            return self._acquire(key)
+        if any(s.key[0] == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values()):
             self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
         self._drop_stale_predictions()
-        held = self._held[key] = Held(key, self._take())
-        assert held.copy is not None
+        weight_set = self._sets[key] = WeightSet(key, self._take())
+        assert weight_set.copy is not None
         with torch.no_grad():
-            self.predictor.predict_into(held.copy.tensors, steps)
-        held.users += 1
-        return held
+            self.predictor.predict_into(weight_set.copy.tensors, steps)
+        weight_set.users += 1
+        return weight_set
 
-    def pin(self, tag: Hashable, held: Held) -> None:
-        """Keep ``held`` under ``tag`` until :meth:`unpin`; takes over the caller's hold on it."""
-        self._pinned[tag] = held
+    def pin(self, tag: Hashable, weight_set: WeightSet) -> None:
+        """Keep ``weight_set`` under ``tag`` until :meth:`unpin`; takes over the caller's hold on it."""
+        self._pinned[tag] = weight_set
 
-    def pinned(self, tag: Hashable) -> Held:
+    def pinned(self, tag: Hashable) -> WeightSet:
         """What is kept under ``tag``; the caller releases it."""
-        held = self._pinned[tag]
-        held.users += 1
-        return held
+        weight_set = self._pinned[tag]
+        weight_set.users += 1
+        return weight_set
 
     def unpin(self, tag: Hashable) -> None:
         """Let go of what is kept under ``tag``."""
@@ -147,20 +147,20 @@ class StageWeights:
         for version in [v for v in self._retained if v < oldest]:
             self.release(self._retained.pop(version))
 
-    def release(self, held: Held) -> None:
+    def release(self, weight_set: WeightSet) -> None:
         """Give back what :meth:`latest`, :meth:`numbered` or :meth:`predicted` returned."""
-        held.users -= 1
-        if held.users == 0 and held.key[1] == 0:
+        weight_set.users -= 1
+        if weight_set.users == 0 and weight_set.key[1] == 0:
             # A prediction stays until it is overwritten: micro-batches of one version share it.
-            self._forget(held)
+            self._forget(weight_set)
 
     def before_update(self) -> None:
         """Copy the latest weights if they are held; free the predictions that nobody uses."""
-        held = self._held.get((self.version, 0))
-        if held is not None and held.copy is None:
-            held.copy = self._take()
+        weight_set = self._sets.get((self.version, 0))
+        if weight_set is not None and weight_set.copy is None:
+            weight_set.copy = self._take()
             with torch.no_grad():
-                for copy, latest in zip(held.copy.bases, self.layout.latest.bases, strict=True):
+                for copy, latest in zip(weight_set.copy.bases, self.layout.latest.bases, strict=True):
                     copy.copy_(latest)
         if self.predictor is not None:
             self._drop_stale_predictions(everything=True)
@@ -189,8 +189,8 @@ class StageWeights:
             if not self._fusing.fused_step(copy.tensors, ahead):
                 self._free.append(copy)
                 return False
-        held = self._held[self.version + 1, ahead] = Held((self.version + 1, ahead), copy)
-        held.early = True
+        weight_set = self._sets[self.version + 1, ahead] = WeightSet((self.version + 1, ahead), copy)
+        weight_set.early = True
         return True
 
     def _predicted_over_gradients(self, fusing: FusingPredictor, ahead: int) -> BufferSet | None:
@@ -216,25 +216,25 @@ class StageWeights:
         if self.predictor is not None:
             self.predictor.after_step()
 
-    def tensors(self, held: Held) -> list[Tensor] | None:
+    def tensors(self, weight_set: WeightSet) -> list[Tensor] | None:
         """What :func:`~pipeoptim.weights.swap.swapped` puts into the module; None for the latest in place."""
-        return None if held.copy is None else held.copy.tensors
+        return None if weight_set.copy is None else weight_set.copy.tensors
 
-    def buffers(self, held: Held) -> BufferSet:
-        """The memory of ``held``, for :class:`~pipeoptim.weights.saved.SavedWeights`."""
-        return self.layout.latest if held.copy is None else held.copy
+    def buffers(self, weight_set: WeightSet) -> BufferSet:
+        """The memory of ``weight_set``, for :class:`~pipeoptim.weights.saved.SavedWeights`."""
+        return self.layout.latest if weight_set.copy is None else weight_set.copy
 
     def nbytes_of_copies(self) -> int:
         """Bytes of all copies that there are, in use or free."""
         return sum(copy.nbytes() for copy in self._copies)
 
-    def _hold(self, key: tuple[int, int], must_exist: bool = False) -> Held:
-        held = self._held.get(key)
-        if held is None:
+    def _acquire(self, key: tuple[int, int], must_exist: bool = False) -> WeightSet:
+        weight_set = self._sets.get(key)
+        if weight_set is None:
             assert not must_exist, f"stage {self.k}: version {key[0]} is gone, the latest is {self.version}"
-            held = self._held[key] = Held(key)
-        held.users += 1
-        return held
+            weight_set = self._sets[key] = WeightSet(key)
+        weight_set.users += 1
+        return weight_set
 
     def _take(self) -> BufferSet:
         return self._free.pop() if self._free else self._new()
@@ -244,14 +244,14 @@ class StageWeights:
         self._most = max(self._most, len(self._copies))
         return self._copies[-1]
 
-    def _forget(self, held: Held) -> None:
-        del self._held[held.key]
-        if held.copy is not None and held.copy.adopted:
-            self._copies.remove(held.copy)
-        elif held.copy is not None:
-            self._free.append(held.copy)
+    def _forget(self, weight_set: WeightSet) -> None:
+        del self._sets[weight_set.key]
+        if weight_set.copy is not None and weight_set.copy.adopted:
+            self._copies.remove(weight_set.copy)
+        elif weight_set.copy is not None:
+            self._free.append(weight_set.copy)
 
     def _drop_stale_predictions(self, everything: bool = False) -> None:
-        for held in [h for h in self._held.values() if h.users == 0]:
-            if everything or held.key[1] > 0:
-                self._forget(held)
+        for weight_set in [s for s in self._sets.values() if s.users == 0]:
+            if everything or weight_set.key[1] > 0:
+                self._forget(weight_set)

@@ -237,13 +237,13 @@ def predict(
     from pipeoptim.bench.predict import measure, merged
     from pipeoptim.bench.record import Record
     from pipeoptim.errors import ConfigError
-    from pipeoptim.kernels.pages import keep_freed
+    from pipeoptim.kernels.allocation import keep_freed_memory
 
     if weights < 1e6 or min(threads or [1]) < 1 or repeats < 1:
         raise ConfigError(
             f"weights={weights:g}, threads={threads}, repeats={repeats}: at least a million weights, 1 thread and 1 repeat"
         )
-    keep_freed()  # as a training run does, where one backward leaves its gradients where those of another were
+    keep_freed_memory()  # as a training run does, where one backward leaves its gradients where those of another were
     record = measure(weights, threads, repeats, budget, optimizer, device)
     out = out or Path("benchmarks/results") / ("predict.json" if device == "cpu" else "predict_cuda.json")
     _report(merged(Record.read(out), record) if add and out.is_file() else record, out)

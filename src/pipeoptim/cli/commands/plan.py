@@ -62,11 +62,11 @@ def plan(
       pipeoptim plan --model mine:gpt2 --stages 2 --blocks
           Also what each layer costs: milliseconds of its forward and backward, bytes of activations and weights.
     """
-    from pipeoptim.kernels.pages import keep_freed
+    from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.methods import get_method
     from pipeoptim.partitioning import partition
 
-    keep_freed()
+    keep_freed_memory()
     chosen = get_method(method)
     for option, path in (("--picture", picture), ("--svg", svg)):
         if path is not None and path.exists():

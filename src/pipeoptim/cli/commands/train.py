@@ -152,13 +152,13 @@ def train(
     Ctrl-C saves and says how to continue; a second Ctrl-C aborts. Under torchrun (one process per stage, or as --chunks and
     --replicas say), add --engine processes.
     """
-    from pipeoptim.kernels.pages import keep_freed
+    from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train import recut, run
     from pipeoptim.train.recipes import full_name, get_recipe
     from pipeoptim.train.rundir import RunDir
     from pipeoptim.train.shorten import shortened, warmup_note
 
-    keep_freed()
+    keep_freed_memory()
     options = {
         "method": method,
         "stages": stages,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from pipeoptim.kernels import Take, available
+from pipeoptim.kernels import TensorSampler, available
 
 COORDINATES = 4096  # per parameter group and stage
 TENSORS = 16  # of a group that coordinates are taken from: each one costs a kernel call
@@ -86,7 +86,7 @@ class PredictionMonitor:
             self._parts.append(slice(taken, taken + size))
             taken += size
         self._places = [place for sample in self._samples for place in sample]
-        self._take = Take(self._samples) if all(where.is_cpu for _, where in self._places) else None
+        self._take = TensorSampler(self._samples) if all(where.is_cpu for _, where in self._places) else None
         self._latest: tuple[int, Tensor] | None = None  # version, a sample of its weights
         self._pending: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (t + s, s) -> W_t, W_hat
         self._found: deque[tuple[int, int, Tensor | list[list[float]]]] = deque()  # measured, perhaps still on the device

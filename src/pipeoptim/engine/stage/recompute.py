@@ -15,7 +15,7 @@ import torch.utils.checkpoint
 from torch import Tensor, nn
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.weights import Held, SavedWeights, StageWeights, swapped
+from pipeoptim.weights import SavedWeights, StageWeights, WeightSet, swapped
 from pipeoptim.weights.layout import Place, view
 
 KINDS = ("backward", "forward")
@@ -42,15 +42,15 @@ def check_recompute(kind: str, module: nn.Module, by_place: bool) -> None:
 
 
 @contextmanager
-def recomputing(weights: StageWeights, again: Held, held: Held) -> Iterator[None]:
-    """A backward on the weights ``held`` in this block runs parts of the module again on the weights ``again``.
+def recomputing(weights: StageWeights, again: WeightSet, weight_set: WeightSet) -> Iterator[None]:
+    """A backward on the weights ``weight_set`` in this block runs parts of the module again on the weights ``again``.
 
-    Where the two differ, what the second forward saves of its weights is replaced by the same view of ``held``.
+    Where the two differ, what the second forward saves of its weights is replaced by the same view of ``weight_set``.
     """
     with ExitStack() as stack:
         stack.enter_context(swapped(weights.params, weights.tensors(again)))
-        table, bases = weights.buffers(again).table, weights.buffers(held).bases
-        if weights.buffers(again) is not weights.buffers(held):
+        table, bases = weights.buffers(again).table, weights.buffers(weight_set).bases
+        if weights.buffers(again) is not weights.buffers(weight_set):
             hooks = SavedWeights(table)  # reentrant checkpoints build a new graph under these
             hooks.target = bases
             stack.enter_context(hooks)

@@ -40,7 +40,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
-from pipeoptim.weights import Held, Latest, SavedWeights, StageWeights, Stashed
+from pipeoptim.weights import Latest, SavedWeights, StageWeights, Stashed, WeightSet
 from pipeoptim.weights.store import WeightPredictor
 
 LossFn = Callable[..., Tensor]
@@ -53,7 +53,7 @@ class Flight:
     inputs: list[Tensor]
     outputs: list[Tensor]
     saved: SavedWeights | None
-    held: Held | None
+    weight_set: WeightSet | None
     extra: list[Tensor] = field(default_factory=list)  # losses raised by the stage itself
 
 
@@ -146,7 +146,7 @@ class StageWorker:
         self._own = False  # and its gradients are final but for tied weights and clipping
         self._complete = False  # and but for clipping
         self._flights: dict[int, Flight] = {}
-        self._ready: tuple[int, Held] | None = None
+        self._ready: tuple[int, WeightSet] | None = None
         self._next_forward = 0
         self._reached: bool | None = False  # whether a gradient has come; None where that is not looked at, or no longer
         self._copy_inputs: bool | None = None  # None: not known yet whether the module changes its inputs in place
@@ -157,10 +157,10 @@ class StageWorker:
         """Choose (and predict) the weights for F of micro-batch ``i``; may be called while its input is on its way."""
         self.settle()
         if self._ready is None:
-            held = self.method.forward.acquire(self.weights, i)
-            self._ready = (i, held)
-            if self.monitor is not None and held.copy is not None and held.key[1]:
-                self.monitor.predicted(*held.key, self.weights.params, held.copy.tensors)
+            weight_set = self.method.forward.acquire(self.weights, i)
+            self._ready = (i, weight_set)
+            if self.monitor is not None and weight_set.copy is not None and weight_set.key[1]:
+                self.monitor.predicted(*weight_set.key, self.weights.params, weight_set.copy.tensors)
 
     def forward(
         self, i: int, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any = None, share: float | None = None
@@ -169,21 +169,21 @@ class StageWorker:
 
         ``share``: how much of the mini-batch's loss this is; None for 1/M.
         """
-        held = self._weights_for(i)
-        saved = self._hooks(i, held)
+        weight_set = self._weights_for(i)
+        saved = self._hooks(i, weight_set)
         inputs = differentiable(args) if self.k > 0 else []  # nobody waits for gradients of the user's own inputs
         try:
             with self.random.drawing(), collect_losses(strict=True) as extra:
-                result = self._run(held, saved, args, kwargs, target, share)
+                result = self._run(weight_set, saved, args, kwargs, target, share)
             if self.is_last and not result.requires_grad:
                 check_graph(self.k, share, [*inputs, *self.weights.params], extra.values())
         except BaseException:
-            self.weights.release(held)
+            self.weights.release(weight_set)
             raise
         self.losses.add(extra, share)
         own = [self._scaled(loss, share) for loss in extra.values() if loss.requires_grad]
         outputs = self._roots(i, result, share) if self.is_last else differentiable(as_args(result))
-        self._keep(i, Flight(inputs, outputs, saved, held, own))
+        self._keep(i, Flight(inputs, outputs, saved, weight_set, own))
         return result.detach() if self.is_last else result
 
     def forward_part(
@@ -200,17 +200,17 @@ class StageWorker:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""
         self._keep(i, Flight([], [], None, self._weights_for(i)))
 
-    def _weights_for(self, i: int) -> Held:
+    def _weights_for(self, i: int) -> WeightSet:
         self.prepare(i)
         assert self._ready is not None and self._ready[0] == i, f"F{i} out of order"
-        held, self._ready = self._ready[1], None
-        return held
+        weight_set, self._ready = self._ready[1], None
+        return weight_set
 
     def _keep(self, i: int, flight: Flight) -> None:
         """Note what the backward of micro-batch ``i`` needs; let go of its forward's weights unless they are stashed."""
-        if flight.held is not None and not self._keeps:
-            self.weights.release(flight.held)
-            flight.held = None
+        if flight.weight_set is not None and not self._keeps:
+            self.weights.release(flight.weight_set)
+            flight.weight_set = None
         self._flights[i] = flight
         self._next_forward = i + 1
         self._retain()
@@ -227,9 +227,9 @@ class StageWorker:
             return loss * share
         return loss if self.program.microbatches == 1 else loss / self.program.microbatches
 
-    def _hooks(self, i: int, held: Held) -> SavedWeights | None:
+    def _hooks(self, i: int, weight_set: WeightSet) -> SavedWeights | None:
         """None where autograd's own saved tensors will hold the right weights when the backward runs."""
-        in_place = held.copy is None
+        in_place = weight_set.copy is None
         backward = self.method.backward
         if not self.reduction.by_place:
             return None
@@ -238,11 +238,13 @@ class StageWorker:
             return None
         if in_place and isinstance(backward, Stashed) and not moved:
             return None
-        return SavedWeights(self.weights.buffers(held).table)
+        return SavedWeights(self.weights.buffers(weight_set).table)
 
-    def _run(self, held: Held, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any, share: float | None) -> Any:
+    def _run(
+        self, weight_set: WeightSet, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any, share: float | None
+    ) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
-        with self.reduction.forward_on(self.weights.params, self.weights.tensors(held)):
+        with self.reduction.forward_on(self.weights.params, self.weights.tensors(weight_set)):
             with computing(self.device.type, self.options.autocast), hooks:
                 output = self._call(self.module, args, kwargs)
                 if self.is_last:
@@ -281,11 +283,15 @@ class StageWorker:
         if self.scaling is not None:
             self.scaling.begin_backward(i, loss_scale)
         flight = self._flights.pop(i)
-        held = self.method.backward.acquire(self.weights, i) if not self._stashes or flight.held is None else flight.held
-        again = flight.held or held
+        weight_set = (
+            self.method.backward.acquire(self.weights, i)
+            if not self._stashes or flight.weight_set is None
+            else flight.weight_set
+        )
+        again = flight.weight_set or weight_set
         try:
             if flight.saved is not None:
-                flight.saved.target = self.weights.buffers(held).bases
+                flight.saved.target = self.weights.buffers(weight_set).bases
             pairs = (
                 [(out, None) for out in flight.outputs] if self.is_last else list(zip(flight.outputs, gradients, strict=True))
             )
@@ -296,15 +302,18 @@ class StageWorker:
             if self._reached is not None:
                 self._note_reached(i, bool(roots), flight)
             if roots:
-                with self._backward_on(again, held), computing(self.device.type, None):  # recomputation runs the module again
+                with (
+                    self._backward_on(again, weight_set),
+                    computing(self.device.type, None),
+                ):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.masters.collect()
             if (i + 1) % self.program.microbatches == 0:
                 self.reduction.start()
         finally:
-            self.weights.release(held)
-            if flight.held is not None and not self._stashes:
-                self.weights.release(flight.held)
+            self.weights.release(weight_set)
+            if flight.weight_set is not None and not self._stashes:
+                self.weights.release(flight.weight_set)
         return [x.grad for x in flight.inputs]
 
     def _note_reached(self, i: int, found: bool, flight: Flight) -> None:
@@ -315,10 +324,10 @@ class StageWorker:
                 warn_cut_off(self.k, bool(flight.outputs))
             self._reached = None
 
-    def _backward_on(self, again: Held, held: Held) -> AbstractContextManager[Any]:
+    def _backward_on(self, again: WeightSet, weight_set: WeightSet) -> AbstractContextManager[Any]:
         if self.reduction.by_place:
-            return recomputing(self.weights, again, held)
-        return self.reduction.backward_on(self.weights.params, self.weights.tensors(held))
+            return recomputing(self.weights, again, weight_set)
+        return self.reduction.backward_on(self.weights.params, self.weights.tensors(weight_set))
 
     def _scale_of(self, loss: Tensor) -> Tensor | None:
         return None if self.scaling is None else torch.full_like(loss, self.scaling.current)

@@ -20,8 +20,8 @@ from torch.optim import Optimizer
 
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.memory import flat
-from pipeoptim.rules.drive import Item
+from pipeoptim.kernels.tensor_layout import flat
+from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.registry import Rule
 
@@ -70,16 +70,16 @@ class Family:
         self,
         stepper: Stepper,
         numbers: Sequence[int],
-        parts: Sequence[Item],
+        parts: Sequence[ParameterEntry],
         states: Sequence[Sequence[Tensor]],
         outs: Sequence[Tensor | None],
         over_gradients: bool,
     ) -> None:
         self.stepper, self.numbers, self.parts = stepper, numbers, parts
         self.counted = [item.state.get("step") for item in parts]
-        self.counts = calls.Counts(self.counted)
+        self.counts = calls.StepCounters(self.counted)
         places = [stepper.place(i.weight, s, o) for i, s, o in zip(parts, states, outs, strict=True)]
-        self.steps = calls.Steps(places, over_gradients)
+        self.steps = calls.MultiTensorStep(places, over_gradients)
         self._groups = [item.group_number for item in parts]
         first = {group: n for n, group in reversed(list(enumerate(self._groups)))}
         order = {group: n for n, group in enumerate(first)}
@@ -107,7 +107,7 @@ class Family:
 
 
 @dataclass
-class Plan:
+class FusedPlan:
     """The parameters that move, found fit for their kernels, and where their tensors lie.
 
     Looked over in loops that run in C, over lists rather than objects of our own: every object is another wait for memory.
@@ -123,7 +123,7 @@ class Plan:
         fetch: to be called before any of this is looked at.
     """
 
-    parts: Sequence[Item]
+    parts: Sequence[ParameterEntry]
     out: Sequence[Tensor | None]
     families: list[Family]
     still: list[int]
@@ -135,9 +135,9 @@ class Plan:
     names: list[str]
     tensors: list[Tensor]
     addresses: bytes
-    fetch: calls.Fetch
+    fetch: calls.CachePrefetch
 
-    def holds(self, parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None) -> bool:
+    def holds(self, parts: Sequence[ParameterEntry], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None) -> bool:
         """Whether everything is as it was, and these gradients lie in memory as the weights do."""
         if parts is not self.parts or [n for n, grad in enumerate(grads) if grad is None] != self.still:
             return False
@@ -173,8 +173,8 @@ class Plan:
 
 
 def make_plan(
-    parts: Sequence[Item], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None, over_gradients: bool = False
-) -> Plan | None:
+    parts: Sequence[ParameterEntry], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None, over_gradients: bool = False
+) -> FusedPlan | None:
     """A plan for the parameters that have a gradient; None if there are none, or one that no kernel can take."""
     found: dict[Stepper, list[tuple[int, list[Tensor]]]] = {}
     kept: list[tuple[Mapping[str, Any], str, Tensor]] = []
@@ -197,13 +197,13 @@ def make_plan(
 
 
 def _planned(
-    parts: Sequence[Item],
+    parts: Sequence[ParameterEntry],
     grads: Sequence[Tensor | None],
     out: Sequence[Tensor],
     found: Mapping[Stepper, list[tuple[int, list[Tensor]]]],
     kept: list[tuple[Mapping[str, Any], str, Tensor]],
     over_gradients: bool,
-) -> Plan:
+) -> FusedPlan:
     families = []
     for stepper, theirs in found.items():
         numbers = [n for n, _ in theirs]
@@ -214,7 +214,7 @@ def _planned(
     weights = [item.weight for item, grad in zip(parts, grads, strict=True) if grad is not None]
     owners = list({id(item.optimizer): item.optimizer for item in parts}.values())
     states, names, tensors = map(list, zip(*kept, strict=True) if kept else ((), (), ()))
-    return Plan(
+    return FusedPlan(
         parts=parts,
         out=list(out),
         families=families,
@@ -227,7 +227,7 @@ def _planned(
         names=names,
         tensors=tensors,
         addresses=_addresses(weights, tensors),
-        fetch=calls.Fetch([*weights, *tensors, *(g for g in grads if g is not None), *parts, *states]),
+        fetch=calls.CachePrefetch([*weights, *tensors, *(g for g in grads if g is not None), *parts, *states]),
     )
 
 

@@ -22,9 +22,9 @@ from torch.optim import optimizer as torch_optimizer
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.rules.combined import members
-from pipeoptim.rules.drive import Item, rates_for, write_by_rule
+from pipeoptim.rules.entries import ParameterEntry, predict_by_rule, rates_for
 from pipeoptim.rules.fused.ownership import alone
-from pipeoptim.rules.fused.plan import Family, Plan, make_plan, stepper_of
+from pipeoptim.rules.fused.plan import Family, FusedPlan, make_plan, stepper_of
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.move import Ahead, Scalar
 
@@ -41,19 +41,19 @@ class FusedStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._plans: dict[int, Plan] = {}  # id of the first buffer, 0 for none, -1 for the gradients' own memory -> plan
+        self._plans: dict[int, FusedPlan] = {}  # id of the first buffer, 0 for none, -1 for the gradients' own memory -> plan
 
     @torch.no_grad()
     def __call__(
         self,
-        parts: Sequence[Item],
+        parts: Sequence[ParameterEntry],
         rates: Sequence[tuple[Scalar, ...]] | None = None,
         out: Sequence[Tensor] | None = None,
     ) -> bool:
         """Step, and write the weights predicted after it into `out`; False, and nothing done, if that cannot be.
 
         Args:
-            parts: the optimizer's parameters, from `items`.
+            parts: the optimizer's parameters, from `parameter_entries`.
             rates: for each param group the learning rates of the updates *after* this step.
             out: one buffer per parameter. Without `rates` and `out` nothing is predicted.
         """
@@ -68,7 +68,7 @@ class FusedStep:
         return True
 
     @torch.no_grad()
-    def over_gradients(self, parts: Sequence[Item], rates: Sequence[tuple[Scalar, ...]]) -> list[Tensor] | None:
+    def over_gradients(self, parts: Sequence[ParameterEntry], rates: Sequence[tuple[Scalar, ...]]) -> list[Tensor] | None:
         """Step, and write the predicted weights over the gradients: those, for every parameter; None, and nothing done, if not.
 
         Cannot be where a parameter has no gradient, or one that somebody else has as well.
@@ -88,7 +88,7 @@ class FusedStep:
     def _unpatched(self) -> bool:
         return all(map(_unpatched, {self.optimizer, *members(self.optimizer)}))
 
-    def _run(self, plan: Plan, grads: Sequence[Tensor | None], rates: Sequence[tuple[Scalar, ...]] | None) -> None:
+    def _run(self, plan: FusedPlan, grads: Sequence[Tensor | None], rates: Sequence[tuple[Scalar, ...]] | None) -> None:
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             for family in plan.families:
@@ -98,8 +98,8 @@ class FusedStep:
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
 
     def _plan(
-        self, parts: Sequence[Item], out: Sequence[Tensor] | None, over_gradients: bool = False
-    ) -> tuple[Plan | None, list[Tensor | None]]:
+        self, parts: Sequence[ParameterEntry], out: Sequence[Tensor] | None, over_gradients: bool = False
+    ) -> tuple[FusedPlan | None, list[Tensor | None]]:
         """That of this set of buffers, made anew if anything is not as it was, and the gradients; None if there can be none."""
         key = id(out[0]) if out else -int(over_gradients)
         plan = self._plans.get(key)
@@ -127,34 +127,34 @@ def _run(family: Family, grads: Sequence[Tensor | None], rates: Sequence[tuple[S
     family.steps.run([grad.data_ptr() for grad in grads if grad is not None], which, hows)
 
 
-def could_fuse(parts: Sequence[Item]) -> bool:
+def could_fuse(parts: Sequence[ParameterEntry]) -> bool:
     """Whether `FusedStep` has a kernel for every parameter; hooks and states are looked at in each step."""
     if not parts or not all(stepper_of(i.rule) is not None and i.weight.dtype is torch.float32 for i in parts):
         return False
     return all(i.weight.device.type == "cpu" for i in parts) and available()
 
 
-def _ahead(item: Item, stepper: Stepper, grad: Tensor, rates: tuple[Scalar, ...]) -> calls.Ahead:
+def _ahead(item: ParameterEntry, stepper: Stepper, grad: Tensor, rates: tuple[Scalar, ...]) -> calls.KernelPrediction:
     """What to predict after the step of this parameter, and of all that share its group and its step count."""
     if item.kind == "none":
-        return calls.Ahead()
+        return calls.KernelPrediction()
     if item.kind == "displacement":
-        return calls.Ahead(steps=float(len(rates)))
+        return calls.KernelPrediction(steps=float(len(rates)))
     assert item.rule is not None
     state = item.state
     move = item.rule.move(item.weight, state, grad, item.group, Ahead(item.kind, rates_for(item.kind, rates)))
     if move is None:
-        return calls.Ahead()
+        return calls.KernelPrediction()
     assert not isinstance(move.keep, Tensor)
-    return calls.Ahead(1.0 - move.keep, stepper.factors(move, grad, state))
+    return calls.KernelPrediction(1.0 - move.keep, stepper.factors(move, grad, state))
 
 
-def _predict_others(still: Sequence[tuple[Item, Tensor]], rates: Sequence[tuple[Scalar, ...]]) -> None:
+def _predict_others(still: Sequence[tuple[ParameterEntry, Tensor]], rates: Sequence[tuple[Scalar, ...]]) -> None:
     """Parameters without a gradient: the step leaves them alone, the prediction goes by what their state says."""
     for item, buffer in still:
         if item.kind == "displacement":
             buffer.copy_(item.weight)
-    write_by_rule([i for i, _ in still], [None] * len(still), rates, [b for _, b in still])
+    predict_by_rule([i for i, _ in still], [None] * len(still), rates, [b for _, b in still])
 
 
 def _unpatched(optimizer: Optimizer) -> bool:

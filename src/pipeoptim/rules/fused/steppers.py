@@ -33,7 +33,7 @@ class Stepper(ABC):
         return True
 
     @abstractmethod
-    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> Any:
+    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> Any:
         """The numbers of step t (counted from 1), and those of the prediction after it, if there is one."""
 
     @abstractmethod
@@ -42,7 +42,7 @@ class Stepper(ABC):
 
     @abstractmethod
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
-        """The terms of the rule's move, as `calls.Ahead` has them."""
+        """The terms of the rule's move, as `calls.KernelPrediction` has them."""
 
 
 class AdamStepper(Stepper):
@@ -55,11 +55,11 @@ class AdamStepper(Stepper):
     def state_names(self, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
+    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.AdamCoefficients:
         lr, decay = _number(group["lr"]), _number(group["weight_decay"])
         beta1, beta2 = (_number(beta) for beta in group["betas"])
         decoupled = bool(group.get("decoupled_weight_decay", False))
-        return calls.AdamHow(
+        return calls.AdamCoefficients(
             b1=beta1,
             b2=beta2,
             rate=lr / (1 - beta1**t),
@@ -71,9 +71,9 @@ class AdamStepper(Stepper):
             ahead=ahead,
         )
 
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.Adam:
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.AdamTensors:
         first, second = states
-        return calls.Adam(weight, first, second, out)
+        return calls.AdamTensors(weight, first, second, out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.value is state["exp_avg"] and t.root is state["exp_avg_sq"] for t in move.terms)
@@ -103,15 +103,15 @@ class RootStepper(Stepper):
     def state_names(self, group: Group) -> tuple[str, ...]:
         return (self.squares,)
 
-    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.AdamHow:
+    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.AdamCoefficients:
         b2, gain, rate = self.numbers(group, t)
         sign = -1.0 if group["maximize"] else 1.0
-        return calls.AdamHow(
+        return calls.AdamCoefficients(
             b1=0.0, b2=b2, gain=gain, rate=rate, inverse=1.0, eps=_number(group["eps"]), sign=sign, ahead=ahead
         )
 
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.Adam:
-        return calls.Adam(weight, None, states[0], out)
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.AdamTensors:
+        return calls.AdamTensors(weight, None, states[0], out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is state[self.squares] for t in move.terms)
@@ -128,9 +128,9 @@ class SgdStepper(Stepper):
     def state_names(self, group: Group) -> tuple[str, ...]:
         return () if _number(group["momentum"]) == 0 else ("momentum_buffer",)
 
-    def how(self, group: Group, t: float, ahead: calls.Ahead | None) -> calls.SgdHow:
+    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.SgdCoefficients:
         mu = _number(group["momentum"])
-        return calls.SgdHow(
+        return calls.SgdCoefficients(
             lr=_number(group["lr"]),
             mu=mu,
             damp=1.0 - _number(group["dampening"]),
@@ -140,8 +140,8 @@ class SgdStepper(Stepper):
             ahead=ahead,
         )
 
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.Sgd:
-        return calls.Sgd(weight, states[0] if states else None, out)
+    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.SgdTensors:
+        return calls.SgdTensors(weight, states[0] if states else None, out)
 
     def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is None for t in move.terms)

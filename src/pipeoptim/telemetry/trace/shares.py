@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from statistics import median
 
-from pipeoptim.schedule import Action, Kind, replay
+from pipeoptim.schedule import Action, ActionKind, replay
 from pipeoptim.schedule import Span as IdealSpan
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten
 
@@ -80,14 +80,14 @@ def ideal(stages: Sequence[StageTrace]) -> list[IdealSpan]:
     Every action takes the median of its kind and stage; a forward's prediction counts as part of it.
     """
     recorded: list[tuple[int, int, tuple[int, Action]]] = []
-    durations: dict[tuple[int, Kind], float] = {}
+    durations: dict[tuple[int, ActionKind], float] = {}
     for k, stage in enumerate(stages):
         actions = [s for s in stage.spans if s.what in ("F", "B", "U")]
-        recorded += [(s.begin, stage.device, (k, Action(Kind(s.what), s.number))) for s in actions]
-        for kind in (Kind.F, Kind.B, Kind.U):
+        recorded += [(s.begin, stage.device, (k, Action(ActionKind(s.what), s.number))) for s in actions]
+        for kind in (ActionKind.F, ActionKind.B, ActionKind.U):
             durations[k, kind] = median([s.end - s.begin for s in actions if s.what == kind.value] or [0])
         predictions = sum(s.end - s.begin for s in stage.spans if s.what == "predict")
-        durations[k, Kind.F] += predictions / max(1, sum(s.what == "F" for s in actions))
+        durations[k, ActionKind.F] += predictions / max(1, sum(s.what == "F" for s in actions))
     recorded.sort(key=lambda entry: entry[0])
     devices = sorted({device for _, device, _ in recorded})
     plans = [[step for _, own, step in recorded if own == device] for device in devices]

@@ -27,7 +27,7 @@ def empty_like(tensor: Tensor) -> Tensor:
     return made
 
 
-def keep_freed() -> None:
+def keep_freed_memory() -> None:
     """Keep what this process frees for its next mini-batch, where glibc would give it back to the system, page by page.
 
     For processes of our own that measure or train; it is for the whole process, and for good. Nothing happens where the C library

@@ -1,9 +1,9 @@
 """The interpreters of a `Move`: five ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
 
-`write_plain` is the formula as torch writes it, with temporaries: the reference. `write_by_kernel` is the
-whole formula in one pass over memory, in C, for float32 on a CPU. `write_in_place` serves the rest of what
-lies on a CPU; it uses `out` as its only scratch space. `write_by_triton` is the one pass on a GPU, of all parameters in one
-launch, also into a buffer of another type. `write_foreach` serves what is left there and GPUs without Triton: one kernel per
+`apply_plain` is the formula as torch writes it, with temporaries: the reference. `apply_by_kernel` is the
+whole formula in one pass over memory, in C, for float32 on a CPU. `apply_in_place` serves the rest of what
+lies on a CPU; it uses `out` as its only scratch space. `apply_by_triton` is the one pass on a GPU, of all parameters in one
+launch, also into a buffer of another type. `apply_foreach` serves what is left there and GPUs without Triton: one kernel per
 operation for many parameters, with one temporary per block.
 """
 
@@ -17,10 +17,10 @@ from torch import Tensor
 
 from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.memory import flat
+from pipeoptim.kernels.tensor_layout import flat
 from pipeoptim.rules.move import Move, Scalar, Term
 
-Mode = Literal["auto", "plain", "in_place", "foreach", "kernel", "triton"]
+ApplyMode = Literal["auto", "plain", "in_place", "foreach", "kernel", "triton"]
 
 BLOCK_ELEMENTS = 1 << 24
 """Elements per foreach block: bounds the temporaries (64 MiB of float32), far above what hides a launch."""
@@ -29,7 +29,7 @@ TRITON_ELEMENTS = 1 << 26
 """Elements per launch of the Triton kernel: bounds what rules compute for it (256 MiB of float32), and far above what fills a GPU."""
 
 
-def write_plain(weight: Tensor, move: Move, out: Tensor) -> None:
+def apply_plain(weight: Tensor, move: Move, out: Tensor) -> None:
     """The reference: one operation after the other, in the order in which torch's optimizers compute."""
     result = weight if _is_one(move.keep) else weight * move.keep
     for term in move.terms:
@@ -40,7 +40,7 @@ def write_plain(weight: Tensor, move: Move, out: Tensor) -> None:
     out.copy_(result)
 
 
-def write_in_place(weight: Tensor, move: Move, out: Tensor) -> None:
+def apply_in_place(weight: Tensor, move: Move, out: Tensor) -> None:
     """No temporaries: `out` holds the denominator first and the result afterwards. Same shape, dtype and device only."""
     if not move.terms:
         torch.mul(weight, move.keep, out=out)
@@ -88,7 +88,7 @@ def _add_scaled(out: Tensor, value: Tensor, scale: Scalar) -> None:
         out.add_(value, alpha=scale)
 
 
-def write_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
+def apply_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
     """Many parameters at once. All moves have the `_signature` of the first; all tensors its dtype and device."""
     torch._foreach_copy_(outs, weights)
     keep = moves[0].keep
@@ -104,49 +104,49 @@ def write_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) 
         torch._foreach_addcdiv_(outs, values, denominators, [-_number(t.scale) * _number(t.root_divisor) for t in terms])
 
 
-def write_by_kernel(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
+def apply_by_kernel(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
     """Many parameters, each in one pass. All tensors are `flat` with their weight, all scalars numbers."""
     calls.run_moves(
         [
-            calls.Move(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
+            calls.KernelMove(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
             for weight, move, out in zip(weights, moves, outs, strict=True)
         ]
     )
 
 
-def _for_kernel(term: Term) -> calls.Term:
+def _for_kernel(term: Term) -> calls.KernelTerm:
     divisor = _number(term.root_divisor)
-    return calls.Term(term.value, _number(term.scale), term.root, 1.0 / divisor, _number(term.eps))
+    return calls.KernelTerm(term.value, _number(term.scale), term.root, 1.0 / divisor, _number(term.eps))
 
 
-def write_by_triton(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> bool:
+def apply_by_triton(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> bool:
     """Many parameters on a GPU, each in one pass, in one launch for each form of move; False if that cannot be after all."""
     return triton_move.run_moves(
         [
-            triton_move.Move(weight, out, tuple(_for_triton(term) for term in move.terms), 1.0 - move.keep)
+            triton_move.TritonMove(weight, out, tuple(_for_triton(term) for term in move.terms), 1.0 - move.keep)
             for weight, move, out in zip(weights, moves, outs, strict=True)
         ]
     )
 
 
-def _for_triton(term: Term) -> triton_move.Term:
-    return triton_move.Term(term.value, term.scale, term.root, 1.0 / term.root_divisor, term.eps)
+def _for_triton(term: Term) -> triton_move.TritonTerm:
+    return triton_move.TritonTerm(term.value, term.scale, term.root, 1.0 / term.root_divisor, term.eps)
 
 
-class Writer:
+class MoveBatch:
     """Carries out moves as they come; collects those that can share kernels. Call `flush` at the end."""
 
-    def __init__(self, mode: Mode = "auto") -> None:
+    def __init__(self, mode: ApplyMode = "auto") -> None:
         self._mode = mode
         self._signature: tuple[object, ...] | None = None
         self._elements = 0
         self._block: list[tuple[Tensor, Move, Tensor]] = []
 
-    def put(self, weight: Tensor, move: Move, out: Tensor) -> None:
+    def add(self, weight: Tensor, move: Move, out: Tensor) -> None:
         """Write ``W_hat`` of one parameter into `out`, now or at the next flush."""
         mode = _mode_for(weight, move, out, self._mode)
         if mode in ("plain", "in_place"):
-            write: Callable[[Tensor, Move, Tensor], None] = write_plain if mode == "plain" else write_in_place
+            write: Callable[[Tensor, Move, Tensor], None] = apply_plain if mode == "plain" else apply_in_place
             write(weight, move, out)
             return
         signature = (mode,) if mode in ("kernel", "triton") else _signature(weight, move)
@@ -164,16 +164,16 @@ class Writer:
             return
         weights, moves, outs = (list(column) for column in zip(*block, strict=True))
         if signature == ("kernel",):
-            write_by_kernel(weights, moves, outs)
+            apply_by_kernel(weights, moves, outs)
         elif signature != ("triton",):
-            write_foreach(weights, moves, outs)
-        elif not write_by_triton(weights, moves, outs):
+            apply_foreach(weights, moves, outs)
+        elif not apply_by_triton(weights, moves, outs):
             for one in block:  # another way, now that Triton is known not to work
-                self.put(*one)
+                self.add(*one)
             self.flush()
 
 
-def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> Mode:
+def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: ApplyMode) -> ApplyMode:
     if wanted in ("auto", "kernel") and _kernel_can(weight, move, out):
         return "kernel"
     if wanted in ("auto", "triton") and _triton_can(weight, move, out, wanted):
@@ -189,7 +189,7 @@ def _kernel_can(weight: Tensor, move: Move, out: Tensor) -> bool:
     return flat([weight, out, *_operands(move)]) and _all_numbers(move) and available()
 
 
-def _triton_can(weight: Tensor, move: Move, out: Tensor, wanted: Mode) -> bool:
+def _triton_can(weight: Tensor, move: Move, out: Tensor, wanted: ApplyMode) -> bool:
     maybe = weight.is_cuda or wanted == "triton"  # on a CPU Triton only interprets, for tests
     return maybe and triton_move.can(weight, out, _operands(move), [s for s in _scalars(move) if isinstance(s, Tensor)])
 

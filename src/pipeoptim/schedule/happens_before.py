@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import lru_cache
 
-from pipeoptim.schedule.actions import Kind
+from pipeoptim.schedule.actions import ActionKind
 from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.timeline import Span, replay
 
@@ -37,7 +37,7 @@ def common_delay(program: Program, stages: tuple[int, ...]) -> int:
     plans = [[a for n in range(fed) for a in program.process_step(p, n)] for p in processes]
     found = 0
     for span, updates in _updates_before(replay(plans, program.depth, lambda k, kind: 1.0), program):  # noqa: ARG005
-        if span.action.kind is Kind.U and span.k in stages:
+        if span.action.kind is ActionKind.U and span.k in stages:
             found = max(found, span.action.number + 1 - min(updates[j] for j in stages))
     return found
 
@@ -45,14 +45,14 @@ def common_delay(program: Program, stages: tuple[int, ...]) -> int:
 def _updates_before(spans: Sequence[Span], program: Program) -> list[tuple[Span, list[int]]]:
     """Each action, in an order in which each comes after what it needs, with the updates of every stage made by its end."""
     of_process = [[0] * program.depth for _ in range(program.processes or program.depth)]
-    of_action: dict[tuple[int, Kind, int], list[int]] = {}
+    of_action: dict[tuple[int, ActionKind, int], list[int]] = {}
     result = []
     for span in spans:
         k, (kind, number) = span.k, span.action
         p = program.process_of(k)
-        needed = of_action.get((k - 1 if kind is Kind.F else k + 1, kind, number), of_process[p])
-        known = list(map(max, of_process[p], of_process[p] if kind is Kind.U else needed))
-        known[k] += kind is Kind.U
+        needed = of_action.get((k - 1 if kind is ActionKind.F else k + 1, kind, number), of_process[p])
+        known = list(map(max, of_process[p], of_process[p] if kind is ActionKind.U else needed))
+        known[k] += kind is ActionKind.U
         of_process[p] = of_action[k, kind, number] = known
         result.append((span, known))
     return result

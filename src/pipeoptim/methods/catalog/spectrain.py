@@ -3,8 +3,8 @@
 ``v = 0.9 v + 0.1 grad``, ``W_hat = W - lr * s * v`` with ``s_f = floor(k/2) + D - k - 1`` and ``s_b = floor(k/2)``.
 """
 
+from pipeoptim.methods.average_predictors import SmoothedGradient
 from pipeoptim.methods.method import Method
-from pipeoptim.methods.smoothed import SmoothedGradient
 from pipeoptim.schedule import Program
 from pipeoptim.weights.sources import Predicted
 

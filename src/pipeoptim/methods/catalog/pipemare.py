@@ -8,8 +8,8 @@ from __future__ import annotations
 
 from functools import partial
 
+from pipeoptim.methods.average_predictors import WeightDrift
 from pipeoptim.methods.method import Method
-from pipeoptim.methods.smoothed import WeightDrift
 from pipeoptim.schedule import Program
 from pipeoptim.weights.sources import Latest, Predicted
 

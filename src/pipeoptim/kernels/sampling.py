@@ -13,7 +13,7 @@ from torch import Tensor
 from pipeoptim.kernels.library import available, library
 
 
-class Take:
+class TensorSampler:
     """``torch.cat([tensors[n].take(where) for n, where in places])`` of contiguous float32 tensors on the CPU.
 
     Args:

@@ -14,16 +14,16 @@ from torch.optim import Optimizer
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_dense, check_group, check_kind
 from pipeoptim.rules.combined import members
+from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
 from pipeoptim.rules.move import Ahead, Group, Scalar, State
 from pipeoptim.rules.registry import Rule, find_rule
-from pipeoptim.rules.write import Mode, Writer
 
-BY_RULE = ("refined", "paper", "decayed")
+RULE_KINDS = ("refined", "paper", "decayed")
 """Kinds for which a rule is asked; the others know nothing of the optimizer."""
 
 
 @dataclass(frozen=True, slots=True)
-class Item:
+class ParameterEntry:
     """One parameter, with what moves it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Item:
     @property
     def needs_grad(self) -> bool:
         """Whether its prediction needs the last gradient."""
-        return self.kind in BY_RULE and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
+        return self.kind in RULE_KINDS and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
 
 
 def local_part(value: Any) -> Any:
@@ -59,7 +59,9 @@ def local_part(value: Any) -> Any:
     return value.to_local() if hasattr(value, "to_local") else value
 
 
-def items(optimizer: Optimizer, kind: str, parts: Mapping[Tensor, Tensor] = MappingProxyType({})) -> list[Item]:
+def parameter_entries(
+    optimizer: Optimizer, kind: str, parts: Mapping[Tensor, Tensor] = MappingProxyType({})
+) -> list[ParameterEntry]:
     """All parameters in param_groups order: the order of every list of weights in this package.
 
     Args:
@@ -69,7 +71,7 @@ def items(optimizer: Optimizer, kind: str, parts: Mapping[Tensor, Tensor] = Mapp
     Raises:
         ConfigError: an unknown kind, one that an optimizer does not offer, or an optimizer that cannot be predicted.
     """
-    found: list[Item] = []
+    found: list[ParameterEntry] = []
     number = 0
     for member in members(optimizer):
         rule = find_rule(member)
@@ -77,13 +79,13 @@ def items(optimizer: Optimizer, kind: str, parts: Mapping[Tensor, Tensor] = Mapp
             wanted = group.get("prediction", kind)
             check_kind(wanted, rule, member)
             check_group(group)
-            chosen = "displacement" if rule is None and wanted in BY_RULE else wanted
-            if parts and rule is not None and chosen in BY_RULE and not rule.elementwise:
+            chosen = "displacement" if rule is None and wanted in RULE_KINDS else wanted
+            if parts and rule is not None and chosen in RULE_KINDS and not rule.elementwise:
                 raise ConfigError(
                     f"{type(member).__name__} moves each matrix as a whole, of which this process holds a part; "
                     'use prediction="displacement"'
                 )
-            found += [Item(parts.get(p, p), p, member, group, number, rule, chosen) for p in group["params"]]
+            found += [ParameterEntry(parts.get(p, p), p, member, group, number, rule, chosen) for p in group["params"]]
             number += 1
     return found
 
@@ -99,17 +101,17 @@ def rates_for(kind: str, rates: tuple[Scalar, ...]) -> tuple[Scalar, ...]:
 
 
 @torch.no_grad()
-def write_by_rule(
-    parts: Sequence[Item],
+def predict_by_rule(
+    parts: Sequence[ParameterEntry],
     grads: Sequence[Tensor | None],
     rates: Sequence[tuple[Scalar, ...]],
     out: Sequence[Tensor],
-    mode: Mode = "auto",
+    mode: ApplyMode = "auto",
 ) -> None:
     """Write ``W_hat(t+s)`` of every parameter into its buffer; those by displacement are left to the caller.
 
     Args:
-        parts: from `items`.
+        parts: from `parameter_entries`.
         grads: the last gradient of each, where it is known.
         rates: for each param group the learning rates of the next s updates.
         out: one buffer per parameter.
@@ -117,16 +119,16 @@ def write_by_rule(
     """
     if len(out) != len(parts):
         raise ConfigError(f"{len(out)} buffers for {len(parts)} parameters: pass one buffer per parameter")
-    writer = Writer(mode)
+    batch = MoveBatch(mode)
     for item, grad, buffer in zip(parts, grads, out, strict=True):
         if item.kind == "none":
             buffer.copy_(item.weight)
         elif item.kind != "displacement":
-            _put(writer, item, grad, Ahead(item.kind, rates_for(item.kind, rates[item.group_number])), buffer)
-    writer.flush()
+            _put(batch, item, grad, Ahead(item.kind, rates_for(item.kind, rates[item.group_number])), buffer)
+    batch.flush()
 
 
-def _put(writer: Writer, item: Item, grad: Tensor | None, ahead: Ahead, out: Tensor) -> None:
+def _put(batch: MoveBatch, item: ParameterEntry, grad: Tensor | None, ahead: Ahead, out: Tensor) -> None:
     check_dense(item.weight, grad)
     if not item.weight.requires_grad and grad is None:  # frozen: it had updates once, it gets none now
         out.copy_(item.weight)
@@ -138,7 +140,7 @@ def _put(writer: Writer, item: Item, grad: Tensor | None, ahead: Ahead, out: Ten
     if move is None:
         out.copy_(weight)
     else:
-        writer.put(weight, move, out)
+        batch.add(weight, move, out)
 
 
 def _real(tensor: Tensor) -> Tensor:

@@ -9,12 +9,12 @@ import pytest
 
 from pipeoptim.cli.app import _run
 from pipeoptim.compare import worker as comparison
-from pipeoptim.kernels import pages
+from pipeoptim.kernels import allocation
 from pipeoptim.train import worker
 
 CODE = """
 import resource, torch
-from pipeoptim.kernels.pages import keep_freed
+from pipeoptim.kernels.allocation import keep_freed_memory
 
 def new_pages():
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
@@ -25,7 +25,7 @@ def new_pages():
 
 new_pages()
 usual = new_pages()
-keep_freed()
+keep_freed_memory()
 new_pages()
 print(usual, new_pages())
 """
@@ -55,6 +55,6 @@ def test_processes_of_our_own_that_measure_or_train_keep_it(start, monkeypatch):
     def kept():
         raise Kept
 
-    monkeypatch.setattr(pages, "keep_freed", kept)
+    monkeypatch.setattr(allocation, "keep_freed_memory", kept)
     with pytest.raises(Kept):
         start()

@@ -4,8 +4,8 @@
 ``s_b = floor((T + floor(k/2) - 1) / T)``.
 """
 
+from pipeoptim.methods.average_predictors import SmoothedAdam
 from pipeoptim.methods.method import Method
-from pipeoptim.methods.smoothed import SmoothedAdam
 from pipeoptim.schedule import Program
 from pipeoptim.weights.sources import PredictedOnce
 

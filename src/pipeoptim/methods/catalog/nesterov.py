@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
-from pipeoptim.methods.m_pipemare import annealed
+from pipeoptim.methods.catalog.pipemare import annealed
 from pipeoptim.methods.method import Method, OwnOptimizer
 from pipeoptim.weights.sources import Latest, Stashed
 
