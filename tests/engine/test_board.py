@@ -28,12 +28,12 @@ def test_every_stage_reads_what_all_have_written_in_every_turn():
     for turn in range(100):  # many times around the page
         told = [values[(turn + k) % 7] for k in range(3)]
         for end, value in zip(ends, told, strict=True):
-            end.post(turn, value)
+            end.send(turn, value)
         for end in ends:
-            assert list(map(repr, end.take(turn))) == list(map(repr, told))
+            assert list(map(repr, end.receive(turn))) == list(map(repr, told))
     for end in ends:
-        end.post(100, math.nan)
-    assert all(map(math.isnan, ends[0].take(100)))
+        end.send(100, math.nan)
+    assert all(map(math.isnan, ends[0].receive(100)))
     assert waits == [[], [], []]
 
 
@@ -41,10 +41,10 @@ def test_a_stage_may_be_as_far_ahead_as_a_pipeline_lets_it():
     ends, _ = boards(4)
     for turn in range(2 * 4 + 3):
         for end in ends[1:]:
-            end.post(turn, float(turn))
+            end.send(turn, float(turn))
     for turn in range(2 * 4 + 3):
-        ends[0].post(turn, -1.0)
-        assert ends[0].take(turn) == [-1.0, turn, turn, turn]
+        ends[0].send(turn, -1.0)
+        assert ends[0].receive(turn) == [-1.0, turn, turn, turn]
 
 
 @pytest.mark.parametrize("arrived", [0, 1])
@@ -53,44 +53,44 @@ def test_half_of_a_number_counts_as_none_whichever_half_it_is(arrived):
     (mine, theirs), waits = boards(2, timeout=0.05)
     words = theirs._words
     for turn in range(theirs._turns):
-        theirs.post(turn, 2.0)
+        theirs.send(turn, 2.0)
     place, turn = theirs._place(1, 3), 3 + theirs._turns
     old = words[place], words[place + 1]
-    theirs.post(turn, 7.0)
+    theirs.send(turn, 7.0)
     words[place + 1 - arrived] = old[1 - arrived]
-    mine.post(turn, 1.0)
+    mine.send(turn, 1.0)
     with pytest.raises(StageFailure, match=r"stage 1 did not tell the norm of its gradients within 0.05 s"):
-        mine.take(turn)
+        mine.receive(turn)
     assert waits[0] == [1, None]
-    theirs.post(turn, 7.0)
-    assert mine.take(turn) == [1.0, 7.0]
+    theirs.send(turn, 7.0)
+    assert mine.receive(turn) == [1.0, 7.0]
 
 
 def test_who_waits_gets_what_comes_later_and_hears_of_a_stage_that_has_closed():
     (mine, theirs), _ = boards(2)
     with ThreadPoolExecutor(1) as pool:
         for turn in range(2):
-            mine.post(turn, 1.0)
-        later = pool.submit(mine.take, 0)
-        theirs.post(0, 2.0)
+            mine.send(turn, 1.0)
+        later = pool.submit(mine.receive, 0)
+        theirs.send(0, 2.0)
         assert later.result(20) == [1.0, 2.0]
-        missing = pool.submit(mine.take, 1)
+        missing = pool.submit(mine.receive, 1)
         theirs._words[theirs._closed(1)] = 1  # what close() writes; the page is one here, and stays open
         with pytest.raises(StageFailure, match="stage 1 ended and did not tell"):
             missing.result(20)
-    theirs.post(1, 3.0)
-    assert mine.take(1) == [1.0, 3.0], "what a stage has written before it closed can still be read"
+    theirs.send(1, 3.0)
+    assert mine.receive(1) == [1.0, 3.0], "what a stage has written before it closed can still be read"
 
 
 def test_a_process_that_is_killed_ends_the_wait_within_seconds():
     child = subprocess.Popen(["sleep", "60"])  # stands for stage 1; a zombie until it is waited for
     descriptor = os.pidfd_open(child.pid)
     (mine, _), _ = boards(2, timeout=60.0, processes={1: descriptor})
-    mine.post(0, 1.0)
+    mine.send(0, 1.0)
     threading.Timer(0.2, child.kill).start()
     began = time.monotonic()
     with pytest.raises(StageFailure, match="stage 1 ended"):
-        mine.take(0)
+        mine.receive(0)
     assert 0.1 < time.monotonic() - began < 20
     child.wait(20)
     mine.close()
@@ -98,14 +98,14 @@ def test_a_process_that_is_killed_ends_the_wait_within_seconds():
         os.fstat(descriptor)
 
 
-class Told:
-    """Rendezvous of processes that are threads: what each tells, all hear."""
+class ThreadRendezvous:
+    """Rendezvous of processes that are threads: all_gather without a store."""
 
     def __init__(self, index, depth, barrier, texts, change=lambda what, text: text):
         self.index, self.ranks, self.timeout = index, list(range(depth)), timedelta(seconds=20)
         self.barrier, self.texts, self.change = barrier, texts, change
 
-    def tell(self, what, text, purpose):
+    def all_gather(self, what, text, purpose):
         self.texts[what, self.index] = self.change(what, text)
         self.barrier.wait(20)
         return [self.texts[what, j] for j in self.ranks]
@@ -113,9 +113,9 @@ class Told:
 
 def met(wanted, change=lambda what, text: text):
     barrier, texts = threading.Barrier(len(wanted)), {}
-    ties = [Told(k, len(wanted), barrier, texts, change) for k in range(len(wanted))]
+    rendezvous = [ThreadRendezvous(k, len(wanted), barrier, texts, change) for k in range(len(wanted))]
     with ThreadPoolExecutor(len(wanted)) as pool:
-        return list(pool.map(shared_memory_norms, ties, wanted, [lambda _: None] * len(wanted), timeout=60))
+        return list(pool.map(shared_memory_norms, rendezvous, wanted, [lambda _: None] * len(wanted), timeout=60))
 
 
 def descriptors():
@@ -126,8 +126,8 @@ def test_processes_of_one_machine_share_a_page_and_give_it_back():
     before = descriptors()
     ends = met([True, True, True])
     for k, end in enumerate(ends):
-        end.post(0, float(k))
-    assert all(end.take(0) == [0.0, 1.0, 2.0] for end in ends)
+        end.send(0, float(k))
+    assert all(end.receive(0) == [0.0, 1.0, 2.0] for end in ends)
     for end in ends:
         end.close()
     assert descriptors() == before

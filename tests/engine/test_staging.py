@@ -23,7 +23,7 @@ from pipeoptim.engine.transport.staged_link import SideStreams, side_streams
 )
 def test_what_goes_through_gloo(backends, device, expected, monkeypatch):
     monkeypatch.setattr(groups.dist, "get_backend_config", lambda: backends)
-    assert groups.by_gloo(device) is expected
+    assert groups.uses_gloo(device) is expected
 
 
 def test_a_stage_on_a_cpu_copies_nothing_first():

@@ -96,10 +96,10 @@ class _Watch:
     def __init__(self, live: LiveStorages, worker: StageWorker, batch: list[Tensor]) -> None:
         self.live, self.worker, self.batch = live, worker, batch
         self.weights = self.activations = self.one = 0
-        forward, backward, settle = worker.forward, worker.backward, worker.settle
+        forward, backward, finish = worker.forward, worker.backward, worker.finish_update
         worker.forward = self._in_forward(forward)  # type: ignore[method-assign]
         worker.backward = self._after(backward)  # type: ignore[method-assign]
-        worker.settle = self._after(settle)  # type: ignore[method-assign]
+        worker.finish_update = self._after(finish)  # type: ignore[method-assign]
 
     def _in_forward(self, forward: Any) -> Any:
         def watched(i: int, args: tuple[Any, ...], *rest: Any) -> Any:

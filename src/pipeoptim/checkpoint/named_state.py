@@ -79,7 +79,7 @@ def stage_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState
     state["module"] = {name: saved.tensors[f"model/{original}"] for name, original in found.items()}
     if worker.optimizer is not None:
         state["optimizer"] = _optimizer_state(worker, found, saved)
-    if worker.masters.pairs:
+    if worker.master_weights.pairs:
         state["masters"] = [saved.tensors[name] for name in _master_names(worker, found)]
     state["version"] = saved.version
     if worker.scheduler is not None and saved.scheduler is not None:
@@ -119,8 +119,8 @@ def _by_parameter(worker: StageWorker, found: Mapping[str, str]) -> dict[int, st
 
 def _master_names(worker: StageWorker, found: Mapping[str, str]) -> list[str]:
     """Names of the tensors that hold the stage's masters, in their order."""
-    own = _by_parameter(worker, found) if worker.masters.pairs else {}
-    return [f"master/{own[id(p)]}" for _, p in worker.masters.pairs]
+    own = _by_parameter(worker, found) if worker.master_weights.pairs else {}
+    return [f"master/{own[id(p)]}" for _, p in worker.master_weights.pairs]
 
 
 def _numbered_names(worker: StageWorker, optimizer: Optimizer, found: Mapping[str, str]) -> list[str]:

@@ -74,7 +74,7 @@ def checked(pipe: object, what: str) -> None:
 def refuse_sharded(pipe: Pipeline, processes: SavingGroup) -> None:
     """Raises ConfigError, in all processes, where a stage is spread over processes that are not of this pipeline."""
     sharded = [
-        k for part in processes.gather([k for k in pipe.local_stages if pipe.stage_worker(k).reduction.parts]) for k in part
+        k for part in processes.gather([k for k in pipe.local_stages if pipe.stage_worker(k).reduction.shards]) for k in part
     ]
     if sharded:
         raise ConfigError(
@@ -85,4 +85,4 @@ def refuse_sharded(pipe: Pipeline, processes: SavingGroup) -> None:
 
 def saving_group(pipe: Pipeline) -> SavingGroup:
     """The processes of ``pipe``."""
-    return SavingGroup(pipe.ties)
+    return SavingGroup(pipe.rendezvous)

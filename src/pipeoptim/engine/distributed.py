@@ -20,16 +20,16 @@ from pipeoptim.engine import traced
 from pipeoptim.engine.microbatches import BatchSplitter, LossWeight, MicroBatch, RowShare
 from pipeoptim.engine.options import StageOptions, UpdateHook
 from pipeoptim.engine.pipeline import CountedLoss, Pipeline, T
-from pipeoptim.engine.processes.agreement import SharedSettings, agree
+from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
-from pipeoptim.engine.processes.heartbeat import Watch
-from pipeoptim.engine.processes.norm_exchange import Gathering, ProcessNorms
-from pipeoptim.engine.processes.rendezvous import Rendezvous, by_gloo
+from pipeoptim.engine.processes.heartbeat import Heartbeat
+from pipeoptim.engine.processes.norm_exchange import GatheredNorms, ProcessNorms
+from pipeoptim.engine.processes.rendezvous import Rendezvous, uses_gloo
 from pipeoptim.engine.processes.shared_memory import shared_memory_norms
-from pipeoptim.engine.replicas.reduction import ALONE, Reduction
-from pipeoptim.engine.replicas.replica_set import ReplicaSet, read_replicas, same_start
+from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
+from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
 from pipeoptim.engine.stage.clip import Clip, as_clip
-from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
+from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieOnStage, check_tied_equal, describe_tied, read_tied
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.torch_stage import read_stage
 from pipeoptim.engine.trace import Trace, TraceRow
@@ -94,7 +94,7 @@ class Schedule(Pipeline):
     """
 
     _stages_here = 1  # stages per process (see InterleavedSchedule)
-    ties: Rendezvous
+    rendezvous: Rendezvous
     _failed = False
     _from_previous: Receiver | None = None
     _from_next: Receiver | None = None
@@ -103,8 +103,8 @@ class Schedule(Pipeline):
     _norms: ProcessNorms | None = None
     _sums: Mapping[Tied, AllReducedGradients] = MappingProxyType({})
     _replicas: ReplicaSet | None = None
-    _reduction: Reduction = ALONE
-    _watch: Watch | None = None
+    _reduction: Reduction = NO_REPLICAS
+    _heartbeat: Heartbeat | None = None
 
     def __init__(
         self,
@@ -139,7 +139,7 @@ class Schedule(Pipeline):
         check_transport(transport)
         self._transport = transport
         place = read_stage(stage, self._stages_here)
-        self.ties = self._tie(place.ranks, timeout)
+        self.rendezvous = self._tie(place.ranks, timeout)
         try:
             splitter = BatchSplitter(microbatches, uneven, weigh)
             super().__init__(method, place.depth, microbatches, splitter, recompute, len(set(place.ranks)), overlap, trace)
@@ -173,16 +173,16 @@ class Schedule(Pipeline):
                 options=options,
                 norms=None if self._norms is None else traced.exchange(row, self._norms),
                 reduction=self._reduction,
-                ties=[TieEnd(tie, self.k, traced.exchange(row, own)) for tie, own in self._sums.items()],
+                ties=[TieOnStage(tie, self.k, traced.exchange(row, own)) for tie, own in self._sums.items()],
             )
             self.worker = self._workers[self.k] = worker
             self._connect(liveness_timeout, SharedSettings(settings, place.cut), row)
             for tie, own in self._sums.items():
                 weight = self.worker.tied_weight(tie)
                 if weight is not None:
-                    same_start(weight.values, own.group, self.ranks[tie.holders[0]])
+                    broadcast_values(weight.values, own.group, self.ranks[tie.holders[0]])
         except BaseException as error:
-            self.ties.refuse(error)
+            self.rendezvous.abort(error)
             self._failed = True
             self.close()
             raise
@@ -199,7 +199,7 @@ class Schedule(Pipeline):
                     self._flush(link)
             for exchange in (self._norms, *self._sums.values()):
                 if exchange is not None and rest and not self._closed:
-                    self._guard(exchange.settle)
+                    self._guard(exchange.receive_pending)
         finally:
             self._closed = True
             for end in (self._from_previous, self._from_next, self._to_next, self._to_previous):
@@ -277,7 +277,7 @@ class Schedule(Pipeline):
             else:
                 self.worker.update()
         if settle:
-            self.worker.settle()
+            self.worker.finish_update()
 
     def _hand_over(self) -> None:
         """Nothing that this stage sent waits for its device any more: the program may end without :meth:`close`."""
@@ -292,11 +292,11 @@ class Schedule(Pipeline):
             self.worker.prepare(i)  # predicts while the input is on its way
             message = self._receive_activation()
             args, row_share = as_args(self.worker.compressor.unpack(message.tree)), RowShare(*message.share)
-            self.worker.hear(message.loss_scale)
+            self.worker.note_overflow(message.loss_scale)
         output, share = self.worker.forward_part(i, args, micro_batch, row_share, self._splitter)
         if self._to_next is not None:
             packed = self.worker.compressor.pack_activations(i, output)
-            self._to_next.send(packed, _STOP if self._stop else 0, self.worker.tell(), row_share)
+            self._to_next.send(packed, _STOP if self._stop else 0, self.worker.overflow_to_send(), row_share)
         elif not row_share.empty:
             losses.append((output, share))
 
@@ -336,53 +336,53 @@ class Schedule(Pipeline):
             return work()
         except StageFailure as error:
             self._failed = True
-            cause = str(error) if self._watch is None else self._watch.cause(f"{error} [seen by stage {self.k}]")
+            cause = str(error) if self._heartbeat is None else self._heartbeat.cause(f"{error} [seen by stage {self.k}]")
             raise StageFailure(cause) from error
 
     def _meet(self, tie: Tied, sums: AllReducedGradients) -> None:
         """Find the other holders of a tied weight, who must move it alike."""
         assert self.ranks is not None
         ranks = [self.ranks[k] for k in tie.holders]
-        holders = Rendezvous("tied", ranks, self.ties.timeout.total_seconds(), f"holder {{}} of {tie.names[0]!r}")
-        own = describe(self.worker.tied_weight(tie), self.worker.optimizer, self.worker.scheduler)
-        check_alike(tie, holders.exchange(own))
+        holders = Rendezvous("tied", ranks, self.rendezvous.timeout.total_seconds(), f"holder {{}} of {tie.names[0]!r}")
+        own = describe_tied(self.worker.tied_weight(tie), self.worker.optimizer, self.worker.scheduler)
+        check_tied_equal(tie, holders.exchange_settings(own))
         sums.connect(holders)
 
     def _tie(self, ranks: tuple[int, ...], timeout: float) -> Rendezvous:
         return Rendezvous("pipeline", ranks, timeout)
 
     def _untie(self, wait: bool) -> None:
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
-        self.ties.close(wait)
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+            self._heartbeat = None
+        self.rendezvous.close(wait)
 
     def _connect(self, liveness: float | None, terms: SharedSettings, row: TraceRow | None) -> None:
         """A check that all agree; the watch; and one group per direction, so that neither waits for the other."""
-        agree(self.ties, terms)
+        check_agreement(self.rendezvous, terms)
         for tie, sums in self._sums.items():
             self._meet(tie, sums)
         if liveness is not None and self.depth > 1:
-            self._watch = Watch(self.ties.clone(), self.k, self.depth, liveness)
+            self._heartbeat = Heartbeat(self.rendezvous.clone_store(), self.k, self.depth, liveness)
         if liveness is not None and self._replicas is not None:
-            self._replicas.watch(liveness)
-        waiting = self._watch.waiting if self._watch is not None else _nobody_watches
-        groups = [self.ties.group(name) for name in ("activations", "gradients")]
+            self._replicas.start_heartbeat(liveness)
+        waiting = self._heartbeat.note_wait if self._heartbeat is not None else _nobody_watches
+        groups = [self.rendezvous.group(name) for name in ("activations", "gradients")]
         self._link(row, lambda direction, _: groups[direction], waiting)
         if self._norms is not None:  # in all processes, as they have agreed above
-            board = shared_memory_norms(self.ties, self._transport == "auto" and by_gloo(), waiting)
-            self._norms.connect(board or Gathering(self.ties.group("norms", "gloo"), self.ties.timeout))
+            board = shared_memory_norms(self.rendezvous, self._transport == "auto" and uses_gloo(), waiting)
+            self._norms.connect(board or GatheredNorms(self.rendezvous.group("norms", "gloo"), self.rendezvous.timeout))
 
     def _link(
         self, row: TraceRow | None, group: Callable[[int, int], dist.ProcessGroup], waiting: Callable[[int | None], None]
     ) -> None:
         """The links to the stages before and after; ``group(direction, boundary)`` is what they go through."""
         assert self.ranks is not None
-        ranks, timeout = self.ranks, self.ties.timeout.total_seconds()
+        ranks, timeout = self.ranks, self.rendezvous.timeout.total_seconds()
         streams = side_streams(self.device)
         in_host = self.device.type == "cpu" or streams is not None  # what travels is in the host's memory
-        wanted = self._transport == "auto" and in_host and by_gloo()
-        near = connect_neighbours(self.ties.store, self.k, self.depth, wanted, self.ties.timeout)
+        wanted = self._transport == "auto" and in_host and uses_gloo()
+        near = connect_neighbours(self.rendezvous.store, self.k, self.depth, wanted, self.rendezvous.timeout)
 
         def ends(there: int, back: int, boundary: int, peer: int) -> tuple[Sender, Receiver]:
             """To and from ``peer``; the first two say in which direction messages go."""

@@ -19,7 +19,7 @@ from pipeoptim.engine.pipeline import CountedLoss, Pipeline
 from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
 from pipeoptim.engine.stage.clip import Clip, as_clip
-from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieEnd, check_alike, describe, read_tied
+from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieOnStage, check_tied_equal, describe_tied, read_tied
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.trace import Trace
 from pipeoptim.engine.transport.compression import Compression, as_compression
@@ -139,7 +139,7 @@ class Emulator(Pipeline):
                 seed=seed,
                 options=StageOptions(clip, autocast, scalers[k], on_update, monitor, recompute, compression),
                 norms=None if board is None else board.end(k),
-                ties=[TieEnd(tie, k, own.end(k)) for tie, own in zip(ties, sums, strict=True) if k in tie.holders],
+                ties=[TieOnStage(tie, k, own.end(k)) for tie, own in zip(ties, sums, strict=True) if k in tie.holders],
             )
         for tie in ties:
             self._join(tie)
@@ -211,14 +211,14 @@ class Emulator(Pipeline):
                 raise PipeOptimError(f"the program deadlocks at {[str(q[0]) for q in queues if q]}")
         if settle or self.program.flushes:
             for worker in self._workers.values():
-                worker.ready()  # tells what the others wait for
+                worker.can_finish_update()  # tells what the others wait for
             for worker in self._workers.values():
-                worker.settle()
+                worker.finish_update()
 
     def _join(self, tie: Tied) -> None:
         """Let all copies of a tied weight begin with the values of the first."""
         workers = [self._workers[k] for k in tie.holders]
-        check_alike(tie, [describe(w.tied_weight(tie), w.optimizer, w.scheduler) for w in workers])
+        check_tied_equal(tie, [describe_tied(w.tied_weight(tie), w.optimizer, w.scheduler) for w in workers])
         copies = [weight for worker in workers if (weight := worker.tied_weight(tie)) is not None]
         with torch.no_grad():
             for copy in copies[1:]:
@@ -226,7 +226,7 @@ class Emulator(Pipeline):
                     own.copy_(first)
 
     def _can(self, k: int, action: Action) -> bool:
-        if not self._workers[k].ready():
+        if not self._workers[k].can_finish_update():
             return False
         if action.kind is ActionKind.F:
             return k == 0 or bool(self._activations[k])
@@ -251,12 +251,12 @@ class Emulator(Pipeline):
         worker, args, row_share = self._workers[k], micro_batch.args, micro_batch.row_share
         if k > 0:
             value, overflowed, row_share = self._activations[k].popleft()
-            worker.hear(overflowed)
+            worker.note_overflow(overflowed)
             args = as_args(worker.compressor.unpack(value))
         output, share = worker.forward_part(i, args, micro_batch, row_share, self._splitter)
         if not worker.is_last:
             message = transferred(worker.compressor.pack_activations(i, output))
-            self._activations[k + 1].append((message, worker.tell(), row_share))
+            self._activations[k + 1].append((message, worker.overflow_to_send(), row_share))
         elif not row_share.empty:
             losses.append((output, share))
 

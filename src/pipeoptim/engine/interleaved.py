@@ -14,8 +14,8 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.microbatches import MicroBatch
 from pipeoptim.engine.pipeline import CountedLoss, Pipeline, T
-from pipeoptim.engine.processes.agreement import SharedSettings, agree
-from pipeoptim.engine.processes.heartbeat import Watch
+from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
+from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.torch_stage import read_stage
@@ -104,7 +104,7 @@ class InterleavedSchedule(Pipeline):
         trace = parts[0].trace
         super().__init__(method, first.depth, microbatches, parts[0]._splitter, parts[0]._recompute, processes, overlap, trace)
         self._workers = {k: part.worker for k, part in self._parts.items()}
-        self.p, self.ranks, self.ties = first.k, first.ranks, shared.ties
+        self.p, self.ranks, self.rendezvous = first.k, first.ranks, shared.rendezvous
 
     def close(self) -> None:
         """As :meth:`Schedule.close <pipeoptim.Schedule.close>`."""
@@ -150,7 +150,7 @@ class InterleavedSchedule(Pipeline):
     def _finish(self) -> None:
         self._run(self.program.process_drain(self.p, self._steps), 0, [], [])
         for part in self._parts.values():
-            part.worker.settle()
+            part.worker.finish_update()
             part._hand_over()
 
     def _run(
@@ -180,30 +180,32 @@ class _Shared:
     ) -> None:
         members = ranks[: len(ranks) // chunks]
         self.chunks, self.processes, self.liveness = chunks, len(members), liveness
-        self.ties = Rendezvous("pipeline", members, timeout, "process {}")
-        agree(self.ties, terms)
-        self.watch: Watch | None = None
+        self.rendezvous = Rendezvous("pipeline", members, timeout, "process {}")
+        check_agreement(self.rendezvous, terms)
+        self.heartbeat: Heartbeat | None = None
         if liveness is not None:
-            self.watch = Watch(self.ties.clone(), self.ties.index, len(members), liveness, "process {}")
+            self.heartbeat = Heartbeat(
+                self.rendezvous.clone_store(), self.rendezvous.index, len(members), liveness, "process {}"
+            )
         for boundary in range(0, len(ranks), self.processes):
             for direction in (0, 1):
                 self.group(direction, boundary)
 
     def group(self, direction: int, boundary: int) -> dist.ProcessGroup:
         """One of its own for either direction and every round of stages."""
-        return self.ties.group(f"{('activations', 'gradients')[direction]} {boundary // self.processes}")
+        return self.rendezvous.group(f"{('activations', 'gradients')[direction]} {boundary // self.processes}")
 
     def close(self, wait: bool) -> None:
         """Give back the groups, and stop the watch."""
-        if self.watch is not None:
-            self.watch.close()
-            self.watch = None
-        self.ties.close(wait)
+        if self.heartbeat is not None:
+            self.heartbeat.close()
+            self.heartbeat = None
+        self.rendezvous.close(wait)
 
     def waiting(self, peer: int | None) -> None:
         """Note that this process begins (or, with None, ends) to wait for stage ``peer``."""
-        if self.watch is not None:
-            self.watch.waiting(None if peer is None else peer % self.processes)
+        if self.heartbeat is not None:
+            self.heartbeat.note_wait(None if peer is None else peer % self.processes)
 
 
 class _Part(Schedule):
@@ -214,13 +216,13 @@ class _Part(Schedule):
         super().__init__(*args, **options)
 
     def _tie(self, ranks: tuple[int, ...], timeout: float) -> Rendezvous:
-        return self._shared.ties
+        return self._shared.rendezvous
 
     def _untie(self, wait: bool) -> None:
         """Not yet: other parts use them."""
 
     def _connect(self, liveness: float | None, terms: SharedSettings, row: TraceRow | None) -> None:
-        self._watch = self._shared.watch
+        self._heartbeat = self._shared.heartbeat
         if self._shared.liveness is not None and self._replicas is not None:
-            self._replicas.watch(self._shared.liveness)
+            self._replicas.start_heartbeat(self._shared.liveness)
         self._link(row, self._shared.group, self._shared.waiting)

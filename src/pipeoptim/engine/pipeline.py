@@ -29,12 +29,12 @@ class Pipeline:
         depth, microbatches: D and M.
         program: the action program of all stages.
         ranks: global rank of the process of each stage; None where all stages live in this process.
-        ties: what its processes share; None where there is one.
+        rendezvous: what its processes share; None where there is one.
         trace: what records it; None where nothing does.
     """
 
     ranks: tuple[int, ...] | None = None
-    ties: Rendezvous | None = None
+    rendezvous: Rendezvous | None = None
     _place = "stage"  # what messages call a process by, with the number of its first stage
     _closed = False
 

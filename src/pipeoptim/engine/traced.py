@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Generic
 
-from pipeoptim.engine.processes.exchange import Exchange, Heard, Told
+from pipeoptim.engine.processes.exchange import Exchange, Received, Sent
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import Compressor
@@ -29,7 +29,7 @@ def links(row: TraceRow | None, receiver: Receiver | None, sender: Sender | None
         _note_calls(row, sender, "send", "send")
 
 
-def exchange(row: TraceRow | None, plain: Exchange[Told, Heard]) -> Exchange[Told, Heard]:
+def exchange(row: TraceRow | None, plain: Exchange[Sent, Received]) -> Exchange[Sent, Received]:
     """``plain`` itself, or its recorded form."""
     return plain if row is None else TracedExchange(row, plain)
 
@@ -44,7 +44,7 @@ class TracedWorker(StageWorker):
             self.compressor = TracedCompressor(row, self.compressor)
 
     def prepare(self, i: int) -> None:
-        self.settle()
+        self.finish_update()
         if self._ready is not None:
             return
         self.row.feed()
@@ -62,17 +62,17 @@ class TracedWorker(StageWorker):
         return result
 
     def backward(self, i: int, gradients: Any, loss_scale: float = 0.0) -> Any:
-        self.settle()
+        self.finish_update()
         began = self.row.now()
         result = super().backward(i, gradients, loss_scale)
         self.row.add(ActionKind.B.value, self._number(i), began)
         return result
 
-    def settle(self) -> None:
+    def finish_update(self) -> None:
         if not self._announced:
             return
         version, began = self.weights.version, self.row.now()
-        super().settle()
+        super().finish_update()
         self.row.add(ActionKind.U.value, version, began)
 
     def evaluate(self, args: Any, kwargs: dict[str, Any], target: Any = None) -> Any:
@@ -111,16 +111,16 @@ class TracedCompressor(Compressor):
         return unpacked
 
 
-class TracedExchange(Generic[Told, Heard]):
+class TracedExchange(Generic[Sent, Received]):
     """Notes the wait for what other stages tell: norms, or the gradients of tied weights."""
 
-    def __init__(self, row: TraceRow, plain: Exchange[Told, Heard]) -> None:
+    def __init__(self, row: TraceRow, plain: Exchange[Sent, Received]) -> None:
         self.row, self.plain = row, plain
-        self.post, self.ready = plain.post, plain.ready
+        self.send, self.can_receive = plain.send, plain.can_receive
 
-    def take(self, version: int) -> Heard:
+    def receive(self, version: int) -> Received:
         began = self.row.now()
-        found = self.plain.take(version)
+        found = self.plain.receive(version)
         self.row.add("wait", version, began)
         return found
 

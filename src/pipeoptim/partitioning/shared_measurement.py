@@ -21,13 +21,13 @@ def measured_by_first(measure: Callable[[], list[BlockCost]], group: dist.Proces
     Raises:
         StageFailure: the first process failed, or one did not come.
     """
-    ties = Rendezvous("partition", dist.get_process_group_ranks(group), _TIMEOUT, "process {}")
+    rendezvous = Rendezvous("partition", dist.get_process_group_ranks(group), _TIMEOUT, "process {}")
     try:
-        found = [asdict(cost) for cost in measure()] if ties.index == 0 else None
-        answers = ties.exchange(json.dumps(found))
+        found = [asdict(cost) for cost in measure()] if rendezvous.index == 0 else None
+        answers = rendezvous.exchange_settings(json.dumps(found))
     except StageFailure:
         raise
     except BaseException as error:
-        ties.refuse(error)
+        rendezvous.abort(error)
         raise
     return [BlockCost(**cost) for cost in json.loads(answers[0])]

@@ -39,10 +39,10 @@ class SharedSettings:
             )
 
 
-def agree(ties: Rendezvous, terms: SharedSettings) -> None:
+def check_agreement(rendezvous: Rendezvous, terms: SharedSettings) -> None:
     """All processes must run the same method with the same settings on one model; find out before the first message."""
-    for j, theirs in enumerate(ties.exchange(terms.write())):
-        terms.compare(SharedSettings.read(theirs), ties.name.format(ties.index), ties.name.format(j))
+    for j, theirs in enumerate(rendezvous.exchange_settings(terms.write())):
+        terms.compare(SharedSettings.read(theirs), rendezvous.name.format(rendezvous.index), rendezvous.name.format(j))
 
 
 def _blocks(cut: tuple[int, ...]) -> str:

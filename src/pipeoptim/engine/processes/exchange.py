@@ -9,51 +9,51 @@ from typing import Generic, Protocol, TypeVar
 
 from torch import Tensor
 
-Told = TypeVar("Told", contravariant=True)
-Heard = TypeVar("Heard", covariant=True)
+Sent = TypeVar("Sent", contravariant=True)
+Received = TypeVar("Received", covariant=True)
 
 
-class Exchange(Protocol[Told, Heard]):
+class Exchange(Protocol[Sent, Received]):
     """The end that one stage holds."""
 
-    def post(self, version: int, told: Told, /) -> None:
+    def send(self, version: int, told: Sent, /) -> None:
         """Tell the others; does not wait. What is told is the exchange's own from now on."""
         ...
 
-    def ready(self, version: int) -> bool:
-        """Whether :meth:`take` will end; always, where the other stages act by themselves."""
+    def can_receive(self, version: int) -> bool:
+        """Whether :meth:`receive` will end; always, where the other stages act by themselves."""
         ...
 
-    def take(self, version: int) -> Heard:
-        """What came of it, the same bits on all of them; once per version, in the order in which they were posted."""
+    def receive(self, version: int) -> Received:
+        """What came of it, the same bits on all of them; once per version, in the order in which they were sent."""
         ...
 
 
-class Board(Protocol[Told, Heard]):
+class LocalExchange(Protocol[Sent, Received]):
     """The exchange of stages that live in one process."""
 
-    def post(self, k: int, version: int, told: Told, /) -> None:
+    def send(self, k: int, version: int, told: Sent, /) -> None:
         """Note what stage ``k`` tells."""
         ...
 
-    def ready(self, version: int) -> bool:
+    def can_receive(self, version: int) -> bool:
         """Whether all have told theirs."""
         ...
 
-    def take(self, version: int) -> Heard:
+    def receive(self, version: int) -> Received:
         """What came of it; forgotten when every one has taken it."""
         ...
 
 
-class LocalExchangeEnd(Generic[Told, Heard]):
+class LocalExchangeEnd(Generic[Sent, Received]):
     """What stage ``k`` holds of ``board``."""
 
-    def __init__(self, board: Board[Told, Heard], k: int) -> None:
+    def __init__(self, board: LocalExchange[Sent, Received], k: int) -> None:
         self.board, self.k = board, k
-        self.ready, self.take = board.ready, board.take
+        self.can_receive, self.receive = board.can_receive, board.receive
 
-    def post(self, version: int, told: Told, /) -> None:
-        self.board.post(self.k, version, told)
+    def send(self, version: int, told: Sent, /) -> None:
+        self.board.send(self.k, version, told)
 
 
 Norms = Exchange[float, list[float]]

@@ -27,7 +27,7 @@ class LocalGradientSum:
         """What stage ``k`` holds."""
         return LocalExchangeEnd(self, k)
 
-    def post(self, k: int, version: int, gradient: Tensor) -> None:
+    def send(self, k: int, version: int, gradient: Tensor) -> None:
         """Note the gradient of stage ``k``."""
         told = self._gradients.setdefault(version, {})
         told[k] = gradient
@@ -36,13 +36,13 @@ class LocalGradientSum:
             self._sums[version] = [found, *(found.clone() for _ in self.holders[1:])]
             del self._gradients[version]
 
-    def ready(self, version: int) -> bool:
+    def can_receive(self, version: int) -> bool:
         """Whether all holders have noted theirs."""
         return version in self._sums
 
-    def take(self, version: int) -> Tensor:
+    def receive(self, version: int) -> Tensor:
         """The sum; forgotten when every holder has taken it."""
-        assert self.ready(version), f"the gradients of version {version} are not complete"
+        assert self.can_receive(version), f"the gradients of version {version} are not complete"
         found = self._sums[version].pop()
         if not self._sums[version]:
             del self._sums[version]
@@ -75,9 +75,9 @@ class AllReducedGradients:
         assert self._holders is not None
         return self._holders.group("sums")
 
-    def settle(self) -> None:
-        """Wait for what has been posted; it can be taken later."""
-        self._told |= {version: self.take(version) for version in list(self._works)}
+    def receive_pending(self) -> None:
+        """Wait for what has been sent; it can be taken later."""
+        self._told |= {version: self.receive(version) for version in list(self._works)}
 
     def close(self, wait: bool) -> None:
         """Give the group back."""
@@ -85,7 +85,7 @@ class AllReducedGradients:
         if self._holders is not None:
             self._holders.close(wait)
 
-    def post(self, version: int, gradient: Tensor) -> None:
+    def send(self, version: int, gradient: Tensor) -> None:
         count = self.group.size()
         try:
             if count == 2:
@@ -98,10 +98,10 @@ class AllReducedGradients:
             raise _failure(error) from error
         self._works[version] = work, every
 
-    def ready(self, version: int) -> bool:
+    def can_receive(self, version: int) -> bool:
         return True
 
-    def take(self, version: int) -> Tensor:
+    def receive(self, version: int) -> Tensor:
         if version in self._told:
             return self._told.pop(version)
         work, every = self._works.pop(version)

@@ -20,7 +20,7 @@ _STORE_GONE = "the process that holds the store (stage 0, unless torchrun holds 
 _GRACE = 1.0  # seconds that the main thread has to fail by itself, with its own traceback
 
 
-class Watch:
+class Heartbeat:
     """Beats for stage ``k`` and watches the others.
 
     Args:
@@ -41,7 +41,7 @@ class Watch:
         self._thread.start()
         atexit.register(self.close)
 
-    def waiting(self, peer: int | None) -> None:
+    def note_wait(self, peer: int | None) -> None:
         """Note that this stage begins (or, with None, ends) to wait for ``peer``."""
         self.waiting_for, self.waiting_since = peer, time.monotonic()
 

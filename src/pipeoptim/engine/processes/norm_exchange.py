@@ -25,17 +25,17 @@ class LocalNormExchange:
         """What stage ``k`` holds."""
         return LocalExchangeEnd(self, k)
 
-    def post(self, k: int, version: int, norm: float) -> None:
+    def send(self, k: int, version: int, norm: float) -> None:
         """Note the norm of stage ``k``."""
         self._norms.setdefault(version, {})[k] = norm
 
-    def ready(self, version: int) -> bool:
+    def can_receive(self, version: int) -> bool:
         """Whether all stages have noted theirs."""
         return len(self._norms.get(version, ())) == self.depth
 
-    def take(self, version: int) -> list[float]:
+    def receive(self, version: int) -> list[float]:
         """All norms; forgotten when every stage has taken them."""
-        assert self.ready(version), f"the norms of version {version} are not complete"
+        assert self.can_receive(version), f"the norms of version {version} are not complete"
         norms = self._norms[version]
         self._takes[version] = self._takes.get(version, 0) + 1
         if self._takes[version] == self.depth:
@@ -43,14 +43,14 @@ class LocalNormExchange:
         return [norms[k] for k in range(self.depth)]
 
 
-class Way(Protocol):
-    """How processes tell each other a number: on a shared page (:mod:`~.shared_memory`), or by :class:`Gathering`."""
+class NormTransport(Protocol):
+    """How processes tell each other a number: on a shared page (:mod:`~.shared_memory`), or by :class:`GatheredNorms`."""
 
-    def post(self, turn: int, number: float) -> None:
+    def send(self, turn: int, number: float) -> None:
         """Tell the others the ``turn``-th number of this stage; does not wait."""
         ...
 
-    def take(self, turn: int) -> list[float]:
+    def receive(self, turn: int) -> list[float]:
         """The ``turn``-th number of every stage; once per turn."""
         ...
 
@@ -60,46 +60,46 @@ class Way(Protocol):
 
 
 class ProcessNorms:
-    """The exchange between processes, of which each holds one stage. Norms travel in the order in which they are posted."""
+    """The exchange between processes, of which each holds one stage. Norms travel in the order in which they are sent."""
 
     def __init__(self) -> None:
-        self._way: Way | None = None
+        self._transport: NormTransport | None = None
         self._turn = 0
-        self._turns: dict[int, int] = {}  # version -> when it was posted
+        self._turns: dict[int, int] = {}  # version -> when it was sent
         self._told: dict[int, list[float]] = {}
 
-    def connect(self, way: Way) -> None:
+    def connect(self, transport: NormTransport) -> None:
         """Use ``way``, which all processes have agreed on."""
-        self._way = way
+        self._transport = transport
 
-    def settle(self) -> None:
-        """Wait for what has been posted; it can be taken later."""
-        self._told |= {version: self.take(version) for version in list(self._turns)}
+    def receive_pending(self) -> None:
+        """Wait for what has been sent; it can be taken later."""
+        self._told |= {version: self.receive(version) for version in list(self._turns)}
 
     def close(self) -> None:
-        """Let go of the way."""
-        if self._way is not None:
-            self._way.close()
-        self._way = None
+        """Let go of the transport."""
+        if self._transport is not None:
+            self._transport.close()
+        self._transport = None
         self._turns.clear()
 
-    def post(self, version: int, norm: float) -> None:
-        assert self._way is not None
-        self._way.post(self._turn, norm)
+    def send(self, version: int, norm: float) -> None:
+        assert self._transport is not None
+        self._transport.send(self._turn, norm)
         self._turns[version] = self._turn
         self._turn += 1
 
-    def ready(self, version: int) -> bool:
+    def can_receive(self, version: int) -> bool:
         return True
 
-    def take(self, version: int) -> list[float]:
+    def receive(self, version: int) -> list[float]:
         if version in self._told:
             return self._told.pop(version)
-        assert self._way is not None
-        return self._way.take(self._turns.pop(version))
+        assert self._transport is not None
+        return self._transport.receive(self._turns.pop(version))
 
 
-class Gathering:
+class GatheredNorms:
     """Tells numbers by an ``all_gather`` of one float64 per stage, started at once and waited for late.
 
     Args:
@@ -112,7 +112,7 @@ class Gathering:
         self._group: dist.ProcessGroup | None = group
         self._works: dict[int, tuple[Any, list[Tensor], Tensor]] = {}
 
-    def post(self, turn: int, number: float) -> None:
+    def send(self, turn: int, number: float) -> None:
         assert self._group is not None
         mine = torch.tensor([number], dtype=torch.float64)
         every = [torch.empty(1, dtype=torch.float64) for _ in range(self._group.size())]
@@ -121,7 +121,7 @@ class Gathering:
         except RuntimeError as error:
             raise _failure(error) from error
 
-    def take(self, turn: int) -> list[float]:
+    def receive(self, turn: int) -> list[float]:
         work, every, _ = self._works.pop(turn)
         try:
             work.wait(self.timeout)

@@ -19,7 +19,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from pipeoptim.errors import StageFailure
 
-_REFUSED = "!"
+_ABORTED = "!"
 _made: Counter[str] = Counter()  # meetings held in this process, by who met
 
 
@@ -41,22 +41,22 @@ class Rendezvous:
         self.store: Store = PrefixStore(f"{self._key}/{self._number}", c10d._get_default_store())
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._count = 0
-        self._met = False
+        self._exchanged = False
 
-    def exchange(self, text: str) -> list[str]:
+    def exchange_settings(self, text: str) -> list[str]:
         """The ``text`` of every process, in their order. Once, before anything else that waits for them.
 
         Raises:
-            StageFailure: one did not come within the time-out, or called :meth:`refuse`.
+            StageFailure: one did not come within the time-out, or called :meth:`abort`.
         """
-        found = self.tell("settings", text, "to be set up")
-        self._note_met()
+        found = self.all_gather("settings", text, "to be set up")
+        self._note_exchanged()
         for j, theirs in enumerate(found):
-            if theirs.startswith(_REFUSED):
-                raise StageFailure(f"{self.name.format(j)} could not be set up: {theirs.removeprefix(_REFUSED)}")
+            if theirs.startswith(_ABORTED):
+                raise StageFailure(f"{self.name.format(j)} could not be set up: {theirs.removeprefix(_ABORTED)}")
         return found
 
-    def tell(self, what: str, text: str, purpose: str) -> list[str]:
+    def all_gather(self, what: str, text: str, purpose: str) -> list[str]:
         """Put ``text`` where all find it and wait until all have done so: theirs, in their order. Once for each ``what``.
 
         Raises:
@@ -78,18 +78,18 @@ class Rendezvous:
         except RuntimeError:
             return "the process that holds the store is gone, and others"
 
-    def refuse(self, error: BaseException) -> None:
+    def abort(self, error: BaseException) -> None:
         """Tell the others that this process will not come, unless it has come already."""
-        if not self._met:
+        if not self._exchanged:
             with suppress(RuntimeError):
-                self.store.set(f"settings/{self.index}", f"{_REFUSED}{(str(error).splitlines() or [type(error).__name__])[0]}")
-            self._note_met()
+                self.store.set(f"settings/{self.index}", f"{_ABORTED}{(str(error).splitlines() or [type(error).__name__])[0]}")
+            self._note_exchanged()
 
-    def _note_met(self) -> None:
-        self._met = True
+    def _note_exchanged(self) -> None:
+        self._exchanged = True
         _made[self._key] = self._number + 1
 
-    def clone(self) -> Store:
+    def clone_store(self) -> Store:
         """The store through a connection of its own, for who must not wait behind others."""
         clone: Callable[[], Store] | None = getattr(self.store, "clone", None)
         return self.store if clone is None else clone()
@@ -104,7 +104,9 @@ class Rendezvous:
             full = f"{self._count}-{name}"
             self._groups[name] = new_group(self.ranks, f"{self._key}/{self._number}/{full}", self.timeout, backend)
             self._count += 1
-            self.tell(f"made/{full}", "", "to be connected")  # who has it may close it at once, before others are connected
+            self.all_gather(
+                f"made/{full}", "", "to be connected"
+            )  # who has it may close it at once, before others are connected
         return self._groups[name]
 
     def close(self, wait: bool = True) -> None:
@@ -140,7 +142,7 @@ def new_group(ranks: list[int], name: str, timeout: timedelta, backend: str | No
     return group  # type: ignore[no-any-return]
 
 
-def by_gloo(device: str = "cpu") -> bool:
+def uses_gloo(device: str = "cpu") -> bool:
     """Whether tensors on devices of this type go through gloo, and not through something that may be slower or farther on purpose.
 
     Gloo's point-to-point messages are in the host's memory, so it may have to carry those of any device that has no backend.

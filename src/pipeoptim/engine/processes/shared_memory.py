@@ -25,7 +25,7 @@ from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
 
 Waiting = Callable[[int | None], None]
-NO_PROCESSES: Mapping[int, int] = MappingProxyType({})
+NO_PIDFDS: Mapping[int, int] = MappingProxyType({})
 _LOOK = 0.05  # seconds between looks whether the stage that is waited for still lives
 _MIX = 0x9E3779B97F4A7C15  # odd, so that its multiples below 2^64 differ
 
@@ -42,7 +42,7 @@ class SharedMemoryNorms:
     """
 
     def __init__(
-        self, page: mmap.mmap, k: int, depth: int, timeout: float, waiting: Waiting, processes: Mapping[int, int] = NO_PROCESSES
+        self, page: mmap.mmap, k: int, depth: int, timeout: float, waiting: Waiting, processes: Mapping[int, int] = NO_PIDFDS
     ) -> None:
         self.k, self.depth, self.timeout, self.waiting = k, depth, timeout, waiting
         self._page, self._processes = page, processes
@@ -54,13 +54,13 @@ class SharedMemoryNorms:
         """Bytes that the page must have."""
         return 8 * depth * (2 * _turns(depth) + 1)
 
-    def post(self, turn: int, number: float) -> None:
+    def send(self, turn: int, number: float) -> None:
         """Write the ``turn``-th number of this stage."""
         place, (bits,) = self._place(self.k, turn), struct.unpack("Q", struct.pack("d", number))
         self._words[place] = bits
         self._words[place + 1] = bits ^ _mark(turn)
 
-    def take(self, turn: int) -> list[float]:
+    def receive(self, turn: int) -> list[float]:
         """The ``turn``-th number of every stage; waits for those that are missing.
 
         Raises:
@@ -126,8 +126,8 @@ def _mark(turn: int) -> int:
     return (turn + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
 
 
-def shared_memory_norms(ties: Rendezvous, wanted: bool, waiting: Waiting) -> SharedMemoryNorms | None:
-    """The board of the processes of ``ties``, one per stage; None in all of them where one is on another machine or does not want it.
+def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) -> SharedMemoryNorms | None:
+    """The board of the processes of ``rendezvous``, one per stage; None in all of them where one is on another machine or does not want it.
 
     The first makes the memory, under a name that nobody can guess and that lies in no folder. The others find it in what the system
     shows of the first one's open files, and so know that they are on the same machine.
@@ -135,21 +135,21 @@ def shared_memory_norms(ties: Rendezvous, wanted: bool, waiting: Waiting) -> Sha
     Raises:
         StageFailure: a process did not come within the time-out.
     """
-    k, depth, size = ties.index, len(ties.ranks), SharedMemoryNorms.size(len(ties.ranks))
+    k, depth, size = rendezvous.index, len(rendezvous.ranks), SharedMemoryNorms.size(len(rendezvous.ranks))
     made = _make(size) if wanted and k == 0 else None
     page, processes = None, dict[int, int]()
     try:
-        told = [text.split() for text in ties.tell("board", f"{os.getpid()} {made or '- -'}", "to share memory")]
+        told = [text.split() for text in rendezvous.all_gather("board", f"{os.getpid()} {made or '- -'}", "to share memory")]
         if wanted:
             page = _find(told[0], size)
             processes = _processes({j: int(pid) for j, (pid, *_) in enumerate(told) if j != k})
         ready = page is not None and len(processes) == depth - 1
-        agreed = set(ties.tell("board/found", "yes" if ready else "no", "to share memory")) == {"yes"}
+        agreed = set(rendezvous.all_gather("board/found", "yes" if ready else "no", "to share memory")) == {"yes"}
     finally:
         if made is not None:
             os.close(int(made.split()[0]))
     if agreed and page is not None:
-        return SharedMemoryNorms(page, k, depth, ties.timeout.total_seconds(), waiting, processes)
+        return SharedMemoryNorms(page, k, depth, rendezvous.timeout.total_seconds(), waiting, processes)
     for fd in processes.values():
         os.close(fd)
     return None

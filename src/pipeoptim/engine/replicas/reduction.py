@@ -30,16 +30,16 @@ class Reduction(Protocol):
     Attributes:
         index: which replica this is.
         deferred: whether there is something to gain in carrying out an update as late as its weights allow.
-        by_place: whether weights that autograd saved must be looked up again when a backward runs on others.
-        parts: what this process holds of a parameter, for those of which it does not hold all.
+        replaces_saved: whether weights that autograd saved must be looked up again when a backward runs on others.
+        shards: what this process holds of a parameter, for those of which it does not hold all.
     """
 
     index: int
     deferred: bool
-    by_place: bool
-    parts: Mapping[Tensor, Tensor]
+    replaces_saved: bool
+    shards: Mapping[Tensor, Tensor]
 
-    def bare(self, module: nn.Module) -> nn.Module:
+    def unwrapped(self, module: nn.Module) -> nn.Module:
         """The user's own module in what may be a wrapper: evaluated and saved."""
         ...
 
@@ -72,15 +72,15 @@ class Reduction(Protocol):
         ...
 
 
-class Alone:
+class NoReplicas:
     """A stage without replicas."""
 
     index = 0
     deferred = False
-    by_place = True
-    parts: Mapping[Tensor, Tensor] = MappingProxyType({})
+    replaces_saved = True
+    shards: Mapping[Tensor, Tensor] = MappingProxyType({})
 
-    def bare(self, module: nn.Module) -> nn.Module:
+    def unwrapped(self, module: nn.Module) -> nn.Module:
         """The module."""
         return module
 
@@ -109,10 +109,10 @@ class Alone:
         """Nothing to do."""
 
 
-ALONE = Alone()
+NO_REPLICAS = NoReplicas()
 
 
-class MeanGradients(Alone):
+class BucketedReduction(NoReplicas):
     """All-reduces gradients in buckets, each as soon as the last micro-batch's backward has written all of it.
 
     A parameter that got no gradient on this replica takes part with zeros; it keeps None where no replica had one, so that
@@ -189,7 +189,7 @@ class MeanGradients(Alone):
         self._hooks, self.buckets, self.group = [], [], None
 
 
-class ByDDP(Alone):
+class DDPReduction(NoReplicas):
     """The stage's module is wrapped in ``DistributedDataParallel``, whose own buckets and hooks do the work.
 
     Forwards run under ``no_sync``, because several of them come before one backward; the reducer is armed just before the
@@ -208,7 +208,7 @@ class ByDDP(Alone):
         self.module: DistributedDataParallel = module
         self.index = index
 
-    def bare(self, module: nn.Module) -> nn.Module:
+    def unwrapped(self, module: nn.Module) -> nn.Module:
         """What is wrapped."""
         return self.module.module  # type: ignore[no-any-return]
 

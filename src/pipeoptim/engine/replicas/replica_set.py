@@ -16,10 +16,10 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pipeoptim.engine.processes.agreement import SharedSettings
-from pipeoptim.engine.processes.heartbeat import Watch
+from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.rendezvous import Rendezvous
-from pipeoptim.engine.replicas.reduction import ByDDP, MeanGradients, Reduction, failure
-from pipeoptim.engine.replicas.sharded import BySharding, sharding_mesh
+from pipeoptim.engine.replicas.reduction import BucketedReduction, DDPReduction, Reduction, failure
+from pipeoptim.engine.replicas.sharded import ShardedReduction, sharding_mesh
 from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.errors import ConfigError
 
@@ -90,26 +90,26 @@ class ReplicaSet:
 
     def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, terms: SharedSettings) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
-        self._ties = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
+        self._rendezvous = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
-        self._watch: Watch | None = None
+        self._heartbeat: Heartbeat | None = None
         place = f"stage {k} of {depth}"
-        for rank, told in zip(replicas.ranks, self._ties.exchange(f"{place}\n{terms.write()}"), strict=True):
+        for rank, told in zip(replicas.ranks, self._rendezvous.exchange_settings(f"{place}\n{terms.write()}"), strict=True):
             theirs, given = told.split("\n", 1)
             if theirs != place:
                 raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
             terms.compare(SharedSettings.read(given), place, f"its replica on rank {rank}")
-        self._ties.group("control", "gloo")  # made while all are here
+        self._rendezvous.group("control", "gloo")  # made while all are here
 
     @property
     def control(self) -> dist.ProcessGroup:
         """On the CPU, for what is no gradient."""
-        return self._ties.group("control", "gloo")
+        return self._rendezvous.group("control", "gloo")
 
-    def watch(self, liveness: float) -> None:
+    def start_heartbeat(self, liveness: float) -> None:
         """End this process when another replica gives no sign of life for ``liveness`` seconds."""
-        ties = self._ties
-        self._watch = Watch(ties.clone(), ties.index, self.replicas.count, liveness, ties.name)
+        rendezvous = self._rendezvous
+        self._heartbeat = Heartbeat(rendezvous.clone_store(), rendezvous.index, self.replicas.count, liveness, rendezvous.name)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all replicas, in their order. All of them call this."""
@@ -133,12 +133,12 @@ class ReplicaSet:
                         f"{by} averages gradients by itself and knows no {what}; give the bare module and replicas="
                     )
             if mesh is not None:
-                return BySharding(module, mesh, self.replicas.index)
-            return ByDDP(module, self.replicas.index)  # type: ignore[arg-type]
+                return ShardedReduction(module, mesh, self.replicas.index)
+            return DDPReduction(module, self.replicas.index)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
-        group = self._ties.group("gradients")
-        same_start([*module.parameters(), *module.buffers(), *(held if mastered else [])], group, ranks[0])
-        return MeanGradients(held, group, self.replicas.index, self.timeout, during_backward=not mastered)
+        group = self._rendezvous.group("gradients")
+        broadcast_values([*module.parameters(), *module.buffers(), *(held if mastered else [])], group, ranks[0])
+        return BucketedReduction(held, group, self.replicas.index, self.timeout, during_backward=not mastered)
 
     def agree_to_stop(self, wanted: bool) -> bool:
         """Whether any replica wanted to stop some mini-batches ago; the same answer on all of them at the same mini-batch."""
@@ -155,14 +155,14 @@ class ReplicaSet:
 
     def close(self, wait: bool) -> None:
         """Stop the watch and give back the groups."""
-        if self._watch is not None:
-            self._watch.close()
-            self._watch = None
+        if self._heartbeat is not None:
+            self._heartbeat.close()
+            self._heartbeat = None
         self._votes.clear()
-        self._ties.close(wait)
+        self._rendezvous.close(wait)
 
 
-def same_start(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
+def broadcast_values(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
     """Give every replica the values of the process with global rank ``source``."""
     with torch.no_grad():
         for tensor in tensors:

@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pipeoptim.engine.replicas.reduction import Alone
+from pipeoptim.engine.replicas.reduction import NoReplicas
 from pipeoptim.errors import ConfigError
 
 
@@ -52,7 +52,7 @@ def _by_fully_shard(p: DTensor) -> bool:
     return isinstance(inner, Shard) and len(outer) <= 1 and all(isinstance(place, Replicate) for place in outer)
 
 
-class BySharding(Alone):
+class ShardedReduction(NoReplicas):
     """``fully_shard`` averages the gradients in every backward; this puts the right version of the shards in place.
 
     Args:
@@ -61,11 +61,11 @@ class BySharding(Alone):
         index: which replica this is.
     """
 
-    by_place = False
+    replaces_saved = False
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, index: int) -> None:
         self.index = index
-        self.parts: Mapping[Tensor, Tensor] = {p: _shard(p) for p in module.parameters()}
+        self.shards: Mapping[Tensor, Tensor] = {p: _shard(p) for p in module.parameters()}
         self._modules = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self._group = mesh.get_group(mesh.ndim - 1)
 
@@ -82,7 +82,7 @@ class BySharding(Alone):
     @contextmanager
     def backward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> Iterator[None]:
         """As :meth:`forward_on`."""
-        for part in self.parts.values():
+        for part in self.shards.values():
             part.grad = None
         with self.forward_on(params, tensors):
             device = params[0].device if params else torch.device("cpu")
@@ -92,7 +92,7 @@ class BySharding(Alone):
 
     def finish(self) -> None:
         """The mean is there; let the shards have their part of it."""
-        for p, part in self.parts.items():
+        for p, part in self.shards.items():
             part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
 
     def whole_norm(self, norm: Tensor) -> Tensor:

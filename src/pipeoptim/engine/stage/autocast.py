@@ -23,7 +23,7 @@ def check_autocast(dtype: torch.dtype | None) -> None:
         raise ConfigError(f"autocast is {dtype!r}, must be torch.bfloat16, torch.float16 or None")
 
 
-class computing:  # noqa: N801  # used like a function
+class autocast_to:  # noqa: N801  # used like a function
     """Run a module in this block: under autocast to ``dtype``, or with None under whatever the caller set up.
 
     The copies are thrown away also where no autocast is in sight (0.1 microseconds): a module may have a block of its own, and

@@ -14,7 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine.options import StageOptions
 from pipeoptim.engine.replicas.reduction import Reduction
 from pipeoptim.engine.stage.master_weights import module_parameter
-from pipeoptim.engine.stage.tied_weights import TieEnd
+from pipeoptim.engine.stage.tied_weights import TieOnStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.rules import Predictor
@@ -22,17 +22,17 @@ from pipeoptim.schedule import Program
 from pipeoptim.weights.store import WeightPredictor
 
 
-def nothing() -> None:
+def skip_step() -> None:
     """The step of an update that is skipped."""
 
 
-def stepping(
+def step_function(
     optimizer: Optimizer | None,
     method: Method,
     program: Program,
     predictor: WeightPredictor | None,
     reduction: Reduction,
-    ties: Sequence[TieEnd],
+    ties: Sequence[TieOnStage],
 ) -> Callable[[], object]:
     """What moves the weights of a stage.
 
@@ -40,20 +40,20 @@ def stepping(
     and it is the slowest stage (it has the loss as well), so that its step decides how fast the pipeline is.
     """
     if optimizer is None:
-        return nothing
+        return skip_step
     kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
-    if predictor is None and kernels and by_kernels(ties):
+    if predictor is None and kernels and kernel_choice(ties):
         with suppress(ConfigError):  # optimizers that no weights can be predicted for
-            return Predictor(optimizer, kind="none", parts=reduction.parts).step
+            return Predictor(optimizer, kind="none", parts=reduction.shards).step
     return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
 
 
-def by_kernels(ties: Sequence[TieEnd]) -> Literal["auto", False]:
+def kernel_choice(ties: Sequence[TieOnStage]) -> Literal["auto", False]:
     """Whether kernels may step: torch's own step everywhere keeps the copies of tied weights equal bit for bit."""
     return False if ties else "auto"
 
 
-def optimized(
+def optimizer_parameters(
     module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What ``optimizer`` holds, and the module's parameters that it moves (other ones for masters), after checks."""
@@ -80,8 +80,8 @@ def optimized(
     return held, params
 
 
-def check_parts(reduction: Reduction, method: Method, options: StageOptions, ties: Sequence[TieEnd]) -> None:
-    if not reduction.parts:
+def check_sharded(reduction: Reduction, method: Method, options: StageOptions, ties: Sequence[TieOnStage]) -> None:
+    if not reduction.shards:
         return
     if ties:
         raise ConfigError(
@@ -100,7 +100,7 @@ def check_parts(reduction: Reduction, method: Method, options: StageOptions, tie
         )
 
 
-def grouped(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
+def split_by_group(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
     """``params`` cut as the optimizer's groups are."""
     rest = iter(params)
     return [[next(rest) for _ in group["params"]] for group in optimizer.param_groups]

@@ -133,24 +133,24 @@ class Clipper:
         self.used: Tensor | float | None = None
         self._none = torch.zeros((), dtype=self.params[0].dtype if self.params else None)
         self._own: Tensor = self._none
-        self._posted: deque[int] = deque()  # versions whose global norm was not taken yet
+        self._sent: deque[int] = deque()  # versions whose global norm was not taken yet
         self._known: dict[int, float] = {}  # version -> its global norm
 
-    def announce(self, version: int) -> None:
+    def send_norm(self, version: int) -> None:
         """The gradients of the update after ``version`` are complete: take their norm and tell it."""
         grads = [p.grad for p in self._counted if p.grad is not None]
         self._own = self._whole(get_total_norm(grads) if grads else self._none)
         if self.norms is not None:
-            self.norms.post(version, float(self._own))
-            self._posted.append(version)
+            self.norms.send(version, float(self._own))
+            self._sent.append(version)
 
-    def ready(self, version: int) -> bool:
+    def can_clip(self, version: int) -> bool:
         """Whether :meth:`apply` would not wait for a stage that cannot act meanwhile (the emulator's stages take turns)."""
-        return not self.rule.waits or self.norms is None or self.norms.ready(version)
+        return not self.rule.waits or self.norms is None or self.norms.can_receive(version)
 
     def norm(self, version: int) -> Tensor | float:
         """The norm that decides about the update after ``version``; for scope "global" the same on every stage."""
-        self._take(version - self.delay)
+        self._receive_up_to(version - self.delay)
         if self.norms is None:
             return self._own
         known = self._known.pop(version - self.delay, math.nan)
@@ -167,21 +167,21 @@ class Clipper:
         if norm.device.type != "cpu" or not self.rule.max_norm / (norm + 1e-6) >= 1:  # nor where it is not a number
             clip_grads_with_norm_(self.params, self.rule.max_norm, norm.to(self._own.device))
 
-    def _take(self, newest: int) -> None:
+    def _receive_up_to(self, newest: int) -> None:
         """Take the global norms up to that of version ``newest``."""
-        while self._posted and self._posted[0] <= newest and self.norms is not None:
-            version = self._posted.popleft()
-            self._known[version] = total(self.norms.take(version))
+        while self._sent and self._sent[0] <= newest and self.norms is not None:
+            version = self._sent.popleft()
+            self._known[version] = total(self.norms.receive(version))
 
     def state_dict(self) -> dict[str, Any]:
         """Norms that coming updates use."""
-        if self._posted:
-            self._take(self._posted[-1])
+        if self._sent:
+            self._receive_up_to(self._sent[-1])
         return {"versions": list(self._known), "norms": list(self._known.values())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
-        self._posted.clear()
+        self._sent.clear()
         self._known = dict(zip(state["versions"], state["norms"], strict=True))
 
 

@@ -64,14 +64,14 @@ class LossScale:
             found.append(infinite)
         self.finite = not any(float(infinite) for infinite in found)
         if not self.finite:
-            self.note(self.current)
+            self.note_overflow(self.current)
 
-    def note(self, overflowed: float) -> None:
+    def note_overflow(self, overflowed: float) -> None:
         """A scale was too large, here or on an earlier stage; 0: none was."""
         if overflowed:
             self.overflowed = min(overflowed, self.overflowed or overflowed)
 
-    def tell(self) -> float:
+    def overflow_to_send(self) -> float:
         """What goes to the next stage with the next activation."""
         overflowed, self.overflowed = self.overflowed, 0.0
         return overflowed
@@ -81,7 +81,7 @@ class LossScale:
         if not self.is_last:
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": self.current})
             return
-        overflowed, state = self.tell(), self.scaler.state_dict()
+        overflowed, state = self.overflow_to_send(), self.scaler.state_dict()
         if overflowed and state["scale"] >= overflowed:
             state["scale"] *= state["backoff_factor"]
             state["_growth_tracker"] = 0

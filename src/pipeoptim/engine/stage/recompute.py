@@ -22,13 +22,13 @@ KINDS = ("backward", "forward")
 _HOOK = "_recomputation_hook"  # torch's own, of checkpoints that are not reentrant
 
 
-def check_recompute(kind: str, module: nn.Module, by_place: bool) -> None:
+def check_recompute(kind: str, module: nn.Module, replaces_saved: bool) -> None:
     """Raises ConfigError for another kind, and for "forward" where it cannot be had exactly."""
     if kind not in KINDS:
         raise ConfigError(f"recompute is {kind!r}, must be one of {', '.join(KINDS)}")
     if kind == "backward":
         return
-    if not by_place:
+    if not replaces_saved:
         raise ConfigError("recompute is 'forward', which sharded stages cannot do; use recompute='backward'")
     if not hasattr(torch.utils.checkpoint, _HOOK):
         raise ConfigError(

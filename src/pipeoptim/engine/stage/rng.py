@@ -43,7 +43,7 @@ class StageRandom:
         self._outer = self.cpu
         self._outer_cuda: Tensor | None = None
 
-    def drawing(self) -> StageRandom:
+    def seeded_draws(self) -> StageRandom:
         """Draw from the stage's state inside the block; the caller's state is back afterwards."""
         return self
 

@@ -11,15 +11,15 @@ if TYPE_CHECKING:
 def state_of(stage: StageWorker) -> dict[str, Any]:
     """Everything a resumed run of ``stage`` needs to continue bit for bit, as tensors and plain data."""
     state: dict[str, Any] = {
-        "module": stage.reduction.bare(stage.module).state_dict(),
+        "module": stage.reduction.unwrapped(stage.module).state_dict(),
         "optimizer": None if stage.optimizer is None else stage.optimizer.state_dict(),
         "scheduler": None if stage.scheduler is None else stage.scheduler.state_dict(),
         "random": stage.random.state_dict(),
         "version": stage.weights.version,
         "predictor": None if stage.predictor is None else stage.predictor.state_dict(),
     }
-    if stage.masters.pairs:
-        state["masters"] = stage.masters.state_dict()
+    if stage.master_weights.pairs:
+        state["masters"] = stage.master_weights.state_dict()
     if stage.clipper is not None:
         state["clip"] = stage.clipper.state_dict()
     if stage.tied:
@@ -33,7 +33,7 @@ def state_of(stage: StageWorker) -> dict[str, Any]:
 
 def restore(stage: StageWorker, state: dict[str, Any]) -> None:
     """Put :func:`state_of` back; what was not in use when it was saved begins anew."""
-    stage.reduction.bare(stage.module).load_state_dict(state["module"])
+    stage.reduction.unwrapped(stage.module).load_state_dict(state["module"])
     if stage.optimizer is not None:
         stage.optimizer.load_state_dict(state["optimizer"])
     if stage.scheduler is not None and state["scheduler"] is not None:
@@ -42,7 +42,7 @@ def restore(stage: StageWorker, state: dict[str, Any]) -> None:
     stage.weights.version = state["version"]
     if stage.predictor is not None and state["predictor"] is not None:
         stage.predictor.load_state_dict(state["predictor"])
-    stage.masters.load_state_dict(state.get("masters"))
+    stage.master_weights.load_state_dict(state.get("masters"))
     if stage.clipper is not None and "clip" in state:
         stage.clipper.load_state_dict(state["clip"])
     for weight in stage.tied:

@@ -135,7 +135,7 @@ class TiedWeight:
     def __init__(self, name: str, parameter: Tensor, held: Tensor, exchange: Sums, delay: int, counted: bool) -> None:
         self.name, self.parameter, self.held = name, parameter, held
         self.exchange, self.delay, self.counted = exchange, delay, counted
-        self._posted: deque[int] = deque()  # versions whose sum was not taken yet
+        self._sent: deque[int] = deque()  # versions whose sum was not taken yet
         self._known: dict[int, Tensor] = {}  # version -> its sum
 
     @property
@@ -143,48 +143,48 @@ class TiedWeight:
         """What must begin alike on all holders."""
         return [self.held] if self.held is self.parameter else [self.held, self.parameter]
 
-    def post(self, version: int) -> None:
+    def send_gradient(self, version: int) -> None:
         """Tell this stage's own gradient of the update after ``version``; zeros if it has none."""
         gradient, self.held.grad = self.held.grad, None
         if gradient is None:
             gradient = torch.zeros_like(self.held, requires_grad=False)
         if gradient.is_sparse:
             raise ConfigError(f"the tied weight {self.name!r} has a sparse gradient; make its Embedding with sparse=False")
-        self.exchange.post(version, gradient.contiguous())
-        self._posted.append(version)
+        self.exchange.send(version, gradient.contiguous())
+        self._sent.append(version)
 
-    def ready(self, version: int) -> bool:
-        """Whether :meth:`take` would not wait for a stage that cannot act meanwhile (the emulator's stages take turns)."""
+    def can_receive(self, version: int) -> bool:
+        """Whether :meth:`receive_sum` would not wait for a stage that cannot act meanwhile (the emulator's stages take turns)."""
         due = version - self.delay
-        return due not in self._posted or self.exchange.ready(due)
+        return due not in self._sent or self.exchange.can_receive(due)
 
-    def take(self, version: int) -> None:
+    def receive_sum(self, version: int) -> None:
         """Put in place the gradient of the update after ``version``: the sum for version - d; None where there is none."""
         due = version - self.delay
-        while self._posted and self._posted[0] <= due:
-            self._take_oldest()
+        while self._sent and self._sent[0] <= due:
+            self._receive_oldest()
         self.held.grad = self._known.pop(due, None)
 
-    def _take_oldest(self) -> None:
-        version = self._posted.popleft()
-        self._known[version] = self.exchange.take(version)
+    def _receive_oldest(self) -> None:
+        version = self._sent.popleft()
+        self._known[version] = self.exchange.receive(version)
 
     def state_dict(self) -> dict[str, Any]:
         """Sums that coming updates use."""
-        while self._posted:
-            self._take_oldest()
+        while self._sent:
+            self._receive_oldest()
         return {"versions": list(self._known), "sums": list(self._known.values())}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
         """Take over :meth:`state_dict`; None: no gradient is under way."""
-        while self._posted:
-            self._take_oldest()
+        while self._sent:
+            self._receive_oldest()
         state = state or {"versions": [], "sums": []}
         self._known = {v: g.to(self.held.device).clone() for v, g in zip(state["versions"], state["sums"], strict=True)}
 
 
 @dataclass(frozen=True)
-class TieEnd:
+class TieOnStage:
     """A tied weight as stage ``k`` is told of it: which parameter, and how to reach the other holders."""
 
     tie: Tied
@@ -210,7 +210,7 @@ class TieEnd:
         return TiedWeight(name, parameter, found, self.exchange, delay, counted)
 
 
-def describe(weight: TiedWeight | None, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> str:
+def describe_tied(weight: TiedWeight | None, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> str:
     """All that decides how an update moves a stage's copy, in words that must be the same on all holders."""
     if weight is None or optimizer is None:
         return "nothing that moves it"
@@ -232,7 +232,7 @@ def _plain(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 
-def check_alike(tie: Tied, described: Sequence[str]) -> None:
+def check_tied_equal(tie: Tied, described: Sequence[str]) -> None:
     """``described``: by each of the holders.
 
     Raises:

@@ -22,9 +22,16 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
 from pipeoptim.engine.options import OFF, StageOptions
 from pipeoptim.engine.processes.exchange import Norms
-from pipeoptim.engine.replicas.reduction import ALONE, Reduction
-from pipeoptim.engine.stage.autocast import computing
-from pipeoptim.engine.stage.checks import by_kernels, check_parts, grouped, nothing, optimized, stepping
+from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
+from pipeoptim.engine.stage.autocast import autocast_to
+from pipeoptim.engine.stage.checks import (
+    check_sharded,
+    kernel_choice,
+    optimizer_parameters,
+    skip_step,
+    split_by_group,
+    step_function,
+)
 from pipeoptim.engine.stage.clip import Clipper
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.losses import LossLog, call_loss, check_graph, collect_losses, read_loss, warn_cut_off
@@ -33,7 +40,7 @@ from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
 from pipeoptim.engine.stage.recompute import check_recompute, recomputing
 from pipeoptim.engine.stage.rng import StageRandom
 from pipeoptim.engine.stage.state import restore, state_of
-from pipeoptim.engine.stage.tied_weights import Tied, TiedWeight, TieEnd
+from pipeoptim.engine.stage.tied_weights import Tied, TiedWeight, TieOnStage
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -94,41 +101,41 @@ class StageWorker:
         device: torch.device | None = None,
         options: StageOptions = OFF,
         norms: Norms | None = None,
-        reduction: Reduction = ALONE,
-        ties: Sequence[TieEnd] = (),
+        reduction: Reduction = NO_REPLICAS,
+        ties: Sequence[TieOnStage] = (),
     ) -> None:
         if k == program.depth - 1 and not callable(loss_fn):
             raise ConfigError(f"loss_fn is {loss_fn!r}, must be a function of output and target on the last stage")
-        held, params = optimized(module, optimizer, scheduler, k)
-        check_parts(reduction, method, options, ties)
+        held, params = optimizer_parameters(module, optimizer, scheduler, k)
+        check_sharded(reduction, method, options, ties)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
         self.predictor: WeightPredictor | None = None
         if optimizer is not None and method.predicts_on(program, k):
-            own, parts, fused = method.predictor, reduction.parts, by_kernels(ties)
+            own, parts, fused = method.predictor, reduction.shards, kernel_choice(ties)
             self.predictor = (
                 own(optimizer, program, k)
                 if own
                 else Predictor(optimizer, kind=prediction, scheduler=scheduler, fused=fused, parts=parts)
             )
-        self._optimizer_step = stepping(optimizer, method, program, self.predictor, reduction, ties)
-        held, params = ([reduction.parts.get(p, p) for p in tensors] for tensors in (held, params))
-        self.masters = MasterWeights(held, params)
-        if self.predictor is not None and self.masters.pairs:
+        self._optimizer_step = step_function(optimizer, method, program, self.predictor, reduction, ties)
+        held, params = ([reduction.shards.get(p, p) for p in tensors] for tensors in (held, params))
+        self.master_weights = MasterWeights(held, params)
+        if self.predictor is not None and self.master_weights.pairs:
             self.predictor = MasterWeightPredictor(self.predictor, held)
         self.weights = StageWeights(params, program, k, self.predictor)
         self.device = device or (params[0].device if params else torch.device("cpu"))
         self.random = StageRandom(seed, k, self.device, reduction.index)
         self.reduction = reduction
         self.options = options
-        self._held = held
+        self.parameters = held
         self.losses = LossLog(program.microbatches)
         self._stashes = isinstance(method.backward, Stashed)
         self._keeps = self._stashes or options.recompute == "forward"  # the weights of a forward until its backward
         if not (self._stashes and options.recompute == "forward"):  # there, forward and backward have the same weights
-            check_recompute(options.recompute, module, reduction.by_place)
-        copies = (tie.on(reduction.bare(module), held, params, program) for tie in ties)
+            check_recompute(options.recompute, module, reduction.replaces_saved)
+        copies = (tie.on(reduction.unwrapped(module), held, params, program) for tie in ties)
         self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
         self.clipper: Clipper | None = None
         if options.clip is not None:
@@ -139,7 +146,7 @@ class StageWorker:
         self.monitor: PredictionMonitor | None = None
         if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
             self.monitor = PredictionMonitor(
-                grouped(optimizer, params), k, None if options.monitor is True else options.monitor
+                split_by_group(optimizer, params), k, None if options.monitor is True else options.monitor
             )
         self.compressor = Compressor(options.compress, program.microbatches)
         self._announced = False  # the backwards of an update are done and the update is not carried out yet
@@ -155,7 +162,7 @@ class StageWorker:
 
     def prepare(self, i: int) -> None:
         """Choose (and predict) the weights for F of micro-batch ``i``; may be called while its input is on its way."""
-        self.settle()
+        self.finish_update()
         if self._ready is None:
             weight_set = self.method.forward.acquire(self.weights, i)
             self._ready = (i, weight_set)
@@ -173,7 +180,7 @@ class StageWorker:
         saved = self._hooks(i, weight_set)
         inputs = differentiable(args) if self.k > 0 else []  # nobody waits for gradients of the user's own inputs
         try:
-            with self.random.drawing(), collect_losses(strict=True) as extra:
+            with self.random.seeded_draws(), collect_losses(strict=True) as extra:
                 result = self._run(weight_set, saved, args, kwargs, target, share)
             if self.is_last and not result.requires_grad:
                 check_graph(self.k, share, [*inputs, *self.weights.params], extra.values())
@@ -231,7 +238,7 @@ class StageWorker:
         """None where autograd's own saved tensors will hold the right weights when the backward runs."""
         in_place = weight_set.copy is None
         backward = self.method.backward
-        if not self.reduction.by_place:
+        if not self.reduction.replaces_saved:
             return None
         moved = self.program.gap(self.k, i) > 0  # in place, the latest weights of the backward are right by themselves
         if in_place and isinstance(backward, Latest) and not (moved and self._keeps):
@@ -245,7 +252,7 @@ class StageWorker:
     ) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with self.reduction.forward_on(self.weights.params, self.weights.tensors(weight_set)):
-            with computing(self.device.type, self.options.autocast), hooks:
+            with autocast_to(self.device.type, self.options.autocast), hooks:
                 output = self._call(self.module, args, kwargs)
                 if self.is_last:
                     output, parts = read_loss(call_loss(self.loss_fn, output, target))
@@ -279,7 +286,7 @@ class StageWorker:
         Returns:
             One per differentiable input, for the previous stage.
         """
-        self.settle()
+        self.finish_update()
         if self.scaling is not None:
             self.scaling.begin_backward(i, loss_scale)
         flight = self._flights.pop(i)
@@ -304,10 +311,10 @@ class StageWorker:
             if roots:
                 with (
                     self._backward_on(again, weight_set),
-                    computing(self.device.type, None),
+                    autocast_to(self.device.type, None),
                 ):  # recomputation runs the module again
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
-                self.masters.collect()
+                self.master_weights.collect()
             if (i + 1) % self.program.microbatches == 0:
                 self.reduction.start()
         finally:
@@ -320,12 +327,12 @@ class StageWorker:
         """Warn after the first mini-batch if nothing came that this stage could learn from (the last stage's loss is checked in F)."""
         self._reached = self._reached or found
         if (i + 1) % self.program.microbatches == 0:
-            if not self._reached and not self.is_last and any(p.requires_grad for p in self._held):
+            if not self._reached and not self.is_last and any(p.requires_grad for p in self.parameters):
                 warn_cut_off(self.k, bool(flight.outputs))
             self._reached = None
 
     def _backward_on(self, again: WeightSet, weight_set: WeightSet) -> AbstractContextManager[Any]:
-        if self.reduction.by_place:
+        if self.reduction.replaces_saved:
             return recomputing(self.weights, again, weight_set)
         return self.reduction.backward_on(self.weights.params, self.weights.tensors(weight_set))
 
@@ -336,7 +343,7 @@ class StageWorker:
         """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
 
         Where it waits for others (replicas, or other stages for tied weights and when clipping by the global norm) only its part
-        in the exchange is begun here, and the rest is done by :meth:`settle`, which the stage's next F or B calls.
+        in the exchange is begun here, and the rest is done by :meth:`finish_update`, which the stage's next F or B calls.
         """
         self._announced = True
         if self.clipper is not None and self.clipper.rule.waits and self.program.depth > 1:
@@ -346,7 +353,7 @@ class StageWorker:
         elif self.tied and not self.reduction.deferred:
             self._own_gradients()
         elif not self.reduction.deferred:
-            self.settle()
+            self.finish_update()
 
     def _own_gradients(self) -> None:
         """Gradients become the mean over the replicas, without loss scale; those of tied weights are told to the other holders."""
@@ -354,9 +361,9 @@ class StageWorker:
             return
         self.reduction.finish()
         if self.scaling is not None:
-            self.scaling.unscale(self._held)
+            self.scaling.unscale(self.parameters)
         for weight in self.tied:
-            weight.post(self.weights.version)
+            weight.send_gradient(self.weights.version)
         self._own = True
 
     def tied_weight(self, tie: Tied) -> TiedWeight | None:
@@ -364,18 +371,18 @@ class StageWorker:
         return next((weight for weight in self.tied if weight.name == tie.name_on(self.k)), None)
 
     def _sums_ready(self) -> bool:
-        return all(weight.ready(self.weights.version) for weight in self.tied)
+        return all(weight.can_receive(self.weights.version) for weight in self.tied)
 
     def _complete_gradients(self) -> None:
         """Gradients become what clipping starts from: those of tied weights the sum over their holders."""
         self._own_gradients()
         for weight in self.tied:
-            weight.take(self.weights.version)
+            weight.receive_sum(self.weights.version)
         if self.clipper is not None:
-            self.clipper.announce(self.weights.version)
+            self.clipper.send_norm(self.weights.version)
         self._complete = True
 
-    def settle(self) -> None:
+    def finish_update(self) -> None:
         """Carry out an update that waits for other processes, if there is one."""
         if not self._announced:
             return
@@ -390,9 +397,9 @@ class StageWorker:
             scaled = nullcontext() if self.method.lr_scale is None else self._scaled_lr(self.optimizer, self.method.lr_scale)
             with _unsafe_preserve_version_counter(tuple(self.weights.params)), scaled:
                 self.weights.update(self._optimizer_step, self._ahead())
-                self.masters.write_back()
+                self.master_weights.write_back()
         if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
-            self.weights.update(nothing)
+            self.weights.update(skip_step)
             self.weights.version += 1
         else:
             self.weights.after_update()
@@ -411,8 +418,8 @@ class StageWorker:
         else:
             self.optimizer.zero_grad(set_to_none=True)
 
-    def ready(self) -> bool:
-        """Whether :meth:`settle` would not wait for a stage whose turn is later (see the emulator); tells others what it now can."""
+    def can_finish_update(self) -> bool:
+        """Whether :meth:`finish_update` would not wait for a stage whose turn is later (see the emulator); tells others what it now can."""
         if not self._announced:
             return True
         if not self._complete and not self._sums_ready():
@@ -421,7 +428,7 @@ class StageWorker:
             return True
         if not self._complete:
             self._complete_gradients()
-        return self.clipper.ready(self.weights.version)
+        return self.clipper.can_clip(self.weights.version)
 
     def _clip(self) -> bool:
         """Scale the gradients. Returns False where loss scaling finds that the update must be skipped."""
@@ -430,7 +437,7 @@ class StageWorker:
             return finite
         norm = self.clipper.norm(self.weights.version)
         if self.scaling is not None and self.clipper.rule.waits and not math.isfinite(norm):
-            self.scaling.note(self.scaling.current)  # all stages find it, and all of them skip
+            self.scaling.note_overflow(self.scaling.current)  # all stages find it, and all of them skip
             self.scaling.finite = finite = False
         if finite:
             self.clipper.apply(norm)
@@ -491,14 +498,14 @@ class StageWorker:
         """The loss scale in the gradients that the newest backward returned; 0 without loss scaling."""
         return 0.0 if self.scaling is None else self.scaling.current
 
-    def hear(self, overflowed: float) -> None:
+    def note_overflow(self, overflowed: float) -> None:
         """An activation came with the news that a loss scale was too large; 0: none was."""
         if self.scaling is not None:
-            self.scaling.note(overflowed)
+            self.scaling.note_overflow(overflowed)
 
-    def tell(self) -> float:
+    def overflow_to_send(self) -> float:
         """The news that goes on with the next activation."""
-        return 0.0 if self.scaling is None else self.scaling.tell()
+        return 0.0 if self.scaling is None else self.scaling.overflow_to_send()
 
     # -- evaluation and state ----------------------------------------------------------------------------------------
 
@@ -507,13 +514,13 @@ class StageWorker:
         if not self.tied and (
             self.clipper is None or not self.clipper.rule.waits
         ):  # else it may wait for stages that are not there yet
-            self.settle()
+            self.finish_update()
         training = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:
-            with torch.no_grad(), computing(self.device.type, self.options.autocast):
+            with torch.no_grad(), autocast_to(self.device.type, self.options.autocast):
                 with self.reduction.forward_on(self.weights.params, None):
-                    output = self._call(self.reduction.bare(self.module), args, kwargs)
+                    output = self._call(self.reduction.unwrapped(self.module), args, kwargs)
                 return read_loss(call_loss(self.loss_fn, output, target))[0] if self.is_last else output
         finally:
             for m, mode in training.items():
@@ -521,10 +528,10 @@ class StageWorker:
 
     def weight_bytes(self) -> int:
         """Bytes of memory that hold weights of this stage: its parameters and every copy of them, each storage once."""
-        parts = [self.reduction.parts.get(p, p) for p in self.module.parameters()]
+        parts = [self.reduction.shards.get(p, p) for p in self.module.parameters()]
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
         extra = self.predictor.nbytes() if isinstance(self.predictor, MasterWeightPredictor) else 0
-        return sum(storages.values()) + self.weights.nbytes_of_copies() + self.masters.nbytes() + extra
+        return sum(storages.values()) + self.weights.nbytes_of_copies() + self.master_weights.nbytes() + extra
 
     def state_dict(self) -> dict[str, Any]:
         """Everything a resumed run needs to continue bit for bit, as tensors and plain data. Only with nothing in flight."""

@@ -29,7 +29,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.processes.rendezvous import by_gloo
+from pipeoptim.engine.processes.rendezvous import uses_gloo
 from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.link import MessageBuffer, Receiver, Sender
 from pipeoptim.engine.transport.message import Message
@@ -89,7 +89,7 @@ class SideStreams:
 
 def side_streams(device: torch.device) -> SideStreams | None:
     """Those of a stage on ``device``; None where messages are sent from the memory that they are in."""
-    return SideStreams(device) if device.type != "cpu" and by_gloo(device.type) else None
+    return SideStreams(device) if device.type != "cpu" and uses_gloo(device.type) else None
 
 
 class StagedSender(Sender):
