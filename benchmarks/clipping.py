@@ -18,7 +18,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import Action, ActionKind
 
@@ -56,17 +56,17 @@ def seconds(depth: int, microbatches: int, waits: bool, minibatches: int = 40) -
     return (ends[1] - ends[0]) / (minibatches / 2)
 
 
-def ideal() -> list[Row]:
+def ideal() -> list[ResultRow]:
     rows = []
     for depth in (2, 4, 8):
         for label, m in (("D-1", depth - 1), ("D", depth), ("2D", 2 * depth), ("4D", 4 * depth)):
             ratio = seconds(depth, m, True) / seconds(depth, m, False)
             settings = {"depth": depth, "microbatches": m, "scope": "global", "ideal": True}
-            rows.append(Row(f"global, D = {depth}, M = {label} (ideal time)", [ratio], settings))
+            rows.append(ResultRow(f"global, D = {depth}, M = {label} (ideal time)", [ratio], settings))
     return rows
 
 
-def measured(depth: int, microbatches: list[int]) -> list[Row]:
+def measured(depth: int, microbatches: list[int]) -> list[ResultRow]:
     """One row per scope and M; samples are ratios to no clipping in the same turn."""
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
@@ -78,7 +78,7 @@ def measured(depth: int, microbatches: list[int]) -> list[Row]:
         started = [subprocess.Popen(command, env={**base, "RANK": str(k)}) for k in range(depth)]
         if any(p.wait() for p in started):
             sys.exit("a stage failed")
-        return [Row(**row) for row in json.loads(found.read_text())]
+        return [ResultRow(**row) for row in json.loads(found.read_text())]
 
 
 def worker(found: Path, microbatches: list[int], width: int = 256, repeats: int = 7, steps: int = 40) -> None:

@@ -22,8 +22,8 @@ import compare_models
 
 from pipeoptim.bench.record import machine
 from pipeoptim.compare.api import compare
-from pipeoptim.compare.figures import Spread
 from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.statistics import Spread
 from pipeoptim.compare.summary import Comparison
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.methods import METHODS

@@ -16,18 +16,18 @@ from typing import Any
 import torch
 
 from pipeoptim.bench.predict import shapes
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.engine.stage.prediction_monitor import SELDOM, PredictionMonitor
 from pipeoptim.rules import Predictor
-from pipeoptim.train.parts import build_parts
-from pipeoptim.train.pipes import emulator
+from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.recipes import get_recipe
+from pipeoptim.train.setup import build_setup
 from pipeoptim.weights import StorageLayout
 
 STEPS = 3
 
 
-def beside_updates(weights: float, blocks: int) -> list[Row]:
+def beside_updates(weights: float, blocks: int) -> list[ResultRow]:
     """The monitor at every version, and as often as it looks by default, beside AdamW's step with its prediction."""
     params = [torch.nn.Parameter(torch.empty(shape).normal_(0, 0.02)) for shape in shapes(int(weights))]
     for p in params:
@@ -57,10 +57,12 @@ def beside_updates(weights: float, blocks: int) -> list[Row]:
         settings = {"weights": total, "update_ms": update_ms, "every": every, "what": "time"}
         by_default = ", the default" if every == default else ""
         often = "every version" if every == 1 else f"every {every} versions"
-        rows.append(Row(f"{total / 1e6:.0f} million weights, {often}{by_default}: % of the update's time", shares, settings))
+        rows.append(
+            ResultRow(f"{total / 1e6:.0f} million weights, {often}{by_default}: % of the update's time", shares, settings)
+        )
     share = 100 * _bytes(monitor) / (2 * 4 * total)
     name = f"{total / 1e6:.0f} million weights: % of the memory of both copies of the weights"
-    return [*rows, Row(name, [share], {"weights": total, "what": "memory"})]
+    return [*rows, ResultRow(name, [share], {"weights": total, "what": "memory"})]
 
 
 def _bytes(monitor: PredictionMonitor) -> int:
@@ -70,13 +72,13 @@ def _bytes(monitor: PredictionMonitor) -> int:
     return sum(t.numel() * t.element_size() for t in own) + 2 * (STEPS + 1) * sample
 
 
-def beside_steps(steps: int) -> list[Row]:
+def beside_steps(steps: int) -> list[ResultRow]:
     """The monitors of all stages of the default recipe, beside whole steps of their emulator."""
     rows = []
     for every in (SELDOM, 1):
         config = replace(get_recipe("chars"), monitor_every=every)
-        parts = build_parts(config)
-        pipe, _ = emulator(parts, parts.task.loss)
+        setup = build_setup(config)
+        pipe, _ = make_emulator(setup, setup.task.loss)
         clock = [0.0]
         for k in range(config.stages):
             if (monitor := pipe._worker(k).monitor) is not None:
@@ -84,7 +86,7 @@ def beside_steps(steps: int) -> list[Row]:
                     setattr(monitor, name, _timed(getattr(monitor, name), clock))
         shares = []
         for step in range(steps):
-            x, y = parts.task.train_batch(step, config.batch_size)
+            x, y = setup.task.train_batch(step, config.batch_size)
             clock[0] = 0.0
             began = time.perf_counter()
             pipe.step(x, target=y)
@@ -92,7 +94,7 @@ def beside_steps(steps: int) -> list[Row]:
         mean = [sum(shares[i : i + 10]) / 10 for i in range(10, steps, 10)]
         often = "every version" if every == 1 else f"every {every} versions, the default"
         settings = {"recipe": "chars", "every": every, "what": "step"}
-        rows.append(Row(f"recipe chars, {config.stages} stages, {often}: % of a step's time", mean, settings))
+        rows.append(ResultRow(f"recipe chars, {config.stages} stages, {often}: % of a step's time", mean, settings))
     return rows
 
 

@@ -28,7 +28,7 @@ from torch import nn
 from torch.utils._pytree import tree_map
 
 import pipeoptim as po
-from pipeoptim.bench.record import Record, Row, merged
+from pipeoptim.bench.record import Record, ResultRow, merged
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.partitioning import BlockCost
 
@@ -122,7 +122,7 @@ def neighbours(lengths: list[int]) -> list[list[int]]:
     return found
 
 
-def run(name: str, memory: str, repeats: int, moved: bool) -> list[Row]:
+def run(name: str, memory: str, repeats: int, moved: bool) -> list[ResultRow]:
     """One row per depth."""
     model, args, what = MODELS[name]()
     costs = po.partition(model, 2, args).costs
@@ -153,7 +153,7 @@ def run(name: str, memory: str, repeats: int, moved: bool) -> list[Row]:
         settings["each"] = [bench.samples[where] for where in own]
         settings["moved"] = {"-".join(map(str, other)): bench.slowest(ranges[tuple(other)]) for other in others[depth]}
         title = f"{name}, {depth} stages" + ("" if memory == "kept" else ", memory returned")
-        rows.append(Row(title, bench.slowest(own), settings))
+        rows.append(ResultRow(title, bench.slowest(own), settings))
     if (name, memory) == ("gpt2", "kept"):
         picture(po.partition(model, depths[-1], args, costs=costs))
     return rows

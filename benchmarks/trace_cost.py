@@ -33,7 +33,7 @@ def worker() -> None:
     from torch.distributed.pipelining import PipelineStage
 
     import pipeoptim as po
-    from pipeoptim.bench.record import Record, Row
+    from pipeoptim.bench.record import Record, ResultRow
 
     torch.set_num_threads(1)
     k = int(os.environ["RANK"])
@@ -64,7 +64,7 @@ def worker() -> None:
             "threads": 1,
             "repeats": REPEATS,
         }
-        record = Record("trace_cost", "samples/s", settings, [Row(name, values) for name, values in rates.items()])
+        record = Record("trace_cost", "samples/s", settings, [ResultRow(name, values) for name, values in rates.items()])
         record.write(RESULT)
         plain = record.row("no trace").median
         print(", ".join(f"{row.name}: {row.median:.0f} samples/s ({row.median / plain - 1:+.1%})" for row in record.rows))

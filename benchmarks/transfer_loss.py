@@ -14,7 +14,7 @@ import tempfile
 from dataclasses import replace
 from pathlib import Path
 
-from pipeoptim.bench.record import Record, Row, merged
+from pipeoptim.bench.record import Record, ResultRow, merged
 from pipeoptim.train import run
 from pipeoptim.train.recipes import get_recipe
 
@@ -48,7 +48,7 @@ def main() -> None:
     for rate, (sent, feedback) in CASES if options.only is None else [CASES[options.only]]:
         samples = [loss(rate, sent, feedback, seed) for seed in range(options.seeds)]
         name = f"lr {rate:g}, {sent}, error feedback {feedback}"
-        rows.append(Row(name, samples, {"lr": rate, "sent": sent, "error_feedback": feedback}))
+        rows.append(ResultRow(name, samples, {"lr": rate, "sent": sent, "error_feedback": feedback}))
         print(f"{name:60} {' '.join(f'{s:.4f}' for s in samples)}", flush=True)
     config = get_recipe("chars", True)
     settings = {"recipe": config.recipe, "stages": config.stages, "microbatches": config.microbatches, "steps": config.steps}

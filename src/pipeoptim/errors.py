@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from difflib import get_close_matches
+
 
 class PipeOptimError(Exception):
     """Base of every error that PipeOptim raises on purpose."""
@@ -13,3 +16,16 @@ class ConfigError(PipeOptimError, ValueError):
 
 class StageFailure(PipeOptimError, RuntimeError):
     """Another stage died or stopped answering; the message names it."""
+
+
+def unknown_name(what: str, value: str, known: Iterable[str], more: str = "") -> ConfigError:
+    """The error for a ``value`` that is not among ``known``: it names the closest one, and all of them.
+
+    >>> str(unknown_name("engine", "procs", ["emulator", "processes"]))
+    "unknown engine 'procs'; did you mean 'processes'? known: emulator, processes"
+    """
+    names = sorted(known)
+    by_lower = {name.lower(): name for name in names}
+    close = get_close_matches(value.lower(), by_lower, n=1, cutoff=0.5)
+    hint = f"did you mean {by_lower[close[0]]!r}? " if close else ""
+    return ConfigError(f"unknown {what} {value!r}; {hint}known: {', '.join(names)}{more}")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.bench.models import Work
+from pipeoptim.bench.models import Workload
 from pipeoptim_zoo.models.chain import Chain
 from pipeoptim_zoo.models.gnmt import gnmt8 as translator
 from pipeoptim_zoo.models.gpt import gpt as language_model
@@ -52,23 +52,23 @@ def token_loss(logits: Tensor, target: Tensor) -> Tensor:
     return nn.functional.cross_entropy(logits.flatten(0, 1), target.flatten())
 
 
-def gpt(batch: int, width: int = 128, layers: int = 6, context: int = 64, vocabulary: int = VOCABULARY) -> Work:
+def gpt(batch: int, width: int = 128, layers: int = 6, context: int = 64, vocabulary: int = VOCABULARY) -> Workload:
     """A GPT of 1.4 million weights."""
     model = language_model(vocabulary, context, width, layers, heads=4)
     x, y = (torch.randint(vocabulary, (batch, context)) for _ in range(2))
-    return Work(list(model), x, y, token_loss)
+    return Workload(list(model), x, y, token_loss)
 
 
-def resnet101(batch: int, width: float = 0.25, classes: int = 100) -> Work:
+def resnet101(batch: int, width: float = 0.25, classes: int = 100) -> Workload:
     """ResNet-101 with a quarter of the channels, for images of 32 x 32."""
     model = classifier(32, classes, width)
-    return Work(
+    return Workload(
         list(model), torch.randn(batch, 3, 32, 32), torch.randint(classes, (batch,)), nn.functional.cross_entropy, Chain
     )
 
 
-def gnmt8(batch: int, width: int = 64, length: int = 12, vocabulary: int = VOCABULARY) -> Work:
+def gnmt8(batch: int, width: int = 64, length: int = 12, vocabulary: int = VOCABULARY) -> Workload:
     """GNMT-8 with 64 units per layer and sentences of 12 tokens."""
     model = translator(vocabulary, length, width, dropout=0.0)
     x = torch.randint(1, vocabulary, (batch, 2 * length))
-    return Work(list(model), x, torch.randint(1, vocabulary, (batch, length)), token_loss, Tidy)
+    return Workload(list(model), x, torch.randint(1, vocabulary, (batch, length)), token_loss, Tidy)

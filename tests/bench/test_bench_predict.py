@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from pipeoptim.bench import predict
-from pipeoptim.bench.clock import CYCLES, MOST_CYCLES, Clock, DeviceClock
 from pipeoptim.bench.goals import goals
 from pipeoptim.bench.predict import _settings, columns, measure, merged
 from pipeoptim.bench.record import Record
+from pipeoptim.bench.timer import CYCLES, MOST_CYCLES, GpuTimer, WorkTimer
 from pipeoptim.cli.app import _run
 from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import available
@@ -81,14 +81,14 @@ def test_what_does_not_belong_together_is_not_mixed() -> None:
 # ---- on a GPU -----------------------------------------------------------------------------------------------------------------
 
 
-class AsOnGpu(Clock):
+class AsOnGpu(WorkTimer):
     """The CPU in the place of a GPU."""
 
     on_gpu = True
 
 
 def test_what_is_measured_on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(predict, "clock_of", lambda device: AsOnGpu())
+    monkeypatch.setattr(predict, "timer_of", lambda device: AsOnGpu())
     monkeypatch.chdir(tmp_path)
     common = ["bench", "predict", "--weights", str(SMALL), "--repeats", "3", "--budget", "0", "--optimizer"]
     assert _run([*common, "AdamW", "--device", "cuda"]) == 0
@@ -163,12 +163,12 @@ class Simulated:
 
 def test_a_gpu_is_timed_without_the_time_that_python_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     gpu = Simulated(monkeypatch)
-    clock = DeviceClock(torch.device("cuda"))
+    timer = GpuTimer(torch.device("cuda"))
     asleep = 1e-9 * CYCLES
     quick, slow = gpu.work(10, 1e-4, 1e-5), gpu.work(10, asleep / 5, 1e-5)
     for work in (quick, slow, quick):
-        assert clock.seconds(work) == pytest.approx(1e-4)  # 10 launches of 10 us, however long they take to queue
-        assert not clock.late
+        assert timer.seconds(work) == pytest.approx(1e-4)  # 10 launches of 10 us, however long they take to queue
+        assert not timer.late
     stuck = gpu.work(10, 1e-9 * MOST_CYCLES, 1e-5)
-    assert clock.seconds(stuck) > 1e-9 * MOST_CYCLES  # the host is never ahead, so what it takes is what there is
-    assert clock.late
+    assert timer.seconds(stuck) > 1e-9 * MOST_CYCLES  # the host is never ahead, so what it takes is what there is
+    assert timer.late

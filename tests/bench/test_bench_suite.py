@@ -14,8 +14,8 @@ from pipeoptim.bench.difference import compare
 from pipeoptim.bench.efficiency import ALONE
 from pipeoptim.bench.goals import Goal, goals, markdown
 from pipeoptim.bench.live import LiveStorages
-from pipeoptim.bench.models import Work, _cuts, block_seconds, build
-from pipeoptim.bench.record import Record, Row, merged
+from pipeoptim.bench.models import Workload, _cuts, block_seconds, build
+from pipeoptim.bench.record import Record, ResultRow, merged
 from pipeoptim.bench.tables import columns, render_document
 from pipeoptim.cli.app import _run
 from pipeoptim.engine.transport.message import HEADER
@@ -23,13 +23,13 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
 
 
-def record(*rows: Row, benchmark: str = "throughput") -> Record:
+def record(*rows: ResultRow, benchmark: str = "throughput") -> Record:
     return Record(benchmark, "samples/s", {}, list(rows))
 
 
-def entry(method: str, m: int, *samples: float, ours: bool = True, model: str = "mlp", batch: int = 64) -> Row:
+def entry(method: str, m: int, *samples: float, ours: bool = True, model: str = "mlp", batch: int = 64) -> ResultRow:
     settings = {"model": model, "batch": batch, "method": method, "microbatches": m, "ours": ours}
-    return Row(f"{model}, {batch}, {method} M={m}", list(samples), settings)
+    return ResultRow(f"{model}, {batch}, {method} M={m}", list(samples), settings)
 
 
 def test_live_storages_see_what_autograd_keeps() -> None:
@@ -82,7 +82,7 @@ def test_cuts_balance_measured_time() -> None:
     torch.manual_seed(0)
     small = [nn.Linear(64, 64) for _ in range(3)]
     large = nn.Sequential(*(nn.Linear(64, 64) for _ in range(60)))
-    work = Work([*small, large], torch.randn(32, 64), torch.randn(32, 64), nn.functional.mse_loss)
+    work = Workload([*small, large], torch.randn(32, 64), torch.randn(32, 64), nn.functional.mse_loss)
     assert _cuts(work, [2])[2] == [0, 3, 4]
     assert all(p.grad is None for block in work.blocks for p in block.parameters())
 
@@ -93,7 +93,7 @@ def test_a_timed_backward_adds_to_no_gradients_of_the_last_turn() -> None:
     before = []
     for block in blocks:
         block.register_forward_pre_hook(lambda module, _: before.append(module.weight.grad))
-    block_seconds(Work(list(blocks), torch.ones(2, 4), torch.ones(2, 4), nn.functional.mse_loss), turns=3)
+    block_seconds(Workload(list(blocks), torch.ones(2, 4), torch.ones(2, 4), nn.functional.mse_loss), turns=3)
     assert before == [None] * 6
 
 
@@ -151,29 +151,36 @@ def test_compressed_messages_are_small_and_fast_on_a_slow_link(tmp_path: Path) -
 
 
 def test_losses_are_compared_seed_by_seed() -> None:
-    rows = [Row("a", [2.0, 3.0], {"lr": 0.1, "sent": "as it is", "error_feedback": "none"})]
-    rows += [Row("b", [2.1, 3.3], {"lr": 0.1, "sent": "int8", "error_feedback": "both"})]
+    rows = [ResultRow("a", [2.0, 3.0], {"lr": 0.1, "sent": "as it is", "error_feedback": "none"})]
+    rows += [ResultRow("b", [2.1, 3.3], {"lr": 0.1, "sent": "int8", "error_feedback": "both"})]
     lines = columns(record(*rows, benchmark="transfer loss"))[1]
     assert lines[0] == ["0.1", "as it is", "none", "2.5000", "", "", ""]
     assert lines[1] == ["0.1", "int8", "both", "2.7000", "+0.2000", "0.1000", "+0.1000 +0.3000"]
 
 
 def test_what_moved_is_what_noise_cannot_explain() -> None:
-    old = record(Row("same", [1.0, 1.1, 0.9]), Row("up", [1.0, 1.1, 0.9]), Row("overlaps", [1.0, 1.1, 0.9]), Row("gone", [1.0]))
-    new = record(Row("same", [1.05, 0.95, 1.0]), Row("up", [2.0, 2.1, 1.9]), Row("overlaps", [1.2, 1.3, 1.05]))
+    old = record(
+        ResultRow("same", [1.0, 1.1, 0.9]),
+        ResultRow("up", [1.0, 1.1, 0.9]),
+        ResultRow("overlaps", [1.0, 1.1, 0.9]),
+        ResultRow("gone", [1.0]),
+    )
+    new = record(
+        ResultRow("same", [1.05, 0.95, 1.0]), ResultRow("up", [2.0, 2.1, 1.9]), ResultRow("overlaps", [1.2, 1.3, 1.05])
+    )
     found = {change.name: change for change in compare(old, new)}
     assert [name for name, change in found.items() if change.moved] == ["up"]
     assert found["up"].ratio == pytest.approx(2.0)
     assert found["up"].low <= 2.0 <= found["up"].high
     with pytest.raises(ConfigError, match="no row in common"):
-        compare(old, record(Row("other", [1.0])))
+        compare(old, record(ResultRow("other", [1.0])))
     with pytest.raises(ConfigError, match="one file is of"):
-        compare(old, record(Row("same", [1.0]), benchmark="memory"))
+        compare(old, record(ResultRow("same", [1.0]), benchmark="memory"))
 
 
 def test_compare_command_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = record(Row("x", [1.0, 1.01])).write(tmp_path / "a.json")
-    b = record(Row("x", [3.0, 3.01])).write(tmp_path / "b.json")
+    a = record(ResultRow("x", [1.0, 1.01])).write(tmp_path / "a.json")
+    b = record(ResultRow("x", [3.0, 3.01])).write(tmp_path / "b.json")
     assert _run(["bench", "compare", str(a), str(b)]) == 0
     assert "moved  2.99" in capsys.readouterr().out
     (tmp_path / "c.json").write_text(json.dumps([1]))

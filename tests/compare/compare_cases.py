@@ -13,9 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.compare.folder import Folder
-from pipeoptim.compare.plan import make_plan
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.folder import ComparisonFolder
+from pipeoptim.compare.plan import plan_comparison
+from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.config import Component, TrainConfig
 
 
@@ -73,17 +73,17 @@ def recipe() -> TrainConfig:
 
 def write_comparison(
     path: Path, losses: dict[str, dict[int, Sequence[float] | str]], steps: int = 20, **changes: Any
-) -> tuple[Folder, Settings]:
+) -> tuple[ComparisonFolder, ComparisonSettings]:
     """A folder as a comparison leaves it: ``losses[method][seed]`` are validation losses, evenly spread over the steps, and the
     training losses are 1 more; or the status of a run that ended otherwise."""
     names = tuple(losses)
     seeds = tuple(dict.fromkeys(seed for runs in losses.values() for seed in runs)) or (0,)
     own = {key: changes.pop(key) for key in ("target", "own_lr", "same_optimizer") if key in changes}
-    settings = Settings(replace(recipe(), steps=steps, **changes), names, seeds, **own)
-    folder = Folder(path)
+    settings = ComparisonSettings(replace(recipe(), steps=steps, **changes), names, seeds, **own)
+    folder = ComparisonFolder(path)
     machine = {"processor": "abacus", "cores": 2, "gpus": [], "system": "none", "python": "3", "torch": "2", "pipeoptim": "0"}
     folder.begin(settings, "pipeoptim compare --of <tests>", machine)
-    for run in make_plan(settings).runs:
+    for run in plan_comparison(settings).runs:
         values = losses[run.config.method][run.config.seed]
         write_run(folder.run(run.name), run.config, values)
     return folder, settings

@@ -8,21 +8,21 @@ from pathlib import Path
 import pytest
 
 import compare_cases
-from pipeoptim.compare.folder import Folder
-from pipeoptim.compare.plan import make_plan
-from pipeoptim.compare.settings import Settings, check_continues
+from pipeoptim.compare.folder import ComparisonFolder
+from pipeoptim.compare.plan import plan_comparison
+from pipeoptim.compare.settings import ComparisonSettings, check_continues
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS, get_method
-from pipeoptim.train.parts import build_parts
-from pipeoptim.train.pipes import emulator
+from pipeoptim.train.engines import make_emulator
+from pipeoptim.train.setup import build_setup
 from pipeoptim.train.shorten import shortened
 
 BASE = compare_cases.recipe()
 
 
 def test_every_method_and_seed_once_with_a_folder_of_its_own() -> None:
-    plan = make_plan(Settings(BASE, (*METHODS, "pipemare(anneal_updates=5)"), (3, 7)))
+    plan = plan_comparison(ComparisonSettings(BASE, (*METHODS, "pipemare(anneal_updates=5)"), (3, 7)))
     assert not plan.left_out, "M = D is defined for all"
     assert {(run.config.method, run.config.seed) for run in plan.runs} == {
         (name, seed) for name in (*METHODS, "pipemare(anneal_updates=5)") for seed in (3, 7)
@@ -32,21 +32,21 @@ def test_every_method_and_seed_once_with_a_folder_of_its_own() -> None:
 
 
 def test_a_method_that_refuses_is_left_out_with_the_reason() -> None:
-    plan = make_plan(Settings(replace(BASE, microbatches=1), tuple(METHODS)))
+    plan = plan_comparison(ComparisonSettings(replace(BASE, microbatches=1), tuple(METHODS)))
     refusing = {name for name, method in METHODS.items() if method.at_least_depth_microbatches}
     assert set(plan.left_out) == refusing and refusing
     assert all("microbatches" in reason for reason in plan.left_out.values())
     with pytest.raises(ConfigError, match="no method is left"):
-        make_plan(Settings(replace(BASE, microbatches=1), tuple(refusing)))
+        plan_comparison(ComparisonSettings(replace(BASE, microbatches=1), tuple(refusing)))
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.optimizer])
 def test_own_optimizer_reaches_every_stage(name: str) -> None:
     """What the method says of stage k is what the optimizer of stage k has."""
-    settings = Settings(BASE, (name,), own_lr=0.005)
-    (run,) = make_plan(settings).runs
-    parts = build_parts(run.config)
-    _, optimizers = emulator(parts, parts.task.loss)
+    settings = ComparisonSettings(BASE, (name,), own_lr=0.005)
+    (run,) = plan_comparison(settings).runs
+    setup = build_setup(run.config)
+    _, optimizers = make_emulator(setup, setup.task.loss)
     own = get_method(name).optimizer
     assert own is not None
     for k, optimizer in optimizers.items():
@@ -60,22 +60,22 @@ def test_own_optimizer_reaches_every_stage(name: str) -> None:
 def test_own_learning_rate() -> None:
     sgd = replace(BASE, optimizer=Component("sgd", {"lr": 0.3}))
     rates = [
-        make_plan(settings).runs[0].config.optimizer.options["lr"]
+        plan_comparison(settings).runs[0].config.optimizer.options["lr"]
         for settings in (
-            Settings(BASE, ("nesterov",)),
-            Settings(sgd, ("nesterov",)),
-            Settings(sgd, ("nesterov",), own_lr=0.2),
-            Settings(sgd, ("nesterov",), same_optimizer=True),
+            ComparisonSettings(BASE, ("nesterov",)),
+            ComparisonSettings(sgd, ("nesterov",)),
+            ComparisonSettings(sgd, ("nesterov",), own_lr=0.2),
+            ComparisonSettings(sgd, ("nesterov",), same_optimizer=True),
         )
     ]
     assert rates == [0.01, 0.001, 0.2, 0.3]
-    assert make_plan(Settings(sgd, ("nesterov",), same_optimizer=True)).runs[0].config.optimizer.target == "sgd"
+    assert plan_comparison(ComparisonSettings(sgd, ("nesterov",), same_optimizer=True)).runs[0].config.optimizer.target == "sgd"
 
 
 def test_methods_and_seeds_may_be_added_nothing_else_changed() -> None:
-    old = Settings(BASE, ("gpipe", "naive"), (0, 1))
+    old = ComparisonSettings(BASE, ("gpipe", "naive"), (0, 1))
     check_continues(old, replace(old, methods=("pipeoptim", "naive", "gpipe"), seeds=(2, 1, 0), target=1.0), "x")
-    check_continues(old, Settings.from_json(old.to_json()), "x")
+    check_continues(old, ComparisonSettings.from_json(old.to_json()), "x")
     for new, words in (
         (replace(old, methods=("gpipe",)), "naive"),
         (replace(old, seeds=(0,)), "--seeds"),
@@ -90,13 +90,13 @@ def test_methods_and_seeds_may_be_added_nothing_else_changed() -> None:
 def test_folder_refuses_what_it_does_not_know(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(ConfigError, match="holds no comparison"):
-        Folder(tmp_path).begin(Settings(BASE, ("gpipe",)), "", {})
+        ComparisonFolder(tmp_path).begin(ComparisonSettings(BASE, ("gpipe",)), "", {})
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
     with pytest.raises(ConfigError, match="no comparison in"):
-        Folder(tmp_path).read_settings()
+        ComparisonFolder(tmp_path).read_settings()
     (tmp_path / "compare.json").write_text("{}")
     with pytest.raises(ConfigError, match="damaged"):
-        Folder(tmp_path).read_settings()
+        ComparisonFolder(tmp_path).read_settings()
 
 
 def test_warm_up_is_shortened_only_where_it_must_be() -> None:

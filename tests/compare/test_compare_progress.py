@@ -10,10 +10,10 @@ import pytest
 from rich.console import Console
 
 from compare_cases import recipe
-from pipeoptim.compare.folder import Folder
-from pipeoptim.compare.plan import make_plan
+from pipeoptim.compare.folder import ComparisonFolder
+from pipeoptim.compare.plan import plan_comparison
 from pipeoptim.compare.progress import Progress
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.settings import ComparisonSettings
 
 
 def rows(path: Path, steps: int) -> None:
@@ -27,7 +27,7 @@ def test_the_bar_counts_the_steps_of_all_runs(terminal: bool, tmp_path: Path, mo
     text = io.StringIO()
     console = Console(file=text, force_terminal=terminal, width=120, no_color=True, highlight=False)
     monkeypatch.setattr("pipeoptim.compare.progress.Console", lambda quiet, highlight: console)
-    folder, plan = Folder(tmp_path), make_plan(Settings(recipe(), ("gpipe", "pipeoptim"), (0, 1)))
+    folder, plan = ComparisonFolder(tmp_path), plan_comparison(ComparisonSettings(recipe(), ("gpipe", "pipeoptim"), (0, 1)))
     first, second, third, _ = plan.runs
     with Progress(folder, total=4, done=1, steps=20, quiet=False) as progress:
         progress.began(second)

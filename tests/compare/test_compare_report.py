@@ -11,11 +11,11 @@ import pytest
 
 from compare_cases import recipe, write_comparison, write_run
 from pipeoptim.compare.api import read
-from pipeoptim.compare.figures import Curve
 from pipeoptim.compare.report import write_report, write_run_report
 from pipeoptim.compare.report.page import page
 from pipeoptim.compare.report.series import HUES, POINTS, Series, axis_top, comparison_series
 from pipeoptim.compare.report.series import _band as band
+from pipeoptim.compare.statistics import Curve
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
 

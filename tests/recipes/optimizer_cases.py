@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from pipeoptim.config import Component, TrainConfig
-from pipeoptim.train import optimizers, pipes
-from pipeoptim.train.parts import Parts, build_parts
+from pipeoptim.train import engines, optimizers
 from pipeoptim.train.recipes import get_recipe
+from pipeoptim.train.setup import RunSetup, build_setup
 
 STAGES, STEPS = 4, 6
 RATES = {"adadelta": 1.0, "sgd": 0.1, "momentum": 0.1, "nesterov": 0.1, "adagrad": 0.01}
@@ -31,7 +31,7 @@ if find_spec("lion_pytorch"):
 
 
 @cache
-def _built() -> Parts:
+def _built() -> RunSetup:
     """Data and model, which are the same in every case, read once."""
     recipe = get_recipe("chars", tiny=True)
     assert recipe.lr_schedule.target == "cosine"
@@ -47,11 +47,11 @@ def _built() -> Parts:
         clip_scope="global",
         autocast="bfloat16",
     )
-    return build_parts(config)
+    return build_setup(config)
 
 
-def parts(name: str) -> Parts:
-    """The parts of a run of a case."""
+def run_setup(name: str) -> RunSetup:
+    """The setup of a run of a case."""
     base, optimizer = _built(), CASES[name]
     config = replace(base.config, optimizer=optimizer)
     return replace(
@@ -59,7 +59,7 @@ def parts(name: str) -> Parts:
     )
 
 
-def train(run: Parts, pipe: pipes.Pipe) -> dict[int, dict[str, Any]]:
+def train(run: RunSetup, pipe: engines.Pipeline) -> dict[int, dict[str, Any]]:
     """What the stages of this process end with."""
     losses = []
     for step in range(STEPS):
@@ -71,7 +71,7 @@ def train(run: Parts, pipe: pipes.Pipe) -> dict[int, dict[str, Any]]:
         k: {
             "weights": list(run.stages[k].parameters()),
             "state": pipe.stage_state_dict(k),
-            "norm": pipe.grad_norm(k),  # type: ignore[attr-defined]
+            "norm": pipe.grad_norm(k),
             "losses": torch.stack([loss for loss in losses if loss is not None]) if k == STAGES - 1 else None,
         }
         for k in pipe.local_stages

@@ -15,9 +15,9 @@ from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import run
 from pipeoptim.train.checks import check
-from pipeoptim.train.parts import build_parts, with_steps
 from pipeoptim.train.recipes import get_recipe
 from pipeoptim.train.rundir import RunDir
+from pipeoptim.train.setup import build_setup, with_steps
 
 DIGITS = 1437
 
@@ -39,8 +39,8 @@ def epochs(**changes: Any) -> TrainConfig:
 def test_epochs_are_passes_over_the_training_examples() -> None:
     assert with_steps(epochs()).steps == 2 * (DIGITS // 100)
     assert with_steps(epochs(batch_size=48, epochs=3)).steps == 3 * (DIGITS // 48)
-    assert build_parts(epochs()).config.steps == 28
-    assert build_parts(epochs()).config.epochs == 0
+    assert build_setup(epochs()).config.steps == 28
+    assert build_setup(epochs()).config.epochs == 0
 
 
 def test_steps_overrule_epochs() -> None:
@@ -89,7 +89,7 @@ def test_a_full_recipe_on_data_of_its_format(
     monkeypatch.chdir(tmp_path)
     write_cifar(tmp_path, 12)
     config = replace(get_recipe("vgg16_cifar100"), batch_size=4)
-    assert build_parts(config).config.steps == 120 * 3
+    assert build_setup(config).config.steps == 120 * 3
     assert _run(["train", "--recipe", "vgg16-cifar100", "--batch-size", "4", "--steps", "2", "--eval-every", "0"]) == 0
     assert "finished at step 2 of 2" in capsys.readouterr().out
     assert RunDir(tmp_path / "runs/vgg16_cifar100-pipeoptim").read_config().epochs == 0
@@ -101,4 +101,4 @@ def test_a_model_too_small_for_the_data_is_told_early(option: str, data: str) ->
     config = get_recipe(recipe, tiny=True)
     config = replace(config, model=config.model.with_options(**{option: 9}))
     with pytest.raises(ConfigError, match=rf"the model's {option} is 9, but the data \({data}.* has \d+; raise it"):
-        build_parts(config)
+        build_setup(config)

@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 import optimizer_cases as cases
 import stage_processes
 from pipeoptim.rules import CombinedOptimizer
-from pipeoptim.train import optimizers, pipes
+from pipeoptim.train import engines, optimizers
 
 
 @pytest.fixture(scope="module")
@@ -39,9 +39,9 @@ def same(a: Any, b: Any) -> bool:
 
 @pytest.mark.parametrize("name", cases.CASES)
 def test_processes_equal_the_emulator_bit_for_bit(name: str, theirs: list[dict[str, Any]]) -> None:
-    run = cases.parts(name)
+    run = cases.run_setup(name)
     begun = [p.detach().clone() for stage in run.stages for p in stage.parameters()]
-    pipe, _ = pipes.emulator(run, run.task.loss)
+    pipe, _ = engines.make_emulator(run, run.task.loss)
     ours = cases.train(run, pipe)
     for k in range(cases.STAGES):
         assert ours[k]["state"]["version"] == cases.STEPS
@@ -57,7 +57,7 @@ def test_processes_equal_the_emulator_bit_for_bit(name: str, theirs: list[dict[s
 def test_every_optimizer_takes_part() -> None:
     """A new class of torch.optim gets into the cases by itself."""
     assert {*optimizers.known(), *optimizers.ALIASES} - cases.ALONE <= set(cases.CASES)
-    run = cases.parts("one per stage")
+    run = cases.run_setup("one per stage")
     made = [run.optimizer(stage.parameters(), k) for k, stage in enumerate(run.stages)]
     assert [type(optimizer) for optimizer in made] == [CombinedOptimizer, torch.optim.SGD, torch.optim.NAdam, torch.optim.AdamW]
     assert [optimizer.param_groups[0]["lr"] for optimizer in made] == [0.002, 0.1, 0.002, 0.003]

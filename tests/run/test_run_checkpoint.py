@@ -16,12 +16,12 @@ from compare import assert_same_state, timeless
 from pipeoptim.checkpoint import TornError, find, load_stage, save, verify
 from pipeoptim.cli.app import _run
 from pipeoptim.train import run
-from pipeoptim.train.group import OneProcess
+from pipeoptim.train.group import SingleProcessGroup
 
 
 def write(root: Path, step: int, keep: int = 2) -> Path:
     states = {k: {"w": torch.full((3,), float(step + k))} for k in range(2)}
-    return save(root, step, states, config="c", group=OneProcess(), keep=keep, versions={"torch": torch.__version__})
+    return save(root, step, states, config="c", group=SingleProcessGroup(), keep=keep, versions={"torch": torch.__version__})
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ import tiny
 from pipeoptim.config import NOT_IN_FINGERPRINT, Component, TrainConfig, recipe
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.checks import _AT_LEAST, check
-from pipeoptim.train.parts import build_parts, probe
 from pipeoptim.train.recipes import get_recipe, recipes
+from pipeoptim.train.setup import build_setup, probe_setup
 
 plain = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -79,7 +79,7 @@ def test_every_recipe_is_complete() -> None:
         assert TrainConfig.from_json(config.to_json()) == config
         check(config)
     for name in ("chars", "digits"):  # need no data of their own
-        probe(build_parts(get_recipe(name)))
+        probe_setup(build_setup(get_recipe(name)))
 
 
 def test_recipe_needs_a_docstring() -> None:
@@ -99,7 +99,7 @@ def test_numbers_have_bounds(name: str) -> None:
 
 def test_validation_batches_are_full_and_spread() -> None:
     config = replace(tiny.recipe(), batch_size=4, eval_batches=3)  # 16 batches
-    chosen = build_parts(config).validation
+    chosen = build_setup(config).validation
     everything = list(tiny.Task(0).validation_batches(4))
     assert [[x.equal(x2) for x2, _ in everything].index(True) for x, _ in chosen] == [0, 5, 10]
-    assert len(build_parts(replace(config, eval_batches=99)).validation) == 16
+    assert len(build_setup(replace(config, eval_batches=99)).validation) == 16

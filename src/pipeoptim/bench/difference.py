@@ -12,7 +12,7 @@ import random
 from dataclasses import dataclass
 from statistics import median
 
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.errors import ConfigError
 
 DRAWS = 2000
@@ -44,7 +44,7 @@ def compare(old: Record, new: Record) -> list[Change]:
     return found
 
 
-def _change(old: Row, new: Row) -> Change:
+def _change(old: ResultRow, new: ResultRow) -> Change:
     draw = random.Random(0)
 
     def once() -> float:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
 from pipeoptim.bench.processes import run_on_processes
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, possible, rival_step
 from pipeoptim.engine import Schedule
 
@@ -84,7 +84,7 @@ def _stay_on_a_core() -> None:
         os.sched_setaffinity(0, {cores[dist.get_rank() % len(cores)]})
 
 
-class _Work(torch.autograd.Function):
+class _SimulatedWork(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, device: Device, part: float) -> Tensor:
         device.begin()
@@ -116,7 +116,7 @@ class WaitingStage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer, and the wait."""
-        return _Work.apply(x, self.weight, self.bias, self.device, self.part)  # type: ignore[no-any-return,no-untyped-call]
+        return _SimulatedWork.apply(x, self.weight, self.bias, self.device, self.part)  # type: ignore[no-any-return,no-untyped-call]
 
 
 def measure(
@@ -170,7 +170,7 @@ def measure(
         found = run_on_processes(
             "pipeoptim.bench.efficiency:stage", options, depth, threads=1, timeout=900, delay=delay, bandwidth=bandwidth
         )
-        rows += [Row(**row) for row in found[0]]
+        rows += [ResultRow(**row) for row in found[0]]
     return Record("efficiency", "efficiency", {"width": width, "repeats": repeats, "each stage": "stays on one core"}, rows)
 
 

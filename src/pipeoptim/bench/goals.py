@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeoptim.bench.efficiency import ALONE
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 
 REALISTIC = ("gpt", "resnet101", "gnmt8")
 
@@ -64,7 +64,7 @@ def markdown(folder: Path) -> str:
 
 
 def _efficiency(record: Record) -> Iterator[Goal]:
-    def plain(row: Row) -> bool:
+    def plain(row: ResultRow) -> bool:
         return not any(row.settings.get(what) for what in ("uneven", "jitter", "delay", "bandwidth", "gloo"))
 
     alone = {
@@ -89,7 +89,7 @@ def _efficiency(record: Record) -> Iterator[Goal]:
 
 
 def _throughput(record: Record) -> Iterator[Goal]:
-    groups: dict[tuple[Any, Any], list[Row]] = {}
+    groups: dict[tuple[Any, Any], list[ResultRow]] = {}
     for row in record.rows:
         s = {**record.settings, **row.settings}
         groups.setdefault((s["model"], s["batch"]), []).append(row)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.bench.live import LiveStorages
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.engine import Emulator
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
@@ -52,7 +52,7 @@ def measure(
     return Record("memory", "bytes", {"optimizer": "AdamW", "width": width, "rows per micro-batch": batch}, rows)
 
 
-def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[Row]:
+def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[ResultRow]:
     torch.manual_seed(0)
     stages = [nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU()) for _ in range(depth)]
     pipe = Emulator(stages, lambda p: torch.optim.AdamW(p, lr=1e-3), _loss, name, m)
@@ -81,7 +81,7 @@ def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[Row]:
             "in_flight_promised": pipe.program.in_flight(k),
             "in_flight": watch.activations / watch.one,
         }
-        rows.append(Row(f"{name} D={depth} M={m} stage {k}", [float(watch.weights)], settings))
+        rows.append(ResultRow(f"{name} D={depth} M={m} stage {k}", [float(watch.weights)], settings))
     return rows
 
 

@@ -16,7 +16,7 @@ from pipeoptim.partitioning.balance import best_cut
 from pipeoptim.train.targets import call, load
 
 
-class Work(NamedTuple):
+class Workload(NamedTuple):
     """What is trained: blocks to cut into stages, one mini-batch to feed again and again, and the loss.
 
     ``join`` makes a module of consecutive blocks.
@@ -29,28 +29,28 @@ class Work(NamedTuple):
     join: Callable[..., nn.Module] = nn.Sequential
 
 
-def mlp(batch: int, width: int = 512, layers: int = 8) -> Work:
+def mlp(batch: int, width: int = 512, layers: int = 8) -> Workload:
     """``layers`` of Linear(width, width) and ReLU."""
     blocks: list[nn.Module] = [nn.Sequential(nn.Linear(width, width), nn.ReLU()) for _ in range(layers)]
-    return Work(blocks, torch.randn(batch, width), torch.randn(batch, width), nn.functional.mse_loss)
+    return Workload(blocks, torch.randn(batch, width), torch.randn(batch, width), nn.functional.mse_loss)
 
 
 MODELS = {"mlp": mlp}
 
 
-def build(model: str, batch: int) -> Work:
+def build(model: str, batch: int) -> Workload:
     """The work of ``model``, a key of :data:`MODELS` or ``module:function`` of another builder, always with the same weights.
 
     Raises:
-        ConfigError: it is neither, or does not return a :class:`Work`.
+        ConfigError: it is neither, or does not return a :class:`Workload`.
     """
     builder = MODELS.get(model)
     if builder is None and ":" not in model:
         raise ConfigError(f"model {model!r} is not one of {', '.join(MODELS)}; name others as module:function")
     torch.manual_seed(0)
     work = call("model", builder or load("model", model), model, batch)
-    if not isinstance(work, Work):
-        raise ConfigError(f"model {model!r} returned a {type(work).__name__}, must return a pipeoptim.bench.models.Work")
+    if not isinstance(work, Workload):
+        raise ConfigError(f"model {model!r} returned a {type(work).__name__}, must return a pipeoptim.bench.models.Workload")
     return work
 
 
@@ -59,14 +59,14 @@ def short_name(model: str) -> str:
     return model.rpartition(":")[2]
 
 
-def cuts(work: Work, depths: list[int]) -> dict[int, list[int]]:
+def cuts(work: Workload, depths: list[int]) -> dict[int, list[int]]:
     """For each depth, the blocks at which its stages begin and end, balanced by time measured in the first process."""
     found: list[Any] = [_cuts(work, depths) if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(found, 0)
     return {int(depth): ends for depth, ends in found[0].items()}
 
 
-def _cuts(work: Work, depths: list[int]) -> dict[int, list[int]]:
+def _cuts(work: Workload, depths: list[int]) -> dict[int, list[int]]:
     seconds = block_seconds(work)
     found = {}
     for depth in depths:
@@ -75,7 +75,7 @@ def _cuts(work: Work, depths: list[int]) -> dict[int, list[int]]:
     return found
 
 
-def block_seconds(work: Work, turns: int = 3) -> list[float]:
+def block_seconds(work: Workload, turns: int = 3) -> list[float]:
     """Seconds of F and B of a mini-batch, the fastest of some turns, of every block; the loss counts as part of the last."""
     fastest = [float("inf")] * len(work.blocks)
     for _ in range(turns):

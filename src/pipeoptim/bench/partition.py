@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from statistics import median
 
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
@@ -24,19 +24,19 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def ratios(row: Row) -> list[float]:
+def ratios(row: ResultRow) -> list[float]:
     """Measured over predicted, which were measured in turns.
 
-    >>> ratios(Row("x", [2.0, 3.0], {"predicted": [2.0, 2.0]}))
+    >>> ratios(ResultRow("x", [2.0, 3.0], {"predicted": [2.0, 2.0]}))
     [1.0, 1.5]
     """
     return [own / predicted for own, predicted in zip(row.samples, row.settings["predicted"], strict=True)]
 
 
-def moved(row: Row) -> list[tuple[str, float]]:
+def moved(row: ResultRow) -> list[tuple[str, float]]:
     """Cuts with one border moved by a block, and the times that the slowest stage takes with them, fastest first.
 
-    >>> moved(Row("x", [2.0, 2.0], {"moved": {"3-1": [4.0, 3.0], "1-3": [2.0, 2.2]}}))
+    >>> moved(ResultRow("x", [2.0, 2.0], {"moved": {"3-1": [4.0, 3.0], "1-3": [2.0, 2.2]}}))
     [('1-3', 1.05), ('3-1', 1.75)]
     """
     found = {

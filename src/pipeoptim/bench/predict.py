@@ -22,8 +22,8 @@ from typing import Any
 import torch
 from torch.optim import Optimizer
 
-from pipeoptim.bench.clock import Clock, clock_of
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
+from pipeoptim.bench.timer import WorkTimer, timer_of
 from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.allocation import empty_like
@@ -103,25 +103,25 @@ def measure(
         ConfigError: a name that is none of them, a device that is not there.
     """
     before = torch.get_num_threads()
-    clock = clock_of(device)
-    counts = threads or ([before] if clock.on_gpu else sorted({1, len(os.sched_getaffinity(0))}))
-    rows: list[Row] = []
+    timer = timer_of(device)
+    counts = threads or ([before] if timer.on_gpu else sorted({1, len(os.sched_getaffinity(0))}))
+    rows: list[ResultRow] = []
     chosen = _settings(optimizers)
     try:
         copies = {}
         for count in counts:
             torch.set_num_threads(count)
-            rows.append(_copy_row(int(weights), count, repeats, clock))
+            rows.append(_copy_row(int(weights), count, repeats, timer))
             copies[count] = rows[-1].settings["gigabytes_per_second"]
         for setting in chosen:
-            bench = _Bench(setting, int(weights * setting.fraction), clock)
+            bench = _Bench(setting, int(weights * setting.fraction), timer)
             for count in counts:
                 torch.set_num_threads(count)
                 rows += bench.rows(count, repeats, budget, copies[count])
     finally:
         torch.set_num_threads(before)
     settings = {"weights": weights, "steps": STEPS, "threads": counts, "kernels": available(), "repeats": repeats}
-    if clock.on_gpu:
+    if timer.on_gpu:
         settings |= {"device": device, "kernels": triton_move.available()}
     return Record("predict", "ms", settings, rows)
 
@@ -162,7 +162,7 @@ def merged(old: Record, new: Record) -> Record:
     return Record(new.benchmark, new.unit, {**new.settings, "threads": counts}, rows, new.machine)
 
 
-def _subject(row: Row) -> tuple[str, int]:
+def _subject(row: ResultRow) -> tuple[str, int]:
     """What is measured together; "" for the copy."""
     return row.settings.get("optimizer", ""), row.settings["threads"]
 
@@ -188,9 +188,9 @@ Contenders = dict[str, tuple[int, Callable[[], Any]]]
 class _Bench:
     """One optimizer on one set of weights, and the contenders."""
 
-    def __init__(self, setting: Setting, weights: int, clock: Clock) -> None:
-        self.setting, self.clock = setting, clock
-        on = clock.device
+    def __init__(self, setting: Setting, weights: int, timer: WorkTimer) -> None:
+        self.setting, self.timer = setting, timer
+        on = timer.device
         wanted = [shape for shape in shapes(weights) if setting.name != "Muon" or len(shape) == 2]
         if setting.name == "Muon":  # its cost is that of matrix products: a few square ones will do
             wanted = [(768, 768)] * max(1, weights // 768**2)
@@ -203,7 +203,7 @@ class _Bench:
         self.optimizer.step()
         self.variant = ""
         self.out = StorageLayout(self.params).copy().tensors
-        self._noise = torch.zeros(clock.noise, device=on)
+        self._noise = torch.zeros(timer.noise, device=on)
 
     def _fastest(self) -> str:
         """Which of torch's own ways to step is the fastest here; it stays switched on."""
@@ -224,7 +224,7 @@ class _Bench:
                 except RuntimeError:  # torch has no such step for this device
                     del ways[name]
                     continue
-                times[name] = min(times.get(name, math.inf), self.clock.seconds(self.optimizer.step))
+                times[name] = min(times.get(name, math.inf), self.timer.seconds(self.optimizer.step))
         best = min(times, key=lambda name: times[name])
         self._switch(ways[best])
         return best
@@ -232,7 +232,7 @@ class _Bench:
     def _switch(self, options: dict[str, Any]) -> None:
         for group in self.optimizer.param_groups:
             group.update({name: value for name, value in options.items() if name in group})
-        if self.clock.on_gpu:  # where the step counts lie depends on the way to step
+        if self.timer.on_gpu:  # where the step counts lie depends on the way to step
             self.optimizer.state.clear()
             self.optimizer.step()
 
@@ -251,7 +251,7 @@ class _Bench:
         if fused.fuses and fused.fused_step(self.out, STEPS):
             found[f"{FUSED} predict"] = (step + 1, lambda: self._fused(fused))
             found[f"{FUSED} displacement"] = (step + 1, lambda: self._fused(moved_fused))
-        if self.clock.on_gpu:
+        if self.timer.on_gpu:
             found["predict, without Triton"] = (own, self._predict_by_foreach)
         return found
 
@@ -276,13 +276,13 @@ class _Bench:
         predictor.after_step()
         predictor.predict_into(self.out, STEPS)
 
-    def rows(self, threads: int, repeats: int, budget: float, copied: float) -> list[Row]:
+    def rows(self, threads: int, repeats: int, budget: float, copied: float) -> list[ResultRow]:
         """One row per contender, with its ratio to torch's step; ``copied`` GB/s is the speed of a copy in the same run."""
         self._give_gradients()  # the last contender of the turns before may have used them up
         self.variant = self._fastest()
         found = self.contenders()
         samples, queued = self._sampled(found, repeats, budget)
-        if self.clock.on_gpu and self.variant == "fused":
+        if self.timer.on_gpu and self.variant == "fused":
             self._switch({"fused": False, "foreach": True})
             other = Predictor(self.optimizer, fused=False)
             other.after_step()
@@ -307,9 +307,9 @@ class _Bench:
                 "gigabytes_per_second": 4e-6 * passes * self.weights / middle,
                 "copy_gigabytes_per_second": copied,
             }
-            if self.clock.on_gpu:
+            if self.timer.on_gpu:
                 settings["host_ms"], settings["late"] = queued[name]
-            rows.append(Row(f"{self.setting.name}, {name}, threads {threads}", samples[name], settings))
+            rows.append(ResultRow(f"{self.setting.name}, {name}, threads {threads}", samples[name], settings))
         return rows
 
     def _sampled(
@@ -318,7 +318,7 @@ class _Bench:
         """Milliseconds of each in turn; and those of the host for the last call, and whether the device ever waited for it."""
         samples: dict[str, list[float]] = {name: [] for name in found}
         queued: dict[str, tuple[float, bool]] = dict.fromkeys(found, (0.0, False))
-        if self.clock.on_gpu:
+        if self.timer.on_gpu:
             for _, work in found.values():
                 work()  # kernels are compiled at first use
         end = time.perf_counter() + budget
@@ -327,22 +327,22 @@ class _Bench:
             for name, (_, work) in found.items():
                 self._give_gradients(own=name.startswith(FUSED))
                 self._noise.sum()
-                samples[name].append(1e3 * self.clock.seconds(work))
-                queued[name] = (1e3 * self.clock.host, queued[name][1] or self.clock.late)
+                samples[name].append(1e3 * self.timer.seconds(work))
+                queued[name] = (1e3 * self.timer.host, queued[name][1] or self.timer.late)
         return samples, queued
 
 
-def _copy_row(weights: int, threads: int, repeats: int, clock: Clock) -> Row:
+def _copy_row(weights: int, threads: int, repeats: int, timer: WorkTimer) -> ResultRow:
     """A copy of as many weights, the faster of torch's and ours: two passes."""
-    source = torch.zeros(weights, device=clock.device)
+    source = torch.zeros(weights, device=timer.device)
     target = empty_like(source).zero_()
     ways: list[Callable[[], Any]] = [lambda: target.copy_(source)]
-    if available() and not clock.on_gpu:
+    if available() and not timer.on_gpu:
         ways.append(lambda: calls.copy_tensors([source], [target]))
-    samples = min(([1e3 * clock.seconds(way) for _ in range(repeats)] for way in ways), key=median)
+    samples = min(([1e3 * timer.seconds(way) for _ in range(repeats)] for way in ways), key=median)
     settings = {"what": "copy", "threads": threads, "weights": weights, "passes": 2}
     settings["gigabytes_per_second"] = round(8e-6 * weights / median(samples), 1)
-    return Row(f"copy, threads {threads}", samples, settings)
+    return ResultRow(f"copy, threads {threads}", samples, settings)
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
@@ -381,22 +381,22 @@ def _device_columns(record: Record) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def _lines(record: Record) -> dict[tuple[str, int], dict[str, Row]]:
+def _lines(record: Record) -> dict[tuple[str, int], dict[str, ResultRow]]:
     """Of each optimizer and number of threads what was measured."""
-    lines: dict[tuple[str, int], dict[str, Row]] = {}
+    lines: dict[tuple[str, int], dict[str, ResultRow]] = {}
     for row in record.rows:
         if row.settings["what"] != "copy":
             lines.setdefault((row.settings["optimizer"], row.settings["threads"]), {})[row.settings["what"]] = row
     return lines
 
 
-def _speed(row: Row) -> str:
+def _speed(row: ResultRow) -> str:
     speed, copied = row.settings["gigabytes_per_second"], row.settings.get("copy_gigabytes_per_second")  # older files have none
     late = ", with waiting for Python" if row.settings.get("late") else ""
     return f"{speed:.0f} GB/s" + (f", {speed / copied:.0%} of a copy" if copied else "") + late
 
 
-def _ratios(row: Row | None) -> list[str]:
+def _ratios(row: ResultRow | None) -> list[str]:
     if row is None:
         return ["", ""]
     return [f"{row.settings['ratio']:.2f}", f"{row.settings['model_ratio']:.2f}"]

@@ -17,7 +17,7 @@ from pipeoptim.version import __version__
 
 
 @dataclass
-class Row:
+class ResultRow:
     """One contender of a benchmark.
 
     Attributes:
@@ -51,10 +51,10 @@ class Record:
     benchmark: str
     unit: str
     settings: dict[str, Any]
-    rows: list[Row]
+    rows: list[ResultRow]
     machine: dict[str, Any] = field(default_factory=lambda: machine())
 
-    def row(self, name: str) -> Row:
+    def row(self, name: str) -> ResultRow:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
 
@@ -75,7 +75,7 @@ class Record:
             raise ConfigError(f"{path} is not a result file of pipeoptim bench: {error}") from error
         if not isinstance(data, dict) or not {"benchmark", "unit", "settings", "rows", "machine"} <= set(data):
             raise ConfigError(f"{path} is not a result file of pipeoptim bench: it has not all of their entries")
-        data["rows"] = [Row(**row) for row in data["rows"]]
+        data["rows"] = [ResultRow(**row) for row in data["rows"]]
         return Record(**data)
 
 

@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 
 from pipeoptim.bench.live import resident_bytes, tensors_alive
 from pipeoptim.bench.processes import run_on_processes
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.engine import Emulator, Schedule
 from pipeoptim.errors import ConfigError
 
@@ -64,11 +64,11 @@ def measure(method: str = "pipeoptim", updates: int = 10_000, repeats: int = 5, 
     if updates:
         timeout = 120 + updates * 0.2
         found = run_on_processes("pipeoptim.bench.scaling:long_run", {"method": method, "updates": updates}, 2, 1, timeout)
-        rows += [Row(**row) for each in found for row in each]
+        rows += [ResultRow(**row) for each in found for row in each]
     return Record("scaling", "ms", {"method": method, "updates": updates, "repeats": repeats, "steps": steps}, rows)
 
 
-def _pair(what: str, size: Size, method: str, repeats: int, steps: int) -> list[Row]:
+def _pair(what: str, size: Size, method: str, repeats: int, steps: int) -> list[ResultRow]:
     contenders = {"pipeline": _pipeline(size, method), "plain": _plain(size)}
     samples: dict[str, list[float]] = {name: [] for name in contenders}
     for turn in range(repeats + 1):
@@ -81,7 +81,7 @@ def _pair(what: str, size: Size, method: str, repeats: int, steps: int) -> list[
     weights = size.depth * size.layers * (size.width**2 + size.width)
     shared = {"grows": what, "D": size.depth, "M": size.m, "tensors": 2 * size.layers * size.depth, "weights": weights}
     value = shared[what]
-    return [Row(f"{what} {value}, {name}", samples[name], {**shared, "contender": name}) for name in contenders]
+    return [ResultRow(f"{what} {value}, {name}", samples[name], {**shared, "contender": name}) for name in contenders]
 
 
 def _stages(size: Size) -> list[nn.Module]:

@@ -22,7 +22,7 @@ SENT: list[int] = []
 """Bytes of every message that left this process; whoever counts clears it."""
 
 
-class _Work(dist.Work):
+class _DelayedSend(dist.Work):
     """A send that waits for its time."""
 
     def __init__(self) -> None:
@@ -38,21 +38,21 @@ class _Work(dist.Work):
         return bool(self.inner.wait(*timeout))
 
 
-class _Link:
+class _DelayedLink:
     """One direction to one peer."""
 
     def __init__(self, group: Any, delay: float, bandwidth: float) -> None:
         self.group, self.delay, self.bandwidth = group, delay, bandwidth
         self.free = 0.0  # when the line has taken all bytes so far
-        self.waiting: queue.SimpleQueue[tuple[float, _Work, Any]] = queue.SimpleQueue()
+        self.waiting: queue.SimpleQueue[tuple[float, _DelayedSend, Any]] = queue.SimpleQueue()
         threading.Thread(target=self._run, daemon=True).start()
 
-    def send(self, tensors: Any, peer: int, tag: int) -> _Work:
+    def send(self, tensors: Any, peer: int, tag: int) -> _DelayedSend:
         nbytes = sum(t.numel() * t.element_size() for t in tensors)
         SENT.append(nbytes)
         seconds = nbytes / self.bandwidth if self.bandwidth else 0.0
         self.free = max(self.free, time.monotonic()) + seconds
-        work = _Work()
+        work = _DelayedSend()
         self.waiting.put((self.free + self.delay, work, (tensors, peer, tag)))
         return work
 
@@ -71,11 +71,11 @@ class SlowGroup(dist.ProcessGroup):
         super().__init__(rank, size)  # type: ignore[call-arg]
         self.inner: Any = dist.ProcessGroupGloo(store, rank, size, timeout)
         self.delay, self.bandwidth = float(os.environ[DELAY]), float(os.environ[BANDWIDTH])
-        self.links: dict[int, _Link] = {}
+        self.links: dict[int, _DelayedLink] = {}
 
-    def send(self, tensors: Any, peer: int, tag: int = 0) -> _Work:
+    def send(self, tensors: Any, peer: int, tag: int = 0) -> _DelayedSend:
         if peer not in self.links:
-            self.links[peer] = _Link(self.inner, self.delay, self.bandwidth)
+            self.links[peer] = _DelayedLink(self.inner, self.delay, self.bandwidth)
         return self.links[peer].send(tensors, peer, tag)
 
     def recv(self, tensors: Any, peer: int, tag: int = 0) -> Any:

@@ -15,7 +15,7 @@ from typing import Any
 from pipeoptim.bench import efficiency, memory, partition, scaling, transfer
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.errors import PipeOptimError
 
 _MARK = re.compile(
@@ -50,7 +50,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
 
 def _throughput_columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Every contender at its best M: of one model and mini-batch with its samples, of several the ratios to the best of torch."""
-    groups: dict[tuple[Any, Any], dict[str, Row]] = {}
+    groups: dict[tuple[Any, Any], dict[str, ResultRow]] = {}
     for row in record.rows:
         s = row.settings
         best = groups.setdefault((s.get("model"), s.get("batch")), {})
@@ -74,7 +74,7 @@ def _throughput_columns(record: Record) -> tuple[list[str], list[list[str]]]:
 
 
 def _ratios(
-    groups: dict[tuple[Any, Any], dict[str, Row]], rivals: dict[tuple[Any, Any], Row | None]
+    groups: dict[tuple[Any, Any], dict[str, ResultRow]], rivals: dict[tuple[Any, Any], ResultRow | None]
 ) -> tuple[list[str], list[list[str]]]:
     """A line per contender, a column per model and mini-batch, fastest on average first."""
     names = {name: [rows.get(name) for rows in groups.values()] for rows in groups.values() for name in rows}
@@ -92,11 +92,11 @@ def _ratios(
     ]
 
 
-def _times(row: Row | None, rival: Row | None) -> str:
+def _times(row: ResultRow | None, rival: ResultRow | None) -> str:
     return "" if row is None or rival is None else f"{row.median / rival.median:.2f}"
 
 
-def _median(row: Row) -> float:
+def _median(row: ResultRow) -> float:
     return row.median
 
 

@@ -17,9 +17,9 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 
-from pipeoptim.bench.models import Work, build, cuts, short_name
+from pipeoptim.bench.models import Workload, build, cuts, short_name
 from pipeoptim.bench.processes import run_on_processes
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, depth_of, possible, rival_step
 from pipeoptim.engine import Schedule
 from pipeoptim.errors import ConfigError
@@ -75,11 +75,11 @@ def measure(
     build(model, 1)  # refused here, and not by every process
     count = len(shared["methods"]) * (1 + len(shared["microbatches"])) + len(TORCH) * len(shared["torch_microbatches"])  # type: ignore[arg-type]
     timeout = 120 + 10 * count * (repeats + 2) * window
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     for batch in batches or [64]:
         options = {**shared, "model": model, "batch": batch}
         found = run_on_processes("pipeoptim.bench.throughput:stage", options, processes, threads=1, timeout=timeout)[0]
-        rows += [Row(**row) for row in found]
+        rows += [ResultRow(**row) for row in found]
     return Record(
         "throughput", "samples/s", {"optimizer": optimizer, "repeats": repeats, "processes": processes, "threads": 1}, rows
     )
@@ -125,11 +125,11 @@ def _contenders(options: dict[str, Any]) -> list[tuple[str, tuple[dict[str, Any]
     return list({name: (name, contender) for name, contender in found}.values())
 
 
-def _part(work: Work, cut: dict[int, list[int]], k: int, depth: int) -> nn.Module:
+def _part(work: Workload, cut: dict[int, list[int]], k: int, depth: int) -> nn.Module:
     return work.join(*work.blocks[cut[depth][k] : cut[depth][k + 1]])
 
 
-def _ours(work: Work, module: nn.Module, optimizer: Callable[[nn.Module], Optimizer], method: str, m: int) -> Step:
+def _ours(work: Workload, module: nn.Module, optimizer: Callable[[nn.Module], Optimizer], method: str, m: int) -> Step:
     k, depth = dist.get_rank(), dist.get_world_size()
     place = PipelineStage(module, k, depth, torch.device("cpu"))
     pipe = Schedule(place, optimizer(module), work.loss_fn, method, m, liveness_timeout=None)
@@ -141,7 +141,7 @@ def _ours(work: Work, module: nn.Module, optimizer: Callable[[nn.Module], Optimi
     return step
 
 
-def _torchs(work: Work, cut: dict[int, list[int]], optimizer: Callable[[nn.Module], Optimizer], name: str, m: int) -> Step:
+def _torchs(work: Workload, cut: dict[int, list[int]], optimizer: Callable[[nn.Module], Optimizer], name: str, m: int) -> Step:
     return rival_step(name, lambda n, depth: _part(work, cut, n, depth), m, work.loss_fn, optimizer, work.x, work.y)
 
 

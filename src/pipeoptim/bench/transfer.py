@@ -18,7 +18,7 @@ from torch.distributed.pipelining import PipelineStage
 from pipeoptim.bench import slow
 from pipeoptim.bench.models import build, cuts, short_name
 from pipeoptim.bench.processes import run_on_processes
-from pipeoptim.bench.record import Record, Row
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.throughput import seconds, steps_in
 from pipeoptim.engine import Schedule
 
@@ -40,7 +40,7 @@ def measure(
     Returns:
         One row per model, link and contender, in samples per second.
     """
-    rows: list[Row] = []
+    rows: list[ResultRow] = []
     for model, batch in models.items():
         build(model, 1)  # a wrong name is refused here, and not by every process
         for speed in megabits:
@@ -55,7 +55,7 @@ def measure(
             found = run_on_processes(
                 "pipeoptim.bench.transfer:stage", options, PROCESSES, threads=1, timeout=900, bandwidth=speed * 1e6 / 8
             )
-            rows += [Row(**row) for row in found[0]]
+            rows += [ResultRow(**row) for row in found[0]]
     settings = {"method": method, "optimizer": "AdamW", "repeats": repeats, "processes": PROCESSES, "threads": 1}
     return Record("transfer", "samples/s", settings, rows)
 
@@ -125,7 +125,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     return head, body
 
 
-def _place(row: Row) -> tuple[Any, ...]:
+def _place(row: ResultRow) -> tuple[Any, ...]:
     return row.settings["model"], row.settings["batch"], row.settings["megabits"]
 
 

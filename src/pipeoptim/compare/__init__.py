@@ -4,6 +4,6 @@
 ``figures`` are the sums over them, ``summary`` and ``report`` write them down. Nothing here imports torch when imported.
 """
 
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.settings import ComparisonSettings
 
-__all__ = ["Settings"]
+__all__ = ["ComparisonSettings"]

@@ -6,17 +6,17 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-from pipeoptim.compare.folder import Folder, write_text
+from pipeoptim.compare.folder import ComparisonFolder, write_text
 from pipeoptim.compare.outcome import is_done, read_outcome
-from pipeoptim.compare.plan import Plan, make_plan
+from pipeoptim.compare.plan import ComparisonPlan, plan_comparison
 from pipeoptim.compare.pool import do_runs
 from pipeoptim.compare.progress import Progress
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.compare.summary import Comparison, to_csv
 from pipeoptim.errors import ConfigError
 
 
-def compare(settings: Settings, out: Path, jobs: int = 1, progress: bool = True, command: str = "") -> Comparison:
+def compare(settings: ComparisonSettings, out: Path, jobs: int = 1, progress: bool = True, command: str = "") -> Comparison:
     """Do the runs of ``settings`` that ``out`` does not hold yet, ``jobs`` at a time; write the summaries.
 
     Raises:
@@ -27,7 +27,7 @@ def compare(settings: Settings, out: Path, jobs: int = 1, progress: bool = True,
 
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}, must be at least 1: how many runs go on at the same time")
-    folder, plan = Folder(out), make_plan(settings)
+    folder, plan = ComparisonFolder(out), plan_comparison(settings)
     if not folder.about.exists():
         _check(plan)
     folder.begin(settings, command, machine())
@@ -37,14 +37,14 @@ def compare(settings: Settings, out: Path, jobs: int = 1, progress: bool = True,
     return write_summaries(folder)
 
 
-def read(folder: Folder) -> Comparison:
+def read(folder: ComparisonFolder) -> Comparison:
     """The comparison in ``folder``, as far as it has come.
 
     Raises:
         ConfigError: there is none.
     """
     settings = folder.read_settings()
-    plan = make_plan(settings)
+    plan = plan_comparison(settings)
     order = {name: n for n, name in enumerate(settings.methods)}
     ended = [read_outcome(run, folder.run(run.name)) for run in plan.runs if (folder.run(run.name) / "outcome.json").exists()]
     refused = {o.method: o.reason for o in ended if o.status == "refused"}
@@ -53,7 +53,7 @@ def read(folder: Folder) -> Comparison:
     return Comparison(settings, outcomes, {**plan.left_out, **refused})
 
 
-def write_summaries(folder: Folder) -> Comparison:
+def write_summaries(folder: ComparisonFolder) -> Comparison:
     """``summary.json`` and ``summary.csv`` of what is there."""
     comparison = read(folder)
     entries = comparison.entries()
@@ -62,16 +62,16 @@ def write_summaries(folder: Folder) -> Comparison:
     return comparison
 
 
-def _check(plan: Plan) -> None:
+def _check(plan: ComparisonPlan) -> None:
     """Build the model once and make every optimizer, so that what cannot work is said before anything is written."""
     from pipeoptim.train import optimizers
     from pipeoptim.train.checks import check
-    from pipeoptim.train.parts import build_parts, cpu_threads, probe
+    from pipeoptim.train.setup import build_setup, cpu_threads, probe_setup
 
     for run in plan.runs:
         check(run.config)
     first = plan.runs[0].config
     with cpu_threads(first.threads):
-        parts = build_parts(first)
+        setup = build_setup(first)
         for component in {run.config.optimizer.target: run.config.optimizer for run in plan.runs}.values():
-            probe(replace(parts, optimizer=optimizers.factory(component)))
+            probe_setup(replace(setup, optimizer=optimizers.factory(component)))

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.compare.settings import Settings, check_continues
+from pipeoptim.compare.settings import ComparisonSettings, check_continues
 from pipeoptim.errors import ConfigError
 
 
 @dataclass(frozen=True)
-class Folder:
+class ComparisonFolder:
     """Paths of the comparison in ``path``."""
 
     path: Path
@@ -46,7 +46,7 @@ class Folder:
         """Folder of one run."""
         return self.path / "runs" / name
 
-    def begin(self, settings: Settings, command: str, machine: dict[str, Any]) -> None:
+    def begin(self, settings: ComparisonSettings, command: str, machine: dict[str, Any]) -> None:
         """Make the folder, or see that it holds this comparison.
 
         Raises:
@@ -71,16 +71,16 @@ class Folder:
         """
         try:
             data: dict[str, Any] = json.loads(self.about.read_text())
-            Settings.from_json(data["settings"])
+            ComparisonSettings.from_json(data["settings"])
         except OSError as error:
             raise ConfigError(f"no comparison in {self.path} (no {self.about.name}); check the path") from error
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise ConfigError(f"{self.about} is damaged ({error}); start again in another folder") from error
         return data
 
-    def read_settings(self) -> Settings:
+    def read_settings(self) -> ComparisonSettings:
         """The settings of the comparison that is here."""
-        return Settings.from_json(self.read_about()["settings"])
+        return ComparisonSettings.from_json(self.read_about()["settings"])
 
 
 def write_text(path: Path, text: str) -> None:

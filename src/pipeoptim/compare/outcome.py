@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.compare.figures import Curve, tail_mean
 from pipeoptim.compare.plan import PlannedRun
+from pipeoptim.compare.statistics import Curve, tail_mean
 from pipeoptim.compare.worker import OUTCOME
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
@@ -28,14 +28,14 @@ class PlannedRun:
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """All runs, seed by seed, so that an interrupted comparison has whole seeds; and the methods left out, with reasons."""
 
     runs: tuple[PlannedRun, ...]
     left_out: Mapping[str, str]
 
 
-def make_plan(settings: Settings) -> Plan:
+def plan_comparison(settings: ComparisonSettings) -> ComparisonPlan:
     """The runs that ``settings`` mean.
 
     Raises:
@@ -51,10 +51,10 @@ def make_plan(settings: Settings) -> Plan:
     if len(left_out) == len(settings.methods):
         raise ConfigError(f"no method is left to compare: {next(iter(left_out.values()), 'name some with --methods')}")
     taking_part = [name for name in settings.methods if name not in left_out]
-    return Plan(tuple(planned(settings, name, seed) for seed in settings.seeds for name in taking_part), left_out)
+    return ComparisonPlan(tuple(planned(settings, name, seed) for seed in settings.seeds for name in taking_part), left_out)
 
 
-def planned(settings: Settings, name: str, seed: int) -> PlannedRun:
+def planned(settings: ComparisonSettings, name: str, seed: int) -> PlannedRun:
     """The run of the method called ``name`` (which may carry options) with ``seed``."""
     method, config = get_method(name), replace(settings.config, method=name, seed=seed)
     if method.optimizer is not None and not settings.same_optimizer:
@@ -71,7 +71,7 @@ def _as_folder(name: str) -> str:
     return re.sub(r"[^\w.+-]+", "_", name).strip("_.")
 
 
-def own_optimizer(method: Method, settings: Settings) -> Component:
+def own_optimizer(method: Method, settings: ComparisonSettings) -> Component:
     """The optimizer that ``method`` brings along; an option that is not the same on every stage is given by stage."""
     own, base = method.optimizer, settings.config
     assert own is not None
@@ -80,7 +80,7 @@ def own_optimizer(method: Method, settings: Settings) -> Component:
     return Component(own.name.lower(), {"lr": own_lr(settings), **options})
 
 
-def own_lr(settings: Settings) -> float:
+def own_lr(settings: ComparisonSettings) -> float:
     """Learning rate of an optimizer that a method brings along."""
     if settings.own_lr is not None:
         return settings.own_lr

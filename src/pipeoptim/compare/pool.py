@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 
-from pipeoptim.compare.folder import Folder, write_text
+from pipeoptim.compare.folder import ComparisonFolder, write_text
 from pipeoptim.compare.plan import PlannedRun
 from pipeoptim.compare.progress import Progress
 from pipeoptim.compare.worker import OUTCOME, READY
@@ -25,7 +25,7 @@ from pipeoptim.compare.worker import OUTCOME, READY
 PATIENCE = 10.0
 
 
-def do_runs(folder: Folder, runs: Sequence[PlannedRun], jobs: int, progress: Progress) -> None:
+def do_runs(folder: ComparisonFolder, runs: Sequence[PlannedRun], jobs: int, progress: Progress) -> None:
     """Do ``runs``, ``jobs`` at a time. How each ended is in its folder.
 
     Raises:
@@ -54,7 +54,7 @@ def do_runs(folder: Folder, runs: Sequence[PlannedRun], jobs: int, progress: Pro
 class _Server(threading.Thread):
     """Hands runs to one worker process."""
 
-    def __init__(self, folder: Folder, todo: queue.SimpleQueue[PlannedRun], progress: Progress, number: int) -> None:
+    def __init__(self, folder: ComparisonFolder, todo: queue.SimpleQueue[PlannedRun], progress: Progress, number: int) -> None:
         super().__init__(name=f"pipeoptim-compare-{number}", daemon=True)
         self.folder, self.todo, self.progress, self.number = folder, todo, progress, number
         self.worker: subprocess.Popen[str] | None = None

@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pipeoptim.compare.folder import Folder
+from pipeoptim.compare.folder import ComparisonFolder
 from pipeoptim.compare.plan import PlannedRun
 from pipeoptim.compare.worker import OUTCOME
 
@@ -23,7 +23,7 @@ class Progress:
         quiet: show nothing.
     """
 
-    def __init__(self, folder: Folder, total: int, done: int, steps: int, quiet: bool) -> None:
+    def __init__(self, folder: ComparisonFolder, total: int, done: int, steps: int, quiet: bool) -> None:
         self.folder, self.total, self.done, self.steps = folder, total, done, steps
         self.console = Console(quiet=quiet, highlight=False)
         self.lock = threading.Lock()

@@ -14,7 +14,7 @@ MAY_CHANGE = ("target",)
 
 
 @dataclass(frozen=True)
-class Settings:
+class ComparisonSettings:
     """Everything that determines the runs of a comparison, and how they are read.
 
     Args:
@@ -28,8 +28,8 @@ class Settings:
     Example:
         >>> from pipeoptim.config import Component
         >>> config = TrainConfig("mine", model=Component("m:f"), data=Component("d:f"), optimizer=Component("sgd"))
-        >>> settings = Settings(config, methods=("gpipe", "pipeoptim"), seeds=(0, 1))
-        >>> Settings.from_json(settings.to_json()) == settings
+        >>> settings = ComparisonSettings(config, methods=("gpipe", "pipeoptim"), seeds=(0, 1))
+        >>> ComparisonSettings.from_json(settings.to_json()) == settings
         True
     """
 
@@ -46,13 +46,13 @@ class Settings:
         return {**asdict(self), "config": config, "methods": list(self.methods), "seeds": list(self.seeds)}
 
     @classmethod
-    def from_json(cls, data: dict[str, Any]) -> Settings:
+    def from_json(cls, data: dict[str, Any]) -> ComparisonSettings:
         """What :meth:`to_json` returned, after a trip through JSON; method and seed of ``config`` are not kept."""
         config = TrainConfig.from_json(json.dumps({**data["config"], "method": "pipeoptim"}))
         return cls(**{**data, "config": config, "methods": tuple(data["methods"]), "seeds": tuple(data["seeds"])})
 
 
-def check_continues(old: Settings, new: Settings, where: str) -> None:
+def check_continues(old: ComparisonSettings, new: ComparisonSettings, where: str) -> None:
     """Methods and seeds may be added to a comparison; all else must be as it was.
 
     Raises:

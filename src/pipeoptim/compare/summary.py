@@ -8,9 +8,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeoptim.compare.figures import Spread, default_target, share_of_gap, steps_to
 from pipeoptim.compare.outcome import Outcome
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.settings import ComparisonSettings
+from pipeoptim.compare.statistics import Spread, default_target, share_of_gap, steps_to
 from pipeoptim.methods import get_method
 
 #: What the gap is measured between: the first of each that takes part.
@@ -21,7 +21,7 @@ SYNCHRONOUS, UNCORRECTED = ("1f1b", "gpipe"), ("naive", "pipedream")
 class Comparison:
     """All outcomes of ``settings``, in the order of its methods and seeds; ``left_out`` names methods with the reason."""
 
-    settings: Settings
+    settings: ComparisonSettings
     outcomes: Sequence[Outcome]
     left_out: Mapping[str, str]
 
@@ -103,11 +103,11 @@ class Comparison:
         ]
         return [self.entry(o) for o in self.outcomes] + left_out
 
-    def lines(self) -> list[Line]:
+    def lines(self) -> list[MethodSummary]:
         """One line per method that took part."""
         return [self._line(name) for name in self.methods]
 
-    def _line(self, name: str) -> Line:
+    def _line(self, name: str) -> MethodSummary:
         outcomes = self.of(name)
         entries = [self.entry(o) for o in outcomes]
 
@@ -115,7 +115,7 @@ class Comparison:
             return Spread.of(entry[key] for entry in entries)
 
         val_loss = spread("final_val_loss")
-        return Line(
+        return MethodSummary(
             method=name,
             optimizer=outcomes[0].optimizer,
             runs=len(outcomes),
@@ -135,7 +135,7 @@ class Comparison:
 
 
 @dataclass(frozen=True)
-class Line:
+class MethodSummary:
     """One method over its seeds, as the tables show it."""
 
     method: str

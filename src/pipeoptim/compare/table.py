@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from pipeoptim.compare.figures import Spread
-from pipeoptim.compare.summary import Comparison, Line
+from pipeoptim.compare.statistics import Spread
+from pipeoptim.compare.summary import Comparison, MethodSummary
 from pipeoptim.config import TrainConfig
 
 #: Where there is no figure.
 NONE = "\N{EN DASH}"
 
 
-def _no_key(_: Line) -> float | None:
+def _no_key(_: MethodSummary) -> float | None:
     return None
 
 
@@ -23,8 +23,8 @@ class Column:
 
     heading: str
     meaning: str
-    cell: Callable[[Line], str]
-    key: Callable[[Line], float | None] = _no_key
+    cell: Callable[[MethodSummary], str]
+    key: Callable[[MethodSummary], float | None] = _no_key
 
 
 def columns(comparison: Comparison) -> list[Column]:
@@ -88,7 +88,7 @@ def columns(comparison: Comparison) -> list[Column]:
 SPARE = ("time to target", "samples/s", "optimizer", "steps to target", "weight memory", "train loss")
 
 
-def fitting(found: Sequence[Column], lines: Sequence[Line], width: int) -> tuple[list[Column], list[str]]:
+def fitting(found: Sequence[Column], lines: Sequence[MethodSummary], width: int) -> tuple[list[Column], list[str]]:
     """The columns that fit into ``width`` characters, two between them, and the headings of those that do not."""
 
     def total(columns: Sequence[Column]) -> int:
@@ -104,19 +104,19 @@ def fitting(found: Sequence[Column], lines: Sequence[Line], width: int) -> tuple
 
 
 def _metric(name: str) -> Column:
-    def cell(line: Line) -> str:
+    def cell(line: MethodSummary) -> str:
         value = line.metrics.get(name)
         return NONE if value is None else f"{value.mean:.4f}" + (f" ±{value.deviation:.4f}" if value.count > 1 else "")
 
-    def key(line: Line) -> float | None:
+    def key(line: MethodSummary) -> float | None:
         value = line.metrics.get(name)
         return value.mean if value else None
 
     return Column(name, "of the last validation", cell, key)
 
 
-def _mean(field: str) -> Callable[[Line], float | None]:
-    def key(line: Line) -> float | None:
+def _mean(field: str) -> Callable[[MethodSummary], float | None]:
+    def key(line: MethodSummary) -> float | None:
         spread: Spread | None = getattr(line, field)
         return spread.mean if spread else None
 
@@ -129,7 +129,7 @@ def _share(value: float | None) -> str:
     return f"{100 * value:.0f} %" if value >= -1 else "below -100 %"
 
 
-def _loss(line: Line, value: Spread | None) -> str:
+def _loss(line: MethodSummary, value: Spread | None) -> str:
     text = "" if value is None else f"{value.mean:.4f}" + (f" ±{value.deviation:.4f}" if value.count > 1 else "")
     if line.diverged:
         return f"{text} ({line.diverged} of {line.runs} diverged)".strip() if text else "diverged"

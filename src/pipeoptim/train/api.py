@@ -11,15 +11,15 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.telemetry.plots import loss_curve
 from pipeoptim.train import rundir
 from pipeoptim.train.checks import check
+from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.evaluate import ObservedLoss
-from pipeoptim.train.group import OneProcess
+from pipeoptim.train.group import SingleProcessGroup
 from pipeoptim.train.launcher import launch
 from pipeoptim.train.layout import layout_of
-from pipeoptim.train.parts import build_parts, cpu_threads, probe
-from pipeoptim.train.pipes import emulator
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.session import run_session
+from pipeoptim.train.setup import build_setup, cpu_threads, probe_setup
 from pipeoptim.train.signals import AbortedError, StopOnInterrupt
 from pipeoptim.train.worker import join, reports, under_torchrun
 
@@ -47,27 +47,27 @@ def _emulated(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool)
     with cpu_threads(config.threads):
         if not resume:
             directory.check_new()
-        parts = build_parts(config)
-        probe(parts)
-        loss = ObservedLoss(parts.task)
-        pipe, optimizers = emulator(parts, loss)
-        start = _start(parts.config, directory, resume)
+        setup = build_setup(config)
+        probe_setup(setup)
+        loss = ObservedLoss(setup.task)
+        pipe, optimizers = make_emulator(setup, loss)
+        start = _start(setup.config, directory, resume)
         try:
             with StopOnInterrupt() as stop:
-                return run_session(directory, parts, pipe, optimizers, loss, OneProcess(), start, stop, quiet)
+                return run_session(directory, setup, pipe, optimizers, loss, SingleProcessGroup(), start, stop, quiet)
         except KeyboardInterrupt as error:
             raise AbortedError(f"aborted by Ctrl-C; {directory.how_to_resume()}") from error
 
 
 def _checked_start(config: TrainConfig, directory: RunDir, resume: bool) -> Start:
-    """As above for a run whose parts are built in other processes: they are built here too, once, to see that they fit."""
+    """As above for a run that is set up in other processes: it is set up here too, once, to see that its parts fit together."""
     with cpu_threads(config.threads):
         if not resume:
             directory.check_new()
-        parts = build_parts(config)
-        probe(parts)
-        emulator(parts, parts.task.loss)
-        return _start(parts.config, directory, resume)
+        setup = build_setup(config)
+        probe_setup(setup)
+        make_emulator(setup, setup.task.loss)
+        return _start(setup.config, directory, resume)
 
 
 def _launched(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool) -> RunResult:

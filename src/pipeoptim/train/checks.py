@@ -6,8 +6,7 @@ import math
 from typing import TYPE_CHECKING
 
 from pipeoptim.config import ENGINES, TrainConfig
-from pipeoptim.errors import ConfigError
-from pipeoptim.train.names import unknown
+from pipeoptim.errors import ConfigError, unknown_name
 
 if TYPE_CHECKING:
     from pipeoptim.schedule import Program
@@ -52,9 +51,9 @@ def check(config: TrainConfig) -> None:
     if not config.steps and not config.epochs:
         raise ConfigError("steps is 0, must be an integer of at least 1, or 0 where epochs says how long to train")
     if config.engine not in ENGINES:
-        raise unknown("engine", config.engine, ENGINES)
+        raise unknown_name("engine", config.engine, ENGINES)
     if config.prediction not in PREDICTIONS:
-        raise unknown("prediction", config.prediction, PREDICTIONS)
+        raise unknown_name("prediction", config.prediction, PREDICTIONS)
     _check_layout(config)
     _check_microbatches(config)
     _check_lr(config)

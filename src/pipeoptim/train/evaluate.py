@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
-from pipeoptim.train.parts import Parts, Task
-from pipeoptim.train.pipes import Pipe
+from pipeoptim.engine.pipeline import Pipeline
+from pipeoptim.train.setup import RunSetup, Task
 
 
 class ObservedLoss:
@@ -24,7 +24,7 @@ class ObservedLoss:
         return self.task.loss(output, target)
 
 
-def evaluate(pipe: Pipe, parts: Parts, loss: ObservedLoss, drain: bool) -> tuple[float, dict[str, float]] | None:
+def evaluate(pipe: Pipeline, setup: RunSetup, loss: ObservedLoss, drain: bool) -> tuple[float, dict[str, float]] | None:
     """Mean loss and metrics over the validation batches; None where the last stage is not in this process.
 
     With ``drain=False`` mini-batches stay in flight, so that validating does not change what is trained; each stage then
@@ -35,7 +35,7 @@ def evaluate(pipe: Pipe, parts: Parts, loss: ObservedLoss, drain: bool) -> tuple
     losses: list[float] = []
     if drain:
         pipe.drain()
-    for x, y in parts.validation:
+    for x, y in setup.validation:
         value = pipe.eval_step(*((x,) if first else ()), target=y if last else None, drain=False)
         if value is not None:
             losses.append(float(value))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeoptim.errors import StageFailure
-from pipeoptim.train.figures import Figures, LocalFigures, StoreFigures
+from pipeoptim.train.measurements import LocalMeasurements, StageMeasurements, StoreMeasurements
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pipeoptim.train.layout import Layout
 
 
-class Group(Protocol):
+class RunGroup(Protocol):
     """Processes of one run. Each holds one or more stages."""
 
     @property
@@ -35,16 +35,16 @@ class Group(Protocol):
         """The ``value`` of every process, on every process."""
         ...
 
-    def mean(self, loss: Tensor) -> Tensor:
+    def mean_loss(self, loss: Tensor) -> Tensor:
         """Of the losses of all replicas; called where the last stage is."""
         ...
 
-    def figures(self) -> Figures:
+    def measurements(self) -> StageMeasurements:
         """A way for figures to come to the last stage's process."""
         ...
 
 
-class OneProcess:
+class SingleProcessGroup:
     """The group of an emulated run."""
 
     is_first = True
@@ -57,16 +57,16 @@ class OneProcess:
         """Just its own."""
         return [value]
 
-    def mean(self, loss: Tensor) -> Tensor:
+    def mean_loss(self, loss: Tensor) -> Tensor:
         """Itself."""
         return loss
 
-    def figures(self) -> Figures:
+    def measurements(self) -> StageMeasurements:
         """They are there."""
-        return LocalFigures()
+        return LocalMeasurements()
 
 
-class Distributed:
+class DistributedGroup:
     """The default process group of ``torch.distributed``.
 
     Args:
@@ -99,13 +99,13 @@ class Distributed:
         dist.all_gather_object(values, value)
         return values
 
-    def figures(self) -> Figures:
+    def measurements(self) -> StageMeasurements:
         """Through the store of the process group; those of the first replica."""
         import torch.distributed as dist
 
-        return StoreFigures(dist.get_rank(), self.layout.width)
+        return StoreMeasurements(dist.get_rank(), self.layout.width)
 
-    def mean(self, loss: Tensor) -> Tensor:
+    def mean_loss(self, loss: Tensor) -> Tensor:
         """By an all-reduce among the processes of the last stage."""
         import torch.distributed as dist
 

@@ -14,12 +14,12 @@ from dataclasses import dataclass
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.telemetry import prediction
 from pipeoptim.train.evaluate import ObservedLoss, evaluate
-from pipeoptim.train.figures import Figures
-from pipeoptim.train.parts import Parts
-from pipeoptim.train.pipes import Pipe
+from pipeoptim.train.measurements import StageMeasurements
 from pipeoptim.train.recorder import Recorder
+from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopOnInterrupt
 
 
@@ -35,26 +35,26 @@ class Loop:
         save: writes a checkpoint of a drained pipeline, given the number of mini-batches done.
         stop: set by Ctrl-C; counts where stage 0 is.
         weight_bytes: filled with the bytes of weights that each stage held.
-        mean: of the losses of all replicas.
-        figures: brings measured prediction errors to the recorder.
+        mean_loss: of the losses of all replicas.
+        measurements: brings measured prediction errors to the recorder.
         errors: filled with the prediction errors of the stages here.
     """
 
-    pipe: Pipe
-    parts: Parts
+    pipe: Pipeline
+    setup: RunSetup
     optimizers: dict[int, Optimizer]
     loss: ObservedLoss
     recorder: Recorder | None
     save: Callable[[int], None]
     stop: StopOnInterrupt
     weight_bytes: dict[int, int]
-    mean: Callable[[Tensor], Tensor]
-    figures: Figures
+    mean_loss: Callable[[Tensor], Tensor]
+    measurements: StageMeasurements
     errors: prediction.StageErrors
 
     def run(self, start: int) -> int:
         """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all."""
-        config = self.parts.config
+        config = self.setup.config
         done = start
         while done < config.steps:
             self._step(done)
@@ -79,23 +79,25 @@ class Loop:
         return done
 
     def _step(self, step: int) -> None:
-        pipe, batch_size = self.pipe, self.parts.config.batch_size
+        pipe, batch_size = self.pipe, self.setup.config.batch_size
         first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
         if first and self.stop.wanted:
             pipe.request_stop()
         lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
         began = time.perf_counter()
         with self._shown("data"):
-            x, y = map(self.parts.share, self.parts.task.train_batch(step, batch_size)) if first or last else (None, None)
+            x, y = (
+                map(self.setup.replica_rows, self.setup.task.train_batch(step, batch_size)) if first or last else (None, None)
+            )
         value = pipe.step(*((x,) if first else ()), target=y if last else None)
         if value is None:
             return
-        value = self.mean(value)
+        value = self.mean_loss(value)
         if self.recorder:
             self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began)
 
     def _validate(self, step: int) -> None:
-        figures = evaluate(self.pipe, self.parts, self.loss, drain=False)
+        figures = evaluate(self.pipe, self.setup, self.loss, drain=False)
         if figures is not None and self.recorder:
             self.recorder.validation(step, *figures)
 
@@ -103,13 +105,13 @@ class Loop:
         """Tell how good the stages' newest predictions were."""
         measured = [row for k in self.pipe.local_stages for row in prediction.rows(self.pipe.prediction_error(k))]
         self.errors.note(measured)
-        if self.parts.replica == 0:
-            self.figures.post(step, measured)
+        if self.setup.replica == 0:
+            self.measurements.post(step, measured)
         self._record_predictions(wait=False)
 
     def _record_predictions(self, wait: bool) -> None:
         if self.recorder is not None:
-            for step, measured in self.figures.collect(wait):
+            for step, measured in self.measurements.collect(wait):
                 self.recorder.prediction(step, measured)
 
     def _shown(self, name: str) -> AbstractContextManager[None]:

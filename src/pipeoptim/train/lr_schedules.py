@@ -14,8 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
 
 from pipeoptim.config import Component
-from pipeoptim.errors import ConfigError
-from pipeoptim.train.names import unknown
+from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.train.targets import accepts, call, load
 
 
@@ -95,7 +94,7 @@ def factory(component: Component, steps: int) -> Callable[[Optimizer], LRSchedul
         own = load("lr_schedule", component.target)
         return lambda optimizer: call("lr_schedule", own, component.target, optimizer, **component.options)  # type: ignore[no-any-return]
     if component.target not in SCHEDULES:
-        raise unknown("lr_schedule", component.target, SCHEDULES, more=", or 'module:function'")
+        raise unknown_name("lr_schedule", component.target, SCHEDULES, more=", or 'module:function'")
     shape = SCHEDULES[component.target]
     options: dict[str, Any] = dict(component.options)
     if accepts(shape, "steps"):

@@ -11,9 +11,8 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeoptim.config import Component
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.rules import KINDS, muon_adamw
-from pipeoptim.train.names import unknown
 from pipeoptim.train.targets import accepts, call, load
 
 #: name -> class name in torch.optim and the options that make the name true.
@@ -53,7 +52,9 @@ def resolve(name: str) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
             raise ConfigError(f"optimizer {name!r} cannot be used in a pipeline: it {reason}; use adamw or sgd")
     class_name, options = ALIASES.get(name.lower(), (name, {}))
     if class_name.lower() not in classes:
-        raise unknown("optimizer", name, [*classes, *ALIASES, "muon_adamw"], more=", or 'module:Class' for one of your own")
+        raise unknown_name(
+            "optimizer", name, [*classes, *ALIASES, "muon_adamw"], more=", or 'module:Class' for one of your own"
+        )
     return classes[class_name.lower()], options
 
 
@@ -137,7 +138,7 @@ def grouped(parameters: list[Parameter], groups: Any) -> list[Parameter] | list[
         if not isinstance(group, dict):
             raise ConfigError(f'a parameter group is {group!r}, must be like {{"ndim": 2, "prediction": "displacement"}}')
         if group.get("prediction", "none") not in KINDS:
-            raise unknown("prediction of a parameter group", str(group["prediction"]), KINDS)
+            raise unknown_name("prediction of a parameter group", str(group["prediction"]), KINDS)
         options = {name: value for name, value in group.items() if name != "ndim"}
         taken = [p for p in left if "ndim" not in group or p.ndim == group["ndim"]]
         left = [p for p in left if "ndim" in group and p.ndim != group["ndim"]]

@@ -10,8 +10,7 @@ from importlib.metadata import entry_points
 from types import ModuleType
 
 from pipeoptim.config import Recipe, TrainConfig
-from pipeoptim.errors import ConfigError
-from pipeoptim.train.names import unknown
+from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.train.targets import accepts, load
 
 GROUP = "pipeoptim.recipes"
@@ -88,5 +87,5 @@ def _find(name: str) -> Recipe:
     known = recipes()
     key = full_name(name, tiny=False)
     if key not in known:
-        raise unknown("recipe", name, known, more=", or 'module:function' for a recipe of your own")
+        raise unknown_name("recipe", name, known, more=", or 'module:function' for a recipe of your own")
     return known[key]

@@ -19,12 +19,12 @@ from pipeoptim.config import TrainConfig
 from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.checks import check
-from pipeoptim.train.group import OneProcess
+from pipeoptim.train.engines import make_emulator
+from pipeoptim.train.group import SingleProcessGroup
 from pipeoptim.train.layout import layout_of
-from pipeoptim.train.parts import build_parts, cpu_threads, probe
-from pipeoptim.train.pipes import emulator
 from pipeoptim.train.result import versions
 from pipeoptim.train.rundir import RunDir, newest
+from pipeoptim.train.setup import build_setup, cpu_threads, probe_setup
 from pipeoptim.train.worker import under_torchrun
 
 
@@ -44,7 +44,7 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
         meta.step,
         states,
         config=config.fingerprint(),
-        group=OneProcess(),
+        group=SingleProcessGroup(),
         keep=config.keep_checkpoints,
         versions=versions(),
     )
@@ -58,10 +58,10 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
 
 
 def _label(config: TrainConfig) -> str:
-    parts = [f"{config.stages}-stages"]
-    parts += [f"{config.chunks}-chunks"] if config.chunks > 1 else []
-    parts += [f"{config.replicas}-replicas"] if config.replicas > 1 else []
-    return "-".join(parts)
+    words = [f"{config.stages}-stages"]
+    words += [f"{config.chunks}-chunks"] if config.chunks > 1 else []
+    words += [f"{config.replicas}-replicas"] if config.replicas > 1 else []
+    return "-".join(words)
 
 
 def _moved(checkpoint: Path, before: TrainConfig, after: TrainConfig) -> dict[int, dict[str, Any]]:
@@ -76,9 +76,9 @@ def _moved(checkpoint: Path, before: TrainConfig, after: TrainConfig) -> dict[in
 
 
 def _pipe(config: TrainConfig) -> tuple[Any, Sequence[Tied]]:
-    parts = build_parts(config)
-    probe(parts)
-    return emulator(parts, parts.task.loss)[0], parts.tied
+    setup = build_setup(config)
+    probe_setup(setup)
+    return make_emulator(setup, setup.task.loss)[0], setup.tied
 
 
 def _numbered(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:

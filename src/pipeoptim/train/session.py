@@ -11,35 +11,35 @@ from torch.optim import Optimizer
 
 from pipeoptim.checkpoint import load_stage, save
 from pipeoptim.engine import PredictionWarning
+from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.tensorboard import TensorBoardLog
 from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.evaluate import ObservedLoss
-from pipeoptim.train.group import Group
+from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
-from pipeoptim.train.parts import Parts
-from pipeoptim.train.pipes import Pipe
 from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.result import RunResult, StageFacts, versions, with_shares
 from pipeoptim.train.rundir import RunDir, Start
+from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopOnInterrupt
 
 
 def run_session(
     run: RunDir,
-    parts: Parts,
-    pipe: Pipe,
+    setup: RunSetup,
+    pipe: Pipeline,
     optimizers: dict[int, Optimizer],
     loss: ObservedLoss,
-    group: Group,
+    group: RunGroup,
     start: Start,
     stop: StopOnInterrupt,
     quiet: bool,
 ) -> RunResult:
     """Train from ``start`` to the end or to a stop. Every process of ``group`` returns the same result."""
-    config = parts.config
+    config = setup.config
     if start.checkpoint is not None:
         for k in pipe.local_stages:
             pipe.load_stage_state_dict(k, load_stage(start.checkpoint, k))
@@ -48,7 +48,7 @@ def run_session(
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore", PredictionWarning)  # the recorder says it, also for stages in other processes
         recorder = None
-        if pipe.depth - 1 in pipe.local_stages and parts.replica == 0:
+        if pipe.depth - 1 in pipe.local_stages and setup.replica == 0:
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
@@ -60,25 +60,27 @@ def run_session(
             save(
                 run.checkpoints,
                 step,
-                states if parts.replica == 0 else {},
+                states if setup.replica == 0 else {},
                 config=config.fingerprint(),
                 group=group,
                 keep=config.keep_checkpoints,
                 versions=versions(),
             )
 
-        loop = Loop(pipe, parts, optimizers, loss, recorder, save_all, stop, {}, group.mean, group.figures(), StageErrors())
+        loop = Loop(
+            pipe, setup, optimizers, loss, recorder, save_all, stop, {}, group.mean_loss, group.measurements(), StageErrors()
+        )
         done = loop.run(start.step)
     if pipe.trace is not None:
         pipe.trace.save(run.trace)
-    result = _result(run, parts, pipe, loop, group, done, time.monotonic() - began)
+    result = _result(run, setup, pipe, loop, group, done, time.monotonic() - began)
     if recorder is not None:
         run.result.write_text(result.to_json())
     group.barrier()
     return result
 
 
-def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, done: int, seconds: float) -> RunResult:
+def _result(run: RunDir, setup: RunSetup, pipe: Pipeline, loop: Loop, group: RunGroup, done: int, seconds: float) -> RunResult:
     figures: dict[str, Any] = {}
     if loop.recorder is not None:
         recorder = loop.recorder
@@ -89,27 +91,27 @@ def _result(run: RunDir, parts: Parts, pipe: Pipe, loop: Loop, group: Group, don
             "samples_per_second": recorder.samples_per_second,
             "seconds": seconds,
         }
-    facts = [_facts(parts, pipe, k, loop) for k in pipe.local_stages] if parts.replica == 0 else []
+    facts = [_facts(setup, pipe, k, loop) for k in pipe.local_stages] if setup.replica == 0 else []
     gathered = group.gather((facts, figures))
     stages = tuple(sorted((one for part, _ in gathered for one in part), key=lambda one: one.stage))
-    if parts.config.trace:  # all have saved theirs before the gathering
+    if setup.config.trace:  # all have saved theirs before the gathering
         merged = group.gather(merge_trace(run.trace) if loop.recorder is not None else None)
         stages = with_shares(stages, merged[group.reporter])
     return RunResult(
         run_dir=run.path,
-        status="finished" if done == parts.config.steps else "stopped",
+        status="finished" if done == setup.config.steps else "stopped",
         step=done,
         stages=stages,
-        data=parts.task.describe(),
+        data=setup.task.describe(),
         versions=versions(),
         **gathered[group.reporter][1],
     )
 
 
-def _facts(parts: Parts, pipe: Pipe, k: int, loop: Loop) -> StageFacts:
+def _facts(setup: RunSetup, pipe: Pipeline, k: int, loop: Loop) -> StageFacts:
     return StageFacts(
         stage=k,
-        parameters=sum(p.numel() for p in parts.stages[k].parameters() if p.requires_grad),
+        parameters=sum(p.numel() for p in setup.stages[k].parameters() if p.requires_grad),
         gap=pipe.version_gap(k),
         weight_copies=pipe.weight_copies(k),
         weight_bytes=loop.weight_bytes[k],

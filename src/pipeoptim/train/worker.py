@@ -69,24 +69,24 @@ def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopOnInte
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
+    from pipeoptim.train.engines import make_schedule
     from pipeoptim.train.evaluate import ObservedLoss
-    from pipeoptim.train.group import Distributed
+    from pipeoptim.train.group import DistributedGroup
     from pipeoptim.train.layout import layout_of
-    from pipeoptim.train.parts import build_parts, cpu_threads
-    from pipeoptim.train.pipes import schedule
     from pipeoptim.train.session import run_session
+    from pipeoptim.train.setup import build_setup, cpu_threads
 
     layout = layout_of(config)
     replica, stages = layout.place(dist.get_rank())
     mesh = None
     if layout.replicas > 1:
         mesh = init_device_mesh("cpu", (layout.replicas, layout.width), mesh_dim_names=("data", "pipe"))
-    group = Distributed(layout, None if mesh is None else mesh["data"].get_group())
+    group = DistributedGroup(layout, None if mesh is None else mesh["data"].get_group())
     with cpu_threads(config.threads):
-        parts = build_parts(config).only(replica, stages)
-        loss = ObservedLoss(parts.task)
-        pipe, optimizers = schedule(parts, stages, loss, mesh)
-        result = run_session(run, parts, pipe, optimizers, loss, group, start, stop, quiet)
+        setup = build_setup(config).local_to(replica, stages)
+        loss = ObservedLoss(setup.task)
+        pipe, optimizers = make_schedule(setup, stages, loss, mesh)
+        result = run_session(run, setup, pipe, optimizers, loss, group, start, stop, quiet)
         pipe.close()
     return result
 

@@ -80,12 +80,12 @@ def compare(
 
     from pipeoptim.compare.api import compare as run_comparison
     from pipeoptim.compare.report import write_report
-    from pipeoptim.compare.settings import Settings
+    from pipeoptim.compare.settings import ComparisonSettings
 
     given = {"stages": stages, "microbatches": microbatches, "batch_size": batch_size, "steps": steps, "eval_every": eval_every}
     fixed = {"prediction": prediction, "engine": engine, "checkpoint_every": checkpoint_every}
     config = _config(recipe, {k: v for k, v in given.items() if v is not None} | fixed, optimizer, lr, tiny)
-    settings = Settings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
+    settings = ComparisonSettings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
     folder = out or Path("runs") / f"compare-{config.recipe.replace(':', '.').replace('/', '.')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = jobs if jobs is not None else max(1, cores // (config.stages if engine == "processes" else 1))
@@ -108,8 +108,8 @@ def _config(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float
     """The recipe's configuration with what was given; one thread per run, as many validations as a curve needs."""
     from pipeoptim.train.checks import check
     from pipeoptim.train.optimizers import switch
-    from pipeoptim.train.parts import with_steps
     from pipeoptim.train.recipes import get_recipe
+    from pipeoptim.train.setup import with_steps
     from pipeoptim.train.shorten import shortened
 
     config = replace(get_recipe(recipe, tiny), threads=1, **given)

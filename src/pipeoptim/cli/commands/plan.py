@@ -121,8 +121,8 @@ def _of_recipe(recipe: str, tiny: bool) -> tuple[Any, tuple[Any, ...], dict[str,
     """Model, arguments, depth and M of a recipe."""
     import torch
 
-    from pipeoptim.train.parts import read_data, seeded
     from pipeoptim.train.recipes import get_recipe
+    from pipeoptim.train.setup import read_data, seeded
     from pipeoptim.train.targets import build
 
     config = get_recipe(recipe, tiny)

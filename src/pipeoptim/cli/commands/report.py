@@ -28,12 +28,12 @@ def report(
       pipeoptim report trace
           What a script saved with pipeoptim.Trace: merged to one trace and a picture; no page.
     """
-    from pipeoptim.compare.folder import Folder
+    from pipeoptim.compare.folder import ComparisonFolder
     from pipeoptim.compare.report import write_report, write_run_report
 
     if not directory.is_dir():
         raise ConfigError(f"{directory} is not a folder; name that of a comparison, of a run or of a trace")
-    if Folder(directory).about.exists():
+    if ComparisonFolder(directory).about.exists():
         print(f"report: {write_report(directory)}")
     elif (directory / "config.json").exists():
         print(f"report: {write_run_report(directory)}")

@@ -7,8 +7,8 @@ from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
-from pipeoptim.compare.figures import Curve, smooth
 from pipeoptim.compare.outcome import Outcome
+from pipeoptim.compare.statistics import Curve, smooth
 from pipeoptim.compare.summary import Comparison
 from pipeoptim.methods import METHODS, get_method
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from pipeoptim.compare.api import write_summaries
-from pipeoptim.compare.folder import Folder, write_text
+from pipeoptim.compare.folder import ComparisonFolder, write_text
 from pipeoptim.compare.outcome import read_run
-from pipeoptim.compare.report import parts
+from pipeoptim.compare.report import sections
 from pipeoptim.compare.report.page import page
 from pipeoptim.compare.report.prediction import predictions
 from pipeoptim.compare.report.series import axis_top, chart_data, comparison_series, run_series
@@ -20,17 +20,17 @@ def write_report(path: Path) -> Path:
     Raises:
         ConfigError: there is no comparison.
     """
-    folder = Folder(path)
+    folder = ComparisonFolder(path)
     about, comparison = folder.read_about(), write_summaries(folder)
     config = comparison.settings.config
     series = comparison_series(comparison)
     body = [
-        parts.headline(comparison),
-        parts.charts(series, config, len(comparison.settings.seeds)),
-        parts.table(comparison),
-        parts.notes(comparison),
-        parts.methods(comparison.settings.methods, config, series),
-        parts.setup(config, about["machine"], about["command"], comparison),
+        sections.headline(comparison),
+        sections.charts(series, config, len(comparison.settings.seeds)),
+        sections.table(comparison),
+        sections.notes(comparison),
+        sections.methods(comparison.settings.methods, config, series),
+        sections.setup(config, about["machine"], about["command"], comparison),
     ]
     title = f"{config.recipe}: methods compared"
     write_text(folder.report, page(title, body, chart_data(series, axis_top(series))))
@@ -47,13 +47,13 @@ def write_run_report(path: Path) -> Path:
     run = read_run(config, path)
     series = run_series(run)
     body = [
-        parts.run_headline(run, config),
-        parts.charts(series, config),
-        parts.stages(path),
+        sections.run_headline(run, config),
+        sections.charts(series, config),
+        sections.stages(path),
         predictions(path),
-        parts.trace(path),
-        parts.methods((config.method,), config, []),
-        parts.setup(config, {}, "", None, run.versions, run.data),
+        sections.trace(path),
+        sections.methods((config.method,), config, []),
+        sections.setup(config, {}, "", None, run.versions, run.data),
     ]
     out = path / "report.html"
     write_text(out, page(f"{path.resolve().name}: {config.method}", body, chart_data(series, axis_top(series))))

@@ -10,36 +10,36 @@ import json
 from datetime import timedelta
 from typing import Any, Protocol
 
-Rows = list[dict[str, Any]]
+MeasurementRows = list[dict[str, Any]]
 
 
-class Figures(Protocol):
+class StageMeasurements(Protocol):
     """The rows of some steps, on their way to the last stage's process."""
 
-    def post(self, step: int, rows: Rows) -> None:
+    def post(self, step: int, rows: MeasurementRows) -> None:
         """Leave the rows of this process's stages for ``step``; every process does, with increasing steps."""
         ...
 
-    def collect(self, wait: bool) -> list[tuple[int, Rows]]:
+    def collect(self, wait: bool) -> list[tuple[int, MeasurementRows]]:
         """On the last stage: the steps that are complete by now, in order; with ``wait`` all that it posted itself."""
         ...
 
 
-class LocalFigures:
+class LocalMeasurements:
     """Of a run that is one process."""
 
     def __init__(self) -> None:
-        self._posted: list[tuple[int, Rows]] = []
+        self._posted: list[tuple[int, MeasurementRows]] = []
 
-    def post(self, step: int, rows: Rows) -> None:
+    def post(self, step: int, rows: MeasurementRows) -> None:
         self._posted.append((step, rows))
 
-    def collect(self, wait: bool) -> list[tuple[int, Rows]]:
+    def collect(self, wait: bool) -> list[tuple[int, MeasurementRows]]:
         found, self._posted = self._posted, []
         return found
 
 
-class StoreFigures:
+class StoreMeasurements:
     """Between processes, through the store of the default process group.
 
     Args:
@@ -53,11 +53,11 @@ class StoreFigures:
         self._store = PrefixStore("pipeoptim/figures", _get_default_store())
         self._due: list[int] = []
 
-    def post(self, step: int, rows: Rows) -> None:
+    def post(self, step: int, rows: MeasurementRows) -> None:
         self._store.set(f"{step}/{self.k}", json.dumps(rows))
         self._due.append(step)
 
-    def collect(self, wait: bool) -> list[tuple[int, Rows]]:
+    def collect(self, wait: bool) -> list[tuple[int, MeasurementRows]]:
         found = []
         while self._due:
             keys = [f"{self._due[0]}/{k}" for k in range(self.depth)]

@@ -20,7 +20,7 @@ CYCLES = 1 << 25
 MOST_CYCLES = 1 << 29
 
 
-class Clock:
+class WorkTimer:
     """Times work on the CPU.
 
     Attributes:
@@ -47,7 +47,7 @@ class Clock:
         return self.host
 
 
-class DeviceClock(Clock):
+class GpuTimer(WorkTimer):
     """Times work on a GPU by its events.
 
     Args:
@@ -82,14 +82,14 @@ class DeviceClock(Clock):
         return 1e-3 * start.elapsed_time(end), late
 
 
-def clock_of(device: str) -> Clock:
+def timer_of(device: str) -> WorkTimer:
     """The clock for a device by its name.
 
     Raises:
         ConfigError: it is neither "cpu" nor a GPU that torch finds here.
 
     Example:
-        >>> clock_of("cpu").seconds(lambda: sum(range(1000))) > 0
+        >>> timer_of("cpu").seconds(lambda: sum(range(1000))) > 0
         True
     """
     try:
@@ -99,10 +99,10 @@ def clock_of(device: str) -> Clock:
     if wanted is None or wanted.type not in ("cpu", "cuda"):
         raise ConfigError(f"device is {device!r}, must be cpu, cuda or cuda:N")
     if wanted.type == "cpu":
-        return Clock()
+        return WorkTimer()
     if (wanted.index or 0) >= torch.cuda.device_count():
         raise ConfigError(
             f"device is {device!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} GPUs here: "
             "install a build of torch for your GPU, or name another device"
         )
-    return DeviceClock(wanted)
+    return GpuTimer(wanted)

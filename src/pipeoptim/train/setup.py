@@ -1,4 +1,4 @@
-"""From a configuration to the parts of a run: data, stages, and makers of optimizers and schedulers.
+"""From a configuration to the setup of a run: data, stages, and the functions that make optimizers and schedulers.
 
 Every process builds the whole model from the same seed and keeps its own stage, so the initial weights are the same for
 any number of stages and for both engines.
@@ -40,8 +40,8 @@ class Task(Protocol):
 
 
 @dataclass(frozen=True)
-class Parts:
-    """Everything that the engines are given; ``replica`` of the run's trains here."""
+class RunSetup:
+    """Everything that an engine is built from; ``replica`` is the one of the run's replicas that trains in this process."""
 
     config: TrainConfig
     task: Task
@@ -52,21 +52,21 @@ class Parts:
     tied: Sequence[Tied] = ()
     replica: int = 0
 
-    def only(self, replica: int, stages: Sequence[int]) -> Parts:
+    def local_to(self, replica: int, stages: Sequence[int]) -> RunSetup:
         """Those of some stages of a replica, without the weights of the others."""
         mine = [stage if k in stages else nn.Identity() for k, stage in enumerate(self.stages)]
         return replace(self, stages=mine, replica=replica)
 
-    def share(self, batch: Tensor) -> Tensor:
+    def replica_rows(self, batch: Tensor) -> Tensor:
         """This replica's part of a mini-batch: of each micro-batch, so that together the replicas train on the same ones as one."""
         replicas, m = self.config.replicas, self.config.microbatches
         if replicas == 1:
             return batch
-        parts = batch.chunk(m) if len(batch) % (replicas * m) == 0 else (batch,)
-        return torch.cat([part.chunk(replicas)[self.replica] for part in parts])
+        slices = batch.chunk(m) if len(batch) % (replicas * m) == 0 else (batch,)
+        return torch.cat([rows.chunk(replicas)[self.replica] for rows in slices])
 
 
-def build_parts(config: TrainConfig) -> Parts:
+def build_setup(config: TrainConfig) -> RunSetup:
     """Data and the model cut into stages, all checked.
 
     Raises:
@@ -92,7 +92,7 @@ def build_parts(config: TrainConfig) -> Parts:
     if config.recompute:
         for stage in stages:
             checkpoint_blocks(stage)
-    return Parts(config, task, stages, optimizer, scheduler, _validation(task, config), tied)
+    return RunSetup(config, task, stages, optimizer, scheduler, _validation(task, config), tied)
 
 
 def read_data(config: TrainConfig) -> Task:
@@ -156,45 +156,45 @@ def _validation(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
     return [pair for i, pair in enumerate(full()) if i in chosen]
 
 
-def probe(parts: Parts) -> None:
+def probe_setup(setup: RunSetup) -> None:
     """One micro-batch through the whole model as in training, so that what does not fit is said before anything is written.
 
     Raises:
         ConfigError: model and data do not fit, the loss is not a scalar or has no gradient, or an optimizer or schedule
             refuses its options.
     """
-    x, y = parts.task.train_batch(0, parts.config.batch_size)
-    size = max(1, len(x) // (parts.config.microbatches * parts.config.replicas))
-    for k, stage in enumerate(parts.stages):
-        parts.scheduler(parts.optimizer(stage.parameters(), k))
+    x, y = setup.task.train_batch(0, setup.config.batch_size)
+    size = max(1, len(x) // (setup.config.microbatches * setup.config.replicas))
+    for k, stage in enumerate(setup.stages):
+        setup.scheduler(setup.optimizer(stage.parameters(), k))
     try:
-        loss = _forward(parts, x[:size].clone(), y[:size])
+        loss = _forward(setup, x[:size].clone(), y[:size])
     except ConfigError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         reason = " ".join(str(error).split())
         raise ConfigError(
-            f"model {parts.config.model.target} does not fit micro-batches of {size} of the data ({parts.task.describe()}): {reason}; "
+            f"model {setup.config.model.target} does not fit micro-batches of {size} of the data ({setup.task.describe()}): {reason}; "
             "change one of them, or batch size and micro-batches"
         ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() != 0:
         shape = f"a tensor of shape {list(loss.shape)}" if isinstance(loss, Tensor) else f"a {type(loss).__name__}"
-        raise ConfigError(f"the loss of {parts.config.data.target} is {shape}, must be a scalar tensor; take its mean")
+        raise ConfigError(f"the loss of {setup.config.data.target} is {shape}, must be a scalar tensor; take its mean")
     if not loss.requires_grad:
         raise ConfigError(
-            f"the loss of {parts.config.data.target} has no gradient, so nothing would be trained; compute it from the output "
+            f"the loss of {setup.config.data.target} has no gradient, so nothing would be trained; compute it from the output "
             "without .detach() or .item(), and leave parameters of the last stage trainable"
         )
 
 
-def _forward(parts: Parts, x: Tensor, y: Tensor) -> Any:
-    buffers = [(b, b.clone()) for stage in parts.stages for b in stage.buffers()]  # statistics of BatchNorm
+def _forward(setup: RunSetup, x: Tensor, y: Tensor) -> Any:
+    buffers = [(b, b.clone()) for stage in setup.stages for b in stage.buffers()]  # statistics of BatchNorm
     try:
-        with seeded(parts.config.seed):
+        with seeded(setup.config.seed):
             value: Any = x
-            for stage in parts.stages:
+            for stage in setup.stages:
                 value = stage(*value) if isinstance(value, tuple) else stage(value)
-            return parts.task.loss(value, y)
+            return setup.task.loss(value, y)
     finally:
         with torch.no_grad():
             for buffer, before in buffers:

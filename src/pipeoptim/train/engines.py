@@ -1,0 +1,75 @@
+"""Makes the engine of a run from its setup: the whole pipeline here, or the stages of this process."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+from torch.optim import Optimizer
+
+from pipeoptim.engine.pipeline import Pipeline
+from pipeoptim.train.layout import layout_of
+from pipeoptim.train.setup import RunSetup
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+
+
+LossFn = Callable[[Any, Any], Tensor]
+
+
+def _options(setup: RunSetup) -> dict[str, Any]:
+    """What both engines are told alike."""
+    import torch
+
+    from pipeoptim.engine import Clip, Compression, Trace
+
+    config = setup.config
+    return {
+        "method": config.method,
+        "microbatches": config.microbatches,
+        "prediction": config.prediction,
+        "seed": config.seed,
+        "tied": setup.tied,
+        "clip": Clip(config.clip, config.clip_scope) if config.clip else None,
+        "autocast": getattr(torch, config.autocast) if config.autocast else None,
+        "compress": Compression(config.compress, config.compress, config.error_feedback) if config.compress else None,
+        "monitor": config.monitor_every,
+        "overlap": config.overlap,
+        "uneven": config.uneven,
+        "recompute": config.recompute or "backward",
+        "trace": Trace(config.trace_steps) if config.trace and setup.replica == 0 else None,
+    }
+
+
+def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Optimizer]]:
+    """All stages in this process, and their optimizers."""
+    from pipeoptim.engine import Emulator
+
+    optimizers = [setup.optimizer(stage.parameters(), k) for k, stage in enumerate(setup.stages)]
+    rates = [setup.scheduler(optimizer) for optimizer in optimizers]
+    layout = layout_of(setup.config)
+    processes = layout.width if layout.chunks > 1 else None
+    pipe = Emulator(setup.stages, optimizers, loss, schedulers=rates, processes=processes, **_options(setup))
+    return pipe, dict(enumerate(optimizers))
+
+
+def make_schedule(
+    setup: RunSetup, stages: Sequence[int], loss: LossFn, mesh: DeviceMesh | None
+) -> tuple[Pipeline, dict[int, Optimizer]]:
+    """``stages`` in this process, the others in other processes: of the default group, or of replicas laid out by ``mesh``."""
+    import torch
+    from torch.distributed.pipelining import PipelineStage
+
+    from pipeoptim.engine import InterleavedSchedule, Schedule
+
+    depth, device = setup.config.stages, torch.device("cpu")
+    group = None if mesh is None else mesh["pipe"].get_group()
+    made = [PipelineStage(setup.stages[k], k, depth, device, group=group) for k in stages]
+    optimizers = {k: setup.optimizer(setup.stages[k].parameters(), k) for k in stages}
+    rates = [setup.scheduler(optimizer) for optimizer in optimizers.values()]
+    options = {**_options(setup), "replicas": None if mesh is None else mesh["data"]}
+    if len(made) > 1:
+        return InterleavedSchedule(made, list(optimizers.values()), loss, schedulers=rates, **options), optimizers
+    return Schedule(made[0], optimizers[stages[0]], loss, scheduler=rates[0], **options), optimizers
