@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from pipeoptim.engine.processes.collectives import broadcast_plain
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.balance import best_cut
@@ -61,9 +62,8 @@ def short_name(model: str) -> str:
 
 def cuts(work: Workload, depths: list[int]) -> dict[int, list[int]]:
     """For each depth, the blocks at which its stages begin and end, balanced by time measured in the first process."""
-    found: list[Any] = [_cuts(work, depths) if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(found, 0)
-    return {int(depth): ends for depth, ends in found[0].items()}
+    found: dict[int, list[int]] = broadcast_plain(_cuts(work, depths) if dist.get_rank() == 0 else None, source=0)
+    return found
 
 
 def _cuts(work: Workload, depths: list[int]) -> dict[int, list[int]]:

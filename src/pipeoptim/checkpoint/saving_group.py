@@ -41,24 +41,18 @@ class SavingGroup:
             dist.barrier(group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, on every process. Pickled: small, plain data of one's own processes."""
-        import torch.distributed as dist
+        """The ``value`` of every process, on every process: tensors and plain data."""
+        from pipeoptim.engine.processes.collectives import all_gather_plain
 
-        if self.group is None:
-            return [value]
-        values: list[Any] = [None] * dist.get_world_size(self.group)
-        dist.all_gather_object(values, value, group=self.group)
-        return values
+        return [value] if self.group is None else all_gather_plain(value, self.group)
 
     def gather_at_first(self, value: Any) -> list[Any] | None:
         """The ``value`` of every process on the first; None on the others."""
-        import torch.distributed as dist
+        from pipeoptim.engine.processes.collectives import gather_plain
 
         if self.group is None or self.rendezvous is None:
             return [value]
-        values: list[Any] | None = [None] * dist.get_world_size(self.group) if self.is_first else None
-        dist.gather_object(value, values, dst=self.rendezvous.ranks[0], group=self.group)
-        return values
+        return gather_plain(value, self.rendezvous.ranks[0], self.group)
 
 
 def checked(pipe: object, what: str) -> None:

@@ -32,7 +32,7 @@ class RunGroup(Protocol):
         ...
 
     def gather(self, value: Any) -> list[Any]:
-        """The ``value`` of every process, on every process."""
+        """The ``value`` of every process, on every process; plain data and tensors."""
         ...
 
     def mean_loss(self, loss: Tensor) -> Tensor:
@@ -92,12 +92,10 @@ class DistributedGroup:
         dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
-        """Objects are pickled: only for small, plain data between one's own processes."""
-        import torch.distributed as dist
+        """Tensors and plain data only; nothing is pickled."""
+        from pipeoptim.engine.processes.collectives import all_gather_plain
 
-        values: list[Any] = [None] * dist.get_world_size()
-        dist.all_gather_object(values, value)
-        return values
+        return all_gather_plain(value)
 
     def measurements(self) -> StageMeasurements:
         """Through the store of the process group; those of the first replica."""

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -95,13 +94,10 @@ class RunResult:
         return cls(run_dir=run_dir, stages=stages, **data)
 
 
-def with_shares(stages: Sequence[StageFacts], trace: MergedTrace) -> tuple[StageFacts, ...]:
-    """``stages`` with what the trace says of their time."""
-    told = []
-    for facts, found in zip(stages, trace.shares, strict=True):
-        measured = {} if trace.emulated else {name: getattr(found, name) for name in ("idle", "waiting", "communication")}
-        told.append(replace(facts, ideal_idle=found.ideal_idle, **measured))
-    return tuple(told)
+def traced_shares(trace: MergedTrace) -> dict[int, dict[str, float]]:
+    """Stage -> the fields of its :class:`StageFacts` that come from the trace."""
+    names = ("ideal_idle",) if trace.emulated else ("ideal_idle", "idle", "waiting", "communication")
+    return {one.stage: {name: getattr(one, name) for name in names} for one in trace.shares}
 
 
 def versions() -> dict[str, str]:

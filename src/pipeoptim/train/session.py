@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 import warnings
 from contextlib import ExitStack
+from dataclasses import asdict
 from typing import Any
 
 from torch.optim import Optimizer
@@ -21,7 +22,7 @@ from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
 from pipeoptim.train.recorder import Recorder
-from pipeoptim.train.result import RunResult, StageFacts, versions, with_shares
+from pipeoptim.train.result import RunResult, StageFacts, traced_shares, versions
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopOnInterrupt
@@ -92,16 +93,16 @@ def _result(run: RunDir, setup: RunSetup, pipe: Pipeline, loop: Loop, group: Run
             "seconds": seconds,
         }
     facts = [_facts(setup, pipe, k, loop) for k in pipe.local_stages] if setup.replica == 0 else []
-    gathered = group.gather((facts, figures))
-    stages = tuple(sorted((one for part, _ in gathered for one in part), key=lambda one: one.stage))
+    gathered = group.gather(([asdict(one) for one in facts], figures))
+    found = sorted((one for part, _ in gathered for one in part), key=lambda one: one["stage"])
     if setup.config.trace:  # all have saved theirs before the gathering
-        merged = group.gather(merge_trace(run.trace) if loop.recorder is not None else None)
-        stages = with_shares(stages, merged[group.reporter])
+        shares = group.gather(traced_shares(merge_trace(run.trace)) if loop.recorder is not None else None)[group.reporter]
+        found = [one | shares[one["stage"]] for one in found]
     return RunResult(
         run_dir=run.path,
         status="finished" if done == setup.config.steps else "stopped",
         step=done,
-        stages=stages,
+        stages=tuple(StageFacts(**one) for one in found),
         data=setup.task.describe(),
         versions=versions(),
         **gathered[group.reporter][1],

@@ -111,8 +111,10 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
     """
     import torch.distributed as dist
 
+    from pipeoptim.engine.processes.collectives import broadcast_plain
     from pipeoptim.errors import ConfigError
     from pipeoptim.train.layout import layout_of
+    from pipeoptim.train.rundir import Start
 
     world, layout = int(os.environ["WORLD_SIZE"]), layout_of(config)
     if world != layout.processes:
@@ -120,16 +122,16 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
             f"torchrun started {world} processes, but the run has {layout.describe()}; start {layout.processes} processes"
         )
     with interruptible(StopOnInterrupt()) as stop, process_group():
-        answer: list[Start | str] = [""]
+        start, refusal = Start(), ""
         if dist.get_rank() == 0:
             try:
-                answer = [prepare()]
+                start = prepare()
             except ConfigError as error:
-                answer = [str(error)]
-        dist.broadcast_object_list(answer)
-        if isinstance(answer[0], str):
-            raise ConfigError(answer[0])
-        return train_stage(run, config, answer[0], stop, quiet)
+                refusal = str(error)
+        refusal, step, checkpoint = broadcast_plain((refusal, start.step, str(start.checkpoint or "")), source=0)
+        if refusal:
+            raise ConfigError(refusal)
+        return train_stage(run, config, Start(step, Path(checkpoint) if checkpoint else None), stop, quiet)
 
 
 @contextmanager

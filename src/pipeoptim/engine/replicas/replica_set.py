@@ -16,6 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import Optimizer
 
 from pipeoptim.engine.processes.agreement import SharedSettings
+from pipeoptim.engine.processes.collectives import all_gather_plain
 from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.replicas.reduction import BucketedReduction, DDPReduction, Reduction, failure
@@ -112,13 +113,11 @@ class ReplicaSet:
         self._heartbeat = Heartbeat(rendezvous.clone_store(), rendezvous.index, self.replicas.count, liveness, rendezvous.name)
 
     def gather(self, value: Any) -> list[Any]:
-        """The values of all replicas, in their order. All of them call this."""
-        values: list[Any] = [None] * self.replicas.count
+        """The values of all replicas, in their order: tensors and plain data. All of them call this."""
         try:
-            dist.all_gather_object(values, value, group=self.control)
+            return all_gather_plain(value, self.control)
         except RuntimeError as error:
             raise failure(error) from error
-        return values
 
     def reduction(self, module: nn.Module, optimizer: Optimizer | None, uneven: bool) -> Reduction:
         """What averages the gradients of this stage; from here on all replicas have the weights of the first."""
