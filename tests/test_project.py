@@ -20,7 +20,7 @@ DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 # Each package may import those before it in its own row's reach: lower layers never import higher ones.
 LAYERS = [
-    {"errors", "version"},
+    {"errors", "version", "options"},
     {"schedule", "rules", "kernels"},
     {"weights"},
     {"methods"},

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
         master_weights,
     )
     from pipeoptim.methods import METHODS, Method, get_method, register_method
+    from pipeoptim.options import PipelineOptions
     from pipeoptim.partitioning import Partition, partition, untie
     from pipeoptim.rules import CombinedOptimizer, muon_adamw, predict_weights, register_rule, track
     from pipeoptim.telemetry.trace import merge_trace
@@ -55,6 +56,7 @@ _LAZY = {
     "muon_adamw": "pipeoptim.rules",
     "predict_weights": "pipeoptim.rules",
     "Partition": "pipeoptim.partitioning",
+    "PipelineOptions": "pipeoptim.options",
     "partition": "pipeoptim.partitioning",
     "register_method": "pipeoptim.methods",
     "register_rule": "pipeoptim.rules",
@@ -75,6 +77,7 @@ __all__ = [
     "Method",
     "Partition",
     "PipeOptimError",
+    "PipelineOptions",
     "PredictionError",
     "Schedule",
     "StageFailure",

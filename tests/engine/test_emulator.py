@@ -439,7 +439,7 @@ def test_a_method_of_ones_own():
         (lambda: po.Emulator(layers(2), [momentum, None], loss_fn), "optimizer of stage 0 is a function"),
         (lambda: po.Emulator(layers(2), momentum, loss_fn, overlap="yes"), "overlap is 'yes'"),
         (lambda: po.Emulator(layers(2), momentum, loss_fn, uneven="no"), "uneven is 'no'"),
-        (lambda: po.Emulator(layers(2), momentum, loss_fn, weigh=3), "weigh is 3"),
+        (lambda: po.Emulator(layers(2), momentum, loss_fn, loss_weight=3), "loss_weight is 3"),
         (lambda: po.Emulator(layers(2), momentum, loss_fn, trace="t"), "trace is a str"),
         (lambda: po.Emulator(layers(2), momentum, lambda a, b: 1.0).step(torch.ones(4, 6)), "a float, must be a scalar"),
     ],

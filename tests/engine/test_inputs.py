@@ -89,7 +89,7 @@ def test_a_mean_over_tokens_that_are_not_padding_counts_them_and_not_the_rows():
         y[torch.arange(7) >= torch.randint(1, 8, (rows, 1), generator=g)] = -100
         y[-1] = -100  # the last micro-batch has nothing to learn from: its mean is NaN
         batches.append((torch.randint(11, (rows, 7), generator=g), y))
-    pipe = po.Emulator(stages, sgd, loss_fn, "1f1b", 5, uneven=True, weigh=lambda target: (target != -100).sum())
+    pipe = po.Emulator(stages, sgd, loss_fn, "1f1b", 5, uneven=True, loss_weight=lambda target: (target != -100).sum())
     losses = [pipe.step(x, target=y) for x, y in batches]
     torch.testing.assert_close(losses, train_plain(plain, batches, loss_fn), rtol=1e-6, atol=1e-6)
     for p, q in zip(nn.Sequential(*stages).parameters(), plain.parameters(), strict=True):
@@ -153,8 +153,8 @@ def test_keywords_of_a_micro_batch_stay_with_it_in_an_asynchronous_pipeline():
     assert all(value == tag for value, tag in seen)
 
 
-def bad(words, *args, m=2, uneven=False, weigh=None, **kwargs):
-    return words, args, {"m": m, "uneven": uneven, "weigh": weigh}, kwargs
+def bad(words, *args, m=2, uneven=False, loss_weight=None, **kwargs):
+    return words, args, {"m": m, "uneven": uneven, "loss_weight": loss_weight}, kwargs
 
 
 @pytest.mark.parametrize(
@@ -166,11 +166,13 @@ def bad(words, *args, m=2, uneven=False, weigh=None, **kwargs):
         bad("stage_kwargs names stage 3; stages 0 .. 1 exist", double(4, WIDTH), stage_kwargs={3: {}}),
         bad("keyword 'gate' of stage 0 is given twice", double(4, WIDTH), gate=1, stage_kwargs={0: {"gate": 1}}),
         bad("3 of the 5 rows of the input, but 5 of 10", double(5, WIDTH), target=double(10, WIDTH), uneven=True),
-        bad(r"weigh returned \[0.0, 0.0\]", double(4, WIDTH), target=double(4, WIDTH), weigh=lambda y: 0),
+        bad(r"loss_weight returned \[0.0, 0.0\]", double(4, WIDTH), target=double(4, WIDTH), loss_weight=lambda y: 0),
     ],
 )
 def test_inputs_that_cannot_be_cut_are_refused_with_a_sentence(words, args, options, kwargs):
-    pipe = po.Emulator([Gated(), Gated()], sgd, mse, "1f1b", options["m"], uneven=options["uneven"], weigh=options["weigh"])
+    pipe = po.Emulator(
+        [Gated(), Gated()], sgd, mse, "1f1b", options["m"], uneven=options["uneven"], loss_weight=options["loss_weight"]
+    )
     with pytest.raises(po.ConfigError, match=words) as raised:
         pipe.step(*args, **kwargs)
     assert "\n" not in str(raised.value)

@@ -113,7 +113,7 @@ def test_stages_that_no_gradient_comes_to_are_named_once(middle, frozen, told, m
 
 
 def test_a_micro_batch_that_counts_for_nothing_is_no_mistake():
-    pipe = emulator(microbatches=2, weigh=lambda target: float(target.sum()))
+    pipe = emulator(microbatches=2, loss_weight=lambda target: float(target.sum()))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         for _ in range(4):

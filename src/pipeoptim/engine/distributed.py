@@ -5,20 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Unpack
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.amp.grad_scaler import GradScaler
-from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.microbatches import BatchSplitter, LossWeight, MicroBatch, RowShare
-from pipeoptim.engine.options import StageOptions, UpdateHook
+from pipeoptim.engine.microbatches import MicroBatch, RowShare
 from pipeoptim.engine.pipeline import CountedLoss, Pipeline, T
 from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
@@ -28,26 +24,26 @@ from pipeoptim.engine.processes.rendezvous import Rendezvous, uses_gloo
 from pipeoptim.engine.processes.shared_memory import shared_memory_norms
 from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
-from pipeoptim.engine.stage.clip import Clip, as_clip
-from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieOnStage, check_tied_equal, describe_tied, read_tied
+from pipeoptim.engine.stage.tied_weights import Tied, TieOnStage, check_tied_equal, describe_tied, read_tied
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.torch_stage import read_stage
-from pipeoptim.engine.trace import Trace, TraceRow
-from pipeoptim.engine.transport.compression import Compression, as_compression
+from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.link import Receiver, Sender, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
-from pipeoptim.engine.transport.unix_channel import check_transport, connect_neighbours
+from pipeoptim.engine.transport.unix_channel import connect_neighbours
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.methods import Method
+from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, ProcessKeywords, read_option, takes_options
 from pipeoptim.schedule import Action, ActionKind
 
 _STOP = 1
 _PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
 
 
+@takes_options(PROCESS_OPTIONS)
 class Schedule(Pipeline):
     """Trains one stage of a pipeline in this process; the other stages are in other processes.
 
@@ -58,28 +54,10 @@ class Schedule(Pipeline):
         stage: torch's ``PipelineStage``: the module, its place, its device and the group of the pipeline's processes.
         optimizer: of this stage's parameters; None if it has none.
         loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; used on the last stage.
-        method, microbatches, prediction: as in :class:`~pipeoptim.Emulator`; equal in all processes.
-        seed: of this stage's random numbers, by default torch's initial seed. With the same
-            seed in all processes they draw what the emulator draws.
+        method, microbatches: as in :class:`~pipeoptim.Emulator`; equal in all processes, and so are prediction, clip, autocast, scaler,
+            uneven, overlap, compress, replicas and tied.
         scheduler: of this stage's learning rate; advanced once per update.
-        clip, autocast, on_update, monitor, trace: as in :class:`~pipeoptim.Emulator`; the first two equal in all processes. Of
-            replicas, the first is recorded.
-        replicas: the processes that hold the same stage and train on other samples, as a process group or a dimension of a
-            DeviceMesh; gradients become their mean before each update (see docs/layouts.md).
-        overlap: average gradients over replicas while the next forward runs, and update after it. That forward's version gap is one
-            more, which is counted and predicted like any other; equal in all processes.
-        scaler: loss scaling for float16, a ``torch.amp.GradScaler`` of this stage's own; on all stages or on none.
-        uneven, weigh: as in :class:`~pipeoptim.Emulator`; the first equal in all processes, the second used on the last stage.
-        recompute: as in :class:`~pipeoptim.Emulator`; each stage may choose.
-        compress, tied: as in :class:`~pipeoptim.Emulator`; equal in all processes.
-        transport: "auto" moves messages between processes of one machine through sockets and shared memory, where the group's backend
-            for CPUs is gloo and messages are in the host's memory, and all others through the process group; "group" moves all through
-            that. They are in the host's memory where stages are on CPUs, and where the group has no backend but gloo for the stage's
-            device: those of a GPU are then copied to pinned memory and from there, beside what it computes. A backend that takes
-            device memory, as NCCL does, gets it. Norms for clipping go through shared memory on one machine, or not, alike.
-        timeout: seconds to wait for a neighbour's message before giving up.
-        liveness_timeout: seconds without a sign of life of a stage after which this process ends with a message that names
-            it. None switches the watch off.
+        options: those of :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
         ConfigError: no process group, processes and stages do not match, or the processes were given different settings.
@@ -115,49 +93,28 @@ class Schedule(Pipeline):
         microbatches: int = 1,
         *,
         scheduler: LRScheduler | None = None,
-        prediction: str = "refined",
-        seed: int | None = None,
-        clip: Clip | float | None = None,
-        autocast: torch.dtype | None = None,
-        scaler: GradScaler | None = None,
-        on_update: UpdateHook | None = None,
-        monitor: bool | int = False,
-        uneven: bool = False,
-        weigh: LossWeight | None = None,
-        recompute: str = "backward",
-        replicas: dist.ProcessGroup | DeviceMesh | None = None,
-        overlap: bool = False,
-        compress: Compression | str | None = None,
-        trace: Trace | None = None,
-        tied: TiedWeights | None = None,
-        transport: str = "auto",
-        timeout: float = 1800.0,
-        liveness_timeout: float | None = 10.0,
+        **options: Unpack[ProcessKeywords],
     ) -> None:
         if not dist.is_initialized():
             raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
-        check_transport(transport)
-        self._transport = transport
         place = read_stage(stage, self._stages_here)
+        timeout = read_option("timeout", options)
         self.rendezvous = self._tie(place.ranks, timeout)
         try:
-            splitter = BatchSplitter(microbatches, uneven, weigh)
-            super().__init__(method, place.depth, microbatches, splitter, recompute, len(set(place.ranks)), overlap, trace)
+            read = PipelineOptions.read("Schedule", PROCESS_OPTIONS, method, microbatches, options)
+            super().__init__(read, place.depth, len(set(place.ranks)))
             self.k, self.device, self.ranks = place.k, place.device, place.ranks
-            options = StageOptions(as_clip(clip), autocast, scaler, on_update, monitor, recompute, as_compression(compress))
-            if options.clip is not None and options.clip.exchanges:
+            self._transport = read.transport
+            if read.clip is not None and read.clip.exchanges:
                 self._norms = ProcessNorms()
-            copies = read_replicas(replicas, place.module)
-            scaled = scaler is not None and scaler.is_enabled()
-            shared = read_tied(tied, self.program, self.method, options.clip, scaled)
+            copies = read_replicas(read.replicas, place.module)
+            scaled = read.scaler is not None and read.scaler.is_enabled()
+            shared = read_tied(read.tied, self.program, self.method, read.clip, scaled)
             self._sums = {tie: AllReducedGradients(timeout) for tie in shared if self.k in tie.holders}
-            settings = (
-                f"method={self.method.name} microbatches={microbatches} prediction={prediction} uneven={uneven} "
-                f"{options.describe()} replicas={copies.count} overlap={overlap} tied=[{'; '.join(map(str, shared))}]"
-            )
+            settings = read.describe(replicas=copies.count, tied=shared)
             if copies.count > 1:
                 self._replicas = ReplicaSet(copies, place.k, place.depth, timeout, SharedSettings(settings, place.cut))
-                self._reduction = self._replicas.reduction(place.module, optimizer, uneven)
+                self._reduction = self._replicas.reduction(place.module, optimizer, read.uneven)
             row = self._row(self.k, self.device) if copies.index == 0 else None
             worker = traced.worker(row)(
                 place.module,
@@ -167,16 +124,14 @@ class Schedule(Pipeline):
                 self.k,
                 loss_fn,
                 scheduler=scheduler,
-                prediction=prediction,
-                seed=torch.initial_seed() if seed is None else seed,
                 device=self.device,
-                options=options,
+                options=read,
                 norms=None if self._norms is None else traced.exchange(row, self._norms),
                 reduction=self._reduction,
                 ties=[TieOnStage(tie, self.k, traced.exchange(row, own)) for tie, own in self._sums.items()],
             )
             self.worker = self._workers[self.k] = worker
-            self._connect(liveness_timeout, SharedSettings(settings, place.cut), row)
+            self._connect(read.liveness_timeout, SharedSettings(settings, place.cut), row)
             for tie, own in self._sums.items():
                 weight = self.worker.tied_weight(tie)
                 if weight is not None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, Unpack
 
 import torch
 from torch import Tensor, nn
@@ -13,25 +14,23 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.microbatches import BatchSplitter, LossWeight, MicroBatch, RowShare, StageKwargs
-from pipeoptim.engine.options import StageOptions, UpdateHook
+from pipeoptim.engine.microbatches import MicroBatch, RowShare, StageKwargs
 from pipeoptim.engine.pipeline import CountedLoss, Pipeline
 from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
-from pipeoptim.engine.stage.clip import Clip, as_clip
-from pipeoptim.engine.stage.tied_weights import Tied, TiedWeights, TieOnStage, check_tied_equal, describe_tied, read_tied
+from pipeoptim.engine.stage.tied_weights import Tied, TieOnStage, check_tied_equal, describe_tied, read_tied
 from pipeoptim.engine.stage.worker import LossFn
-from pipeoptim.engine.trace import Trace
-from pipeoptim.engine.transport.compression import Compression, as_compression
 from pipeoptim.engine.transport.pytree import as_args, transferred
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
+from pipeoptim.options import OPTIONS, OptionKeywords, PipelineOptions, takes_options
 from pipeoptim.schedule import Action, ActionKind
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerMaker = Callable[[Optimizer], LRScheduler]
 
 
+@takes_options(OPTIONS)
 class Emulator(Pipeline):
     """Trains ``stages`` in this process exactly as one process per stage would.
 
@@ -47,31 +46,9 @@ class Emulator(Pipeline):
         method: a name in :data:`pipeoptim.METHODS`, or a :class:`~pipeoptim.Method` of your own.
         microbatches: M slices per mini-batch and update; 1 is the default of the asynchronous methods.
         schedulers: one learning-rate scheduler per stage, or a callable that makes one; advanced once per update.
-        prediction: kind of prediction, see :func:`pipeoptim.predict_weights`.
-        seed: of the stages' random numbers (dropout); by default torch's initial seed.
-        clip: gradient clipping, a :class:`~pipeoptim.Clip` or a largest norm per stage.
-        autocast: ``torch.bfloat16`` or ``torch.float16``: F and the loss run under ``torch.autocast``.
-        scaler: loss scaling for float16: one ``torch.amp.GradScaler`` per stage, or a callable that makes one.
-        on_update: ``on_update(k, version)``, called after every update of every stage; averages of weights go here.
-        monitor: measure the predictions made at every n-th version, see :meth:`prediction_error`; True: at every one of stages
-            with 60 million weights, of smaller ones seldomer, but at every 10th in any case, which costs less than 1 % of a step.
-        trace: records what every stage does and when, see :class:`pipeoptim.Trace`.
-        uneven: a batch that M does not divide is cut into micro-batches that differ by one row, each counting by its share of
-            the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.
-        weigh: ``weigh(target) -> number``: a micro-batch's loss counts by its share of these numbers. For losses that are a mean
-            over something else than rows, for instance ``lambda target: (target != -100).sum()``.
-        recompute: on which weights activation checkpoints (``torch.utils.checkpoint``) run the forward again: ``"backward"``, those
-            of the backward; or ``"forward"``, those of the first forward, which is the same bit for bit as without
-            checkpointing, and costs a stash of these weights.
         processes: act as P processes with D/P stages each, stage k on process ``k mod P``, in the interleaved order
             (see :class:`~pipeoptim.InterleavedSchedule`); by default one stage per process.
-        overlap: each update comes after the next forward of its stage, as ``Schedule(overlap=True)`` does to hide the time in which
-            replicas average their gradients; that forward's gap is one more.
-        compress: ``"bf16"``, ``"int8"`` or a :class:`~pipeoptim.Compression`: what passes between stages loses what it would lose
-            on the way between processes that send fewer bytes.
-        tied: weights of which several stages have a copy, which are kept equal: ``po.partition(...).tied``, or for each of them a list
-            of (stage, name of the parameter): ``[[(0, "embed.weight"), (1, "head.weight")]]``
-            (see :mod:`~pipeoptim.engine.stage.tied_weights`).
+        options: those of :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
@@ -95,35 +72,20 @@ class Emulator(Pipeline):
         microbatches: int = 1,
         *,
         schedulers: Sequence[LRScheduler] | SchedulerMaker | None = None,
-        prediction: str = "refined",
-        seed: int | None = None,
-        clip: Clip | float | None = None,
-        autocast: torch.dtype | None = None,
-        scaler: Sequence[GradScaler] | Callable[[], GradScaler] | None = None,
-        on_update: UpdateHook | None = None,
-        monitor: bool | int = False,
-        uneven: bool = False,
-        weigh: LossWeight | None = None,
-        recompute: str = "backward",
         processes: int | None = None,
-        overlap: bool = False,
-        compress: Compression | str | None = None,
-        trace: Trace | None = None,
-        tied: TiedWeights | None = None,
+        **options: Unpack[OptionKeywords],
     ) -> None:
         stages = _modules(stages)
         _refuse_shared(stages)
-        splitter = BatchSplitter(microbatches, uneven, weigh)
-        super().__init__(method, len(stages), microbatches, splitter, recompute, processes, overlap, trace)
+        scalers = _scalers(stages, options.pop("scaler", None))
+        read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
+        super().__init__(read, len(stages), processes)
         chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
         rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
-        scalers = _scalers(stages, scaler)
         _check_optimizers(chosen)
-        seed = torch.initial_seed() if seed is None else seed
-        clip, compression = as_clip(clip), as_compression(compress)
-        board = LocalNormExchange(len(stages)) if clip is not None and clip.exchanges else None
+        board = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
-        ties = read_tied(tied, self.program, self.method, clip, scaled)
+        ties = read_tied(read.tied, self.program, self.method, read.clip, scaled)
         sums = [LocalGradientSum(tie.holders) for tie in ties]
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
@@ -135,9 +97,7 @@ class Emulator(Pipeline):
                 k,
                 loss_fn,
                 scheduler=rates[k],
-                prediction=prediction,
-                seed=seed,
-                options=StageOptions(clip, autocast, scalers[k], on_update, monitor, recompute, compression),
+                options=replace(read, scaler=scalers[k]),
                 norms=None if board is None else board.end(k),
                 ties=[TieOnStage(tie, k, own.end(k)) for tie, own in zip(ties, sums, strict=True) if k in tie.holders],
             )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import torch.distributed as dist
 from torch import Tensor
@@ -20,12 +20,13 @@ from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.torch_stage import read_stage
 from pipeoptim.engine.trace import TraceRow
-from pipeoptim.engine.transport.compression import as_compression
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
+from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, ProcessKeywords, takes_options
 from pipeoptim.schedule import Action, ActionKind
 
 
+@takes_options(PROCESS_OPTIONS)
 class InterleavedSchedule(Pipeline):
     """Trains V stages of a pipeline in this process: of D = V * P stages, stage k lives on process ``k mod P``.
 
@@ -38,7 +39,7 @@ class InterleavedSchedule(Pipeline):
         optimizers: one per stage, None for a stage without parameters.
         loss_fn, method, microbatches: as in :class:`~pipeoptim.Schedule`.
         schedulers: one per stage.
-        timeout, liveness_timeout, options: as in :class:`~pipeoptim.Schedule`.
+        options: those of :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
         ConfigError: fewer than two stages, stages on the wrong process, or as :class:`~pipeoptim.Schedule` does.
@@ -64,9 +65,7 @@ class InterleavedSchedule(Pipeline):
         microbatches: int = 1,
         *,
         schedulers: Sequence[LRScheduler | None] | None = None,
-        timeout: float = 1800.0,
-        liveness_timeout: float | None = 10.0,
-        **options: Any,
+        **options: Unpack[ProcessKeywords],
     ) -> None:
         rates = [None] * len(stages) if schedulers is None else list(schedulers)
         if len(stages) < 2 or len(optimizers) != len(stages) or len(rates) != len(stages):
@@ -83,26 +82,19 @@ class InterleavedSchedule(Pipeline):
         expected = list(range(first.k % processes, first.depth, processes))
         if [stage.stage_index for stage in stages] != expected:
             raise ConfigError(f"stages {[s.stage_index for s in stages]} were given in process {first.k}; it holds {expected}")
-        compress = as_compression(options.get("compress"))
-        settings = f"method={method} microbatches={microbatches} stages={first.depth} compress={compress}"
-        self._shared = shared = _Shared(
-            first.ranks, len(stages), SharedSettings(settings, first.cut), timeout, liveness_timeout
-        )
+        read = PipelineOptions.read("InterleavedSchedule", PROCESS_OPTIONS, method, microbatches, options)
+        settings = SharedSettings(f"stages={first.depth} {read.describe()}", first.cut)
+        self._shared = shared = _Shared(first.ranks, len(stages), settings, read.timeout, read.liveness_timeout)
         self._parts: dict[int, _Part] = {}
         self._steps = 0
         try:
             for stage, optimizer, rate in zip(stages, optimizers, rates, strict=True):
-                part = _Part(
-                    shared, stage, optimizer, loss_fn, method, microbatches, scheduler=rate, timeout=timeout, **options
-                )
+                part = _Part(shared, stage, optimizer, loss_fn, scheduler=rate, **read.keywords())
                 self._parts[part.k] = part
         except BaseException:
             self._close(failed=True)
             raise
-        parts = list(self._parts.values())
-        overlap = parts[0].program.overlap
-        trace = parts[0].trace
-        super().__init__(method, first.depth, microbatches, parts[0]._splitter, parts[0]._recompute, processes, overlap, trace)
+        super().__init__(read, first.depth, processes)
         self._workers = {k: part.worker for k, part in self._parts.items()}
         self.p, self.ranks, self.rendezvous = first.k, first.ranks, shared.rendezvous
 

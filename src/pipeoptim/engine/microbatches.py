@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.options import LossWeight
 
 StageKwargs = Mapping[int, Mapping[str, Any]]
-LossWeight = Callable[[Any], Any]
 
 
 @dataclass(frozen=True)
@@ -74,19 +74,13 @@ class BatchSplitter:
         m: how many.
         uneven: sizes may differ by one row, as ``torch.tensor_split`` does, and each counts by its share of the rows. Without
             it, a batch that ``m`` does not divide is an error.
-        weigh: ``weigh(target) -> number``: a micro-batch counts by its share of these, instead of by rows. For losses that
+        loss_weight: ``loss_weight(target) -> number``: a micro-batch counts by its share of these, instead of by rows. For losses that
             are a mean over something else, such as the tokens that are not padding.
     """
 
     m: int
     uneven: bool = False
-    weigh: LossWeight | None = None
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.uneven, bool):
-            raise ConfigError(f"uneven is {self.uneven!r}, must be True or False")
-        if self.weigh is not None and not callable(self.weigh):
-            raise ConfigError(f"weigh is {self.weigh!r}, must be a function of the target that returns a number, or None")
+    loss_weight: LossWeight | None = None
 
     def cut(self, what: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[MicroBatch]:
         """The micro-batches of a mini-batch.
@@ -95,7 +89,7 @@ class BatchSplitter:
             ConfigError: a tensor has no dimension 0, all have no rows, or they cannot be cut alike.
         """
         _check_rows(what, (args, kwargs.get(0)))
-        if self.m == 1 and self.weigh is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
+        if self.m == 1 and self.loss_weight is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
             return [MicroBatch(args, kwargs, target, NO_ROWS, NO_ROWS, None)]
         inputs = split((args, kwargs), self.m, what, self.uneven)
         targets = split(target, self.m, f"target of {what}", self.uneven)
@@ -105,13 +99,13 @@ class BatchSplitter:
         return [MicroBatch(*i, *rest) for i, *rest in zip(inputs, targets, parts, wanted, weights, strict=True)]
 
     def _weights(self, targets: list[Any]) -> Sequence[float | None]:
-        if self.weigh is None or all(target is None for target in targets):  # no target here: not the last stage
+        if self.loss_weight is None or all(target is None for target in targets):  # no target here: not the last stage
             return [None] * self.m
-        weights = [float(self.weigh(target)) for target in targets]
+        weights = [float(self.loss_weight(target)) for target in targets]
         total = sum(weights)
         if not total > 0 or min(weights) < 0:
             raise ConfigError(
-                f"weigh returned {weights} for the {self.m} micro-batches; they must be at least 0, and one above"
+                f"loss_weight returned {weights} for the {self.m} micro-batches; they must be at least 0, and one above"
             )
         return [weight / total for weight in weights]
 

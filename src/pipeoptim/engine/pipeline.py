@@ -12,9 +12,10 @@ from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, StageKwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
-from pipeoptim.engine.trace import Trace, TraceRow
+from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import Method, copies, get_method
+from pipeoptim.methods import copies, get_method
+from pipeoptim.options import PipelineOptions
 
 T = TypeVar("T")
 CountedLoss = tuple[Tensor, float | None]
@@ -26,6 +27,7 @@ class Pipeline:
 
     Attributes:
         method: what runs.
+        options: all that it was given, by keyword or not.
         depth, microbatches: D and M.
         program: the action program of all stages.
         ranks: global rank of the process of each stage; None where all stages live in this process.
@@ -38,26 +40,13 @@ class Pipeline:
     _place = "stage"  # what messages call a process by, with the number of its first stage
     _closed = False
 
-    def __init__(
-        self,
-        method: str | Method,
-        depth: int,
-        microbatches: int,
-        splitter: BatchSplitter,
-        recompute: str,
-        processes: int | None = None,
-        overlap: bool = False,
-        trace: Trace | None = None,
-    ) -> None:
-        if not isinstance(overlap, bool):
-            raise ConfigError(f"overlap is {overlap!r}, must be True or False")
-        if trace is not None and not isinstance(trace, Trace):
-            raise ConfigError(f"trace is a {type(trace).__name__}, must be a pipeoptim.Trace or None")
-        self.method = get_method(method)
-        self.program = self.method.program(depth, microbatches, processes, overlap)
-        self.depth, self.microbatches, self._splitter, self.trace = depth, microbatches, splitter, trace
+    def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
+        self.options = options
+        self.method = get_method(options.method)
+        self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
+        self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
+        self._splitter = BatchSplitter(options.microbatches, options.uneven, options.loss_weight)
         self._workers: dict[int, StageWorker] = {}
-        self._recompute = recompute
         self._steps = 0  # mini-batches fed since the last (re)start
         self._fed = 0  # mini-batches fed since the beginning of training
         self._stop = self._stop_wanted = False
@@ -141,7 +130,7 @@ class Pipeline:
 
     def weight_copies(self, k: int) -> int:
         """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
-        return copies(self.method, self.depth, self.microbatches, k, self._recompute == "forward", self.program)
+        return copies(self.method, self.depth, self.microbatches, k, self.options.recompute == "forward", self.program)
 
     def weight_bytes(self, k: int) -> int:
         """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""

@@ -54,9 +54,9 @@ def read_replicas(given: dist.ProcessGroup | DeviceMesh | None, module: nn.Modul
         given = wrapped
     if given is None:
         return Replicas()
-    ranks = _ranks(given)
-    if wrapped is not None and _ranks(wrapped) != ranks:
-        raise ConfigError(f"replicas holds the ranks {ranks}, the stage's module {_ranks(wrapped)}; leave replicas out")
+    ranks = replica_ranks(given)
+    if wrapped is not None and replica_ranks(wrapped) != ranks:
+        raise ConfigError(f"replicas holds the ranks {ranks}, the stage's module {replica_ranks(wrapped)}; leave replicas out")
     own = dist.get_rank()
     if own not in ranks:
         raise ConfigError(f"replicas holds the ranks {ranks}, but not this process ({own}); give the group of this stage")
@@ -65,7 +65,12 @@ def read_replicas(given: dist.ProcessGroup | DeviceMesh | None, module: nn.Modul
     return Replicas(ranks, ranks.index(own))
 
 
-def _ranks(given: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
+def replica_ranks(given: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
+    """The global ranks of what users give as ``replicas``.
+
+    Raises:
+        ConfigError: it is something else.
+    """
     if isinstance(given, DeviceMesh):
         return tuple(int(rank) for rank in given.mesh.flatten())
     if isinstance(given, dist.ProcessGroup):

@@ -11,12 +11,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.options import StageOptions
 from pipeoptim.engine.replicas.reduction import Reduction
 from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.engine.stage.tied_weights import TieOnStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
+from pipeoptim.options import PipelineOptions
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
 from pipeoptim.weights.store import WeightPredictor
@@ -80,7 +80,7 @@ def optimizer_parameters(
     return held, params
 
 
-def check_sharded(reduction: Reduction, method: Method, options: StageOptions, ties: Sequence[TieOnStage]) -> None:
+def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions, ties: Sequence[TieOnStage]) -> None:
     if not reduction.shards:
         return
     if ties:

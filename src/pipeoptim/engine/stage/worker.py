@@ -20,7 +20,6 @@ from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
-from pipeoptim.engine.options import OFF, StageOptions
 from pipeoptim.engine.processes.exchange import Norms
 from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.autocast import autocast_to
@@ -45,6 +44,7 @@ from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
+from pipeoptim.options import DEFAULTS, PipelineOptions
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
 from pipeoptim.weights import Latest, SavedWeights, StageWeights, Stashed, WeightSet
@@ -74,10 +74,8 @@ class StageWorker:
         k: the stage.
         loss_fn: ``loss_fn(output, target) -> scalar``, called on the last stage.
         scheduler: advanced once per update.
-        prediction: kind of prediction (see :func:`pipeoptim.predict_weights`).
-        seed: of the whole run; each stage draws from its own stream.
         device: where the stage computes.
-        options: clipping, precision and what else a training loop may have.
+        options: those of the pipeline, with this stage's own scaler. Each stage draws from its own stream of the seed's.
         norms: exchange of gradient norms with the other stages, where clipping needs it.
         reduction: makes gradients the mean over the replicas of this stage.
         ties: weights that other stages have copies of.
@@ -96,10 +94,8 @@ class StageWorker:
         loss_fn: LossFn,
         *,
         scheduler: LRScheduler | None = None,
-        prediction: str = "refined",
-        seed: int = 0,
         device: torch.device | None = None,
-        options: StageOptions = OFF,
+        options: PipelineOptions = DEFAULTS,
         norms: Norms | None = None,
         reduction: Reduction = NO_REPLICAS,
         ties: Sequence[TieOnStage] = (),
@@ -117,7 +113,7 @@ class StageWorker:
             self.predictor = (
                 own(optimizer, program, k)
                 if own
-                else Predictor(optimizer, kind=prediction, scheduler=scheduler, fused=fused, parts=parts)
+                else Predictor(optimizer, kind=options.prediction, scheduler=scheduler, fused=fused, parts=parts)
             )
         self._optimizer_step = step_function(optimizer, method, program, self.predictor, reduction, ties)
         held, params = ([reduction.shards.get(p, p) for p in tensors] for tensors in (held, params))
@@ -126,6 +122,7 @@ class StageWorker:
             self.predictor = MasterWeightPredictor(self.predictor, held)
         self.weights = StageWeights(params, program, k, self.predictor)
         self.device = device or (params[0].device if params else torch.device("cpu"))
+        seed = torch.initial_seed() if options.seed is None else options.seed
         self.random = StageRandom(seed, k, self.device, reduction.index)
         self.reduction = reduction
         self.options = options

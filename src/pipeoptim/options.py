@@ -1,0 +1,456 @@
+"""Every option of a pipeline, once: its name, default, meaning, check, and whether all processes must agree on it.
+
+``Emulator``, ``Schedule`` and ``InterleavedSchedule`` take their keyword arguments, signatures and docstrings from here, and
+``pipeoptim train`` the help of those that it offers. A new option is a field of :class:`PipelineOptions` and, beside it, its type in
+:class:`OptionKeywords`; where it takes effect, it is read as ``options.<name>``.
+
+Nothing here imports torch, so that the command line answers at once: what needs more than Python to check is named, and imported
+when an option is given.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+import operator
+import textwrap
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import Field, dataclass, field, fields
+from importlib import import_module
+from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+
+from pipeoptim.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    import torch
+    from torch.amp.grad_scaler import GradScaler
+    from torch.distributed import ProcessGroup
+    from torch.distributed.device_mesh import DeviceMesh
+
+    from pipeoptim.engine.stage.clip import Clip
+    from pipeoptim.engine.stage.tied_weights import TiedWeights
+    from pipeoptim.engine.trace import Trace
+    from pipeoptim.engine.transport.compression import Compression
+    from pipeoptim.methods import Method
+
+__all__ = ["PipelineOptions"]
+
+UpdateHook = Callable[[int, int], None]
+"""``on_update(k, version)``, called after every update of stage k, with the latest weights in the module."""
+
+LossWeight = Callable[[Any], Any]
+"""``loss_weight(target) -> number``."""
+
+RENAMED = {"weigh": "loss_weight"}
+"""Former names, which work for one more minor release, with a DeprecationWarning."""
+
+C = TypeVar("C", bound=type)
+Check = Callable[[str, Any], Any]
+"""``check(name, value)`` returns the value, perhaps in another form, or raises ConfigError."""
+
+
+@dataclass(frozen=True)
+class Option:
+    """What is known of an option besides its name, type and default.
+
+    Args:
+        help: its meaning, in plain words.
+        check: applied to every value that is not the default.
+        agreed: whether it must be equal in all processes of a pipeline.
+        describe: how error messages show its value.
+    """
+
+    help: str
+    check: Check
+    agreed: bool = False
+    describe: Callable[[Any], str] = str
+
+
+def option(default: Any, help: str, check: Check, agreed: bool = False, describe: Callable[[Any], str] = str) -> Any:
+    """A field of :class:`PipelineOptions`."""
+    return field(default=default, metadata={"option": Option(help, check, agreed, describe)})
+
+
+# -- checks ----------------------------------------------------------------------------------------------------------------
+
+
+def _flag(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise ConfigError(f"{name} is {value!r}, must be True or False")
+    return value
+
+
+def _function(what: str) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if value is not None and not callable(value):
+            raise ConfigError(f"{name} is {value!r}, must be {what}, or None")
+        return value
+
+    return check
+
+
+def _microbatches(name: str, value: Any) -> int:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ConfigError(f"{name} is {value!r}, must be an integer of at least 1")
+    return value
+
+
+def _seed(name: str, value: Any) -> int | None:
+    try:
+        return None if value is None else operator.index(value)  # whatever counts as an integer, as numpy's do
+    except TypeError:
+        raise ConfigError(f"{name} is {value!r}, must be an integer, or None for torch's initial seed") from None
+
+
+def _seconds(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} is {value!r}, must be a number of seconds above 0")
+    return value
+
+
+def _seconds_or_none(name: str, value: Any) -> float | None:
+    return None if value is None else _seconds(name, value)
+
+
+def _monitor(name: str, value: Any) -> bool | int:
+    if not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name} is {value!r}, must be True, False or a number of versions, for example 10")
+    return value
+
+
+def _tied(name: str, value: Any) -> Any:
+    if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
+        raise ConfigError(
+            f"{name} is {value!r}, must be the tied of a partition, or a list that holds, for each tied weight, a list of (stage, "
+            'name of the parameter): [[(0, "embed.weight"), (1, "head.weight")]]'
+        )
+    return value
+
+
+def _imported(target: str) -> Any:
+    """What ``"module:name"`` names. Checks that belong to a feature live beside it, in modules that import torch."""
+    module, _, name = target.partition(":")
+    return getattr(import_module(module), name)
+
+
+def _by(target: str) -> Check:
+    """The check is the function ``target``, ``f(value)``, which returns the value in the form that the engine uses."""
+    return lambda _, value: _imported(target)(value)
+
+
+def _passes(target: str) -> Check:
+    """The check is the function ``target``, ``f(value)``, which returns nothing."""
+
+    def check(_: str, value: Any) -> Any:
+        _imported(target)(value)
+        return value
+
+    return check
+
+
+def _one_of(target: str) -> Check:
+    """The value must be one of the names in ``target``."""
+
+    def check(name: str, value: Any) -> Any:
+        known = tuple(_imported(target))
+        if value not in known:
+            raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(known)}")
+        return value
+
+    return check
+
+
+def _instance(target: str, what: str) -> Check:
+    def check(name: str, value: Any) -> Any:
+        if value is not None and not isinstance(value, _imported(target)):
+            raise ConfigError(f"{name} is a {type(value).__name__}, must be {what}")
+        return value
+
+    return check
+
+
+# -- the options -----------------------------------------------------------------------------------------------------------
+
+
+class OptionKeywords(TypedDict, total=False):
+    """Keyword arguments of every pipeline, by their types as users give them."""
+
+    prediction: str
+    seed: int | None
+    clip: Clip | float | None
+    autocast: torch.dtype | None
+    scaler: GradScaler | Sequence[GradScaler] | Callable[[], GradScaler] | None
+    on_update: UpdateHook | None
+    monitor: bool | int
+    uneven: bool
+    loss_weight: LossWeight | None
+    recompute: str
+    overlap: bool
+    compress: Compression | str | None
+    trace: Trace | None
+    tied: TiedWeights | None
+    weigh: LossWeight | None
+
+
+class ProcessKeywords(OptionKeywords, total=False):
+    """Those of pipelines whose stages live in several processes."""
+
+    replicas: ProcessGroup | DeviceMesh | None
+    transport: str
+    timeout: float
+    liveness_timeout: float | None
+
+
+@dataclass(frozen=True, init=False)
+class PipelineOptions:
+    """All options of a pipeline, checked, in the form that the engine uses.
+
+    A pipeline makes it from its keyword arguments and shows it as ``pipe.options``; the arguments are those of
+    :class:`~pipeoptim.Emulator` and :class:`~pipeoptim.Schedule`.
+
+    Raises:
+        ConfigError: an unknown option, or a value that its option does not take.
+
+    Example:
+        >>> import pipeoptim as po
+        >>> options = po.PipelineOptions("pipeoptim", microbatches=4, clip=1.0)
+        >>> options.clip, options.uneven, sorted(options.keywords())
+        (Clip(max_norm=1.0, scope='stage'), False, ['clip', 'microbatches'])
+    """
+
+    method: str | Method = option(
+        "pipeoptim",
+        "training method: a name in pipeoptim.METHODS, or a Method of your own.",
+        _by("pipeoptim.methods:get_method"),
+        agreed=True,
+        describe=lambda method: getattr(method, "name", method),
+    )
+    microbatches: int = option(
+        1, "M slices per mini-batch and update; 1 is the default of the asynchronous methods.", _microbatches, agreed=True
+    )
+    prediction: str = option(
+        "refined",
+        "kind of weight prediction: refined, paper, decayed, displacement or none; see pipeoptim.predict_weights.",
+        _one_of("pipeoptim.rules:KINDS"),
+        agreed=True,
+    )
+    seed: int | None = option(
+        None,
+        "of the stages' random numbers (dropout); by default torch's initial seed. Pipelines with the same seed in all "
+        "processes draw what the emulator draws.",
+        _seed,
+    )
+    clip: Clip | None = option(
+        None,
+        "gradient clipping: a pipeoptim.Clip, or the largest norm per stage.",
+        _by("pipeoptim.engine.stage.clip:as_clip"),
+        agreed=True,
+    )
+    autocast: torch.dtype | None = option(
+        None,
+        "torch.bfloat16 or torch.float16: forward and loss run under torch.autocast.",
+        _passes("pipeoptim.engine.stage.autocast:check_autocast"),
+        agreed=True,
+    )
+    scaler: GradScaler | None = option(
+        None,
+        "loss scaling for float16, on all stages or on none: a torch.amp.GradScaler for each stage. An emulator takes a list of "
+        "them, or a function that makes one.",
+        _instance(
+            "torch.amp.grad_scaler:GradScaler",
+            'a torch.amp.GradScaler; the emulator takes one per stage: scaler=lambda: torch.amp.GradScaler("cuda")',
+        ),
+        agreed=True,
+        describe=lambda scaler: "on" if scaler is not None and scaler.is_enabled() else "off",
+    )
+    on_update: UpdateHook | None = option(
+        None,
+        "on_update(k, version), called after every update of every stage; averages of weights go here.",
+        _function("a function of a stage and its version"),
+    )
+    monitor: bool | int = option(
+        False,
+        "measure the predictions made at every n-th version, see prediction_error(). True: as often as costs less than 1 % of "
+        "a step, that is at every version of stages with 60 million weights, at fewer of smaller ones, but at least at every 10th.",
+        _monitor,
+    )
+    uneven: bool = option(
+        False,
+        "a batch that M does not divide is cut into micro-batches that differ by one row, each of which counts by its share of "
+        "the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.",
+        _flag,
+        agreed=True,
+    )
+    loss_weight: LossWeight | None = option(
+        None,
+        "loss_weight(target) -> number: the loss of a micro-batch counts by its share of these numbers; used on the last stage. For "
+        "losses that are a mean over something other than rows, for instance lambda target: (target != -100).sum().",
+        _function("a function of the target that returns a number"),
+    )
+    recompute: str = option(
+        "backward",
+        "on which weights activation checkpoints (torch.utils.checkpoint) run the forward again: 'backward', those of the "
+        "backward; or 'forward', those of the first forward, which is the same bit for bit as without checkpointing, and costs "
+        "a stash of these weights. Each stage may choose.",
+        _one_of("pipeoptim.engine.stage.recompute:KINDS"),
+    )
+    overlap: bool = option(
+        False,
+        "each update comes after the next forward of its stage, during which replicas average their gradients. The version gap of "
+        "that forward is one more, which is counted and predicted like any other.",
+        _flag,
+        agreed=True,
+    )
+    compress: Compression | None = option(
+        None,
+        "'bf16', 'int8' or a pipeoptim.Compression: messages between stages take fewer bytes. An emulator loses the same "
+        "precision.",
+        _by("pipeoptim.engine.transport.compression:as_compression"),
+        agreed=True,
+    )
+    trace: Trace | None = option(
+        None,
+        "a pipeoptim.Trace that records what every stage does and when; of replicas, the first.",
+        _instance("pipeoptim.engine.trace:Trace", "a pipeoptim.Trace or None"),
+    )
+    tied: TiedWeights | None = option(
+        None,
+        "weights of which several stages have a copy, which are kept equal: the tied of a partition, or for each of them a list of "
+        '(stage, name of the parameter): [[(0, "embed.weight"), (1, "head.weight")]].',
+        _tied,
+        agreed=True,
+        describe=lambda tied: f"[{'; '.join(map(str, tied or ()))}]",
+    )
+    replicas: ProcessGroup | DeviceMesh | None = option(
+        None,
+        "the processes that hold the same stage and train on other samples, as a process group or a dimension of a DeviceMesh; "
+        "gradients become their mean before each update (see docs/layouts.md).",
+        _passes("pipeoptim.engine.replicas.replica_set:replica_ranks"),
+        agreed=True,
+        describe=lambda replicas: "1" if replicas is None else str(replicas if isinstance(replicas, int) else replicas.size()),
+    )
+    transport: str = option(
+        "auto",
+        "'auto' moves messages between processes of one machine through sockets and shared memory, where the group's backend for CPUs "
+        "is gloo and messages are in the host's memory, and all others through the process group; 'group' moves all of them through "
+        "the process group. Messages are in the host's memory where stages are on CPUs, and where the group has no backend but gloo for "
+        "the stage's device: those of a GPU are then copied to pinned memory and sent from there while it computes. A backend that "
+        "takes device memory, as NCCL does, gets it. Norms for clipping take the same way.",
+        _passes("pipeoptim.engine.transport.unix_channel:check_transport"),
+    )
+    timeout: float = option(1800.0, "seconds to wait for a neighbour's message before giving up.", _seconds)
+    liveness_timeout: float | None = option(
+        10.0,
+        "seconds without a sign of life from a stage after which this process ends with a message that names the stage. None "
+        "switches this off.",
+        _seconds_or_none,
+    )
+
+    def __init__(self, method: str | Method = "pipeoptim", microbatches: int = 1, **options: Unpack[ProcessKeywords]) -> None:
+        self._fill("PipelineOptions", PROCESS_OPTIONS, {**options, "method": method, "microbatches": microbatches})
+
+    @classmethod
+    def read(
+        cls, pipeline: str, names: Sequence[str], method: str | Method, microbatches: int, options: Mapping[str, Any]
+    ) -> PipelineOptions:
+        """The options that a ``pipeline`` was given, of those called ``names``.
+
+        Raises:
+            ConfigError: another option, or a value that its option does not take.
+        """
+        made = cls.__new__(cls)
+        made._fill(pipeline, names, {**options, "method": method, "microbatches": microbatches})
+        return made
+
+    def _fill(self, pipeline: str, names: Sequence[str], given: dict[str, Any]) -> None:
+        given = renamed(given)
+        for name in given:
+            if name not in names and name not in ("method", "microbatches"):
+                raise _refusal(pipeline, name, names)
+        for entry in fields(self):
+            value = given.get(entry.name, entry.default)
+            if type(value) is not type(entry.default) or value != entry.default:
+                value = about(entry).check(entry.name, value)
+            object.__setattr__(self, entry.name, value)
+
+    def keywords(self) -> dict[str, Any]:
+        """Those that are not the default, as keyword arguments of a pipeline."""
+        return {f.name: value for f in fields(self) if (value := getattr(self, f.name)) != f.default}
+
+    def describe(self, **found: Any) -> str:
+        """In words, what must be equal in all processes; ``found`` replaces options by what the engine made of them."""
+        agreed = [entry for entry in fields(self) if about(entry).agreed]
+        return " ".join(f"{f.name}={about(f).describe(found.get(f.name, getattr(self, f.name)))}" for f in agreed)
+
+
+PROCESS_OPTIONS = tuple(f.name for f in fields(PipelineOptions) if f.name not in ("method", "microbatches"))
+"""Options of ``Schedule`` and ``InterleavedSchedule``."""
+
+OPTIONS = tuple(name for name in PROCESS_OPTIONS if name in OptionKeywords.__annotations__)
+"""Those of ``Emulator``."""
+
+
+def about(entry: Field[Any]) -> Option:
+    """What is known of the option in a field of :class:`PipelineOptions`."""
+    return entry.metadata["option"]  # type: ignore[no-any-return]
+
+
+def read_option(name: str, options: Mapping[str, Any]) -> Any:
+    """One option of those given, checked: for what must be known before the others can be read."""
+    (entry,) = (f for f in fields(PipelineOptions) if f.name == name)
+    return about(entry).check(name, options.get(name, entry.default))
+
+
+def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
+    """``options`` under their present names.
+
+    Raises:
+        ConfigError: one is given under both its names.
+    """
+    found = dict(options)
+    for old, new in RENAMED.items():
+        if old in found:
+            if new in found:
+                raise ConfigError(f"{old} is the former name of {new}, and both were given; leave {old} out")
+            warnings.warn(f"{old}= is called {new}= now; the old name goes with the next minor release", DeprecationWarning, 5)
+            found[new] = found.pop(old)
+    return found
+
+
+def _refusal(pipeline: str, name: str, names: Sequence[str]) -> ConfigError:
+    if name in PROCESS_OPTIONS:
+        return ConfigError(f"{name} is an option of pipelines in several processes, not of {pipeline}; leave it out")
+    return unknown_name(f"{pipeline} option", name, names)
+
+
+def takes_options(names: Sequence[str]) -> Callable[[C], C]:
+    """Class decorator: signature and docstring of a pipeline show the options called ``names``, after its own arguments."""
+
+    def decorate(cls: C) -> C:
+        entries = [f for f in fields(PipelineOptions) if f.name in names]
+        init: Any = cls.__dict__["__init__"]
+        signature = inspect.signature(init)
+        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        types = {**OptionKeywords.__annotations__, **ProcessKeywords.__annotations__}
+        shown = [
+            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
+            for f in entries
+        ]
+        init.__signature__ = signature.replace(parameters=[*own, *shown])
+        if cls.__doc__:  # there is none under python -OO
+            cls.__doc__ = cls.__doc__.replace(_MARK, "\n".join(_documented(f) for f in entries))
+        return cls
+
+    return decorate
+
+
+_MARK = "        options: those of :class:`~pipeoptim.PipelineOptions`."
+
+
+def _documented(entry: Field[Any]) -> str:
+    return textwrap.fill(f"{entry.name}: {about(entry).help}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
+
+
+DEFAULTS = PipelineOptions()
+"""No option given."""
