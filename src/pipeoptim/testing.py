@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pipeoptim.rules import REFUSED, RULES, find_rule, predict_weights, track
 from pipeoptim.rules.entries import RULE_KINDS
-from pipeoptim.rules.fallback import copy_of, unhooked_step
+from pipeoptim.rules.fallback import copy_optimizer, unhooked_step
 
 Make = Callable[[list[Parameter]], Optimizer]
 
@@ -207,7 +207,7 @@ class _Case:
 
 def _really_stepped(optimizer: Optimizer, steps: int) -> list[Tensor]:
     """The weights after stepping a copy with the present gradients."""
-    twin, weights = copy_of(optimizer)
+    twin, weights = copy_optimizer(optimizer)
     for _ in range(steps):
         unhooked_step(type(optimizer))(twin)
     return weights

@@ -13,9 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.rules import RULES, Predictor, find_rule, predict_weights
-from pipeoptim.rules.entries import RULE_KINDS, parameter_entries, predict_by_rule
+from pipeoptim.rules.entries import RULE_KINDS, parameter_entries
+from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.rule_moves import predict_by_rule
 from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, set_random_grads, train, values_of, weights_of
 
 KINDS = ("refined", "paper", "decayed", "displacement")
@@ -31,7 +33,7 @@ def by_rule(cls: type[Optimizer]) -> list[str]:
 
 def write(optimizer: Optimizer, steps: int, kind: str, out: list[Tensor], mode: ApplyMode) -> None:
     grads = [w.grad for w in weights_of(optimizer)]
-    predict_by_rule(parameter_entries(optimizer, kind), grads, next_rates(optimizer, None, steps), out, mode)
+    predict_by_rule(parameter_entries(optimizer, kind), grads, Horizon(steps, next_rates(optimizer, None, steps)), out, mode)
 
 
 def snapshot(optimizer: Optimizer) -> tuple[Any, ...]:

@@ -22,10 +22,12 @@ from torch import Tensor
 from pipeoptim.kernels import triton_move
 from pipeoptim.kernels.tensor_layout import flat, in_step
 from pipeoptim.rules import RULES, interpreters
-from pipeoptim.rules.entries import RULE_KINDS, parameter_entries, predict_by_rule
+from pipeoptim.rules.entries import RULE_KINDS, parameter_entries
+from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.move import Move, Term
+from pipeoptim.rules.rule_moves import predict_by_rule
 from rules_cases import CASES, train, values_of, weights_of
 
 pytest.importorskip("triton", reason="no Triton here")
@@ -92,7 +94,11 @@ def test_every_rule_is_written_as_by_the_plain_path(cls: Any, device: str, launc
 def by_mode(optimizer: Any, kind: str, mode: ApplyMode) -> list[Tensor]:
     out = [torch.full_like(w, float("nan")) for w in values_of(optimizer)]
     predict_by_rule(
-        parameter_entries(optimizer, kind), [w.grad for w in weights_of(optimizer)], next_rates(optimizer, None, 3), out, mode
+        parameter_entries(optimizer, kind),
+        [w.grad for w in weights_of(optimizer)],
+        Horizon(3, next_rates(optimizer, None, 3)),
+        out,
+        mode,
     )
     return out
 

@@ -29,8 +29,10 @@ from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.allocation import empty_like
 from pipeoptim.kernels.library import available
 from pipeoptim.rules import RULES, Predictor
-from pipeoptim.rules.entries import parameter_entries, predict_by_rule
+from pipeoptim.rules.entries import parameter_entries
+from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.rule_moves import predict_by_rule
 from pipeoptim.weights import StorageLayout
 
 STEPS = 3
@@ -257,8 +259,9 @@ class _Bench:
 
     @torch.no_grad()
     def _predict_by_foreach(self) -> None:
-        rates = next_rates(self.optimizer, None, STEPS)
-        predict_by_rule(parameter_entries(self.optimizer, "refined"), [p.grad for p in self.params], rates, self.out, "foreach")
+        horizon = Horizon(STEPS, next_rates(self.optimizer, None, STEPS))
+        entries = parameter_entries(self.optimizer, "refined")
+        predict_by_rule(entries, [p.grad for p in self.params], horizon, self.out, "foreach")
 
     def _give_gradients(self, own: bool = False) -> None:
         """The same in every turn; with ``own`` in memory that nobody else has, as a backward would leave them."""

@@ -64,22 +64,22 @@ class AdamCoefficients:
     sign: float = 1.0
     coupled: float = 0.0
     decay: float = 0.0
-    ahead: KernelPrediction | None = None
+    prediction: KernelPrediction | None = None
     gain: float | None = None
 
     @property
     def form(self) -> int:
         """The branch of the kernel."""
-        if self.ahead is None:
+        if self.prediction is None:
             return layout.NO_PREDICTION
-        if self.ahead.steps is not None:
+        if self.prediction.steps is not None:
             return layout.BY_DISPLACEMENT
-        factors = self.ahead.factors
+        factors = self.prediction.factors
         return layout.BY_RULE if len(factors) == 1 and factors[0][1] == self.inverse else layout.BY_TERMS
 
     def packed(self, into: int, factors: int) -> bytes:
         """For the kernel; `into`: how the prediction is written, `factors`: address of the packed factors."""
-        a = self.ahead or KernelPrediction()
+        a = self.prediction or KernelPrediction()
         scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if self.form == layout.BY_TERMS else 0)
         return layout.ADAM_HOW.pack(
             factors, self.form, into, count, 0,
@@ -99,13 +99,13 @@ class SgdCoefficients:
     along: tuple[float, float] = (0.0, 1.0)
     sign: float = 1.0
     coupled: float = 0.0
-    ahead: KernelPrediction | None = None
+    prediction: KernelPrediction | None = None
 
     def packed(self, into: int, factors: int) -> bytes:
         """For the kernel, which needs no table of factors."""
-        a = self.ahead or KernelPrediction()
+        a = self.prediction or KernelPrediction()
         form: int = layout.NO_PREDICTION
-        if self.ahead is not None:
+        if self.prediction is not None:
             form = layout.BY_RULE if a.steps is None else layout.BY_DISPLACEMENT
         return layout.SGD_HOW.pack(
             form, into,
@@ -208,7 +208,7 @@ def _address(tensor: Tensor | None) -> int:
 
 
 def _factors(how: AdamCoefficients | SgdCoefficients) -> ctypes.Array[ctypes.c_char]:
-    return _memory([layout.FACTOR.pack(*pair) for pair in how.ahead.factors] if how.ahead is not None else [])
+    return _memory([layout.FACTOR.pack(*pair) for pair in how.prediction.factors] if how.prediction is not None else [])
 
 
 def run_moves(jobs: Sequence[KernelMove]) -> None:

@@ -13,7 +13,7 @@ from pipeoptim.rules.registry import Rule, register_rule
 class AdagradStepper(RootStepper):
     """All squares are kept; the rate may fall."""
 
-    def numbers(self, group: Group, t: float) -> tuple[float, float, float]:
+    def decay_gain_rate(self, group: Group, t: float) -> tuple[float, float, float]:
         """See the class."""
         return 1.0, 1.0, float(group["lr"]) / (1 + (t - 1) * group["lr_decay"])
 

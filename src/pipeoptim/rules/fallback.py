@@ -1,4 +1,4 @@
-"""The prediction for optimizers without a rule: the last displacement, or that of one step of a copy."""
+"""For optimizers without a rule: one step of a copy, which changes nothing of the original."""
 
 from __future__ import annotations
 
@@ -15,16 +15,7 @@ from torch.optim import Optimizer
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.tensor_layout import flat
-from pipeoptim.rules.entries import parameters
-
-
-@torch.no_grad()
-def extrapolate(weight: Tensor, known: Tensor, known_at: int, steps: int, out: Tensor) -> None:
-    """Write ``W + steps * d`` into `out`, given `known` = ``W + known_at * d``, d = the last displacement.
-
-    ``known_at = -1`` is the previous weights. `out` may be `known` itself. One lerp, no temporary.
-    """
-    torch.lerp(known, weight, 1.0 - steps / known_at, out=out.detach())
+from pipeoptim.rules.entries import optimizer_parameters
 
 
 @torch.no_grad()
@@ -34,11 +25,11 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
     None if there is no gradient, or if the copy cannot be made or stepped (said in a warning). The
     optimizer, its state, its parameters, hooks and torch's random numbers stay as they are.
     """
-    if all(weight.grad is None for weight in parameters(optimizer)):
+    if all(weight.grad is None for weight in optimizer_parameters(optimizer)):
         return None
-    devices = {w.device for w in parameters(optimizer) if w.device.type == "cuda"}
+    devices = {w.device for w in optimizer_parameters(optimizer) if w.device.type == "cuda"}
     try:
-        twin, weights = copy_of(optimizer)
+        twin, weights = copy_optimizer(optimizer)
         with torch.random.fork_rng(devices=list(devices)):
             unhooked_step(type(optimizer))(twin)
     except Exception as reason:  # third-party code: anything may happen in it
@@ -52,7 +43,7 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
     return weights
 
 
-def copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
+def copy_optimizer(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     """A twin with its own parameters, gradients and state.
 
     Not copy.deepcopy: torch keeps only state and param groups there, while third-party optimizers have
@@ -60,7 +51,7 @@ def copy_of(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     """
     known: dict[int, Any] = {}
     weights: list[Tensor] = []
-    for weight in parameters(optimizer):
+    for weight in optimizer_parameters(optimizer):
         own = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)
         own.grad = None if weight.grad is None else weight.grad.detach().clone()
         known[id(weight)] = own

@@ -2,14 +2,14 @@
 
 A rule does no arithmetic on whole tensors if it can help it. It names the tensors and the scalars of its
 formula, and `pipeoptim.rules.interpreters` turns them into kernels. So one file describes one optimizer family,
-and a faster interpreter (foreach today, one fused kernel tomorrow) serves every family at once.
+and a faster interpreter serves every family at once.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -40,13 +40,46 @@ class Move:
     terms: tuple[Term, ...]
     keep: Scalar = 1.0
 
+    def scaled(self, scale: float) -> Move:
+        """The move to ``W + scale * (W_hat - W)``.
+
+        Example:
+            >>> Move((Term(0.5, torch.ones(1)),), keep=0.9).scaled(0.5)
+            Move(terms=(Term(scale=0.25, value=tensor([1.]), root=None, root_divisor=1.0, eps=0.0),), keep=0.95)
+        """
+        if scale == 1.0:  # not only faster: 1 + (keep - 1) would round
+            return self
+        return Move(tuple(replace(term, scale=scale * term.scale) for term in self.terms), 1.0 + scale * (self.keep - 1.0))
+
+
+@dataclass(frozen=True, slots=True)
+class PartialGradient:
+    """The gradient of the mini-batch in progress, as far as its micro-batches have come.
+
+    Attributes:
+        value: sum over the micro-batches so far, each weighted as in the update (1/M).
+        seen: share of the mini-batch that they are, 0 .. 1.
+    """
+
+    value: Tensor
+    seen: float
+
 
 @dataclass(frozen=True, slots=True)
 class Ahead:
-    """How far ahead to predict: the kind, and the learning rate of each of the next ``s`` updates."""
+    """What the prediction of one weight is made from, besides the state of its optimizer.
+
+    Attributes:
+        kind: of the prediction.
+        rates: the learning rate of each of the next ``s`` updates.
+        scale: factor on the predicted displacement. Rules ignore it: `ask_rule` applies it to the move of any rule.
+        in_progress: gradient of the mini-batch in progress; None where it is not known.
+    """
 
     kind: str
     rates: tuple[Scalar, ...]
+    scale: float = 1.0
+    in_progress: PartialGradient | None = None
 
     @property
     def steps(self) -> int:

@@ -13,9 +13,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.rules.checks import check_steps
 from pipeoptim.rules.combined import members
-from pipeoptim.rules.entries import RULE_KINDS, ParameterEntry, parameter_entries, predict_by_rule
-from pipeoptim.rules.fallback import copy_weights, extrapolate, next_weights_of_copy
+from pipeoptim.rules.displacement import PREVIOUS, extrapolate
+from pipeoptim.rules.entries import RULE_KINDS, ParameterEntry, parameter_entries
+from pipeoptim.rules.fallback import copy_weights, next_weights_of_copy
+from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.rule_moves import predict_by_rule
 from pipeoptim.rules.tracking import tracked_previous
 
 
@@ -64,30 +67,30 @@ def predict_weights(
     (``RULES[cls].exact``).
     """
     check_steps(steps)
-    parts = parameter_entries(optimizer, kind)
-    out = [torch.empty_like(item.weight.detach()) for item in parts]
+    entries = parameter_entries(optimizer, kind)
+    out = [torch.empty_like(entry.weight.detach()) for entry in entries]
     if steps == 0:
-        copy_weights([item.weight for item in parts], out)
+        copy_weights([entry.weight for entry in entries], out)
         return out
-    if any(item.kind in RULE_KINDS for item in parts) or scheduler is not None:
-        rates = next_rates(optimizer, scheduler, steps)
-        predict_by_rule(parts, [item.weight.grad for item in parts], rates, out)
-    else:
-        predict_by_rule(parts, [None] * len(parts), [], out)
+    by_rule = any(entry.kind in RULE_KINDS for entry in entries)
+    # A scheduler of another optimizer is refused also where nothing reads its rates.
+    rates = next_rates(optimizer, scheduler, steps) if by_rule or scheduler is not None else []
+    grads = [entry.weight.grad if by_rule else None for entry in entries]
+    predict_by_rule(entries, grads, Horizon(steps, rates), out)
     for member in members(optimizer):
-        _predict_by_displacement(member, parts, steps, out)
+        _predict_by_displacement(member, entries, steps, out)
     return out
 
 
-def _predict_by_displacement(optimizer: Optimizer, parts: list[ParameterEntry], steps: int, out: list[Tensor]) -> None:
+def _predict_by_displacement(optimizer: Optimizer, entries: list[ParameterEntry], steps: int, out: list[Tensor]) -> None:
     """Those parameters of `optimizer` that are predicted so."""
-    own = [(item, buffer) for item, buffer in zip(parts, out, strict=True) if item.optimizer is optimizer]
-    if not any(item.kind == "displacement" for item, _ in own):
+    own = [entry for entry in entries if entry.optimizer is optimizer]
+    if not any(entry.kind == "displacement" for entry in own):
         return
-    known, known_at = tracked_previous(optimizer), -1
-    if known is None:
-        known, known_at = next_weights_of_copy(optimizer), 1
-    if known is None:
+    points, position = tracked_previous(optimizer), PREVIOUS
+    if points is None:
+        points, position = next_weights_of_copy(optimizer), 1.0
+    if points is None:
         if any(_has_stepped(state) for state in optimizer.state.values()):
             warnings.warn(
                 f"{type(optimizer).__name__} was not tracked and has no gradients: its last displacement "
@@ -95,10 +98,10 @@ def _predict_by_displacement(optimizer: Optimizer, parts: list[ParameterEntry], 
                 "its last step.",
                 stacklevel=4,
             )
-        known, known_at = [item.weight.detach() for item, _ in own], 1
-    for (item, buffer), other in zip(own, known, strict=True):
-        if item.kind == "displacement":
-            extrapolate(item.weight, other, known_at, steps, buffer)
+        points, position = [entry.weight.detach() for entry in own], 1.0
+    for entry, point in zip(own, points, strict=True):
+        if entry.kind == "displacement":
+            extrapolate(entry.weight, point, position, steps, out[entry.number])
 
 
 def _has_stepped(state: Any) -> bool:

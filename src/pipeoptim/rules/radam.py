@@ -17,15 +17,15 @@ from pipeoptim.rules.registry import Rule, register_rule
 class RAdamStepper(AdamStepper):
     """Adam's step with another rate and divisor, once it is rectified: torch itself takes the few steps before."""
 
-    def ready(self, group: Group, t: float) -> bool:
+    def supports_step(self, group: Group, t: float) -> bool:
         """See the class."""
         return _rectified(t, float(group["betas"][1])) is not None
 
-    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.AdamCoefficients:
+    def coefficients(self, group: Group, t: float, prediction: calls.KernelPrediction | None) -> calls.AdamCoefficients:
         """See the class."""
         factor = _rectified(t, float(group["betas"][1]))
         assert factor is not None
-        adam = super().how(group, t, ahead)
+        adam = super().coefficients(group, t, prediction)
         return replace(adam, rate=adam.rate * factor, inverse=1.0)
 
 

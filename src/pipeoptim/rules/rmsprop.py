@@ -13,11 +13,11 @@ from pipeoptim.rules.registry import Rule, register_rule
 class RMSpropStepper(RootStepper):
     """A running mean of squares, not centered and without momentum."""
 
-    def covers(self, group: Group) -> bool:
+    def supports(self, group: Group) -> bool:
         """See the class."""
-        return super().covers(group) and not group["centered"] and group["momentum"] == 0
+        return super().supports(group) and not group["centered"] and group["momentum"] == 0
 
-    def numbers(self, group: Group, t: float) -> tuple[float, float, float]:
+    def decay_gain_rate(self, group: Group, t: float) -> tuple[float, float, float]:
         """See the class."""
         return float(group["alpha"]), 1.0 - float(group["alpha"]), float(group["lr"])
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pipeoptim.rules.entries import parameters
+from pipeoptim.rules.entries import optimizer_parameters
 
 
 class Tracker:
@@ -25,7 +25,7 @@ class Tracker:
 
     @torch.no_grad()
     def _before_step(self, optimizer: Optimizer, args: Any, kwargs: Any) -> None:
-        for weight in parameters(optimizer):
+        for weight in optimizer_parameters(optimizer):
             if weight in self._previous:
                 self._previous[weight].copy_(weight)
             else:
@@ -79,4 +79,4 @@ def track(optimizer: Optimizer) -> Tracker:
 def tracked_previous(optimizer: Optimizer) -> list[Tensor] | None:
     """W_{t-1} in param_groups order if this optimizer is tracked and has stepped."""
     tracker = _TRACKERS.get(optimizer)
-    return tracker.previous(parameters(optimizer)) if tracker is not None else None
+    return tracker.previous(optimizer_parameters(optimizer)) if tracker is not None else None

@@ -44,7 +44,7 @@ def step_function(
     kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
     if predictor is None and kernels and kernel_choice(ties):
         with suppress(ConfigError):  # optimizers that no weights can be predicted for
-            return Predictor(optimizer, kind="none", parts=reduction.shards).step
+            return Predictor(optimizer, kind="none", shards=reduction.shards).step
     return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
 
 

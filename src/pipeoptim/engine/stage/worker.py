@@ -113,7 +113,7 @@ class StageWorker:
             self.predictor = (
                 own(optimizer, program, k)
                 if own
-                else Predictor(optimizer, kind=options.prediction, scheduler=scheduler, fused=fused, parts=parts)
+                else Predictor(optimizer, kind=options.prediction, scheduler=scheduler, fused=fused, shards=parts)
             )
         self._optimizer_step = step_function(optimizer, method, program, self.predictor, reduction, ties)
         held, params = ([reduction.shards.get(p, p) for p in tensors] for tensors in (held, params))

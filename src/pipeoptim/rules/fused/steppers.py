@@ -21,41 +21,41 @@ class Stepper(ABC):
     """The step of one optimizer family."""
 
     @abstractmethod
-    def covers(self, group: Group) -> bool:
+    def supports(self, group: Group) -> bool:
         """Whether the kernel has every option that is switched on in this param group."""
 
     @abstractmethod
     def state_names(self, group: Group) -> tuple[str, ...]:
         """The tensors of the state that the step reads and writes besides weight and gradient; torch's own step makes them."""
 
-    def ready(self, group: Group, t: float) -> bool:
+    def supports_step(self, group: Group, t: float) -> bool:
         """Whether the kernel can take step t (counted from 1) already."""
         return True
 
     @abstractmethod
-    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> Any:
+    def coefficients(self, group: Group, t: float, prediction: calls.KernelPrediction | None) -> Any:
         """The numbers of step t (counted from 1), and those of the prediction after it, if there is one."""
 
     @abstractmethod
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> Any:
+    def tensors(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> Any:
         """Where one parameter lies; `states`: those of `state_names`."""
 
     @abstractmethod
-    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+    def prediction_factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         """The terms of the rule's move, as `calls.KernelPrediction` has them."""
 
 
 class AdamStepper(Stepper):
     """Adam and AdamW without amsgrad."""
 
-    def covers(self, group: Group) -> bool:
+    def supports(self, group: Group) -> bool:
         numbers = (group["lr"], *group["betas"], group["eps"], group["weight_decay"])
         return not (group.get("amsgrad", False) or group["capturable"] or group["differentiable"]) and _are_numbers(numbers)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         return "exp_avg", "exp_avg_sq"
 
-    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.AdamCoefficients:
+    def coefficients(self, group: Group, t: float, prediction: calls.KernelPrediction | None) -> calls.AdamCoefficients:
         lr, decay = _number(group["lr"]), _number(group["weight_decay"])
         beta1, beta2 = (_number(beta) for beta in group["betas"])
         decoupled = bool(group.get("decoupled_weight_decay", False))
@@ -68,14 +68,14 @@ class AdamStepper(Stepper):
             sign=-1.0 if group["maximize"] else 1.0,
             coupled=0.0 if decoupled else decay,
             decay=lr * decay if decoupled else 0.0,
-            ahead=ahead,
+            prediction=prediction,
         )
 
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.AdamTensors:
+    def tensors(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.AdamTensors:
         first, second = states
         return calls.AdamTensors(weight, first, second, out)
 
-    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+    def prediction_factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.value is state["exp_avg"] and t.root is state["exp_avg_sq"] for t in move.terms)
         return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
 
@@ -93,27 +93,27 @@ class RootStepper(Stepper):
         self.squares = squares
 
     @abstractmethod
-    def numbers(self, group: Group, t: float) -> tuple[float, float, float]:
+    def decay_gain_rate(self, group: Group, t: float) -> tuple[float, float, float]:
         """b2, gain and rate of step t."""
 
-    def covers(self, group: Group) -> bool:
+    def supports(self, group: Group) -> bool:
         plain = not (group["differentiable"] or group.get("capturable", False))
         return plain and _are_numbers((group["lr"], group["weight_decay"])) and _number(group["weight_decay"]) == 0
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         return (self.squares,)
 
-    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.AdamCoefficients:
-        b2, gain, rate = self.numbers(group, t)
+    def coefficients(self, group: Group, t: float, prediction: calls.KernelPrediction | None) -> calls.AdamCoefficients:
+        b2, gain, rate = self.decay_gain_rate(group, t)
         sign = -1.0 if group["maximize"] else 1.0
         return calls.AdamCoefficients(
-            b1=0.0, b2=b2, gain=gain, rate=rate, inverse=1.0, eps=_number(group["eps"]), sign=sign, ahead=ahead
+            b1=0.0, b2=b2, gain=gain, rate=rate, inverse=1.0, eps=_number(group["eps"]), sign=sign, prediction=prediction
         )
 
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.AdamTensors:
+    def tensors(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.AdamTensors:
         return calls.AdamTensors(weight, None, states[0], out)
 
-    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+    def prediction_factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is state[self.squares] for t in move.terms)
         return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
 
@@ -121,14 +121,14 @@ class RootStepper(Stepper):
 class SgdStepper(Stepper):
     """SGD with every option."""
 
-    def covers(self, group: Group) -> bool:
+    def supports(self, group: Group) -> bool:
         numbers = (group["lr"], group["momentum"], group["dampening"], group["weight_decay"])
         return not group["differentiable"] and _are_numbers(numbers)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
         return () if _number(group["momentum"]) == 0 else ("momentum_buffer",)
 
-    def how(self, group: Group, t: float, ahead: calls.KernelPrediction | None) -> calls.SgdCoefficients:
+    def coefficients(self, group: Group, t: float, prediction: calls.KernelPrediction | None) -> calls.SgdCoefficients:
         mu = _number(group["momentum"])
         return calls.SgdCoefficients(
             lr=_number(group["lr"]),
@@ -137,13 +137,13 @@ class SgdStepper(Stepper):
             along=(1.0, mu) if group["nesterov"] else (0.0, 1.0),
             sign=-1.0 if group["maximize"] else 1.0,
             coupled=_number(group["weight_decay"]),
-            ahead=ahead,
+            prediction=prediction,
         )
 
-    def place(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.SgdTensors:
+    def tensors(self, weight: Tensor, states: Sequence[Tensor], out: Tensor | None) -> calls.SgdTensors:
         return calls.SgdTensors(weight, states[0] if states else None, out)
 
-    def factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+    def prediction_factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is None for t in move.terms)
         from_g = [_number(t.scale) for t in move.terms if t.value is grad]
         from_b = [_number(t.scale) for t in move.terms if t.value is not grad]

@@ -1,0 +1,40 @@
+"""What the predictions of all parameters of an optimizer are made from, as one value."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pipeoptim.rules.entries import ParameterEntry
+from pipeoptim.rules.move import Ahead, PartialGradient, Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Horizon:
+    """How far ahead to predict, and what is known of the updates until then.
+
+    Live information that a new kind of prediction needs is one more field here and in `Ahead`.
+
+    Attributes:
+        steps: the version gap ``s``, in updates.
+        rates: for each param group the learning rates of the next s updates.
+        scale: factor on every predicted displacement: ``W + scale * (W_hat - W)``.
+        in_progress: for each parameter the gradient of the mini-batch in progress; empty where it is not known.
+    """
+
+    steps: int
+    rates: Sequence[tuple[Scalar, ...]]
+    scale: float = 1.0
+    in_progress: Sequence[PartialGradient | None] = ()
+
+    @property
+    def displacements(self) -> float:
+        """How many times the last displacement is added to a weight that is predicted by it."""
+        return self.steps * self.scale
+
+    def ahead(self, entry: ParameterEntry) -> Ahead:
+        """What a rule is told about one parameter."""
+        rates = self.rates[entry.group_number]
+        if entry.kind == "paper":  # the paper knows of no schedule: the present rate is repeated
+            rates = (rates[0],) * len(rates)
+        return Ahead(entry.kind, rates, self.scale, self.in_progress[entry.number] if self.in_progress else None)
