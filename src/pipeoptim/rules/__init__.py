@@ -1,8 +1,12 @@
 """How an optimizer moves a weight: ``W_hat(t+s) = W_t - lr * s * dW_t`` from the optimizer's own state.
 
-`predict_weights` is the pure function, `Predictor` the same for an engine. One file per optimizer family; a
-rule answers with a `Move` (plain data), `write` carries it out. Imports nothing else of this package but
-`errors`.
+`predict_weights` is the pure function, `Predictor` the same for an engine. One file per optimizer family; a rule answers with a
+`Move` (plain data), which `interpreters` carry out:
+
+    Predictor ── Horizon (steps, rates, scale, ...) ──► ask_rule ──► Rule.move ──► Move ──► MoveBatch ──► C kernel, Triton, torch
+        └─────── fused/: optimizer step and prediction in one pass; asks rules at the same place
+
+Imports nothing else of this library but `errors` and `kernels`.
 """
 
 from pipeoptim.rules import (
@@ -21,7 +25,8 @@ from pipeoptim.rules import (
     sgd,
 )
 from pipeoptim.rules.combined import CombinedOptimizer, muon_adamw
-from pipeoptim.rules.move import Ahead, Move, Scalar, Term
+from pipeoptim.rules.horizon import Horizon
+from pipeoptim.rules.move import Ahead, Move, PartialGradient, Scalar, Term
 from pipeoptim.rules.predict import predict_weights
 from pipeoptim.rules.predictor import Predictor
 from pipeoptim.rules.registry import KINDS, REFUSED, RULES, PredictionKind, Rule, find_rule, register_rule
@@ -33,8 +38,10 @@ __all__ = [
     "RULES",
     "Ahead",
     "CombinedOptimizer",
+    "Horizon",
     "PredictionKind",
     "Move",
+    "PartialGradient",
     "Predictor",
     "Rule",
     "Scalar",
