@@ -163,8 +163,8 @@ class Backwards:
 
     needs_previous = True
 
-    def __init__(self, optimizer, program, k):
-        self.params = [p for group in optimizer.param_groups for p in group["params"]]
+    def __init__(self, context):
+        self.params = [p for group in context.optimizer.param_groups for p in group["params"]]
 
     def before_step(self, spare):
         self.before = [p.detach().clone() for p in self.params]

@@ -3,10 +3,12 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
 import pipeoptim as po
 from pipeoptim.methods import Method, copies, gap, registry
-from pipeoptim.weights import Latest, Stashed
+from pipeoptim.methods.average_predictors import SmoothedGradient
+from pipeoptim.weights import Latest, Predicted, Stashed
 
 DEPTH = 8
 
@@ -122,3 +124,26 @@ def test_tables_that_cannot_work_are_refused():
         Method("mine", order="gpipe", forward=Stashed(), backward=Latest(), summary="")
     with pytest.raises(po.ConfigError, match="depth is 8; set microbatches to 8"):
         po.METHODS["pipedream_2bw"].program(8, 4)
+
+
+def test_a_methods_own_predictor_is_told_what_it_works_for():
+    seen = []
+
+    def predictor(context):
+        seen.append(context)
+        return SmoothedGradient(context)
+
+    mine = Method("mine", "async_1f1b", Predicted(), Latest(), summary="for the test", predictor=predictor)
+    stages = [torch.nn.Linear(3, 3) for _ in range(3)]
+    optimizers = [torch.optim.SGD(stage.parameters(), lr=0.1) for stage in stages]
+    schedulers = [torch.optim.lr_scheduler.StepLR(optimizer, 5) for optimizer in optimizers]
+    pipe = po.Emulator(
+        stages, optimizers, torch.nn.functional.mse_loss, mine, 2, schedulers=schedulers, prediction="paper", monitor=1
+    )
+    assert [context.stage for context in seen] == [0, 1]  # the last stage predicts nothing
+    for k, context in enumerate(seen):
+        assert context.optimizer is optimizers[k] and context.scheduler is schedulers[k]
+        assert (context.program.depth, context.program.microbatches, context.kind) == (3, 2, "paper")
+    for _ in range(6):
+        pipe.step(torch.randn(4, 3), target=torch.randn(4, 3))
+    assert seen[0].monitor is not None and len(seen[0].monitor.figures()) == len(pipe.prediction_error(0)) == 1

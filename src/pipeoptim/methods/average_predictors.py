@@ -7,13 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
+from pipeoptim.methods.predictor_context import PredictorContext
 from pipeoptim.rules.checks import check_dense
-from pipeoptim.schedule import Program
 
 
-class Averages:
+class AveragePredictor:
     """Base: exponential averages per parameter, updated at each optimizer step, and a direction made of them.
 
     ``W_hat = W - steps * lr * direction``, lr that of the parameter's group at the time of the prediction.
@@ -22,8 +21,8 @@ class Averages:
     needs_previous: bool = False
     names: tuple[str, ...] = ()
 
-    def __init__(self, optimizer: Optimizer, program: Program, k: int) -> None:
-        self.optimizer, self.program, self.k = optimizer, program, k
+    def __init__(self, context: PredictorContext) -> None:
+        self.optimizer = context.optimizer
         params = self._params()
         self.state = {name: [torch.zeros_like(p, memory_format=torch.preserve_format) for p in params] for name in self.names}
 
@@ -71,7 +70,7 @@ class Averages:
                 own.copy_(saved)
 
 
-class SmoothedGradient(Averages):
+class SmoothedGradient(AveragePredictor):
     """SpecTrain: ``v = g v + (1 - g) grad``, direction v (arXiv 1809.02839; g = 0.9)."""
 
     names = ("v",)
@@ -84,7 +83,7 @@ class SmoothedGradient(Averages):
         return state["v"]
 
 
-class SmoothedAdam(Averages):
+class SmoothedAdam(AveragePredictor):
     """XPipe: Adam's form with constant bias divisors, ``(v / (1-g)) / (sqrt(m / (1-l)) + eps)`` (arXiv 1911.04610).
 
     Real and imaginary parts of complex weights move each on their own, as in torch's Adam.
@@ -105,7 +104,7 @@ class SmoothedAdam(Averages):
         return torch.view_as_complex(found) if state["v"].is_complex() else found
 
 
-class WeightDrift(Averages):
+class WeightDrift(AveragePredictor):
     """PipeMare T2: ``delta = g delta + (1 - g) (W_new - W_old)``; looks back: ``W - steps * delta``.
 
     ``g = decay ** (1 / tau)``, tau the stage's delay, so that all stages forget at the same pace measured in delays.
@@ -114,9 +113,9 @@ class WeightDrift(Averages):
     names = ("delta",)
     needs_previous = True
 
-    def __init__(self, optimizer: Optimizer, program: Program, k: int, decay: float) -> None:
-        super().__init__(optimizer, program, k)
-        self.gamma = decay ** (1 / max(1, program.steady_gap(k)))
+    def __init__(self, context: PredictorContext, decay: float) -> None:
+        super().__init__(context)
+        self.gamma = decay ** (1 / max(1, context.program.steady_gap(context.stage)))
         self._before: Sequence[Tensor] | None = None
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.methods.predictor_context import PredictorContext
+from pipeoptim.rules import Predictor
 from pipeoptim.schedule import INTERLEAVED, ORDERS, Program
 from pipeoptim.weights.sources import Source, Stashed
-
-if TYPE_CHECKING:
-    from torch.optim import Optimizer
-
-    from pipeoptim.weights.store import WeightPredictor
+from pipeoptim.weights.store import WeightPredictor
 
 
 @dataclass(frozen=True)
@@ -39,8 +37,8 @@ class Method:
         forward, backward: where the weights of F and B come from.
         summary: one line for tables.
         at_least_depth_microbatches: whether it is defined for M >= D only.
-        predictor: ``predictor(optimizer, program, k)`` makes what predicts weights; by default the update rule of the stage's
-            optimizer does.
+        predictor: ``predictor(context)`` makes what predicts the weights of a stage, from a :class:`PredictorContext`; by default
+            the update rule of the stage's optimizer does.
         lr_scale: factor on the learning rate of an update: ``lr_scale(program, k, version)``; None for 1.
         synchronous_updates: how many updates at the start of training run with a drain after each.
         optimizer: the optimizer that belongs to the method, if one does.
@@ -62,7 +60,7 @@ class Method:
     backward: Source
     summary: str
     at_least_depth_microbatches: bool = False
-    predictor: Callable[[Optimizer, Program, int], WeightPredictor] | None = None
+    predictor: Callable[[PredictorContext], WeightPredictor] | None = None
     lr_scale: Callable[[Program, int, int], float] | None = None
     synchronous_updates: int = 0
     optimizer: OwnOptimizer | None = None
@@ -79,6 +77,18 @@ class Method:
     def predicts(self) -> bool:
         """Whether any of its weights are predicted."""
         return self.forward.predicts or self.backward.predicts
+
+    def make_predictor(self, context: PredictorContext) -> WeightPredictor:
+        """What predicts the weights of one stage: the method's own predictor, else the rule of the stage's optimizer."""
+        if self.predictor is not None:
+            return self.predictor(context)
+        return Predictor(
+            context.optimizer,
+            kind=context.kind,
+            scheduler=context.scheduler,
+            fused=context.fused,
+            shards=context.shards,
+        )
 
     def program(self, depth: int, microbatches: int, processes: int | None = None, overlap: bool = False) -> Program:
         """The action program for a pipeline of ``depth`` stages.

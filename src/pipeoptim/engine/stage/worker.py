@@ -43,9 +43,8 @@ from pipeoptim.engine.stage.tied_weights import Tied, TiedWeight, TieOnStage
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
-from pipeoptim.methods import Method
+from pipeoptim.methods import Method, PredictorContext
 from pipeoptim.options import DEFAULTS, PipelineOptions
-from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
 from pipeoptim.weights import Latest, SavedWeights, StageWeights, Stashed, WeightSet
 from pipeoptim.weights.store import WeightPredictor
@@ -107,16 +106,17 @@ class StageWorker:
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.is_last = k == program.depth - 1
-        self.predictor: WeightPredictor | None = None
-        if optimizer is not None and method.predicts_on(program, k):
-            own, parts, fused = method.predictor, reduction.shards, kernel_choice(ties)
-            self.predictor = (
-                own(optimizer, program, k)
-                if own
-                else Predictor(optimizer, kind=options.prediction, scheduler=scheduler, fused=fused, shards=parts)
-            )
-        self._optimizer_step = step_function(optimizer, method, program, self.predictor, reduction, ties)
         held, params = ([reduction.shards.get(p, p) for p in tensors] for tensors in (held, params))
+        self.predictor: WeightPredictor | None = None
+        self.monitor: PredictionMonitor | None = None
+        if optimizer is not None and method.predicts_on(program, k):
+            if options.monitor and method.forward.predicts:
+                every = None if options.monitor is True else options.monitor
+                self.monitor = PredictionMonitor(split_by_group(optimizer, params), k, every)
+            fused, shards = kernel_choice(ties), reduction.shards
+            context = PredictorContext(optimizer, program, k, scheduler, options.prediction, fused, shards, self.monitor)
+            self.predictor = method.make_predictor(context)
+        self._optimizer_step = step_function(optimizer, method, program, self.predictor, reduction, ties)
         self.master_weights = MasterWeights(held, params)
         if self.predictor is not None and self.master_weights.pairs:
             self.predictor = MasterWeightPredictor(self.predictor, held)
@@ -140,11 +140,6 @@ class StageWorker:
             self.clipper = Clipper(options.clip, held, program, norms, reduction.whole_norm, twice)
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
-        self.monitor: PredictionMonitor | None = None
-        if options.monitor and optimizer is not None and self.predictor is not None and method.forward.predicts:
-            self.monitor = PredictionMonitor(
-                split_by_group(optimizer, params), k, None if options.monitor is True else options.monitor
-            )
         self.compressor = Compressor(options.compress, program.microbatches)
         self._announced = False  # the backwards of an update are done and the update is not carried out yet
         self._own = False  # and its gradients are final but for tied weights and clipping
