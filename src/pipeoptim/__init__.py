@@ -14,10 +14,12 @@ from pipeoptim.version import __version__
 if TYPE_CHECKING:
     from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
     from pipeoptim.engine import (
+        Along,
         Clip,
         Compression,
         Emulator,
         InterleavedSchedule,
+        MicroBatches,
         PredictionError,
         Schedule,
         Trace,
@@ -34,12 +36,14 @@ if TYPE_CHECKING:
 
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
+    "Along": "pipeoptim.engine",
     "Clip": "pipeoptim.engine",
     "CombinedOptimizer": "pipeoptim.rules",
     "Compression": "pipeoptim.engine",
     "Emulator": "pipeoptim.engine",
     "InterleavedSchedule": "pipeoptim.engine",
     "METHODS": "pipeoptim.methods",
+    "MicroBatches": "pipeoptim.engine",
     "Method": "pipeoptim.methods",
     "Trace": "pipeoptim.engine",
     "merge_trace": "pipeoptim.telemetry.trace",
@@ -68,6 +72,7 @@ _LAZY = {
 
 __all__ = [
     "METHODS",
+    "Along",
     "Clip",
     "CombinedOptimizer",
     "Compression",
@@ -75,6 +80,7 @@ __all__ = [
     "Emulator",
     "InterleavedSchedule",
     "Method",
+    "MicroBatches",
     "Partition",
     "PipeOptimError",
     "PipelineOptions",

@@ -3,7 +3,7 @@
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
 from pipeoptim.engine.interleaved import InterleavedSchedule
-from pipeoptim.engine.microbatches import Whole
+from pipeoptim.engine.marks import Along, MicroBatches, Whole
 from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.engine.stage.losses import add_loss, collect_losses
 from pipeoptim.engine.stage.master_weights import master_weights
@@ -13,10 +13,12 @@ from pipeoptim.engine.trace import Trace
 from pipeoptim.engine.transport.compression import Compression
 
 __all__ = [
+    "Along",
     "Clip",
     "Compression",
     "Emulator",
     "InterleavedSchedule",
+    "MicroBatches",
     "PredictionError",
     "PredictionWarning",
     "Schedule",

@@ -293,6 +293,9 @@ class Schedule(Pipeline):
             self._failed = True
             cause = str(error) if self._heartbeat is None else self._heartbeat.cause(f"{error} [seen by stage {self.k}]")
             raise StageFailure(cause) from error
+        except BaseException:
+            self._failed = True  # this stage stopped midway, so close() must not wait for the others to finish with it
+            raise
 
     def _meet(self, tie: Tied, sums: AllReducedGradients) -> None:
         """Find the other holders of a tied weight, who must move it alike."""

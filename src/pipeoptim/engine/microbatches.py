@@ -2,33 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils._pytree import tree_flatten
 
+from pipeoptim.engine.splitting import Rows, as_fed, split
 from pipeoptim.errors import ConfigError
 from pipeoptim.options import LossWeight
 
 StageKwargs = Mapping[int, Mapping[str, Any]]
-
-
-@dataclass(frozen=True)
-class Whole:
-    """Marks an input that every micro-batch gets as it is, instead of a slice of it: a table, an attention mask of (T, T).
-
-    Args:
-        value: anything; the module sees it without the mark.
-
-    Example:
-        >>> import torch, pipeoptim as po
-        >>> mask = torch.ones(6, 6).tril()
-        >>> stage_kwargs = {1: {"mask": po.Whole(mask)}}  # pipe.step(x, target=y, stage_kwargs=stage_kwargs)
-    """
-
-    value: Any
 
 
 class RowShare(NamedTuple):
@@ -82,26 +68,65 @@ class BatchSplitter:
     uneven: bool = False
     loss_weight: LossWeight | None = None
 
-    def cut(self, what: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[MicroBatch]:
-        """The micro-batches of a mini-batch.
+    def cut(self, where: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[MicroBatch]:
+        """The micro-batches of a mini-batch; messages end the names of what was given with ``where``.
 
         Raises:
-            ConfigError: a tensor has no dimension 0, all have no rows, or they cannot be cut alike.
+            ConfigError: something cannot be split, there are no rows, or inputs and target have different numbers of them.
         """
-        _check_rows(what, (args, kwargs.get(0)))
+        _check_rows(where, (args, kwargs.get(0)))
         if self.m == 1 and self.loss_weight is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
             return [MicroBatch(args, kwargs, target, NO_ROWS, NO_ROWS, None)]
-        inputs = split((args, kwargs), self.m, what, self.uneven)
-        targets = split(target, self.m, f"target of {what}", self.uneven)
-        parts = _row_shares((args, kwargs), self.m, what)
-        wanted = _row_shares(target, self.m, f"target of {what}") if self.uneven else [NO_ROWS] * self.m
-        weights = self._weights(targets)
-        return [MicroBatch(*i, *rest) for i, *rest in zip(inputs, targets, parts, wanted, weights, strict=True)]
+        inputs = {f"input {n}{where}": value for n, value in enumerate(args)}
+        for k, own in kwargs.items():
+            inputs |= {f"keyword {name!r} of stage {k}": value for name, value in own.items()}
+        columns, rows = self._columns(inputs)
+        if rows and not any(rows):
+            raise ConfigError(_no_rows(where))
+        targets, target_rows = self._columns({f"the target{where}": target})
+        _check_alike(rows, target_rows)
+        return self._assembled(len(args), kwargs, columns, targets[0], rows, target_rows)
 
-    def _weights(self, targets: list[Any]) -> Sequence[float | None]:
+    def _columns(self, named: dict[str, Any]) -> tuple[list[Sequence[Any]], Rows]:
+        """For each of the named values what the micro-batches get of it, and how many rows each of them has."""
+        if self.m == 1:
+            return [[as_fed(name, value)] for name, value in named.items()], ()
+        found = {name: split(name, value, self.m) for name, value in named.items()}
+        sizes = {rows: name for name, slices in reversed(found.items()) for rows in reversed(slices.rows)}
+        if len(sizes) > 1:
+            raise ConfigError(_disagreement(sizes))
+        rows, name = next(iter(sizes.items()), ((), ""))
+        if len(set(rows)) > 1 and not self.uneven:
+            raise ConfigError(
+                f"{name} has a batch of {sum(rows)}, which cannot be split into {self.m} equal micro-batches; use a batch size that "
+                f"is a multiple of {self.m}, other microbatches, or uneven=True"
+            )
+        return [slices.values for slices in found.values()], rows
+
+    def _assembled(
+        self,
+        args: int,
+        kwargs: dict[int, dict[str, Any]],
+        columns: list[Sequence[Any]],
+        targets: Sequence[Any],
+        rows: Rows,
+        target_rows: Rows,
+    ) -> list[MicroBatch]:
+        weights = self._weights(targets, target_rows)
+        made = []
+        for i in range(self.m):
+            values = iter([column[i] for column in columns])
+            positional = tuple(itertools.islice(values, args))
+            keywords = {k: dict(zip(own, values, strict=False)) for k, own in kwargs.items()}
+            own, theirs = (RowShare(found[i], sum(found)) if found else NO_ROWS for found in (rows, target_rows))
+            made.append(MicroBatch(positional, keywords, targets[i], own, theirs, weights[i]))
+        return made
+
+    def _weights(self, targets: Sequence[Any], rows: Rows) -> Sequence[float | None]:
         if self.loss_weight is None or all(target is None for target in targets):  # no target here: not the last stage
             return [None] * self.m
-        weights = [float(self.loss_weight(target)) for target in targets]
+        # an empty list has no entries to count, and a function of the user's need not expect one
+        weights = [float(self.loss_weight(target)) if not rows or rows[i] else 0.0 for i, target in enumerate(targets)]
         total = sum(weights)
         if not total > 0 or min(weights) < 0:
             raise ConfigError(
@@ -109,39 +134,63 @@ class BatchSplitter:
             )
         return [weight / total for weight in weights]
 
-    def share(self, micro_batch: MicroBatch, row_share: RowShare) -> float | None:
+    def share(self, micro_batch: MicroBatch, row_share: RowShare, of_target: bool) -> float | None:
         """The share of the loss with which ``micro_batch`` counts, ``row_share`` of the inputs of stage 0; None for exactly 1/M.
 
-        Raises:
-            ConfigError: the target was split in other shares than the inputs.
-        """
-        if micro_batch.loss_share is not None:
-            return micro_batch.loss_share
-        theirs = micro_batch.target_share
-        if theirs.of and theirs.rows * row_share.of != row_share.rows * theirs.of:
-            raise ConfigError(
-                f"a micro-batch has {row_share.rows} of the {row_share.of} rows of the input, but {theirs.rows} of "
-                f"{theirs.of} of the target; give a target with one row for each row of the input"
-            )
-        return self.rows_share(row_share)
+        ``of_target``: on the last stage, which counts by what the user's function says of the target.
 
-    def rows_share(self, row_share: RowShare) -> float | None:
-        """The share of the rows; None for exactly 1/M."""
+        Raises:
+            ConfigError: what was given to this stage has other rows than the inputs, whose number has only now come here.
+        """
+        own = (("keywords", micro_batch.row_share), ("target", micro_batch.target_share))
+        for name, theirs in own if row_share.of else ():
+            if theirs != row_share and theirs.of:
+                raise ConfigError(_row_mismatch(name, theirs, row_share))
+        if of_target and micro_batch.loss_share is not None:
+            return micro_batch.loss_share
         return None if row_share.of == row_share.rows * self.m else row_share.rows / row_share.of
 
 
 def _plain(values: Sequence[Any]) -> bool:
-    """Whether all are tensors or None, so that none is or holds a :class:`Whole`."""
+    """Whether all are tensors or None, so that none is or holds a mark or an array."""
     return all(value is None or isinstance(value, Tensor) for value in values)
 
 
-def _check_rows(what: str, inputs: Any) -> None:
+def _check_rows(where: str, inputs: Any) -> None:
     """``inputs``: those of stage 0."""
     batches = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
     if batches and not any(leaf.shape[0] for leaf in batches):
-        raise ConfigError(
-            f"{what} have no rows, so their mean loss would be NaN; leave out such a mini-batch, on all processes"
-        )
+        raise ConfigError(_no_rows(where))
+
+
+def _no_rows(where: str) -> str:
+    return f"the inputs{where} have no rows, so their mean loss would be NaN; leave out such a mini-batch, on all processes"
+
+
+def _check_alike(rows: Rows, target_rows: Rows) -> None:
+    """Of the inputs and of the target, where both are in this process: before anything is computed."""
+    for own, theirs in zip(rows, target_rows, strict=False):
+        if own != theirs:
+            raise ConfigError(_row_mismatch("target", RowShare(theirs, sum(target_rows)), RowShare(own, sum(rows))))
+
+
+def _row_mismatch(name: str, theirs: RowShare, own: RowShare) -> str:
+    return (
+        f"a micro-batch has {own.rows} of the {own.of} rows of the input, but {theirs.rows} of {theirs.of} of the {name}; give the {name} "
+        "one row for each row of the input (of a list, each entry is a row), and flatten it, if need be, in loss_fn or in the module"
+    )
+
+
+def _disagreement(sizes: dict[Rows, str]) -> str:
+    names = list(dict.fromkeys(reversed(sizes.values())))
+    counts = [str(sum(rows)) for rows in reversed(sizes)]
+    if len(set(counts)) < len(counts):  # equally many, cut at different places
+        counts = ["+".join(map(str, rows)) for rows in reversed(sizes)]
+    return (
+        f"values in {' and '.join(names)} have {' and '.join(counts)} rows, so their slices would not belong together (of a list, each "
+        "entry is a row); wrap what all micro-batches shall get in pipeoptim.Whole, what has another batch dimension in "
+        "pipeoptim.Along, and give a tuple or a dict where a list only holds several inputs"
+    )
 
 
 def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: StageKwargs | None) -> dict[int, dict[str, Any]]:
@@ -167,47 +216,3 @@ def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: Stage
 
 def _short(value: Any) -> str:
     return f"a {type(value).__name__}" if not isinstance(value, Mapping) else "a dict with other values than dicts"
-
-
-def split(tree: Any, m: int, what: str, uneven: bool = False) -> list[Any]:
-    """``m`` slices of every tensor in ``tree`` along dimension 0; other values, and what is marked as whole, are repeated.
-
-    Raises:
-        ConfigError: a tensor has no dimension 0, or its length is not a multiple of ``m`` and they may not be uneven.
-    """
-    leaves, spec = tree_flatten(tree)
-    if m == 1 and not any(type(leaf) is Whole for leaf in leaves):
-        return [tree]
-    columns = [_slices(leaf, m, what, uneven) for leaf in leaves]
-    return [tree_unflatten([column[i] for column in columns], spec) for i in range(m)]
-
-
-def _slices(leaf: Any, m: int, what: str, uneven: bool) -> Sequence[Any]:
-    if isinstance(leaf, Whole):
-        return [leaf.value] * m
-    if m == 1 or not isinstance(leaf, Tensor):
-        return [leaf] * m
-    if leaf.dim() == 0:
-        raise ConfigError(
-            f"a tensor in {what} has no batch dimension; it cannot be split into {m} micro-batches. "
-            "Wrap it in pipeoptim.Whole if all of them shall get it"
-        )
-    rows = leaf.shape[0]
-    if rows % m and not uneven:
-        raise ConfigError(
-            f"the batch of {rows} in {what} cannot be split into {m} equal micro-batches; use a batch size that is a multiple "
-            f"of {m}, other microbatches, or uneven=True"
-        )
-    return leaf.tensor_split(m) if rows else [leaf] * m
-
-
-def _row_shares(tree: Any, m: int, what: str) -> list[RowShare]:
-    """The part that each micro-batch is, from the tensors' common number of rows."""
-    sizes = {leaf.shape[0] for leaf in tree_flatten(tree)[0] if isinstance(leaf, Tensor) and leaf.dim()} if m > 1 else set()
-    if len(sizes) > 1:
-        raise ConfigError(
-            f"tensors in {what} have {' and '.join(map(str, sorted(sizes)))} rows, so their slices would not belong together; "
-            "wrap what all micro-batches shall get whole in pipeoptim.Whole"
-        )
-    rows = sizes.pop() if sizes else 0
-    return [RowShare((rows + m - 1 - i) // m, rows) for i in range(m)]

@@ -219,7 +219,7 @@ class Pipeline:
             raise ConfigError(f"{here} was given {len(args)} inputs; only {self._place} 0 takes them, use keywords for others")
         every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
         mine = {k: own for k, own in every.items() if k in self._workers and own}
-        return splitter.cut("the inputs" if self.ranks is None else f"the inputs of {here}", args, mine, target)
+        return splitter.cut("" if self.ranks is None else f" of {here}", args, mine, target)
 
     def _synchronous(self) -> bool:
         """Whether training is still in the part that the method wants synchronous; the same on every stage."""

@@ -8,9 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map, tree_map_with_path
+from torch.utils._pytree import keystr, tree_leaves, tree_leaves_with_path, tree_map_with_path
 
-from pipeoptim.engine.microbatches import Whole
+from pipeoptim.engine.splitting import as_fed, split
 from pipeoptim.partitioning.absent_tensor import AbsentTensor
 
 _FORM = "form of a tensor"
@@ -44,23 +44,27 @@ def bound(parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any])
     return rest, {**{name: False for name in _OFF if name in plain}, **named}
 
 
-def whole(tree: Any) -> Any:
-    """A mini-batch as the model takes it: without the mark of what all micro-batches get whole."""
-    return tree_map(lambda leaf: leaf.value if isinstance(leaf, Whole) else leaf, tree)
+def whole(inputs: Inputs) -> Inputs:
+    """A mini-batch as the model takes it: without the marks that say how it is split."""
+    return microbatch(inputs, 1)
 
 
-def microbatch(tree: Any, m: int) -> Any:
-    """The first of the ``m`` micro-batches of a mini-batch; no other is larger.
+def microbatch(inputs: Inputs, m: int) -> Inputs:
+    """The first of the ``m`` micro-batches of a mini-batch, split as the engine does; no other is larger.
 
-    >>> microbatch([torch.arange(5), Whole(torch.arange(5)), 7], 2)
-    [tensor([0, 1, 2]), tensor([0, 1, 2, 3, 4]), 7]
+    >>> from pipeoptim.engine.marks import Whole
+    >>> microbatch(([torch.arange(5), Whole(torch.arange(5)), 7], {}), 2)
+    ([tensor([0, 1, 2]), tensor([0, 1, 2, 3, 4]), 7], {})
     """
 
-    def first(leaf: Any) -> Any:
-        cut = m > 1 and isinstance(leaf, Tensor) and leaf.dim() > 0 and len(leaf) > 0
-        return leaf.tensor_split(m)[0] if cut else leaf
+    def first(name: str, value: Any) -> Any:
+        return split(name, value, m).values[0] if m > 1 else as_fed(name, value)
 
-    return whole(tree_map(first, tree))
+    args, kwargs = inputs
+    return (
+        [first(f"sample_args[{n}]", value) for n, value in enumerate(args)],
+        {name: first(f"sample_kwargs[{name!r}]", value) for name, value in kwargs.items()},
+    )
 
 
 def tensor_names(inputs: Inputs) -> list[str]:

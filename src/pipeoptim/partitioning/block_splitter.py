@@ -51,7 +51,7 @@ class BlockSplitter:
     def __init__(self, model: nn.Module | Sequence[nn.Module], args: tuple[Any, ...], microbatches: int = 1) -> None:
         container: Any = model
         self.model, self.m, self.measurable = container, microbatches, bool(args)
-        self._microbatch = microbatch(args, microbatches)
+        self._microbatch = tuple(microbatch((list(args), {}), microbatches)[0])
         self.blocks: list[nn.Module] = [container[i] for i in range(len(container))]
         self.names = [f"{n} {type(block).__name__}" for n, block in enumerate(self.blocks)]
 

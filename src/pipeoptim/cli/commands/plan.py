@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -156,11 +157,11 @@ def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]
     import torch
     from torch.utils._pytree import tree_map_only
 
-    from pipeoptim.engine.microbatches import Whole
+    from pipeoptim.engine.marks import MARKS
 
     try:
         to_device = partial(tree_map_only, torch.Tensor, lambda t: t.to(device))
-        marked = tree_map_only(Whole, lambda mark: Whole(to_device(mark.value)), (args, kwargs))
+        marked = tree_map_only(MARKS, lambda mark: replace(mark, value=to_device(mark.value)), (args, kwargs))
         return model.to(device), *to_device(marked)
     except (RuntimeError, AssertionError) as error:
         raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error

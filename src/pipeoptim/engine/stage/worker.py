@@ -192,7 +192,7 @@ class StageWorker:
         if row_share.empty:
             self.skip(i)
             return None, 0.0
-        share = splitter.share(micro_batch, row_share) if self.is_last else splitter.rows_share(row_share)
+        share = splitter.share(micro_batch, row_share, self.is_last)
         return self.forward(i, args, micro_batch.kwargs.get(self.k, {}), micro_batch.target, share), share
 
     def skip(self, i: int) -> None:
