@@ -80,6 +80,8 @@ class StageWeights:
     Attributes:
         version: updates applied since the stage was made.
         restart: the version at the last (re)start; micro-batches are counted from there.
+        most_copies: the largest number of copies that was needed at once. It decides whether an update may step and predict in
+            one pass, which rounds differently from two, so a resumed run must know it to continue bit for bit.
     """
 
     def __init__(self, params: Sequence[Tensor], program: Program, k: int, predictor: WeightPredictor | None) -> None:
@@ -96,7 +98,7 @@ class StageWeights:
         self._retained: dict[int, WeightSet] = {}
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
-        self._most = 0  # copies that were needed at once
+        self.most_copies = 0
         self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_each
 
     def latest(self) -> WeightSet:
@@ -174,13 +176,13 @@ class StageWeights:
         if self.predictor is None:
             step()
         elif not (ahead and self._update_and_predict(ahead)):
-            if self.predictor.needs_previous and not self._free:
-                self._free.append(self._new())
+            if self.predictor.needs_previous:
+                self._free.append(self._take())
             self.predictor.before_step(self._free[-1].tensors if self._free else None)
             step()
 
     def _update_and_predict(self, ahead: int) -> bool:
-        room = len(self._copies) - len(self._free) < self._most  # or it would be one copy more than ever needed
+        room = len(self._copies) - len(self._free) < self.most_copies  # or it would be one copy more than ever needed
         if not room or self._fusing is None or not self._fusing.fuses:
             return False
         copy = self._predicted_over_gradients(self._fusing, ahead)
@@ -237,12 +239,14 @@ class StageWeights:
         return weight_set
 
     def _take(self) -> BufferSet:
-        return self._free.pop() if self._free else self._new()
-
-    def _new(self) -> BufferSet:
-        self._copies.append(self.layout.copy())
-        self._most = max(self._most, len(self._copies))
-        return self._copies[-1]
+        if not self._free:
+            copy = self.layout.copy()
+            self._copies.append(copy)
+        else:
+            copy = self._free.pop()
+        # Counted by those in use, not by those allocated: a run that goes back to an earlier checkpoint has copies left over.
+        self.most_copies = max(self.most_copies, len(self._copies) - len(self._free))
+        return copy
 
     def _forget(self, weight_set: WeightSet) -> None:
         del self._sets[weight_set.key]

@@ -16,6 +16,7 @@ def state_of(stage: StageWorker) -> dict[str, Any]:
         "scheduler": None if stage.scheduler is None else stage.scheduler.state_dict(),
         "random": stage.random.state_dict(),
         "version": stage.weights.version,
+        "most_copies": stage.weights.most_copies,
         "predictor": None if stage.predictor is None else stage.predictor.state_dict(),
     }
     if stage.master_weights.pairs:
@@ -40,6 +41,7 @@ def restore(stage: StageWorker, state: dict[str, Any]) -> None:
         stage.scheduler.load_state_dict(state["scheduler"])
     stage.random.load_state_dict(state["random"])
     stage.weights.version = state["version"]
+    stage.weights.most_copies = state.get("most_copies", stage.weights.most_copies)
     if stage.predictor is not None and state["predictor"] is not None:
         stage.predictor.load_state_dict(state["predictor"])
     stage.master_weights.load_state_dict(state.get("masters"))
