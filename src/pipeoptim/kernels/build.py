@@ -1,7 +1,10 @@
-"""Compiles the C sources into a shared library, once per machine, compiler and source, in a cache directory.
+"""Keeps what is compiled on this machine: a library per machine, compiler and source, in a cache directory that is safe.
 
 The name of the library is a hash of everything it depends on, the processor's features included: a home directory that
 several kinds of machines share gets one library for each. Processes that build at the same time wait for one another.
+
+A library is code that this process will run. It is taken from a folder only if nobody else could have put it there: folder and
+file belong to this user and nobody else may write to them. Where no such place exists, it is built in a fresh private folder.
 """
 
 from __future__ import annotations
@@ -11,89 +14,106 @@ import hashlib
 import os
 import platform
 import shutil
-import subprocess
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
-SOURCES = Path(__file__).parent
-FLAGS = ("-std=gnu11", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fPIC", "-shared")
-BEST_FIRST = (("-march=native", "-fopenmp"), ("-march=native",), ())
-"""Extra flags, in the order in which they are tried: not every compiler knows all of them."""
-
-TIMEOUT = 120.0
+from pipeoptim.kernels.compiler import BEST_FIRST, FLAGS, SOURCES, BuildError, compile_native, find_compiler
 
 
-class BuildError(Exception):
-    """No library could be made; the text says why, `remedy` what to do."""
-
-    def __init__(self, why: str, remedy: str) -> None:
-        super().__init__(" ".join(why.split()))
-        self.remedy = remedy
-
-
-def library_path() -> Path:
-    """The compiled library, built now if need be.
+@contextmanager
+def built_library() -> Iterator[Path]:
+    """The library for this machine, compiled now if need be; to be loaded before the block ends.
 
     Raises:
         BuildError: no compiler, or it failed, or there is no place to write to.
     """
-    compiler = _compiler()
+    compiler = find_compiler()
     name = f"optim-{_key(compiler)}.so"
-    last = "no directory to write to"
-    for folder in _folders():
-        path = folder / name
+    for folder in cache_folders():
         try:
-            if path.is_file():
-                return path
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            _only_ours(folder)
-            with _locked(folder / f"{name}.lock"):
-                if not path.is_file():  # nobody else made it while we waited
-                    _compile(compiler, path)
-            return path
-        except OSError as error:
-            last = str(error)
-    raise BuildError(f"there is nowhere to keep them ({last})", "let PIPEOPTIM_CACHE name a directory that is yours alone")
-
-
-def _compile(compiler: str, path: Path) -> None:
-    said = ""
-    for extra in BEST_FIRST:
-        handle, part = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
-        os.close(handle)
-        try:
-            said = _said([compiler, *FLAGS, *extra, str(SOURCES / "optim.c"), "-o", part, "-lm"])
-            if not said:
-                os.replace(part, path)  # readers see all of it or nothing
-                return
-        finally:
-            Path(part).unlink(missing_ok=True)
-    raise BuildError(f"{compiler} failed: {said}", "install gcc or clang, or let CC name another C compiler")
-
-
-def _said(command: list[str]) -> str:
-    """The line that says why the command failed; empty if it did not."""
+            path = _cached(compiler, folder, name)
+        except OSError:
+            continue
+        yield path
+        return
     try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TIMEOUT)
-    except subprocess.TimeoutExpired:
-        return f"no answer within {TIMEOUT:g} s"
-    except OSError as error:  # found, but not a program of this machine
-        return str(error)
-    lines = done.stderr.strip().splitlines()
-    telling = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
-    return telling[0].strip() if done.returncode else ""
+        private = Path(tempfile.mkdtemp(prefix="pipeoptim-"))  # a new one, with a name that nobody could guess, mode 0700
+    except OSError as error:
+        raise BuildError(
+            f"there is nowhere to keep them ({error})", "let PIPEOPTIM_CACHE name a directory that is yours alone"
+        ) from error
+    try:
+        compile_native(compiler, private / name)
+        yield private / name
+    finally:
+        shutil.rmtree(private, ignore_errors=True)
 
 
-def _compiler() -> str:
-    chosen = os.environ.get("CC")
-    for name in filter(None, (chosen, "cc", "gcc", "clang")):
-        found = shutil.which(name)
-        if found:
-            return found
-    named = f", nor the {chosen!r} that CC names" if chosen else ""
-    raise BuildError(f"no C compiler is found (cc, gcc or clang{named})", "install gcc or clang, or let CC name a C compiler")
+def cache_folders() -> Iterator[Path]:
+    """Where libraries may be kept, best first; the temporary directory if there is no home to write to."""
+    chosen = os.environ.get("PIPEOPTIM_CACHE")
+    if chosen:
+        yield Path(chosen)
+        return
+    cache = os.environ.get("XDG_CACHE_HOME")
+    with suppress(RuntimeError):  # no home directory
+        yield (Path(cache) if cache else Path.home() / ".cache") / "pipeoptim"
+    yield Path(tempfile.gettempdir()) / f"pipeoptim-{os.geteuid()}"
+
+
+def check_folder(folder: Path) -> None:
+    """Raises PermissionError where somebody else could put a file into ``folder``, or another folder in its place."""
+    if folder.is_symlink():  # one of our own may lead to another disk
+        _check_owner(folder, folder.lstat())
+    real = folder.resolve(strict=True)
+    info = real.stat()
+    if not stat.S_ISDIR(info.st_mode):
+        raise NotADirectoryError(f"{folder} is no directory")
+    _check_owner(folder, info)
+    _check_mode(folder, info)
+    for parent in real.parents:
+        mode = parent.stat().st_mode
+        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # with the sticky bit others cannot rename what is ours
+            raise PermissionError(f"{parent} can be written by everybody, so {folder} could be replaced by another one")
+
+
+def _check_file(path: Path) -> None:
+    info = path.lstat()
+    if not stat.S_ISREG(info.st_mode):
+        raise PermissionError(f"{path} is no file of its own")
+    _check_owner(path, info)
+    _check_mode(path, info)
+
+
+def _check_owner(path: Path, info: os.stat_result) -> None:
+    if info.st_uid != os.geteuid():
+        raise PermissionError(f"{path} belongs to user {info.st_uid}, so a library from there is not safe to run")
+
+
+def _check_mode(path: Path, info: os.stat_result) -> None:
+    if info.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise PermissionError(f"{path} can be written by others, so a library from there is not safe to run")
+
+
+def _cached(compiler: str, folder: Path, name: str) -> Path:
+    """The library of that name in ``folder``, compiled if it is not there yet.
+
+    Raises:
+        OSError: ``folder`` cannot be written to, or others can.
+        BuildError: the compiler failed.
+    """
+    path = folder / name
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    check_folder(folder)
+    if not os.path.lexists(path):
+        with _locked(folder / f"{name}.lock"):
+            if not os.path.lexists(path):  # nobody else made it while we waited
+                compile_native(compiler, path)
+    _check_file(path)
+    return path
 
 
 def _key(compiler: str) -> str:
@@ -113,28 +133,12 @@ def _cpu() -> str:
     return "\n".join(sorted({line for line in lines if line.startswith(wanted)}))
 
 
-def _folders() -> Iterator[Path]:
-    """Where libraries may be kept, best first; the temporary directory if there is no home to write to."""
-    chosen = os.environ.get("PIPEOPTIM_CACHE")
-    if chosen:
-        yield Path(chosen)
-        return
-    cache = os.environ.get("XDG_CACHE_HOME")
-    with suppress(RuntimeError):  # no home directory
-        yield (Path(cache) if cache else Path.home() / ".cache") / "pipeoptim"
-    yield Path(tempfile.gettempdir()) / f"pipeoptim-{os.getuid()}"
-
-
-def _only_ours(folder: Path) -> None:
-    """A library is code that this process runs: nobody else may be able to put one there."""
-    info = folder.stat()
-    if info.st_uid != os.getuid() or info.st_mode & 0o022:
-        raise PermissionError(f"{folder} can be written by others, so a library from there is not safe to run")
-
-
 @contextmanager
 def _locked(path: Path) -> Iterator[None]:
     """Hold an exclusive lock on ``path``; the system gives it back if the process dies."""
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield
+    finally:
+        os.close(descriptor)

@@ -158,7 +158,7 @@ class MultiTensorStep:
         """
         tables = [_factors(how) for how in hows]  # memory that recipes point into
         packed = b"".join([hows[n].packed(self._into, ctypes.addressof(table)) for n, table in enumerate(tables)])
-        entry = getattr(library(), f"pipeoptim_{self._entry}")
+        entry = getattr(library(), self._entry)
         jobs = self._count, self._places, self._pack_grads.pack(*grads), self._pack_which.pack(*which)
         _done(entry(*jobs, packed, torch.get_num_threads()), self._count)
 
@@ -172,7 +172,7 @@ class StepCounters:
 
     def add(self, by: float) -> list[float]:
         """Add to each, and say what they are now: 0 where there is none."""
-        library().pipeoptim_count(len(self._now), self._addresses, by, self._now)
+        library().count(len(self._now), self._addresses, by, self._now)
         return self._now[:]
 
 
@@ -193,7 +193,7 @@ class CachePrefetch:
         self._count, self._lines = len(lines), Struct(f"@{len(lines)}P").pack(*lines)
 
     def __call__(self) -> None:
-        library().pipeoptim_fetch(self._count, self._lines)
+        library().fetch(self._count, self._lines)
 
 
 _LINE, _HEAD = 64, 16  # bytes of a cache line; what the garbage collector has before an object
@@ -226,7 +226,7 @@ def run_moves(jobs: Sequence[KernelMove]) -> None:
         packed.append(layout.MOVE.pack(w.numel(), w.data_ptr(), out.data_ptr(), address, len(own), into, lose, 0.0))
         address += len(own) * layout.TERM.size
     if jobs:
-        _done(library().pipeoptim_move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
+        _done(library().move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
 
 
 def copy_tensors(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:

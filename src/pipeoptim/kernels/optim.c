@@ -12,6 +12,14 @@
 #define LARGE_CHUNK 262144 /* for much work: a stream of memory that goes on is fetched ahead, one that begins is not */
 #define INLINE static inline __attribute__((always_inline))
 
+/* A portable library holds these functions once per kind of processor, under names that end with it. */
+#ifndef VARIANT
+#define VARIANT native
+#endif
+#define JOINED(name, variant) pipeoptim_##name##_##variant
+#define JOIN(name, variant) JOINED(name, variant)
+#define ENTRY(name) JOIN(name, VARIANT)
+
 /* How a prediction is written: into a buffer, which the caches keep or not, or over the gradient it was made from. What has just
  * been read goes back to memory beside the next reads, so this is the fastest, though it is as many passes. */
 enum into { CACHED = 0, STREAMED = 1, OVER_GRADIENT = 2 };
@@ -223,7 +231,7 @@ static void move_range(const struct move *job, int64_t i, int64_t end) {
 
 /* which: of each job the number of its `how`. */
 #define STEPS(name)                                                                                                           \
-    int pipeoptim_##name(int64_t count, const struct name##_place *places, const float *const *grads, const int32_t *which,   \
+    int ENTRY(name)(int64_t count, const struct name##_place *places, const float *const *grads, const int32_t *which,   \
                          const struct name##_how *hows, int32_t threads) {                                                    \
         ALL(count, places, threads, name##_range(places + j, grads[j], hows + which[j], i, end));                             \
     }
@@ -231,17 +239,17 @@ static void move_range(const struct move *job, int64_t i, int64_t end) {
 STEPS(adam)
 STEPS(sgd)
 
-int pipeoptim_move(int64_t count, const struct move *jobs, int32_t threads) {
+int ENTRY(move)(int64_t count, const struct move *jobs, int32_t threads) {
     ALL(count, jobs, threads, move_range(jobs + j, i, end));
 }
 
 /* Add to counts of steps, one number each, and say what they are now; a count that is NULL stays 0. */
-void pipeoptim_count(int64_t count, float *const *steps, float by, float *now) {
+void ENTRY(count)(int64_t count, float *const *steps, float by, float *now) {
     for (int64_t j = 0; j < count; j++) now[j] = steps[j] ? (*steps[j] += by) : 0;
 }
 
 /* Bring what lies at these addresses into the caches, all at once; an address where nothing lies any more does no harm. */
-void pipeoptim_fetch(int64_t count, const char *const *addresses) {
+void ENTRY(fetch)(int64_t count, const char *const *addresses) {
     for (int64_t j = 0; j < count; j++) __builtin_prefetch(addresses[j]);
 }
 
@@ -257,7 +265,7 @@ struct sample {
 };
 
 /* All is asked for before any of it is used: it comes from far apart, and fetches can overlap. */
-void pipeoptim_take(int64_t count, const struct sample *jobs) {
+void ENTRY(take)(int64_t count, const struct sample *jobs) {
     for (int64_t j = 0; j < count; j++)
         for (int64_t r = 0; r < jobs[j].count; r++) __builtin_prefetch(jobs[j].from + jobs[j].runs[r].start);
     for (int64_t j = 0; j < count; j++) {
@@ -271,7 +279,7 @@ void pipeoptim_take(int64_t count, const struct sample *jobs) {
 }
 
 /* For each part (up to its end) the squares and the product of `predicted - before` and `now - before`, in double. */
-void pipeoptim_products(const float *before, const float *predicted, const float *now, int64_t parts, const int64_t *ends, double *sums) {
+void ENTRY(products)(const float *before, const float *predicted, const float *now, int64_t parts, const int64_t *ends, double *sums) {
     int64_t i = 0;
     for (int64_t p = 0; p < parts; p++) {
         double expected = 0, together = 0, real = 0;
@@ -284,7 +292,7 @@ void pipeoptim_products(const float *before, const float *predicted, const float
 }
 
 /* The sizes of the structures, so that the caller can check that it packs the same. */
-void pipeoptim_sizes(int64_t *sizes) {
+void ENTRY(sizes)(int64_t *sizes) {
     sizes[0] = sizeof(struct adam_place), sizes[1] = sizeof(struct adam_how), sizes[2] = sizeof(struct sgd_place);
     sizes[3] = sizeof(struct sgd_how), sizes[4] = sizeof(struct move), sizes[5] = sizeof(struct term);
 }

@@ -45,13 +45,13 @@ class TensorSampler:
             if tensor.dtype is not torch.float32 or not tensor.is_cpu or not tensor.is_contiguous():
                 return None
             jobs += (tensor.data_ptr(), runs, start + begin, count)
-        library().pipeoptim_take(len(self._fixed), self._jobs.pack(*jobs))
+        library().take(len(self._fixed), self._jobs.pack(*jobs))
         return out
 
     def products(self, before: Tensor, predicted: Tensor, now: Tensor) -> list[list[float]]:
         """For each part ``[a.a, a.b, b.b]`` with ``a = predicted - before``, ``b = now - before``, of three samples taken so."""
         addresses = before.data_ptr(), predicted.data_ptr(), now.data_ptr()
-        library().pipeoptim_products(*addresses, len(self._ends), self._ends, self._sums)
+        library().products(*addresses, len(self._ends), self._ends, self._sums)
         return [self._sums[i : i + 3] for i in range(0, len(self._sums), 3)]
 
 
