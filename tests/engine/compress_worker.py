@@ -55,7 +55,7 @@ for kind in (None, "bf16", "int8"):
         args, _ = feed(x, x)
         pipe.step(*args, target=torch.zeros(32, 4) if p else None)
     pipe.drain()
-    sizes.append((pipe._to_next if p == 0 else pipe._to_previous).size)
+    sizes.append(pipe._connections.senders[0].size)
     pipe.close()
 print("bytes", *sizes)
 refused(case.pieces(2), {"compress": "int8" if p else None})

@@ -10,7 +10,7 @@ from torch.distributed.pipelining import PipelineStage
 import case
 import pipeoptim as po
 from late_streams import LateStreams
-from pipeoptim.engine import distributed
+from pipeoptim.engine.processes import connect
 
 out, methods, cases = sys.argv[1], sys.argv[2].split(","), [tuple(c.split(":")) for c in sys.argv[3].split(",")]
 device = torch.device(sys.argv[4])
@@ -22,7 +22,7 @@ late = LateStreams(k, *sys.argv[6:]) if "late" in sys.argv[5:] else None  # as o
 for method in methods:
     if late is not None:
         own = None if method == "1f1b" and k > 0 else late  # there a stage on a CPU beside one on a device
-        distributed.side_streams = lambda device, own=own: own
+        connect.side_streams = lambda device, own=own: own
     for m, name in cases:
         if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
             continue
@@ -35,8 +35,8 @@ for method in methods:
         pipe = po.Schedule(
             stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), transport=transport, timeout=60
         )
-        links = [pipe._from_previous, pipe._from_next, pipe._to_next, pipe._to_previous]
-        assert all((link.channel is None) == (transport == "group") for link in links if link is not None)
+        links = [*pipe._connections.receivers, *pipe._connections.senders]
+        assert all((link.channel is None) == (transport == "group") for link in links)
         losses = []
         for n, (x, y) in enumerate(case.batches(device)):
             losses.append(pipe.step(*([x] if k == 0 else []), target=y if k == depth - 1 else None))

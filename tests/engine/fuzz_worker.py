@@ -35,13 +35,11 @@ def reuse(ranks, name, *rest):
     return made[key]
 
 
-def hand_back(parts):
+def hand_back(pipe):
     """Match the receives that are posted ahead, so that the next pipeline finds its groups empty; channels are a pipeline's own."""
-    ends = [(part._to_next, part._to_previous, part._from_previous, part._from_next) for part in parts]
-    shared = [end for four in ends for end in four if end is not None and end.channel is None]
-    for sender in (end for end in shared if isinstance(end, link.Sender)):
+    for sender in (end for end in pipe._connections.senders if end.channel is None):
         sender._start(link.MessageBuffer(sender._memory(sender.size), []), [])
-    for receiver in (end for end in shared if isinstance(end, link.Receiver)):
+    for receiver in (end for end in pipe._connections.receivers if end.channel is None):
         receiver.post_receive()
         receiver.wait(receiver._posted[0])
 
@@ -62,7 +60,7 @@ def pipeline(case, ranks, loss_fn, **options):
 def train(case, ranks):
     pipe = pipeline(case, ranks, fuzz_cases.loss_fn)
     found = case.train(pipe)
-    hand_back(getattr(pipe, "_parts", {0: pipe}).values())
+    hand_back(pipe)
     pipe.close()
     return found
 
@@ -76,7 +74,7 @@ def train_replica(case):
     )
     pipe.stage_module(k).factor = factor
     found = case.train(pipe, factor)
-    hand_back([pipe])
+    hand_back(pipe)
     pipe.close()
     return {} if replica else found
 

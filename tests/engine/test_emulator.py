@@ -137,7 +137,7 @@ def test_weight_bytes_at_depth_8_by_walking_live_storages(method, m):
 
 def smoothed_by_the_method(pipe):
     """The averages that SpecTrain, XPipe and PipeMare keep beside the weights."""
-    states = [getattr(worker.predictor, "state", {}) for worker in pipe._workers.values()]
+    states = [getattr(worker.predictor, "state", {}) for worker in map(pipe.stage_worker, pipe.local_stages)]
     return [t for state in states for tensors in state.values() for t in tensors]
 
 
@@ -176,7 +176,7 @@ def test_the_gap_of_the_table_is_that_of_the_weights_really_used(method, depth, 
     torch.manual_seed(3)
     stages = [nn.Linear(6, 6) for _ in range(depth)]
     pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.05), loss_fn, method, m, prediction="none")
-    for worker in pipe._workers.values():
+    for worker in map(pipe.stage_worker, pipe.local_stages):
         if worker.predictor is not None and hasattr(worker.predictor, "absorb"):
             worker.predictor.absorb = lambda state, gradient: None
     history = [[stage.weight.detach().clone()] for stage in stages]
@@ -196,7 +196,7 @@ def test_the_gap_of_the_table_is_that_of_the_weights_really_used(method, depth, 
     for k, stage in enumerate(stages):
         stage.register_forward_pre_hook(lambda stage, args, k=k: forwarded(stage, args, k))
         stage.register_full_backward_hook(lambda *_, k=k: gave_back(k=k))
-        pipe._workers[k].optimizer.register_step_post_hook(lambda *a, k=k: updated(*a, k=k))
+        pipe.stage_worker(k).optimizer.register_step_post_hook(lambda *a, k=k: updated(*a, k=k))
     for x, y in data(3 * depth, batch=m):
         pipe.step(x.requires_grad_(), target=y)
     pipe.drain()

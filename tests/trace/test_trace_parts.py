@@ -171,8 +171,8 @@ def test_a_trace_holds_the_program_and_changes_nothing(method, tmp_path):
         assert actions == expected
         predicts = [s for s in found.spans if s.what == "predict"]
         assert bool(predicts) <= traced.method.predicts_on(traced.program, k)
-    for ours, theirs in zip(traced._workers.values(), plain._workers.values(), strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(ours.module.parameters(), theirs.module.parameters(), strict=True))
+    for ours, theirs in ((traced.stage_module(k), plain.stage_module(k)) for k in range(2)):
+        assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
 
 
 def test_only_the_wanted_mini_batches_are_recorded(tmp_path):

@@ -14,13 +14,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.microbatches import MicroBatch, RowShare, StageKwargs
-from pipeoptim.engine.pipeline import CountedLoss, Pipeline
+from pipeoptim.engine.microbatches import MicroBatch, StageKwargs
+from pipeoptim.engine.per_stage import one_each, scalers_of
+from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
+from pipeoptim.engine.runner import CountedLoss, StageRunner
 from pipeoptim.engine.stage.tied_weights import Tied, TieOnStage, check_tied_equal, describe_tied, read_tied
 from pipeoptim.engine.stage.worker import LossFn
-from pipeoptim.engine.transport.pytree import as_args, transferred
+from pipeoptim.engine.transport.memory_link import memory_links
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.options import OPTIONS, OptionKeywords, PipelineOptions, takes_options
@@ -77,19 +79,21 @@ class Emulator(Pipeline):
     ) -> None:
         stages = _modules(stages)
         _refuse_shared(stages)
-        scalers = _scalers(stages, options.pop("scaler", None))
+        scalers = scalers_of(len(stages), options.pop("scaler", None))
         read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
         super().__init__(read, len(stages), processes)
-        chosen = _one_each("optimizers", stages, optimizers, lambda m: list(m.parameters()))
-        rates = _one_each("schedulers", stages, schedulers, lambda m: chosen[stages.index(m)])
+        self._processes = range(self.program.processes or self.depth)
+        chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in stages])
+        rates = one_each("schedulers", self.depth, schedulers, chosen)
         _check_optimizers(chosen)
         board = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
         ties = read_tied(read.tied, self.program, self.method, read.clip, scaled)
         sums = [LocalGradientSum(tie.holders) for tie in ties]
+        self._activations, self._gradients, ports = memory_links(self.depth)
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
-            self._workers[k] = traced.worker(row)(
+            worker = traced.noted_worker(row)(
                 module,
                 chosen[k],
                 self.method,
@@ -101,10 +105,9 @@ class Emulator(Pipeline):
                 norms=None if board is None else board.end(k),
                 ties=[TieOnStage(tie, k, own.end(k)) for tie, own in zip(ties, sums, strict=True) if k in tie.holders],
             )
+            self._runners[k] = StageRunner(worker, self._splitter, ports[k])
         for tie in ties:
-            self._join(tie)
-        self._activations: list[deque[tuple[Any, float, RowShare]]] = [deque() for _ in stages]
-        self._gradients: list[deque[tuple[Any, float]]] = [deque() for _ in stages]
+            self._tie(tie)
 
     def step(
         self,
@@ -137,88 +140,49 @@ class Emulator(Pipeline):
         assert loss is not None
         return loss
 
-    def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
-        first = self._steps * self.microbatches
-        self._run([self.program.step(k, self._steps) for k in range(self.depth)], first, micro_batches, losses)
+    def _run(self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
+        """Let every process act as far as it can, in turn, until all lists are done::
 
-    def _finish(self) -> None:
-        self._run([self.program.drain(k, self._steps) for k in range(self.depth)], 0, [], [], settle=True)
+            turn 1   process 0: F0 F1 | waits     process 1: F0 B0 U0 F1 B1 U1 | done
+            turn 2   process 0: B0 U0 B1 U1 | done
 
-    def _evaluate(self, micro_batch: MicroBatch) -> Tensor:
-        value: Any = micro_batch.args
-        for k, worker in self._workers.items():
-            inputs = value if k == 0 else as_args(transferred(value))
-            value = worker.evaluate(inputs, micro_batch.kwargs.get(k, {}), micro_batch.target)
-        assert isinstance(value, Tensor)
-        return value
-
-    def _run(
-        self,
-        todo: list[list[Action]],
-        first: int,
-        micro_batches: list[MicroBatch],
-        losses: list[CountedLoss],
-        settle: bool = False,
-    ) -> None:
-        """Let every stage act as far as it can, in turn, until all lists are done; ``settle``: and no update waits."""
+        In which order processes take turns changes nothing: each stage has its own random numbers, and links keep the order of messages.
+        """
         queues = [deque(actions) for actions in todo]
         while any(queues):
             before = sum(map(len, queues))
-            for k, queue in enumerate(queues):
-                while queue and self._can(k, queue[0]):
-                    self._act(k, queue.popleft(), first, micro_batches, losses)
+            for queue in queues:
+                while queue and self._can_run(*queue[0]):
+                    k, action = queue.popleft()
+                    self._runners[k].run(action, micro_batches, losses)
             if sum(map(len, queues)) == before:
-                raise PipeOptimError(f"the program deadlocks at {[str(q[0]) for q in queues if q]}")
-        if settle or self.program.flushes:
-            for worker in self._workers.values():
-                worker.can_finish_update()  # tells what the others wait for
-            for worker in self._workers.values():
-                worker.finish_update()
+                waiting = [f"{action} of stage {k}" for k, action in (queue[0] for queue in queues if queue)]
+                raise PipeOptimError(f"the program deadlocks: {', '.join(waiting)} wait for one another")
 
-    def _join(self, tie: Tied) -> None:
+    def _can_run(self, k: int, action: Action) -> bool:
+        """Whether what ``action`` needs of other stages is there: nobody may wait, as they act in the same thread."""
+        if not self._runners[k].worker.can_finish_update():
+            return False
+        if action.kind is ActionKind.F:
+            return k == 0 or self._activations[k - 1].can_receive()
+        if action.kind is ActionKind.B:
+            return k == self.depth - 1 or self._gradients[k].can_receive()
+        return True
+
+    def _finish_updates(self) -> None:
+        for runner in self._runners.values():
+            runner.worker.can_finish_update()  # sends what the others wait for
+        super()._finish_updates()
+
+    def _tie(self, tie: Tied) -> None:
         """Let all copies of a tied weight begin with the values of the first."""
-        workers = [self._workers[k] for k in tie.holders]
+        workers = [self._worker(k) for k in tie.holders]
         check_tied_equal(tie, [describe_tied(w.tied_weight(tie), w.optimizer, w.scheduler) for w in workers])
         copies = [weight for worker in workers if (weight := worker.tied_weight(tie)) is not None]
         with torch.no_grad():
             for copy in copies[1:]:
                 for own, first in zip(copy.values, copies[0].values, strict=True):
                     own.copy_(first)
-
-    def _can(self, k: int, action: Action) -> bool:
-        if not self._workers[k].can_finish_update():
-            return False
-        if action.kind is ActionKind.F:
-            return k == 0 or bool(self._activations[k])
-        if action.kind is ActionKind.B:
-            return k == self.depth - 1 or bool(self._gradients[k])
-        return True
-
-    def _act(self, k: int, action: Action, first: int, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
-        worker, i = self._workers[k], action.number
-        if action.kind is ActionKind.F:
-            self._forward(k, i, micro_batches[i - first], losses)
-        elif action.kind is ActionKind.B:
-            received, scale = ([], 0.0) if worker.is_last else self._gradients[k].popleft()
-            gradients = worker.backward(i, worker.compressor.unpack(received) if received else [], scale)
-            if k > 0:
-                message = worker.compressor.pack_gradients(i, gradients, worker.loss_scale)
-                self._gradients[k - 1].append((message, worker.loss_scale))
-        else:
-            worker.update()
-
-    def _forward(self, k: int, i: int, micro_batch: MicroBatch, losses: list[CountedLoss]) -> None:
-        worker, args, row_share = self._workers[k], micro_batch.args, micro_batch.row_share
-        if k > 0:
-            value, overflowed, row_share = self._activations[k].popleft()
-            worker.note_overflow(overflowed)
-            args = as_args(worker.compressor.unpack(value))
-        output, share = worker.forward_part(i, args, micro_batch, row_share, self._splitter)
-        if not worker.is_last:
-            message = transferred(worker.compressor.pack_activations(i, output))
-            self._activations[k + 1].append((message, worker.overflow_to_send(), row_share))
-        elif not row_share.empty:
-            losses.append((output, share))
 
 
 def _refuse_shared(stages: list[nn.Module]) -> None:
@@ -231,25 +195,6 @@ def _refuse_shared(stages: list[nn.Module]) -> None:
                     f"stages {first} and {k} share a parameter ({theirs!r} and {name!r}), of which each needs a copy, since they update at "
                     "different times; stages, tied = po.untie(stages) makes copies, which tied=tied keeps equal"
                 )
-
-
-def _one_each(what: str, stages: list[nn.Module], given: Any, argument: Callable[[nn.Module], Any]) -> list[Any]:
-    """One object per stage from a sequence of them, from a callable that makes one, or None for each."""
-    if given is None:
-        return [None] * len(stages)
-    if callable(given):
-        made = []
-        for module in stages:
-            value = argument(module)
-            made.append(None if value is None or value == [] else given(value))
-        return made
-    if not isinstance(given, (list, tuple)):
-        raise ConfigError(
-            f"{what} is one {type(given).__name__} for {len(stages)} stages; give a list of one per stage, or a function that makes one"
-        )
-    if len(given) != len(stages):
-        raise ConfigError(f"{what} has {len(given)} entries for {len(stages)} stages; give one per stage")
-    return list(given)
 
 
 def _modules(given: Any) -> list[nn.Module]:
@@ -272,11 +217,3 @@ def _check_optimizers(chosen: list[Any]) -> None:
             raise ConfigError(
                 f"the optimizer of stage {k} is a {type(optimizer).__name__}, must be a torch.optim.Optimizer, or None for none"
             )
-
-
-def _scalers(stages: list[nn.Module], given: Any) -> list[GradScaler | None]:
-    if isinstance(given, GradScaler):
-        raise ConfigError(
-            'scaler is one GradScaler, but each stage needs its own; pass scaler=lambda: torch.amp.GradScaler("cuda")'
-        )
-    return [given() for _ in stages] if callable(given) else _one_each("scaler", stages, given, lambda _: None)

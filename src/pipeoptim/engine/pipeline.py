@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -10,16 +10,16 @@ from torch import Tensor, nn
 
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, StageKwargs, merge_kwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
+from pipeoptim.engine.runner import CountedLoss, StageRunner
 from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method
 from pipeoptim.options import PipelineOptions
+from pipeoptim.schedule import Action
 
 T = TypeVar("T")
-CountedLoss = tuple[Tensor, float | None]
-"""The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
 
 
 class Pipeline:
@@ -39,6 +39,7 @@ class Pipeline:
     rendezvous: Rendezvous | None = None
     _place = "stage"  # what messages call a process by, with the number of its first stage
     _closed = False
+    _processes: Sequence[int] = (0,)  # those of the program whose actions are carried out here
 
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
         self.options = options
@@ -46,15 +47,15 @@ class Pipeline:
         self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._splitter = BatchSplitter(options.microbatches, options.uneven, options.loss_weight)
-        self._workers: dict[int, StageWorker] = {}
+        self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
         self._steps = 0  # mini-batches fed since the last (re)start
         self._fed = 0  # mini-batches fed since the beginning of training
-        self._stop = self._stop_wanted = False
+        self._stop_wanted = False
 
     @property
     def local_stages(self) -> list[int]:
         """The stages that live in this process."""
-        return sorted(self._workers)
+        return sorted(self._runners)
 
     def step(
         self,
@@ -82,11 +83,11 @@ class Pipeline:
             StageFailure: another stage died or does not answer.
         """
         micro_batches = self._cut(self._splitter, args, kwargs, stage_kwargs, target)
-        if 0 in self._workers:
+        if 0 in self._runners:
             self._guard(self._note_stop)
         found: list[CountedLoss] = []
-        for worker in self._workers.values():
-            worker.losses.begin()
+        for runner in self._runners.values():
+            runner.worker.losses.begin()
         self._guard(lambda: self._advance(micro_batches, found))
         self._steps += 1
         if self._synchronous():
@@ -141,8 +142,8 @@ class Pipeline:
         """Means over the mini-batch fed last, by name: what ``loss_fn`` returned besides the loss (last stage), and what the stages
         that live here raised by :func:`pipeoptim.add_loss`."""
         found: dict[str, Tensor] = {}
-        for worker in self._workers.values():
-            for name, value in worker.losses.means().items():
+        for runner in self._runners.values():
+            for name, value in runner.worker.losses.means().items():
                 found[name] = found[name] + value if name in found else value
         return found
 
@@ -184,24 +185,39 @@ class Pipeline:
     @property
     def stop_requested(self) -> bool:
         """Whether a stop was requested; equal on every stage after the same step."""
-        return self._stop
+        return any(runner.stop for runner in self._runners.values())
 
     def close(self) -> None:
         """Give back what the pipeline holds outside the process. Nothing here; connections in ``Schedule``."""
 
-    # -- what engines differ in --------------------------------------------------------------------------------------
+    # -- carrying actions out ----------------------------------------------------------------------------------------
 
     def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         """The actions of the next mini-batch."""
-        raise NotImplementedError
+        self._run([self.program.process_step(p, self._steps) for p in self._processes], micro_batches, losses)
+        if self.program.flushes:
+            self._finish_updates()
 
     def _finish(self) -> None:
         """The actions still in flight."""
-        raise NotImplementedError
+        self._run([self.program.process_drain(p, self._steps) for p in self._processes], [], [])
+        self._finish_updates()
+
+    def _run(self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
+        """Carry out the actions of this process in their order; whoever they wait for acts in a process of its own."""
+        for actions in todo:
+            for k, action in actions:
+                self._runners[k].run(action, micro_batches, losses)
+
+    def _finish_updates(self) -> None:
+        """Carry out updates that were begun and still wait for other stages."""
+        for runner in self._runners.values():
+            runner.worker.finish_update()
 
     def _evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
         """Forward through the stages that live here, on the latest weights."""
-        raise NotImplementedError
+        outputs = [runner.evaluate(micro_batch) for runner in self._runners.values()]
+        return outputs[-1]
 
     def _guard(self, work: Callable[[], T]) -> T:
         """Run ``work``, which may wait for other processes."""
@@ -218,7 +234,7 @@ class Pipeline:
         if args and first > 0:
             raise ConfigError(f"{here} was given {len(args)} inputs; only {self._place} 0 takes them, use keywords for others")
         every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
-        mine = {k: own for k, own in every.items() if k in self._workers and own}
+        mine = {k: own for k, own in every.items() if k in self._runners and own}
         return splitter.cut("" if self.ranks is None else f" of {here}", args, mine, target)
 
     def _synchronous(self) -> bool:
@@ -228,7 +244,8 @@ class Pipeline:
 
     def _note_stop(self) -> None:
         """Called on stage 0 before a mini-batch is fed, so that the whole mini-batch carries the same flag."""
-        self._stop = self._stop or self._stop_wanted
+        first = self._runners[0]
+        first.stop = first.stop or self._stop_wanted
 
     @staticmethod
     def _mean(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:
@@ -243,8 +260,8 @@ class Pipeline:
         return torch.stack([loss * share for (loss, _), share in zip(found, shares, strict=True) if share]).sum()
 
     def _restart(self) -> None:
-        for worker in self._workers.values():
-            worker.restart()
+        for runner in self._runners.values():
+            runner.worker.restart()
         self._steps = 0
 
     def _row(self, k: int, device: torch.device) -> TraceRow | None:
@@ -252,7 +269,7 @@ class Pipeline:
         return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
 
     def _worker(self, k: int) -> StageWorker:
-        if k not in self._workers:
+        if k not in self._runners:
             where = f"stages 0 .. {self.depth - 1} exist" if not 0 <= k < self.depth else f"here live {self.local_stages}"
             raise ConfigError(f"stage {k} does not live in this process; {where}")
-        return self._workers[k]
+        return self._runners[k].worker

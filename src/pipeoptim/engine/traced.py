@@ -10,26 +10,46 @@ from pipeoptim.engine.processes.exchange import Exchange, Received, Sent
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import Compressor
-from pipeoptim.engine.transport.link import Receiver, Sender
+from pipeoptim.engine.transport.link import Receiver, Sender, Waiting
+from pipeoptim.engine.transport.message import Message
+from pipeoptim.engine.transport.ports import Incoming, Outgoing
 from pipeoptim.schedule import ActionKind
 
 
-def worker(row: TraceRow | None) -> Callable[..., StageWorker]:
+def noted_worker(row: TraceRow | None) -> Callable[..., StageWorker]:
     """What makes the worker of a stage."""
     return StageWorker if row is None else partial(TracedWorker, row)
 
 
-def links(row: TraceRow | None, receiver: Receiver | None, sender: Sender | None) -> None:
-    """Its links to one neighbour, which note messages that come in and go out where there is a ``row``."""
-    if row is not None and receiver is not None:
-        _note_waits(row, receiver)
-        _note_calls(row, receiver, "receive", "receive")
-    if row is not None and sender is not None:
-        _note_waits(row, sender)
-        _note_calls(row, sender, "send", "send")
+def noted_receiver(row: TraceRow | None, link: Receiver) -> Incoming:
+    """``link`` itself, or its recorded form."""
+    return link if row is None else TracedReceiver(row, link)
 
 
-def exchange(row: TraceRow | None, plain: Exchange[Sent, Received]) -> Exchange[Sent, Received]:
+def noted_sender(row: TraceRow | None, link: Sender) -> Outgoing:
+    """``link`` itself, or its recorded form."""
+    return link if row is None else TracedSender(row, link)
+
+
+def noted_waits(row: TraceRow | None, waiting: Waiting) -> Waiting:
+    """``waiting`` itself, or such as notes each wait: a link says before a wait whom it waits for, and None after it."""
+    if row is None:
+        return waiting
+    began: Any = None
+    waited_for = -1
+
+    def noted(peer: int | None) -> None:
+        nonlocal began, waited_for
+        if peer is None:
+            row.add("wait", -1, began, waited_for)
+        else:
+            began, waited_for = row.now(), peer
+        waiting(peer)
+
+    return noted
+
+
+def noted_exchange(row: TraceRow | None, plain: Exchange[Sent, Received]) -> Exchange[Sent, Received]:
     """``plain`` itself, or its recorded form."""
     return plain if row is None else TracedExchange(row, plain)
 
@@ -125,28 +145,27 @@ class TracedExchange(Generic[Sent, Received]):
         return found
 
 
-def _note_calls(row: TraceRow, link: Receiver | Sender, method: str, what: str) -> None:
-    plain = getattr(link, method)
+class TracedReceiver:
+    """Notes each message that comes in: its number, its sender and its size."""
 
-    def noted(*args: Any, **kwargs: Any) -> Any:
-        began, number = row.now(), link.sequence
-        result = plain(*args, **kwargs)
-        row.add(what, number, began, link.peer, link.size)
-        return result
+    def __init__(self, row: TraceRow, link: Receiver) -> None:
+        self.row, self.link = row, link
+        self.post_receive = link.post_receive
 
-    setattr(link, method, noted)
+    def receive(self) -> Message:
+        began, number = self.row.now(), self.link.sequence
+        message = self.link.receive()
+        self.row.add("receive", number, began, self.link.peer, self.link.size)
+        return message
 
 
-def _note_waits(row: TraceRow, link: Receiver | Sender) -> None:
-    """A link says before a wait whom it waits for, and None after it."""
-    begun: list[Any] = [None, -1]
-    waiting = link.waiting
+class TracedSender:
+    """Notes each message that goes out."""
 
-    def noted(peer: int | None) -> None:
-        if peer is None:
-            row.add("wait", -1, begun[0], begun[1])
-        else:
-            begun[:] = row.now(), peer
-        waiting(peer)
+    def __init__(self, row: TraceRow, link: Sender) -> None:
+        self.row, self.link = row, link
 
-    link.waiting = noted
+    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
+        began, number = self.row.now(), self.link.sequence
+        self.link.send(tree, flags, loss_scale, share)
+        self.row.add("send", number, began, self.link.peer, self.link.size)

@@ -29,8 +29,10 @@ from pipeoptim.errors import PipeOptimError, StageFailure
 Waiting = Callable[[int | None], None]
 
 
-class _End:
+class LinkEnd:
     """What a sender and a receiver share: the peer, its group, and waits that name the peer when they fail."""
+
+    opposite: LinkEnd | None = None  # to or from the same peer, see pair()
 
     def __init__(
         self,
@@ -61,6 +63,7 @@ class _End:
 
     def close(self) -> None:
         """Give back what only this link uses."""
+        self.opposite = None  # else the two would keep each other, and their groups
         if self.channel is not None:
             self.channel.close()
 
@@ -83,15 +86,16 @@ class MessageBuffer(NamedTuple):
     copy: Tensor | None = None
 
 
-class Sender(_End):
+class Sender(LinkEnd):
     """Sends trees to stage ``peer``, whose process has global rank ``rank``."""
+
+    opposite: Receiver | None
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._pending: deque[tuple[Any, MessageBuffer, int]] = deque()  # with the number of the message
         self._free: list[MessageBuffer] = []  # of messages in the present format
         self._broken: StageFailure | None = None
-        self.opposite: Receiver | None = None
 
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         """Copy ``tree`` into a message and start sending it; waits only if the peer is several messages behind.
@@ -173,8 +177,10 @@ class Sender(_End):
             self._broken = StageFailure(self._reason(error))
 
 
-class Receiver(_End):
+class Receiver(LinkEnd):
     """Receives trees from stage ``peer``. ``ahead`` posts the next receive as soon as a message was taken."""
+
+    opposite: Sender | None
 
     _read = staticmethod(message.read)
 
@@ -182,7 +188,6 @@ class Receiver(_End):
         super().__init__(*args)
         self.ahead = ahead
         self._posted: tuple[Any, Tensor] | None = None
-        self.opposite: Sender | None = None
 
     def post_receive(self) -> None:
         """Be ready for the next message."""

@@ -1,0 +1,263 @@
+"""Stages in this process, others in other processes, on ``torch.distributed``: what ``Schedule`` and ``InterleavedSchedule`` share."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch.amp.grad_scaler import GradScaler
+from torch.distributed.pipelining import PipelineStage
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine import traced
+from pipeoptim.engine.pipeline import Pipeline, T
+from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
+from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
+from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
+from pipeoptim.engine.processes.norm_exchange import ProcessNorms
+from pipeoptim.engine.processes.rendezvous import Rendezvous
+from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
+from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
+from pipeoptim.engine.runner import StageRunner
+from pipeoptim.engine.stage.tied_weights import (
+    Tied,
+    TiedWeight,
+    TieOnStage,
+    check_tied_equal,
+    describe_tied,
+    read_tied,
+)
+from pipeoptim.engine.stage.worker import LossFn
+from pipeoptim.engine.torch_stage import StagePlace, read_stage
+from pipeoptim.engine.transport.link import Sender
+from pipeoptim.engine.transport.ports import Ports
+from pipeoptim.errors import ConfigError, StageFailure
+from pipeoptim.methods import Method
+from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, read_option
+
+_PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
+
+
+def check_started() -> None:
+    """Raises ConfigError where this process knows of no others."""
+    if not dist.is_initialized():
+        raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
+
+
+class StageParts(NamedTuple):
+    """What a user gives for each stage."""
+
+    stage: PipelineStage
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
+    scaler: GradScaler | None = None  # by default that of the options
+
+
+class ProcessPipeline(Pipeline):
+    """The stages of this process, of a pipeline of several processes."""
+
+    rendezvous: Rendezvous
+    ranks: tuple[int, ...]
+    _failed = False
+    _norms: ProcessNorms | None = None  # of gradients, where clipping needs those of all stages
+    _sums: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
+    _connections: Connections | None = None
+
+    def _set_up(
+        self, parts: Sequence[StageParts], loss_fn: LossFn, method: str | Method, microbatches: int, options: Mapping[str, Any]
+    ) -> None:
+        """Make the stages and connect them; when one process cannot, all of them hear why."""
+        places = [read_stage(part.stage, len(parts)) for part in parts]
+        self.ranks = places[0].ranks
+        self._runners = {}  # until there are some: close() ends what a failed set-up has begun
+        self._reductions: list[Reduction] = []
+        self._replica_sets: dict[int, ReplicaSet] = {}
+        self._endpoints: dict[int, Endpoint] = {}
+        members = self.ranks[: len(self.ranks) // len(parts)]
+        self.rendezvous = Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}")
+        try:
+            read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
+            super().__init__(read, len(self.ranks), len(members))
+            self._processes = (self.rendezvous.index,)
+            self._make_exchanges(places, parts)
+            for place, part in zip(places, parts, strict=True):
+                self._runners[place.k] = self._make_runner(place, part, loss_fn)
+            self._connect()
+            for tie, sums in self._sums.items():
+                weight = self._tied_weight(tie)
+                if weight is not None:
+                    broadcast_values(weight.values, sums.group, self.ranks[tie.holders[0]])
+        except BaseException as error:
+            self.rendezvous.abort(error)
+            self._failed = True
+            self.close()
+            raise
+
+    def _make_exchanges(self, places: Sequence[StagePlace], parts: Sequence[StageParts]) -> None:
+        """What stages tell each other once per update; what all processes must have been given alike."""
+        options, (place, *_) = self.options, places
+        if options.clip is not None and options.clip.exchanges:
+            self._norms = ProcessNorms()
+        scalers = [part.scaler or options.scaler for part in parts]
+        scaled = any(scaler is not None and scaler.is_enabled() for scaler in scalers)
+        tied = read_tied(options.tied, self.program, self.method, options.clip, scaled)
+        self._sums = {tie: AllReducedGradients(options.timeout) for tie in tied if place.k in tie.holders}
+        self._replicas = read_replicas(options.replicas, place.module)
+        agreed = options.describe(replicas=self._replicas.count, tied=tied, scaler=scalers[0])
+        self._settings = SharedSettings(f"stages={self.depth} {agreed}", place.cut)
+
+    def _make_runner(self, place: StagePlace, part: StageParts, loss_fn: LossFn) -> StageRunner:
+        """The stage ``place``, not connected yet."""
+        options = replace(self.options, scaler=part.scaler or self.options.scaler)
+        reduction: Reduction = NO_REPLICAS
+        if self._replicas.count > 1:
+            replicas = ReplicaSet(self._replicas, place.k, place.depth, options.timeout, self._settings)
+            self._replica_sets[place.k] = replicas
+            reduction = replicas.reduction(place.module, part.optimizer, options.uneven)
+            self._reductions.append(reduction)
+        row = self._row(place.k, place.device) if self._replicas.index == 0 else None
+        self._endpoints[place.k] = Endpoint(place.device, row)
+        worker = traced.noted_worker(row)(
+            place.module,
+            part.optimizer,
+            self.method,
+            self.program,
+            place.k,
+            loss_fn,
+            scheduler=part.scheduler,
+            device=place.device,
+            options=options,
+            norms=None if self._norms is None else traced.noted_exchange(row, self._norms),
+            reduction=reduction,
+            ties=[TieOnStage(tie, place.k, traced.noted_exchange(row, sums)) for tie, sums in self._sums.items()],
+        )
+        return StageRunner(worker, self._splitter, Ports())
+
+    def _connect(self) -> None:
+        """Check that all processes agree, and connect the stages of this one."""
+        options = self.options
+        check_agreement(self.rendezvous, self._settings)
+        for tie, sums in self._sums.items():
+            sums.connect(self._meet_holders(tie))
+        self._connections = connect(
+            self.rendezvous, self.ranks, self._endpoints, self._norms, options.transport, options.liveness_timeout
+        )
+        if options.liveness_timeout is not None:
+            for replicas in self._replica_sets.values():
+                replicas.start_heartbeat(options.liveness_timeout)
+        for k, runner in self._runners.items():
+            runner.ports = self._connections.ports[k]
+
+    def _meet_holders(self, tie: Tied) -> Rendezvous:
+        """Find the other holders of a tied weight, who must move it alike."""
+        ranks, timeout = [self.ranks[k] for k in tie.holders], self.options.timeout
+        holders = Rendezvous("tied", ranks, timeout, f"holder {{}} of {tie.names[0]!r}")
+        worker = self._worker(next(k for k in tie.holders if k in self._runners))
+        own = describe_tied(worker.tied_weight(tie), worker.optimizer, worker.scheduler)
+        check_tied_equal(tie, holders.exchange_settings(own))
+        return holders
+
+    def _tied_weight(self, tie: Tied) -> TiedWeight | None:
+        return next(runner.worker.tied_weight(tie) for k, runner in self._runners.items() if k in tie.holders)
+
+    # -- while it runs -------------------------------------------------------------------------------------------------
+
+    def _finish(self) -> None:
+        super()._finish()
+        if self._connections is not None:
+            self._connections.hand_over()
+
+    def _guard(self, work: Callable[[], T]) -> T:
+        """Run ``work``; when another process fails, say which one failed first."""
+        if self._closed:
+            raise ConfigError("the pipeline is closed; call close() after the last step and eval_step, or make a new one")
+        try:
+            return work()
+        except StageFailure as error:
+            self._failed = True
+            raise StageFailure(str(error) if self._connections is None else self._connections.cause(str(error))) from error
+        except BaseException:
+            self._failed = True  # this stage stopped midway, so close() must not wait for the others to finish with it
+            raise
+
+    def _note_stop(self) -> None:
+        replicas = self._replica_sets.get(0)
+        if replicas is not None:  # all of them must stop after the same mini-batch
+            self._runners[0].stop = replicas.agree_to_stop(self._stop_wanted) or self._runners[0].stop
+        else:
+            super()._note_stop()
+
+    def stage_state_dict(self, k: int) -> dict[str, Any]:
+        """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.pipeline.Pipeline.stage_state_dict>`.
+
+        With ``replicas`` all of them call it, and it holds the random numbers of all, and what their compression lost, so that
+        saving one of them is enough.
+        """
+        state = super().stage_state_dict(k)
+        replicas = self._replica_sets.get(k)
+        if replicas is not None:
+            for name in filter(state.__contains__, _PER_REPLICA):
+                state[name] = {**state[name], "replicas": replicas.gather(state[name])}
+        return state
+
+    def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
+        """As :meth:`Pipeline.load_stage_state_dict <pipeoptim.engine.pipeline.Pipeline.load_stage_state_dict>`.
+
+        Each replica takes its own random numbers from it, and what its own compression lost; one that the state does not know
+        draws new ones.
+        """
+        replicas = self._replica_sets.get(k)
+        index = 0 if replicas is None else replicas.replicas.index
+        for name in filter(state.__contains__, _PER_REPLICA):
+            everyone = state[name].get("replicas", [])
+            if replicas is not None and index < len(everyone):
+                state = {**state, name: everyone[index]}
+            elif index > 0:
+                state = {**state, name: self._worker(k).state_dict()[name]}
+        super().load_stage_state_dict(k, state)
+
+    # -- the end -------------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Give back the connections, process groups and threads. Call it in all processes, after the last :meth:`drain`.
+
+        Waits for the last sends, but for nothing after a failure. A second call does nothing. State can still be read afterwards.
+        """
+        at_rest = not self._failed and not self._steps
+        try:
+            if self._connections is not None and not self._closed:
+                self._finish_messages(self._connections)
+        finally:
+            self._closed = True
+            at_rest = at_rest and not self._failed
+            if self._connections is not None:
+                self._connections.close(at_rest)
+            for runner in self._runners.values():
+                runner.ports = Ports()
+            for reduction in self._reductions:
+                reduction.close()
+            for sums in self._sums.values():
+                sums.close(at_rest)
+            for replicas in self._replica_sets.values():
+                replicas.close(at_rest)
+            self.rendezvous.close(at_rest)
+
+    def _finish_messages(self, connections: Connections) -> None:
+        """Wait until what was sent has arrived, and for what the others send in exchanges."""
+        for sender in connections.senders:
+            if not self._failed:
+                self._flush(sender)
+        for exchange in (self._norms, *self._sums.values()):
+            if exchange is not None and not self._failed and not self._steps:
+                self._guard(exchange.receive_pending)
+
+    def _flush(self, link: Sender) -> None:
+        try:
+            self._guard(link.flush)
+        except StageFailure:
+            if not self._steps:
+                raise  # else there was no drain, and nobody takes the last gradients; the wait ends when the peer closes

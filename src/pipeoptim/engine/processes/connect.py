@@ -1,0 +1,174 @@
+"""Connecting the stages of this process with their neighbours in other processes, and letting go of them again.
+
+All that a process holds of others is made here, under the name of one rendezvous, so that it can be given up and made anew::
+
+    rendezvous            the place in the store where the processes of a pipeline find each other
+      |- heartbeat        says that this process lives, and watches the others
+      |- groups           one per direction and round of stages: activations never wait for gradients, nor gradients for activations
+      |- Unix sockets     in place of the groups, between neighbours on one machine
+      |- links            number, describe and check the messages that go through either
+      '- norms            what all stages tell each other once per update, where clipping asks for it
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.distributed as dist
+
+from pipeoptim.engine import traced
+from pipeoptim.engine.processes.heartbeat import Heartbeat
+from pipeoptim.engine.processes.norm_exchange import GatheredNorms, ProcessNorms
+from pipeoptim.engine.processes.rendezvous import Rendezvous, uses_gloo
+from pipeoptim.engine.processes.shared_memory import shared_memory_norms
+from pipeoptim.engine.trace import TraceRow
+from pipeoptim.engine.transport.link import Receiver, Sender, Waiting, pair
+from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
+from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports
+from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
+from pipeoptim.engine.transport.unix_channel import connect_neighbours
+
+ACTIVATIONS, GRADIENTS = 0, 1
+_DIRECTIONS = "activations", "gradients"
+
+
+@dataclass(frozen=True)
+class Endpoint:
+    """What connecting must know of one stage of this process.
+
+    Attributes:
+        device: where the stage computes.
+        row: where its trace is recorded; None where none is.
+    """
+
+    device: torch.device
+    row: TraceRow | None
+
+
+class Connections:
+    """Everything that this process holds of the others, until :meth:`close`. Made by :func:`connect`.
+
+    Attributes:
+        ports: of each stage of this process.
+    """
+
+    def __init__(self, rendezvous: Rendezvous, norms: ProcessNorms | None) -> None:
+        self.rendezvous, self.norms = rendezvous, norms
+        self.heartbeat: Heartbeat | None = None
+        self.ports: dict[int, Ports] = {}
+        self.senders: list[Sender] = []
+        self.receivers: list[Receiver] = []
+
+    def hand_over(self) -> None:
+        """Nothing that was sent waits for its device any more: the program may end without :meth:`close`."""
+        for sender in self.senders:
+            sender.hand_over()
+
+    def cause(self, error: str) -> str:
+        """``error`` as this process saw it, with the failure that any process saw first."""
+        place = self.rendezvous.name.format(self.rendezvous.index)
+        return error if self.heartbeat is None else self.heartbeat.cause(f"{error} [seen by {place}]")
+
+    def close(self, wait: bool) -> None:
+        """Give everything back; ``wait`` until the groups have ended, which they do at once only where nothing is in flight."""
+        self.ports.clear()
+        for link in (*self.receivers, *self.senders):
+            link.close()
+        self.receivers, self.senders = [], []
+        if self.norms is not None:
+            self.norms.close()
+        if self.heartbeat is not None:
+            self.heartbeat.close()
+            self.heartbeat = None
+        self.rendezvous.close(wait)
+
+
+def connect(
+    rendezvous: Rendezvous,
+    ranks: tuple[int, ...],
+    endpoints: Mapping[int, Endpoint],
+    norms: ProcessNorms | None,
+    transport: str,
+    liveness_timeout: float | None,
+) -> Connections:
+    """Connect the stages ``endpoints`` of this process. All processes of ``rendezvous`` call this, with the same settings.
+
+    Args:
+        rendezvous: of this pipeline's processes; the connections close it.
+        ranks: global rank of the process of each stage.
+        endpoints: by stage.
+        norms: exchanges the norms of gradients; None where no stage clips by them.
+        transport, liveness_timeout: as in :class:`~pipeoptim.Schedule`.
+
+    Raises:
+        StageFailure: a process did not come within the time-out.
+    """
+    connections = Connections(rendezvous, norms)
+    try:
+        processes = len(rendezvous.ranks)
+        note_wait = _nobody_watches
+        if liveness_timeout is not None and processes > 1:
+            watch = Heartbeat(rendezvous.clone_store(), rendezvous.index, processes, liveness_timeout, rendezvous.name)
+            connections.heartbeat = watch
+            note_wait = watch.note_wait
+        waiting: Waiting = lambda peer: note_wait(None if peer is None else peer % processes)  # noqa: E731
+        for round_ in range(len(ranks) // processes):
+            for direction in (ACTIVATIONS, GRADIENTS):
+                _group(rendezvous, direction, round_ * processes)  # by all processes in one order, whoever needs it
+        for k, endpoint in endpoints.items():
+            _connect_stage(connections, k, ranks, endpoint, transport, waiting)
+        if norms is not None:
+            shared = shared_memory_norms(rendezvous, transport == "auto" and uses_gloo(), waiting)
+            norms.connect(shared or GatheredNorms(rendezvous.group("norms", "gloo"), rendezvous.timeout))
+    except BaseException:
+        connections.close(wait=False)
+        raise
+    return connections
+
+
+def _nobody_watches(peer: int | None) -> None:
+    """What a link reports its waits to where there is no heartbeat."""
+
+
+def _group(rendezvous: Rendezvous, direction: int, boundary: int) -> dist.ProcessGroup:
+    """What messages in ``direction`` between stages ``boundary`` and ``boundary + 1`` go through.
+
+    With several stages per process the boundaries between the same two processes have groups of their own, one per round.
+    """
+    return rendezvous.group(f"{_DIRECTIONS[direction]} {boundary // len(rendezvous.ranks)}")
+
+
+def _connect_stage(
+    connections: Connections, k: int, ranks: tuple[int, ...], endpoint: Endpoint, transport: str, waiting: Waiting
+) -> None:
+    """Make the links of stage ``k`` to the stages before and after it."""
+    rendezvous, device = connections.rendezvous, endpoint.device
+    streams = side_streams(device)
+    in_host = device.type == "cpu" or streams is not None  # what travels is in the host's memory
+    wanted = transport == "auto" and in_host and uses_gloo()
+    channels = connect_neighbours(rendezvous.store, k, len(ranks), wanted, rendezvous.timeout)
+    waiting = traced.noted_waits(endpoint.row, waiting)
+
+    def ends(there: int, back: int, boundary: int, peer: int) -> tuple[Incoming, Outgoing]:
+        """From and to ``peer``; the first two say in which direction messages go."""
+        sender: Callable[..., Sender] = Sender
+        receiver: Callable[..., Receiver] = Receiver
+        if streams is not None:
+            sender, receiver = partial(StagedSender, streams), partial(StagedReceiver, streams)
+        elif (ACTIVATIONS, boundary) in channels:
+            sender, receiver = LocalSender, LocalReceiver
+        rest = peer, ranks[peer], device, rendezvous.timeout.total_seconds(), waiting
+        carriers = [channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back)]
+        # ahead: a receive that is never matched would keep a GPU's stream busy
+        sends, receives = sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
+        pair(sends, receives)
+        connections.senders.append(sends)
+        connections.receivers.append(receives)
+        return traced.noted_receiver(endpoint.row, receives), traced.noted_sender(endpoint.row, sends)
+
+    previous = ends(GRADIENTS, ACTIVATIONS, k - 1, k - 1) if k > 0 else (None, None)
+    following = ends(ACTIVATIONS, GRADIENTS, k, k + 1) if k < len(ranks) - 1 else (None, None)
+    connections.ports[k] = Ports(*previous, *following)

@@ -1,0 +1,93 @@
+"""Carrying out the actions of one stage: receive from a neighbour, compute, send to the other. Every engine runs its stages by this.
+
+An engine decides whose turn it is; a :class:`StageRunner` does not know whether its neighbours are in this process or in others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
+from pipeoptim.engine.stage.worker import StageWorker
+from pipeoptim.engine.transport.ports import Ports
+from pipeoptim.engine.transport.pytree import as_args
+from pipeoptim.schedule import Action, ActionKind
+
+STOP = 1
+"""Flag of a message: a stop was requested. It travels with the activations, so all stages see it with the same mini-batch."""
+
+CountedLoss = tuple[Tensor, float | None]
+"""The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
+
+
+class StageRunner:
+    """Runs stage ``worker.k`` on its ``ports``.
+
+    Args:
+        worker: all numerics of the stage.
+        splitter: says how much of the loss a micro-batch counts for.
+        ports: to the stages before and after; may be replaced while nothing is in flight.
+
+    Attributes:
+        stop: whether a stop was requested, as of the newest activation.
+    """
+
+    def __init__(self, worker: StageWorker, splitter: BatchSplitter, ports: Ports) -> None:
+        self.worker, self.splitter, self.ports = worker, splitter, ports
+        self.stop = False
+
+    def run(self, action: Action, micro_batches: Sequence[MicroBatch], losses: list[CountedLoss]) -> None:
+        """Carry out ``action`` of the mini-batch cut into ``micro_batches``; the last stage appends to ``losses``."""
+        kind, i = action
+        if kind is ActionKind.F:
+            self.forward(i, micro_batches[i % len(micro_batches)], losses)
+        elif kind is ActionKind.B:
+            self.backward(i)
+        else:
+            self.worker.update()
+
+    def forward(self, i: int, micro_batch: MicroBatch, losses: list[CountedLoss]) -> None:
+        """F of micro-batch ``i``, from the previous stage to the next."""
+        worker, source, target = self.worker, self.ports.from_previous, self.ports.to_next
+        args, row_share = micro_batch.args, micro_batch.row_share
+        if source is not None:
+            source.post_receive()
+            worker.prepare(i)  # before the receive: an update and a prediction while the input is on its way
+            message = source.receive()
+            self.stop = bool(message.flags & STOP)
+            worker.note_overflow(message.loss_scale)
+            args, row_share = as_args(worker.compressor.unpack(message.tree)), RowShare(*message.share)
+        output, share = worker.forward_part(i, args, micro_batch, row_share, self.splitter)
+        if target is not None:
+            packed = worker.compressor.pack_activations(i, output)
+            target.send(packed, STOP if self.stop else 0, worker.overflow_to_send(), row_share)
+        elif not row_share.empty:
+            losses.append((output, share))
+
+    def backward(self, i: int) -> None:
+        """B of micro-batch ``i``, from the next stage to the previous."""
+        worker, source, target = self.worker, self.ports.from_next, self.ports.to_previous
+        if source is None:
+            gradients = worker.backward(i, [])
+        else:
+            message = source.receive()
+            gradients = worker.backward(i, worker.compressor.unpack(message.tree), message.loss_scale)
+        if target is not None:
+            scale = worker.loss_scale
+            target.send(worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
+
+    def evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
+        """Forward on the latest weights without gradient, uncompressed; the loss on the last stage, None on others."""
+        worker, source, target = self.worker, self.ports.from_previous, self.ports.to_next
+        args = micro_batch.args
+        if source is not None:
+            message = source.receive()
+            self.stop = bool(message.flags & STOP)
+            args = as_args(message.tree)
+        output = worker.evaluate(args, micro_batch.kwargs.get(worker.k, {}), micro_batch.target)
+        if target is None:
+            return output  # type: ignore[no-any-return]
+        target.send(output, STOP if self.stop else 0)
+        return None
