@@ -13,6 +13,7 @@ from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import bound, microbatch, parameters, tensor_names, whole
 from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.changing_forward import check_same_layers
 from pipeoptim.partitioning.find_layers import find_layers
 from pipeoptim.partitioning.layer_stage import LayerStage
 from pipeoptim.partitioning.operation_log import cut_facts, record_operations
@@ -45,6 +46,7 @@ class LayerSplitter:
         self.measurable = not is_meta(model)
         log = record_operations(model, tuple(self.inputs[0]), self.inputs[1])
         self.layers = find_layers(model, log, layers)
+        check_same_layers(model, self.inputs, log, self.layers)
         self.cuts = cut_facts(log, self.layers)
         numbered = tensor_names(self.inputs)
         self.by_value = [{numbered[j] for j in needed} for needed in self.cuts.needed]

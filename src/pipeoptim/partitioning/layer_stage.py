@@ -46,6 +46,7 @@ class LayerStage(nn.Module):
         self.model, self.start, self.end, self.last = model, start, end, last
         self._form_only = form_only
         self._received: Any = None
+        self._entered = start == 0  # whether the layer before this stage's own was called in this forward
         self._absent: list[WeightSlot] = []
         for i, name in enumerate(layers):
             if not start <= i < end:
@@ -58,6 +59,7 @@ class LayerStage(nn.Module):
             inputs = bound(parameters(self.model), args, kwargs)
         else:
             self._received, travelled = args
+            self._entered = False
             inputs = opened(travelled, first_device(self._received))
             inputs[1].update(kwargs)
         try:
@@ -77,12 +79,15 @@ class LayerStage(nn.Module):
         self._absent = absent
 
     def _resumed(self, *_: Any, **__: Any) -> Any:
+        self._entered = True
         return self._received
 
     def _skipped(self, *_: Any, **__: Any) -> Any:
         return tree_map(lambda v: AbsentTensor.like(v) if isinstance(v, Tensor) else v, self._received)
 
     def _checked(self, output: Any) -> Any:
+        if not self._entered:
+            raise PipeOptimError(f"the model returned without running layer {self.start - 1}; a stage must run all its layers")
         if any(isinstance(leaf, AbsentTensor) for leaf in tree_leaves(output)):
             raise ConfigError(
                 f"layers {self.start} .. {self.end - 1} need more of the stages before them than what layer {self.start - 1} "

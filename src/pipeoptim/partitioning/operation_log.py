@@ -25,12 +25,13 @@ FROM_WEIGHTS = -1
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: keys of its inputs and outputs, the slots it used, and whether it told Python a value."""
+    """One operation: keys of its inputs and outputs, the slots it used, whether it told Python a value, and drew random numbers."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
     slots: tuple[str, ...]
     reads_value: bool
+    random: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,13 +61,21 @@ class OperationLog:
     output: Any = None
 
 
-def record_operations(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> OperationLog:
+def record_operations(
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool | None = None,
+    uniform: float | None = None,
+) -> OperationLog:
     """Run ``model`` once and say what it did. The model, its buffers and the random state are as before afterwards.
+
+    ``training``: in this mode instead of its own. ``uniform``: this number takes the place of all that ``torch.rand`` draws.
 
     Raises:
         ConfigError: the model does not run on these arguments.
     """
-    log, recorder = OperationLog(), _OperationRecorder()
+    log, recorder = OperationLog(), _OperationRecorder(uniform)
     twin, meta = shadow_copy(model), is_meta(model)
     device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     for slot in weight_slots(twin):
@@ -74,6 +83,8 @@ def record_operations(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str,
         slot.put(own)
         recorder.slots[id(own)] = slot.names[0]
         log.buffers |= {slot.names[0]} if slot.buffer else set()
+    if training is not None:
+        twin.train(training)
     handles = _note_exits(twin, log, recorder)
     log.inputs = [recorder.key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     recorder.log = log
@@ -119,8 +130,9 @@ def _note_exits(twin: nn.Module, log: OperationLog, recorder: _OperationRecorder
 class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operation below autograd."""
 
-    def __init__(self) -> None:
+    def __init__(self, uniform: float | None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.uniform = uniform
         self.slots: dict[int, str] = {}
         self.log = OperationLog()
         self._kept: list[Any] = []  # so that no key is used twice
@@ -132,12 +144,15 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
+        if self.uniform is not None and func.overloadpacket.__name__ in ("rand", "uniform_"):
+            result.fill_(self.uniform)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
         used = tuple(self.slots[id(t)] for t in tensors if id(t) in self.slots)
         inputs = tuple(self.key(t) for t in tensors if id(t) not in self.slots)
         outputs = tuple(self.key(t) for t in tree_leaves(result) if isinstance(t, Tensor))
         reads_value = func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "is_nonzero")
-        self.log.events.append(Operation(inputs, outputs, used, reads_value))
+        random = torch.Tag.nondeterministic_seeded in func.tags
+        self.log.events.append(Operation(inputs, outputs, used, reads_value, random))
         return result
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.engine.transport.pytree import differentiable
+from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import Inputs
 from pipeoptim.partitioning.block_costs import arriving, drop_gradients, minibatch, nbytes, undisturbed, wait
 
@@ -103,6 +104,11 @@ def _run(
     finally:
         for handle in handles:
             handle.remove()
+    if len(clock.forward) != len(layers):
+        raise ConfigError(
+            f"the {type(model).__name__} ran {len(clock.forward)} of its {len(layers)} layers in one forward and all of them in another, "
+            "but a stage must run all of its layers; switch this off before partitioning"
+        )
     ends = [start, *clock.forward, turn]
     arrivals = [end, *(clock.backward.get(i, end) for i in range(len(layers))), back]
     # Phase i's backward lasts from the arrival of the gradient of its end to that of the end of the phase before.

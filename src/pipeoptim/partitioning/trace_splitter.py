@@ -19,6 +19,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, microbatch, parameters
 from pipeoptim.partitioning.block_costs import BlockCost, profile
 from pipeoptim.partitioning.block_splitter import BlockRun
+from pipeoptim.partitioning.changing_forward import check_same_layers
 from pipeoptim.partitioning.find_layers import find_layers
 from pipeoptim.partitioning.operation_log import record_operations
 from pipeoptim.partitioning.shared_weights import BlockWeights, weights_of
@@ -109,6 +110,7 @@ class TraceSplitter:
         self.inputs: Inputs = microbatch(bound(signature, args, kwargs), microbatches)
         log = record_operations(model, tuple(self.inputs[0]), self.inputs[1])
         found = find_layers(model, log, layers)
+        check_same_layers(model, self.inputs, log, found)
         self.names, self.measurable = [*found, f"after {found[-1]}"], True
         self.blocks: list[nn.Module] = list(_traced_blocks(self._trace(found)))
         for block in self.blocks:
