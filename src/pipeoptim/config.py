@@ -11,25 +11,13 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, did_you_mean
+from pipeoptim.options import Option, document, option_named
+from pipeoptim.options.checks import one_of
 
 __all__ = ["ENGINES", "Component", "Recipe", "TrainConfig", "recipe"]
 
 ENGINES = ("emulator", "processes")
-
-#: What may change between the two halves of a resumed run without changing what it computes.
-NOT_IN_FINGERPRINT = (
-    "engine",
-    "steps",
-    "epochs",
-    "eval_every",
-    "eval_batches",
-    "keep_checkpoints",
-    "monitor_every",
-    "tensorboard",
-    "trace",
-    "trace_steps",
-)
 
 #: Called with nothing; with ``tiny=True`` where it has such an argument.
 Recipe = Callable[..., "TrainConfig"]
@@ -58,8 +46,58 @@ class Component:
 
 
 @dataclass(frozen=True)
+class Setting:
+    """What is known of a field of :class:`TrainConfig` besides its name, type and default.
+
+    Args:
+        help: its meaning, in plain words.
+        least, most: bounds of a whole number.
+        choices: of a name.
+        optional: whether an empty name stands for none.
+        offered: whether ``pipeoptim train`` has an option for it.
+        computes: whether it changes what a run computes. What does not may differ in the two halves of a resumed run.
+        option: the option of pipelines that it is.
+    """
+
+    help: str
+    least: int | None = None
+    most: int | None = None
+    choices: tuple[str, ...] = ()
+    optional: bool = False
+    offered: bool = True
+    computes: bool = True
+    option: Option | None = None
+
+    def check(self, name: str, value: Any) -> None:
+        """Raises ConfigError for a value out of bounds, that is none of the choices, or that the pipeline's option does not take."""
+        if self.least is not None:
+            if isinstance(value, bool) or not isinstance(value, int) or value < self.least:
+                raise ConfigError(f"{name} is {value!r}, must be an integer of at least {self.least}")
+            if self.most is not None and value > self.most:
+                raise ConfigError(f"{name} is {value}, must be at most {self.most}")
+        if self.optional and value not in ("", *self.choices):
+            wanted = " or ".join(map(repr, self.choices))
+            raise ConfigError(f"{name} is {value!r}, must be {wanted}, or '' for none{did_you_mean(value, self.choices)}")
+        if self.choices and not self.optional:
+            one_of(self.choices)(name, value)
+        if self.option is not None:
+            self.option.check(name, value)
+
+
+def setting(default: Any, help: str, **known: Any) -> Any:
+    """A field of :class:`TrainConfig`; ``known``: see :class:`Setting`."""
+    return field(default=default, metadata={"setting": Setting(help, **known)})
+
+
+def pipeline_option(name: str) -> Any:
+    """A field that is an option of every pipeline under the same name: default, meaning and check are those of the option."""
+    default, option = option_named(name)
+    return setting(default, option.help[0].upper() + option.help[1:], option=option)
+
+
+@dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a training run.
+    """Everything that determines a training run. Each field is told once, here: the command line takes its options from it.
 
     Args:
         recipe: name of the recipe that it came from; information only.
@@ -67,35 +105,7 @@ class TrainConfig:
         data: returns the task: batches, loss and metrics. It gets ``seed`` if it has such an argument.
         optimizer: short name (``"adamw"``) or ``"module:Class"``; one is made per stage.
         lr_schedule: ``constant``, ``cosine``, ``milestones``, ``step`` or ``"module:function"``; advances once per update.
-        method: a name in ``pipeoptim.METHODS``.
-        prediction: kind of weight prediction, for methods that predict.
-        stages: depth D. microbatches: M per mini-batch. batch_size: samples per mini-batch, of all replicas together; a multiple of M
-            times ``replicas``.
-        chunks: stages per process, of stages that are not neighbours: stage k lives on process k mod (stages / chunks).
-        replicas: copies of the pipeline, each for its part of every mini-batch; only with ``engine="processes"``.
-        overlap: average the gradients of replicas while the next forward runs, at a version gap of one more.
-        uneven: batch_size need not be a multiple of M; micro-batches differ by one sample, and each counts by its share.
-        recompute: activation checkpointing of every block: it runs again in the backward, on the weights of the ``"backward"`` or of
-            the first ``"forward"``; ``""``: none.
-        steps: mini-batches to train on in all; 0 for as many as ``epochs`` passes over the training examples have, which is
-            known when the data is read (the run's ``config.json`` has the number).
-        epochs: counts only where ``steps`` is 0.
-        seed: of the initial weights, the data order and dropout.
-        engine: ``"emulator"`` (all stages in this process) or ``"processes"`` (one process per stage).
-        eval_every: steps between validations, 0 for one at the end only. eval_batches: how many batches each,
-            spread over the validation set.
-        checkpoint_every: steps between checkpoints, 0 for one at the end only. The pipeline drains at each.
-        keep_checkpoints: how many of the newest are kept.
-        threads: CPU threads of each process.
-        clip: largest norm of the gradients, 0 for no clipping. clip_scope: whose norm, see :class:`pipeoptim.Clip`.
-        compress: ``"bf16"`` or ``"int8"``: activations and their gradients pass between stages in fewer bytes; ``""``: as they are.
-        error_feedback: ``"gradients"``, ``"activations"`` or ``"both"``: what a compressed message lost is added to the next; see
-            :class:`pipeoptim.Compression`.
-        autocast: ``"bfloat16"``: forward and loss under ``torch.autocast``; ``""``: in the types of model and data.
-        monitor_every: steps between measurements of the prediction error, 0 for none.
-        tensorboard: also write the figures for TensorBoard, into the run's ``tensorboard`` folder.
-        trace: also record what every stage does and when, in the run's ``trace`` folder; of the first ``trace_steps``
-            mini-batches of the session.
+        options: all other fields, see below.
 
     Example:
         >>> config = TrainConfig("mine", model=Component("m:f"), data=Component("d:f"), optimizer=Component("sgd"))
@@ -108,34 +118,102 @@ class TrainConfig:
     data: Component
     optimizer: Component
     lr_schedule: Component = Component("constant")
-    method: str = "pipeoptim"
-    prediction: str = "refined"
-    stages: int = 4
-    microbatches: int = 1
-    chunks: int = 1
-    replicas: int = 1
-    overlap: bool = False
-    uneven: bool = False
-    recompute: str = ""
-    batch_size: int = 32
-    steps: int = 300
-    epochs: int = 0
-    seed: int = 0
-    engine: str = "emulator"
-    eval_every: int = 50
-    eval_batches: int = 8
-    checkpoint_every: int = 100
-    keep_checkpoints: int = 2
-    threads: int = 1
-    clip: float = 0.0
-    clip_scope: str = "global_delayed"
-    autocast: str = ""
-    compress: str = ""
-    error_feedback: str = "none"
-    monitor_every: int = 0
-    tensorboard: bool = False
-    trace: bool = False
-    trace_steps: int = 200
+    method: str = setting("pipeoptim", "Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")
+    prediction: str = pipeline_option("prediction")
+    stages: int = setting(4, "Depth: pieces that the model is cut into.", least=1)
+    microbatches: int = setting(1, "Micro-batches per mini-batch; must divide the batch size.", least=1)
+    batch_size: int = setting(
+        32,
+        "Samples per mini-batch, that is, per update, of all replicas together: a multiple of micro-batches x replicas.",
+        least=1,
+    )
+    chunks: int = setting(
+        1,
+        "Stages per process, in an interleaved order; for layers that cost unevenly. Processes: stages / chunks x replicas.",
+        least=1,
+    )
+    replicas: int = setting(
+        1,
+        "Copies of the pipeline, each for its part of every mini-batch (data parallel); with --engine processes, whose number is "
+        "then stages / chunks x replicas.",
+        least=1,
+    )
+    overlap: bool = pipeline_option("overlap")
+    uneven: bool = pipeline_option("uneven")
+    recompute: str = setting(
+        "",
+        "Activation checkpointing: keep the inputs of blocks only, and run blocks again in the backward, on its weights (backward) "
+        "or, exactly, on those of the first forward (forward).",
+        choices=("backward", "forward"),
+        optional=True,
+    )
+    steps: int = setting(
+        300,
+        "Mini-batches to train on; the recipe's warm-up takes a quarter of them at most. With --resume: train a finished run "
+        "further.",
+        least=0,
+        computes=False,
+    )
+    epochs: int = setting(
+        0,
+        "Where steps is 0: passes over the training examples, which are counted in steps when the data is read (config.json of the run "
+        "has the number).",
+        least=0,
+        offered=False,
+        computes=False,
+    )
+    seed: int = setting(0, "Of the initial weights, the data order and dropout.", least=0, most=2**32 - 1)
+    engine: str = setting(
+        "emulator",
+        "emulator: all stages in this process. processes: one process per stage (but see --chunks).",
+        choices=ENGINES,
+        computes=False,
+    )
+    eval_every: int = setting(50, "Steps between validations; 0: only at the end.", least=0, computes=False)
+    eval_batches: int = setting(
+        8, "Batches of each validation, spread over the validation set.", least=1, offered=False, computes=False
+    )
+    checkpoint_every: int = setting(
+        100, "Steps between checkpoints, at each of which the pipeline drains; 0: only at the end.", least=0
+    )
+    keep_checkpoints: int = setting(2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False)
+    threads: int = setting(1, "CPU threads of each process.", least=1, most=1024)
+    clip: float = setting(0.0, "Largest norm of the gradients; 0: no clipping.")
+    clip_scope: str = setting(
+        "global_delayed",
+        "Whose norm: stage, global (waits for all stages) or global_delayed (the default).",
+        choices=("stage", "global", "global_delayed"),
+    )
+    autocast: str = setting(
+        "",
+        "bfloat16: compute forward and loss in it where torch.autocast does.",
+        choices=("bfloat16",),
+        optional=True,
+    )
+    compress: str = setting(
+        "",
+        "bf16 or int8: activations and their gradients pass between stages in fewer bytes.",
+        choices=("bf16", "int8"),
+        optional=True,
+    )
+    error_feedback: str = setting(
+        "none",
+        "With --compress, add what a message lost to the next one: none, gradients, activations or both.",
+        choices=("none", "gradients", "activations", "both"),
+    )
+    monitor_every: int = setting(
+        0,
+        "Steps between measurements of the prediction error, for metrics.jsonl and the summary; 0: none.",
+        least=0,
+        computes=False,
+    )
+    tensorboard: bool = setting(False, "Also write the figures to runs/<name>/tensorboard.", computes=False)
+    trace: bool = setting(
+        False,
+        "Also record what every stage does and when, to runs/<name>/trace: idle shares, Perfetto, a picture.",
+        computes=False,
+    )
+    trace_steps: int = setting(200, "Record this many mini-batches instead of 200.", least=1, computes=False)
 
     def to_json(self) -> str:
         """Indented JSON, keys in the order of the fields.
@@ -168,11 +246,20 @@ class TrainConfig:
 
     def fingerprint(self) -> str:
         """SHA-256 of all that determines the weights: equal where one run may continue the other."""
-        data = {name: value for name, value in asdict(self).items() if name not in NOT_IN_FINGERPRINT}
+        data = {name: value for name, value in asdict(self).items() if name not in NOT_COMPUTED}
         for f in fields(self):  # so that a later version, with more fields, can still continue this run
             if f.name in data and getattr(self, f.name) == f.default:
                 del data[f.name]
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
+
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(TrainConfig) if "setting" in f.metadata}
+"""By name of the field."""
+
+document(TrainConfig, [(name, known.help) for name, known in SETTINGS.items()])
+
+NOT_COMPUTED = tuple(name for name, known in SETTINGS.items() if not known.computes)
+"""What may change between the two halves of a resumed run without changing what it computes."""
 
 
 def _from_dict(data: dict[str, Any]) -> TrainConfig:

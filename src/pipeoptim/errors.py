@@ -25,7 +25,12 @@ def unknown_name(what: str, value: str, known: Iterable[str], more: str = "") ->
     "unknown engine 'procs'; did you mean 'processes'? known: emulator, processes"
     """
     names = sorted(known)
-    by_lower = {name.lower(): name for name in names}
-    close = get_close_matches(value.lower(), by_lower, n=1, cutoff=0.5)
-    hint = f"did you mean {by_lower[close[0]]!r}? " if close else ""
-    return ConfigError(f"unknown {what} {value!r}; {hint}known: {', '.join(names)}{more}")
+    hint = did_you_mean(value, names)
+    return ConfigError(f"unknown {what} {value!r}{hint or ';'} known: {', '.join(names)}{more}")
+
+
+def did_you_mean(value: object, known: Iterable[str]) -> str:
+    """The end of a sentence that names what is closest to ``value`` among ``known``; empty where nothing is."""
+    by_lower = {name.lower(): name for name in known}
+    close = get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
+    return f"; did you mean {by_lower[close[0]]!r}?" if close else ""

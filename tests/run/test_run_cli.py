@@ -15,7 +15,7 @@ import tiny
 from compare import assert_same_state
 from pipeoptim import __version__
 from pipeoptim.cli.app import _run
-from pipeoptim.config import TrainConfig
+from pipeoptim.config import SETTINGS, TrainConfig
 from pipeoptim.telemetry.metrics import MetricsFile, read_rows, truncate_after
 from pipeoptim.train import run
 from pipeoptim.train.result import RunResult
@@ -30,6 +30,16 @@ def test_help_teaches(capsys: pytest.CaptureFixture[str]) -> None:
     text = capsys.readouterr().out
     for part in ("Examples:", "--engine processes", "--resume --name", "Ctrl-C", "--microbatches"):
         assert part in text
+
+
+@pytest.mark.parametrize("name", [name for name, known in SETTINGS.items() if known.offered])
+def test_train_offers_every_setting_with_the_help_that_is_told_once(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["train", "--help"]) == 0
+    shown, known = capsys.readouterr().out, SETTINGS[name]
+    assert f"--{name.replace('_', '-')} " in shown
+    for text in (shown, TrainConfig.__doc__ or ""):
+        assert "".join(known.help.split()) in "".join(text.split())  # lines are broken anywhere
+    assert all(choice in known.help for choice in known.choices)
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

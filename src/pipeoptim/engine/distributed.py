@@ -25,10 +25,9 @@ class Schedule(ProcessPipeline):
         stage: torch's ``PipelineStage``: the module, its place, its device and the group of the pipeline's processes.
         optimizer: of this stage's parameters; None if it has none.
         loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; used on the last stage.
-        method, microbatches: as in :class:`~pipeoptim.Emulator`; equal in all processes, and so are prediction, clip, autocast, scaler,
-            uneven, overlap, compress, replicas and tied.
+        method, microbatches: as in :class:`~pipeoptim.Emulator`; equal in all processes.
         scheduler: of this stage's learning rate; advanced once per update.
-        options: those of :class:`~pipeoptim.PipelineOptions`.
+        options: see :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
         ConfigError: no process group, processes and stages do not match, or the processes were given different settings.

@@ -50,7 +50,7 @@ class Emulator(Pipeline):
         schedulers: one learning-rate scheduler per stage, or a callable that makes one; advanced once per update.
         processes: act as P processes with D/P stages each, stage k on process ``k mod P``, in the interleaved order
             (see :class:`~pipeoptim.InterleavedSchedule`); by default one stage per process.
-        options: those of :class:`~pipeoptim.PipelineOptions`.
+        options: see :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
         ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.

@@ -31,7 +31,7 @@ class InterleavedSchedule(ProcessPipeline):
         optimizers: one per stage, None for a stage without parameters.
         loss_fn, method, microbatches: as in :class:`~pipeoptim.Schedule`.
         schedulers: one per stage.
-        options: those of :class:`~pipeoptim.PipelineOptions`.
+        options: see :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
         ConfigError: fewer than two stages, stages on the wrong process, or as :class:`~pipeoptim.Schedule` does.

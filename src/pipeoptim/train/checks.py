@@ -5,35 +5,11 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from pipeoptim.config import ENGINES, TrainConfig
-from pipeoptim.errors import ConfigError, unknown_name
+from pipeoptim.config import SETTINGS, TrainConfig
+from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeoptim.schedule import Program
-
-RECOMPUTATIONS = ("backward", "forward")
-PREDICTIONS = ("refined", "paper", "decayed", "displacement")
-
-_AT_LEAST = {
-    "stages": 1,
-    "microbatches": 1,
-    "chunks": 1,
-    "replicas": 1,
-    "batch_size": 1,
-    "steps": 0,
-    "epochs": 0,
-    "seed": 0,
-    "eval_every": 0,
-    "eval_batches": 1,
-    "checkpoint_every": 0,
-    "keep_checkpoints": 1,
-    "threads": 1,
-    "monitor_every": 0,
-    "trace_steps": 1,
-}
-
-#: What generators of random numbers take, and what a machine can be asked for.
-_AT_MOST = {"seed": 2**32 - 1, "threads": 1024}
 
 
 def check(config: TrainConfig) -> None:
@@ -42,22 +18,14 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: one sentence with the value, the reason and the remedy.
     """
-    for name, least in _AT_LEAST.items():
-        value = getattr(config, name)
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ConfigError(f"{name} is {value!r}, must be an integer of at least {least}")
-        if value > _AT_MOST.get(name, value):
-            raise ConfigError(f"{name} is {value}, must be at most {_AT_MOST[name]}")
+    for name, known in SETTINGS.items():
+        known.check(name, getattr(config, name))
     if not config.steps and not config.epochs:
         raise ConfigError("steps is 0, must be an integer of at least 1, or 0 where epochs says how long to train")
-    if config.engine not in ENGINES:
-        raise unknown_name("engine", config.engine, ENGINES)
-    if config.prediction not in PREDICTIONS:
-        raise unknown_name("prediction", config.prediction, PREDICTIONS)
     _check_layout(config)
     _check_microbatches(config)
     _check_lr(config)
-    _check_method(config)
+    program(config)
     _check_options(config)
 
 
@@ -73,10 +41,6 @@ def _check_layout(config: TrainConfig) -> None:
         raise ConfigError(
             f"replicas is {config.replicas}, but engine is 'emulator', which trains one pipeline on the whole mini-batch; use engine "
             "'processes', or leave replicas out: both learn the same"
-        )
-    if config.recompute not in ("", *RECOMPUTATIONS):
-        raise ConfigError(
-            f"recompute is {config.recompute!r}, must be 'backward' or 'forward' (the weights that blocks run again on), or '' for none"
         )
 
 
@@ -113,23 +77,14 @@ def _check_lr(config: TrainConfig) -> None:
             raise ConfigError(f"lr is {lr!r}, must be a finite number above 0, for example 0.001")
 
 
-def _check_method(config: TrainConfig) -> None:
-    program(config)
-
-
 def _check_options(config: TrainConfig) -> None:
     from pipeoptim.engine import Clip, Compression
 
     clip = config.clip
     if isinstance(clip, bool) or not isinstance(clip, int | float) or not math.isfinite(clip) or clip < 0:
         raise ConfigError(f"clip is {clip!r}, must be a finite number, for example 1.0, or 0 for no clipping")
-    scope = Clip(clip or 1.0, config.clip_scope)  # a wrong one is said also while it has no effect
     if clip:
-        scope.check(program(config))
-    if config.autocast not in ("", "bfloat16"):
-        raise ConfigError(f"autocast is {config.autocast!r}, must be 'bfloat16', or '' for none")
-    if config.compress not in ("", "bf16", "int8"):
-        raise ConfigError(f"compress is {config.compress!r}, must be 'bf16' or 'int8', or '' for none")
+        Clip(clip, config.clip_scope).check(program(config))
     Compression(config.compress or None, config.compress or None, config.error_feedback)
     if config.tensorboard:
         from pipeoptim.telemetry.tensorboard import check_installed

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from pipeoptim.cli.settings import given, takes_settings
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,13 +23,19 @@ VALIDATIONS = 10
 WIDTH_OF_FILES = 160
 
 
+@takes_settings(
+    "stages",
+    "microbatches",
+    "batch_size",
+    "steps",
+    "eval_every",
+    after="recipe",
+    steps="Mini-batches of each run.",
+    eval_every="Steps between validations; by default ten per run.",
+)
 def compare(
     methods: Annotated[str, Option(help="Names with commas between them (see pipeoptim methods), or all.")] = "all",
     recipe: Annotated[str, Option(help="What to train: chars, digits, or module:function of your own.")] = "chars",
-    stages: Annotated[int | None, Option(help="Depth: pieces that the model is cut into.")] = None,
-    microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; must divide the batch size.")] = None,
-    batch_size: Annotated[int | None, Option(help="Samples per mini-batch, that is, per update.")] = None,
-    steps: Annotated[int | None, Option(help="Mini-batches of each run.")] = None,
     seeds: Annotated[str, Option(help="How many seeds (3), or which ones (0,1,2).")] = "1",
     optimizer: Annotated[str | None, Option(help="adamw, sgd, ... (any of torch.optim). Give --lr as well.")] = None,
     lr: Annotated[float | None, Option(help="Learning rate.")] = None,
@@ -44,7 +51,6 @@ def compare(
         float | None,
         Option(help="Validation loss whose first crossing is timed; by default what the synchronous method reaches."),
     ] = None,
-    eval_every: Annotated[int | None, Option(help="Steps between validations; by default ten per run.")] = None,
     checkpoint_every: Annotated[
         int, Option(help="Steps between checkpoints, for very long runs. The pipeline drains at each; 0: none.")
     ] = 0,
@@ -52,6 +58,7 @@ def compare(
     tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form: small, and nothing to download.")] = False,
     out: Annotated[Path | None, Option(help="Folder of the comparison; by default runs/compare-<recipe>.")] = None,
     quiet: Annotated[bool, Option("--quiet", help="No progress and no table.")] = False,
+    **settings: Any,
 ) -> None:
     """Train one recipe with several methods and compare them.
 
@@ -82,15 +89,14 @@ def compare(
     from pipeoptim.compare.report import write_report
     from pipeoptim.compare.settings import ComparisonSettings
 
-    given = {"stages": stages, "microbatches": microbatches, "batch_size": batch_size, "steps": steps, "eval_every": eval_every}
     fixed = {"prediction": prediction, "engine": engine, "checkpoint_every": checkpoint_every}
-    config = _config(recipe, {k: v for k, v in given.items() if v is not None} | fixed, optimizer, lr, tiny)
-    settings = ComparisonSettings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
+    config = _config(recipe, given(settings) | fixed, optimizer, lr, tiny)
+    compared = ComparisonSettings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
     folder = out or Path("runs") / f"compare-{config.recipe.replace(':', '.').replace('/', '.')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     at_once = jobs if jobs is not None else max(1, cores // (config.stages if engine == "processes" else 1))
     try:
-        comparison = run_comparison(settings, folder, at_once, not quiet, shlex.join(["pipeoptim", *sys.argv[1:]]))
+        comparison = run_comparison(compared, folder, at_once, not quiet, shlex.join(["pipeoptim", *sys.argv[1:]]))
     except KeyboardInterrupt as error:
         print(f"stopped; finished runs are kept in {folder}. The same command again continues.", file=sys.stderr)
         raise typer.Exit(130) from error
@@ -104,7 +110,7 @@ def compare(
         raise typer.Exit(1)
 
 
-def _config(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float | None, tiny: bool) -> TrainConfig:
+def _config(recipe: str, changed: dict[str, Any], optimizer: str | None, lr: float | None, tiny: bool) -> TrainConfig:
     """The recipe's configuration with what was given; one thread per run, as many validations as a curve needs."""
     from pipeoptim.train.checks import check
     from pipeoptim.train.optimizers import switch
@@ -112,10 +118,10 @@ def _config(recipe: str, given: dict[str, Any], optimizer: str | None, lr: float
     from pipeoptim.train.setup import with_steps
     from pipeoptim.train.shorten import shortened
 
-    config = replace(get_recipe(recipe, tiny), threads=1, **given)
+    config = replace(get_recipe(recipe, tiny), threads=1, **changed)
     check(config)
     config = with_steps(config)
-    if "eval_every" not in given:
+    if "eval_every" not in changed:
         config = replace(config, eval_every=max(1, config.steps // VALIDATIONS))
     if optimizer is not None:
         config = replace(config, optimizer=switch(config.optimizer, optimizer))

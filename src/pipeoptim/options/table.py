@@ -1,26 +1,32 @@
 """Every option of a pipeline, once: its name, default, meaning, check, and whether all processes must agree on it.
 
-``Emulator``, ``Schedule`` and ``InterleavedSchedule`` take their keyword arguments, signatures and docstrings from here, and
-``pipeoptim train`` the help of those that it offers. A new option is a field of :class:`PipelineOptions` and, beside it, its type in
-:class:`OptionKeywords`; where it takes effect, it is read as ``options.<name>``.
-
-Nothing here imports torch, so that the command line answers at once: what needs more than Python to check is named, and imported
-when an option is given.
+What needs more than Python to check is named, and imported when the option is given: nothing here imports torch.
 """
 
 from __future__ import annotations
 
-import inspect
-import math
-import operator
-import textwrap
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
-from importlib import import_module
-from typing import TYPE_CHECKING, Any, TypedDict, TypeVar, Unpack
+from typing import TYPE_CHECKING, Any, Unpack
 
 from pipeoptim.errors import ConfigError, unknown_name
+from pipeoptim.options.checks import (
+    Check,
+    count,
+    every_so_many,
+    flag,
+    function,
+    instance,
+    integer_or_none,
+    one_of_imported,
+    passes,
+    read_by,
+    seconds,
+    seconds_or_none,
+    tied_places,
+)
+from pipeoptim.options.keywords import LossWeight, OptionKeywords, ProcessKeywords, UpdateHook
 
 if TYPE_CHECKING:
     import torch
@@ -34,20 +40,10 @@ if TYPE_CHECKING:
     from pipeoptim.engine.transport.compression import Compression
     from pipeoptim.methods import Method
 
-__all__ = ["PipelineOptions"]
-
-UpdateHook = Callable[[int, int], None]
-"""``on_update(k, version)``, called after every update of stage k, with the latest weights in the module."""
-
-LossWeight = Callable[[Any], Any]
-"""``loss_weight(target) -> number``."""
-
 RENAMED = {"weigh": "loss_weight"}
 """Former names, which work for one more minor release, with a DeprecationWarning."""
 
-C = TypeVar("C", bound=type)
-Check = Callable[[str, Any], Any]
-"""``check(name, value)`` returns the value, perhaps in another form, or raises ConfigError."""
+EQUAL = "Equal in all processes."
 
 
 @dataclass(frozen=True)
@@ -57,149 +53,19 @@ class Option:
     Args:
         help: its meaning, in plain words.
         check: applied to every value that is not the default.
-        agreed: whether it must be equal in all processes of a pipeline.
+        agreed: what all processes of a pipeline must agree on, as a sentence; empty where each may have its own.
         describe: how error messages show its value.
     """
 
     help: str
     check: Check
-    agreed: bool = False
+    agreed: str = ""
     describe: Callable[[Any], str] = str
 
 
-def option(default: Any, help: str, check: Check, agreed: bool = False, describe: Callable[[Any], str] = str) -> Any:
+def option(default: Any, help: str, check: Check, agreed: str = "", describe: Callable[[Any], str] = str) -> Any:
     """A field of :class:`PipelineOptions`."""
     return field(default=default, metadata={"option": Option(help, check, agreed, describe)})
-
-
-# -- checks ----------------------------------------------------------------------------------------------------------------
-
-
-def _flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ConfigError(f"{name} is {value!r}, must be True or False")
-    return value
-
-
-def _function(what: str) -> Check:
-    def check(name: str, value: Any) -> Any:
-        if value is not None and not callable(value):
-            raise ConfigError(f"{name} is {value!r}, must be {what}, or None")
-        return value
-
-    return check
-
-
-def _microbatches(name: str, value: Any) -> int:
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise ConfigError(f"{name} is {value!r}, must be an integer of at least 1")
-    return value
-
-
-def _seed(name: str, value: Any) -> int | None:
-    try:
-        return None if value is None else operator.index(value)  # whatever counts as an integer, as numpy's do
-    except TypeError:
-        raise ConfigError(f"{name} is {value!r}, must be an integer, or None for torch's initial seed") from None
-
-
-def _seconds(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name} is {value!r}, must be a number of seconds above 0")
-    return value
-
-
-def _seconds_or_none(name: str, value: Any) -> float | None:
-    return None if value is None else _seconds(name, value)
-
-
-def _monitor(name: str, value: Any) -> bool | int:
-    if not isinstance(value, int) or value < 0:
-        raise ConfigError(f"{name} is {value!r}, must be True, False or a number of versions, for example 10")
-    return value
-
-
-def _tied(name: str, value: Any) -> Any:
-    if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):
-        raise ConfigError(
-            f"{name} is {value!r}, must be the tied of a partition, or a list that holds, for each tied weight, a list of (stage, "
-            'name of the parameter): [[(0, "embed.weight"), (1, "head.weight")]]'
-        )
-    return value
-
-
-def _imported(target: str) -> Any:
-    """What ``"module:name"`` names. Checks that belong to a feature live beside it, in modules that import torch."""
-    module, _, name = target.partition(":")
-    return getattr(import_module(module), name)
-
-
-def _by(target: str) -> Check:
-    """The check is the function ``target``, ``f(value)``, which returns the value in the form that the engine uses."""
-    return lambda _, value: _imported(target)(value)
-
-
-def _passes(target: str) -> Check:
-    """The check is the function ``target``, ``f(value)``, which returns nothing."""
-
-    def check(_: str, value: Any) -> Any:
-        _imported(target)(value)
-        return value
-
-    return check
-
-
-def _one_of(target: str) -> Check:
-    """The value must be one of the names in ``target``."""
-
-    def check(name: str, value: Any) -> Any:
-        known = tuple(_imported(target))
-        if value not in known:
-            raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(known)}")
-        return value
-
-    return check
-
-
-def _instance(target: str, what: str) -> Check:
-    def check(name: str, value: Any) -> Any:
-        if value is not None and not isinstance(value, _imported(target)):
-            raise ConfigError(f"{name} is a {type(value).__name__}, must be {what}")
-        return value
-
-    return check
-
-
-# -- the options -----------------------------------------------------------------------------------------------------------
-
-
-class OptionKeywords(TypedDict, total=False):
-    """Keyword arguments of every pipeline, by their types as users give them."""
-
-    prediction: str
-    seed: int | None
-    clip: Clip | float | None
-    autocast: torch.dtype | None
-    scaler: GradScaler | Sequence[GradScaler] | Callable[[], GradScaler] | None
-    on_update: UpdateHook | None
-    monitor: bool | int
-    uneven: bool
-    loss_weight: LossWeight | None
-    recompute: str
-    overlap: bool
-    compress: Compression | str | None
-    trace: Trace | None
-    tied: TiedWeights | None
-    weigh: LossWeight | None
-
-
-class ProcessKeywords(OptionKeywords, total=False):
-    """Those of pipelines whose stages live in several processes."""
-
-    replicas: ProcessGroup | DeviceMesh | None
-    transport: str
-    timeout: float
-    liveness_timeout: float | None
 
 
 @dataclass(frozen=True, init=False)
@@ -222,112 +88,111 @@ class PipelineOptions:
     method: str | Method = option(
         "pipeoptim",
         "training method: a name in pipeoptim.METHODS, or a Method of your own.",
-        _by("pipeoptim.methods:get_method"),
-        agreed=True,
+        read_by("pipeoptim.methods:get_method"),
+        agreed=EQUAL,
         describe=lambda method: getattr(method, "name", method),
     )
     microbatches: int = option(
-        1, "M slices per mini-batch and update; 1 is the default of the asynchronous methods.", _microbatches, agreed=True
+        1, "M slices per mini-batch and update; 1 is the default of the asynchronous methods.", count, agreed=EQUAL
     )
     prediction: str = option(
         "refined",
-        "kind of weight prediction: refined, paper, decayed, displacement or none; see pipeoptim.predict_weights.",
-        _one_of("pipeoptim.rules:KINDS"),
-        agreed=True,
+        "kind of weight prediction: refined, paper, decayed, displacement or none.",
+        one_of_imported("pipeoptim.rules:KINDS"),
+        agreed=EQUAL,
     )
     seed: int | None = option(
         None,
         "of the stages' random numbers (dropout); by default torch's initial seed. Pipelines with the same seed in all "
         "processes draw what the emulator draws.",
-        _seed,
+        integer_or_none,
     )
     clip: Clip | None = option(
         None,
         "gradient clipping: a pipeoptim.Clip, or the largest norm per stage.",
-        _by("pipeoptim.engine.stage.clip:as_clip"),
-        agreed=True,
+        read_by("pipeoptim.engine.stage.clip:as_clip"),
+        agreed=EQUAL,
     )
     autocast: torch.dtype | None = option(
         None,
         "torch.bfloat16 or torch.float16: forward and loss run under torch.autocast.",
-        _passes("pipeoptim.engine.stage.autocast:check_autocast"),
-        agreed=True,
+        passes("pipeoptim.engine.stage.autocast:check_autocast"),
+        agreed=EQUAL,
     )
     scaler: GradScaler | None = option(
         None,
-        "loss scaling for float16, on all stages or on none: a torch.amp.GradScaler for each stage. An emulator takes a list of "
-        "them, or a function that makes one.",
-        _instance(
+        "loss scaling for float16: a torch.amp.GradScaler for each stage. An emulator takes a list of them, or a function that makes one.",
+        instance(
             "torch.amp.grad_scaler:GradScaler",
             'a torch.amp.GradScaler; the emulator takes one per stage: scaler=lambda: torch.amp.GradScaler("cuda")',
         ),
-        agreed=True,
+        agreed="On all stages or on none.",
         describe=lambda scaler: "on" if scaler is not None and scaler.is_enabled() else "off",
     )
     on_update: UpdateHook | None = option(
         None,
         "on_update(k, version), called after every update of every stage; averages of weights go here.",
-        _function("a function of a stage and its version"),
+        function("a function of a stage and its version"),
     )
     monitor: bool | int = option(
         False,
         "measure the predictions made at every n-th version, see prediction_error(). True: as often as costs less than 1 % of "
         "a step, that is at every version of stages with 60 million weights, at fewer of smaller ones, but at least at every 10th.",
-        _monitor,
+        every_so_many,
     )
     uneven: bool = option(
         False,
         "a batch that M does not divide is cut into micro-batches that differ by one row, each of which counts by its share of "
-        "the rows, so that the gradient is that of the mean over the whole batch. By default such a batch is an error.",
-        _flag,
-        agreed=True,
+        "the rows; by default such a batch is an error.",
+        flag,
+        agreed=EQUAL,
     )
     loss_weight: LossWeight | None = option(
         None,
         "loss_weight(target) -> number: the loss of a micro-batch counts by its share of these numbers; used on the last stage. For "
         "losses that are a mean over something other than rows, for instance lambda target: (target != -100).sum().",
-        _function("a function of the target that returns a number"),
+        function("a function of the target that returns a number"),
     )
     recompute: str = option(
         "backward",
         "on which weights activation checkpoints (torch.utils.checkpoint) run the forward again: 'backward', those of the "
         "backward; or 'forward', those of the first forward, which is the same bit for bit as without checkpointing, and costs "
         "a stash of these weights. Each stage may choose.",
-        _one_of("pipeoptim.engine.stage.recompute:KINDS"),
+        one_of_imported("pipeoptim.engine.stage.recompute:KINDS"),
     )
     overlap: bool = option(
         False,
-        "each update comes after the next forward of its stage, during which replicas average their gradients. The version gap of "
-        "that forward is one more, which is counted and predicted like any other.",
-        _flag,
-        agreed=True,
+        "average the gradients of replicas during the next forward, after which the update comes; the version gap of that "
+        "forward is one more, which is counted and predicted like any other.",
+        flag,
+        agreed=EQUAL,
     )
     compress: Compression | None = option(
         None,
         "'bf16', 'int8' or a pipeoptim.Compression: messages between stages take fewer bytes. An emulator loses the same "
         "precision.",
-        _by("pipeoptim.engine.transport.compression:as_compression"),
-        agreed=True,
+        read_by("pipeoptim.engine.transport.compression:as_compression"),
+        agreed=EQUAL,
     )
     trace: Trace | None = option(
         None,
         "a pipeoptim.Trace that records what every stage does and when; of replicas, the first.",
-        _instance("pipeoptim.engine.trace:Trace", "a pipeoptim.Trace or None"),
+        instance("pipeoptim.engine.trace:Trace", "a pipeoptim.Trace or None"),
     )
     tied: TiedWeights | None = option(
         None,
         "weights of which several stages have a copy, which are kept equal: the tied of a partition, or for each of them a list of "
         '(stage, name of the parameter): [[(0, "embed.weight"), (1, "head.weight")]].',
-        _tied,
-        agreed=True,
+        tied_places,
+        agreed=EQUAL,
         describe=lambda tied: f"[{'; '.join(map(str, tied or ()))}]",
     )
     replicas: ProcessGroup | DeviceMesh | None = option(
         None,
         "the processes that hold the same stage and train on other samples, as a process group or a dimension of a DeviceMesh; "
         "gradients become their mean before each update (see docs/layouts.md).",
-        _passes("pipeoptim.engine.replicas.replica_set:replica_ranks"),
-        agreed=True,
+        passes("pipeoptim.engine.replicas.replica_set:replica_ranks"),
+        agreed="As many for every stage.",
         describe=lambda replicas: "1" if replicas is None else str(replicas if isinstance(replicas, int) else replicas.size()),
     )
     transport: str = option(
@@ -337,14 +202,14 @@ class PipelineOptions:
         "the process group. Messages are in the host's memory where stages are on CPUs, and where the group has no backend but gloo for "
         "the stage's device: those of a GPU are then copied to pinned memory and sent from there while it computes. A backend that "
         "takes device memory, as NCCL does, gets it. Norms for clipping take the same way.",
-        _passes("pipeoptim.engine.transport.unix_channel:check_transport"),
+        passes("pipeoptim.engine.transport.unix_channel:check_transport"),
     )
-    timeout: float = option(1800.0, "seconds to wait for a neighbour's message before giving up.", _seconds)
+    timeout: float = option(1800.0, "seconds to wait for a neighbour's message before giving up.", seconds)
     liveness_timeout: float | None = option(
         10.0,
         "seconds without a sign of life from a stage after which this process ends with a message that names the stage. None "
         "switches this off.",
-        _seconds_or_none,
+        seconds_or_none,
     )
 
     def __init__(self, method: str | Method = "pipeoptim", microbatches: int = 1, **options: Unpack[ProcessKeywords]) -> None:
@@ -396,10 +261,16 @@ def about(entry: Field[Any]) -> Option:
     return entry.metadata["option"]  # type: ignore[no-any-return]
 
 
+def option_named(name: str) -> tuple[Any, Option]:
+    """Default of an option, and what is known of it."""
+    entry = next(f for f in fields(PipelineOptions) if f.name == name)
+    return entry.default, about(entry)
+
+
 def read_option(name: str, options: Mapping[str, Any]) -> Any:
     """One option of those given, checked: for what must be known before the others can be read."""
-    (entry,) = (f for f in fields(PipelineOptions) if f.name == name)
-    return about(entry).check(name, options.get(name, entry.default))
+    default, option = option_named(name)
+    return option.check(name, options.get(name, default))
 
 
 def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -422,34 +293,6 @@ def _refusal(pipeline: str, name: str, names: Sequence[str]) -> ConfigError:
     if name in PROCESS_OPTIONS:
         return ConfigError(f"{name} is an option of pipelines in several processes, not of {pipeline}; leave it out")
     return unknown_name(f"{pipeline} option", name, names)
-
-
-def takes_options(names: Sequence[str]) -> Callable[[C], C]:
-    """Class decorator: signature and docstring of a pipeline show the options called ``names``, after its own arguments."""
-
-    def decorate(cls: C) -> C:
-        entries = [f for f in fields(PipelineOptions) if f.name in names]
-        init: Any = cls.__dict__["__init__"]
-        signature = inspect.signature(init)
-        own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        types = {**OptionKeywords.__annotations__, **ProcessKeywords.__annotations__}
-        shown = [
-            inspect.Parameter(f.name, inspect.Parameter.KEYWORD_ONLY, default=f.default, annotation=types[f.name])
-            for f in entries
-        ]
-        init.__signature__ = signature.replace(parameters=[*own, *shown])
-        if cls.__doc__:  # there is none under python -OO
-            cls.__doc__ = cls.__doc__.replace(_MARK, "\n".join(_documented(f) for f in entries))
-        return cls
-
-    return decorate
-
-
-_MARK = "        options: those of :class:`~pipeoptim.PipelineOptions`."
-
-
-def _documented(entry: Field[Any]) -> str:
-    return textwrap.fill(f"{entry.name}: {about(entry).help}", 120, initial_indent=" " * 8, subsequent_indent=" " * 12)
 
 
 DEFAULTS = PipelineOptions()
