@@ -1,6 +1,6 @@
 """What the tables of the methods say, against the design's own table; and how a user's method gets in."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ import torch
 import pipeoptim as po
 from pipeoptim.methods import Method, copies, gap, registry
 from pipeoptim.methods.average_predictors import SmoothedGradient
-from pipeoptim.weights import Latest, Predicted, Stashed
+from pipeoptim.weights import Latest, Predicted, Source, Stashed
 
 DEPTH = 8
 
@@ -147,3 +147,65 @@ def test_a_methods_own_predictor_is_told_what_it_works_for():
     for _ in range(6):
         pipe.step(torch.randn(4, 3), target=torch.randn(4, 3))
     assert seen[0].monitor is not None and len(seen[0].monitor.figures()) == len(pipe.prediction_error(0)) == 1
+
+
+@dataclass(frozen=True)
+class EverySecond(Source):
+    """Forwards on the newest even version, whatever has come since: nothing in the library knows this source."""
+
+    def acquire(self, weights, i):
+        return weights.numbered(weights.version - (weights.version - weights.restart) % 2)
+
+    def oldest_needed(self, weights, i):
+        return weights.version - (weights.version - weights.restart) % 2
+
+
+@dataclass(frozen=True)
+class TwoWays(Source):
+    """Predicts by hand, twice per forward: a second prediction is in use while the first one is."""
+
+    predicts = True
+
+    def acquire(self, weights, i):
+        further = weights.predicted(3)
+        chosen = weights.predicted(self.steps_ahead(weights.program, weights.k, i))
+        weights.release(further)
+        return chosen
+
+    def steps_ahead(self, program, k, i):
+        return program.gap(k, i)
+
+
+@dataclass(frozen=True)
+class LikeStashed(Source):
+    """A backward on the forward's weights by another name."""
+
+    reuses_forward = True
+
+
+@pytest.mark.parametrize(
+    ("forward", "backward", "m"),
+    [
+        (EverySecond(), Latest(), 1),
+        (EverySecond(), Stashed(), 1),
+        (TwoWays(), Latest(), 1),
+        (TwoWays(), Stashed(), 2),
+        (Latest(), LikeStashed(), 1),
+    ],
+)
+def test_copies_of_a_users_own_source_are_those_that_the_engine_makes(forward, backward, m):
+    method = Method("own", "async_1f1b", forward, backward, summary="for the test")
+    torch.manual_seed(0)
+    stages = [torch.nn.Linear(4, 4) for _ in range(4)]
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1, momentum=0.9), torch.nn.functional.mse_loss, method, m)
+    most = [0] * 4
+    for _ in range(12):
+        pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))
+        most = [max(most[k], pipe.weight_bytes(k)) for k in range(4)]
+    assert [pipe.weight_copies(k) for k in range(4)] == [n // (4 * 20) for n in most]
+    assert pipe.weight_copies(0) > 2
+
+
+def test_the_gap_of_a_users_own_source_is_counted():
+    method = Method("own", "async_1f1b", EverySecond(), Latest(), summary="for the test")
+    assert [gap(method, 3, 1, 0, 0), gap(method, 3, 1, 2, 0)] == [2, 0]

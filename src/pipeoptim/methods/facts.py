@@ -1,15 +1,21 @@
-"""Facts about a method that follow from its table and its action program, computed instead of written down."""
+"""Facts about a method that follow from its table and its action program, computed instead of written down.
+
+They are found by letting the method's own sources work: one stage goes through its program with the real bookkeeping of weights
+(:class:`~pipeoptim.weights.StageWeights`), only without any weights in it. So a source of the user's own is counted like ours.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
+
+from torch import Tensor
 
 from pipeoptim.methods.method import Method
 from pipeoptim.schedule import Action, ActionKind, Program
-from pipeoptim.weights import Numbered, Source, Stashed
-
-Key = tuple[int, int]
-"""One set of weights: updates applied, and updates predicted ahead."""
+from pipeoptim.weights import StageWeights, WeightSet
 
 
 def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int = 0) -> int:
@@ -26,20 +32,14 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
         >>> [[gap(get_method(name), 4, 4, k) for k in range(4)] for name in ("pipedream", "pipedream_2bw")]
         [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
-    program = method.program(depth, microbatches)
-    if isinstance(method.forward, Numbered):
-        i = 2 * depth * microbatches + microbatch  # its B comes after the updates of all mini-batches before its own
-        return i // microbatches - method.forward.number(program, k, i)
-    return program.steady_gap(k, 0 if method.forward.once else microbatch)
+    use = _weight_use(method, method.program(depth, microbatches), k, keep_forward=False)
+    return use.gaps[2 * depth * microbatches + microbatch]
 
 
-@lru_cache(maxsize=1024)
 def copies(
     method: Method, depth: int, microbatches: int, k: int, keep_forward: bool = False, program: Program | None = None
 ) -> int:
     """Copies of the weights that stage ``k`` holds at most, the latest included.
-
-    Counted by walking the action program and noting which sets of weights are in use at each action.
 
     Args:
         method, depth, microbatches, k: which stage of which pipeline.
@@ -51,58 +51,89 @@ def copies(
         >>> [copies(get_method("pipedream"), 4, 1, k) for k in range(4)]
         [4, 3, 2, 1]
     """
-    walk = _Walk(method, program or method.program(depth, microbatches), k, keep_forward)
-    for action in walk.program.full(k, minibatches=2 * depth + 2):
-        walk.act(action)
-    return walk.most
+    return _weight_use(method, program or method.program(depth, microbatches), k, keep_forward).copies
 
 
-class _Walk:
-    """Which sets of weights one stage uses as it goes through its program."""
+@dataclass(frozen=True)
+class WeightUse:
+    """What one stage does with its weights.
+
+    Attributes:
+        copies: the most that there are at once, the latest included.
+        gaps: of each micro-batch the updates from the weights that its F uses or predicts from to its B.
+    """
+
+    copies: int
+    gaps: dict[int, int]
+
+
+@lru_cache(maxsize=1024)
+def _weight_use(method: Method, program: Program, k: int, keep_forward: bool) -> WeightUse:
+    stage = _WeightlessStage(method, program, k, keep_forward)
+    for action in program.full(k, minibatches=2 * program.depth + 2):
+        stage.act(action)
+    return WeightUse(1 + stage.weights.most_copies, stage.gaps)
+
+
+class _WeightlessStage:
+    """One stage going through its program as :class:`~pipeoptim.engine.stage.worker.StageWorker` does, with no weights to move."""
 
     def __init__(self, method: Method, program: Program, k: int, keep_forward: bool) -> None:
-        self.method, self.program, self.k, self.keep_forward = method, program, k, keep_forward
-        self.version, self.next_forward, self.most = 0, 0, 1
-        self.stash: dict[int, Key] = {}  # of micro-batches in flight
-        self.shared: dict[Source, Key] = {}  # of mini-batches whose first micro-batch chose for all
-        self.kept: set[Key] = set()  # versions that coming forwards ask for by number
+        self.method, self.program = method, program
+        self.weights = StageWeights([], program, k, _NoPredictions() if method.predicts_on(program, k) else None)
+        self.gaps: dict[int, int] = {}
+        self._keeps = keep_forward or method.backward.reuses_forward
+        self._in_flight: dict[int, tuple[int, WeightSet | None]] = {}  # version that F used, and the set where it is kept
+        self._next_forward = 0
 
     def act(self, action: Action) -> None:
-        i = action.number
         if action.kind is ActionKind.F:
-            key = self._use(self.method.forward, i)
-            if self.keep_forward or isinstance(self.method.backward, Stashed):
-                self.stash[i] = key
-            self.next_forward = i + 1
-            self._retain()
+            self._forward(action.number)
         elif action.kind is ActionKind.B:
-            if not isinstance(self.method.backward, Stashed):
-                self._use(self.method.backward, i)
-            self.stash.pop(i, None)
+            self._backward(action.number)
         else:
-            self._retain()
-            self.version += 1
-            self._count()
+            self._update()
+
+    def _forward(self, i: int) -> None:
+        used = self.method.forward.acquire(self.weights, i)
+        if not self._keeps:
+            self.weights.release(used)
+        self._in_flight[i] = used.key[0], used if self._keeps else None
+        self._next_forward = i + 1
+        self._retain()
+
+    def _backward(self, i: int) -> None:
+        version, kept = self._in_flight.pop(i)
+        self.gaps[i] = self.weights.version - version
+        if not self.method.backward.reuses_forward:
+            self.weights.release(self.method.backward.acquire(self.weights, i))
+        if kept is not None:
+            self.weights.release(kept)
+
+    def _update(self) -> None:
+        self._retain()
+        self.weights.before_update()
+        self.weights.update(lambda: None)
+        self.weights.after_update()
 
     def _retain(self) -> None:
-        if isinstance(self.method.forward, Numbered):
-            oldest = self._key(self.method.forward, self.next_forward)[0]
-            self.kept = {key for key in self.kept | {(self.version, 0)} if key[0] >= oldest}
+        oldest = self.method.forward.oldest_needed(self.weights, self._next_forward)
+        if oldest is not None:
+            self.weights.retain(oldest)
 
-    def _use(self, source: Source, i: int) -> Key:
-        key = self.shared.get(source) or self._key(source, i)
-        if source.once:
-            self.shared[source] = key
-        self._count(key)
-        if source.once and (i + 1) % self.program.microbatches == 0:
-            del self.shared[source]
-        return key
 
-    def _key(self, source: Source, i: int) -> Key:
-        if isinstance(source, Numbered):
-            return source.number(self.program, self.k, i), 0
-        return self.version, source.steps_ahead(self.program, self.k, i)
+class _NoPredictions:
+    """A predictor of no weights."""
 
-    def _count(self, *using: Key) -> None:
-        sets = {*self.stash.values(), *self.shared.values(), *self.kept, *using} - {(self.version, 0)}
-        self.most = max(self.most, 1 + len(sets))
+    needs_previous = False
+
+    def before_step(self, spare: Sequence[Tensor] | None) -> None: ...
+
+    def after_step(self) -> None: ...
+
+    def predict_into(self, out: Sequence[Tensor], steps: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...

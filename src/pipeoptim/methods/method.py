@@ -10,7 +10,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods.predictor_context import PredictorContext
 from pipeoptim.rules import Predictor
 from pipeoptim.schedule import INTERLEAVED, ORDERS, Program
-from pipeoptim.weights.sources import Source, Stashed
+from pipeoptim.weights.sources import Source
 from pipeoptim.weights.store import WeightPredictor
 
 
@@ -70,7 +70,7 @@ class Method:
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
             raise ConfigError(f"method {self.name!r} has order {self.order!r}; known orders: {', '.join(ORDERS)}")
-        if isinstance(self.forward, Stashed):
+        if self.forward.reuses_forward:
             raise ConfigError(f"method {self.name!r} has a stashed forward; only a backward can use the forward's weights")
 
     @property

@@ -20,11 +20,12 @@ class Source:
 
     Attributes:
         predicts: whether the stage needs a predictor for it.
-        once: whether all micro-batches of a mini-batch share the set chosen for the first of them.
+        reuses_forward: for a backward: whether it runs on the very set that the forward of its micro-batch used, which is kept
+            with the micro-batch, so that nothing is acquired.
     """
 
     predicts: ClassVar[bool] = False
-    once: ClassVar[bool] = False
+    reuses_forward: ClassVar[bool] = False
 
     @property
     def any_order(self) -> bool:
@@ -56,6 +57,8 @@ class Latest(Source):
 class Stashed(Source):
     """Backward only: exactly the weights that the forward of the same micro-batch used."""
 
+    reuses_forward: ClassVar[bool] = True
+
     def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         raise AssertionError("the weights of the forward are kept with the micro-batch, not acquired again")
 
@@ -86,8 +89,6 @@ class Predicted(Source):
 @dataclass(frozen=True)
 class PredictedOnce(Predicted):
     """One prediction per mini-batch, made by its first micro-batch (the bellwether) and used by all of them."""
-
-    once: ClassVar[bool] = True
 
     def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         n, j = divmod(i, weights.program.microbatches)

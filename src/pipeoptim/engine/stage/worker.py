@@ -46,7 +46,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method, PredictorContext
 from pipeoptim.options import DEFAULTS, PipelineOptions
 from pipeoptim.schedule import Program
-from pipeoptim.weights import Latest, SavedWeights, StageWeights, Stashed, WeightSet
+from pipeoptim.weights import Latest, SavedWeights, StageWeights, WeightSet
 from pipeoptim.weights.store import WeightPredictor
 
 LossFn = Callable[..., Tensor]
@@ -128,7 +128,7 @@ class StageWorker:
         self.options = options
         self.parameters = held
         self.losses = LossLog(program.microbatches)
-        self._stashes = isinstance(method.backward, Stashed)
+        self._stashes = method.backward.reuses_forward
         self._keeps = self._stashes or options.recompute == "forward"  # the weights of a forward until its backward
         if not (self._stashes and options.recompute == "forward"):  # there, forward and backward have the same weights
             check_recompute(options.recompute, module, reduction.replaces_saved)
@@ -233,9 +233,9 @@ class StageWorker:
         if not self.reduction.replaces_saved:
             return None
         moved = self.program.gap(self.k, i) > 0  # in place, the latest weights of the backward are right by themselves
-        if in_place and isinstance(backward, Latest) and not (moved and self._keeps):
+        if in_place and type(backward) is Latest and not (moved and self._keeps):  # a subclass may acquire others
             return None
-        if in_place and isinstance(backward, Stashed) and not moved:
+        if in_place and self._stashes and not moved:
             return None
         return SavedWeights(self.weights.buffers(weight_set).table)
 
