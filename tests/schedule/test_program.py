@@ -10,7 +10,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeoptim.errors import ConfigError, PipeOptimError
-from pipeoptim.schedule import ORDERS, Action, ActionKind, Program, bubble, timeline, to_svg, to_text, validate, with_transfers
+from pipeoptim.schedule import (
+    ORDERS,
+    Action,
+    ActionKind,
+    Order,
+    Program,
+    bubble,
+    timeline,
+    to_svg,
+    to_text,
+    validate,
+    with_transfers,
+)
 from pipeoptim.schedule import program as program_module
 from pipeoptim.schedule import validate as validate_function
 
@@ -78,7 +90,7 @@ def test_the_bubble_of_gpipe_is_the_textbook_one():
 
 
 def test_a_program_that_cannot_work_is_named():
-    class Deadlock:
+    class Deadlock(Order):
         name, flushes = "deadlock", False
 
         def step(self, k, depth, m, n):
@@ -115,7 +127,7 @@ def test_a_program_that_cannot_work_is_named():
 
 
 def test_a_deadlock_is_found():
-    class Waits:
+    class Waits(Order):
         name, flushes = "waits", True
 
         def step(self, k, depth, m, n):
@@ -181,3 +193,16 @@ def test_the_schedule_package_needs_no_torch():
     )
     assert done.returncode == 0, done.stderr
     assert "stage 1" in done.stdout
+
+
+@pytest.mark.parametrize("name", sorted(ORDERS))
+def test_an_order_says_itself_whether_stages_share_processes(name):
+    order = ORDERS[name]
+    if order.interleaved_as is not None:
+        assert ORDERS[order.interleaved_as].interleaves
+    if order.interleaves:
+        assert Program(name, 4, 2, processes=2).interleaved
+    else:
+        assert order.on_processes(2) is order
+        with pytest.raises(ConfigError, match="one stage per process"):
+            Program(name, 4, 2, processes=2)

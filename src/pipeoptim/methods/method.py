@@ -9,7 +9,7 @@ from typing import Any
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods.predictor_context import PredictorContext
 from pipeoptim.rules import Predictor
-from pipeoptim.schedule import INTERLEAVED, ORDERS, Program
+from pipeoptim.schedule import ORDERS, Program
 from pipeoptim.weights.sources import Source
 from pipeoptim.weights.store import WeightPredictor
 
@@ -107,7 +107,7 @@ class Method:
                 f"method {self.name!r} says by a formula for its own order how old weights are; without interleaving and overlap it "
                 "works, and methods that count do with both, for example 'pipeoptim'"
             )
-        order = INTERLEAVED.get(self.order, self.order) if interleaved else self.order
+        order = (interleaved and ORDERS[self.order].interleaved_as) or self.order
         program = Program(order, depth, microbatches, processes if interleaved else None, overlap)
         if self.at_least_depth_microbatches and microbatches < depth:
             raise ConfigError(

@@ -7,13 +7,12 @@ the timeline that draws it. What a stage does, and how old its weights are when 
 from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.draw import to_svg, to_text
 from pipeoptim.schedule.happens_before import common_delay
-from pipeoptim.schedule.orders import INTERLEAVED, ORDERS, Order
+from pipeoptim.schedule.orders import ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
 from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
 from pipeoptim.schedule.validate import validate, with_transfers
 
 __all__ = [
-    "INTERLEAVED",
     "ORDERS",
     "Action",
     "ActionKind",

@@ -7,38 +7,60 @@ A new order is a new class here with an entry in :data:`ORDERS`; engines, drawin
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import count
 from math import gcd
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 from pipeoptim.schedule.actions import Action, ActionKind
 
 
-class Order(Protocol):
-    """What a stage does, mini-batch after mini-batch. ``k`` is the stage, ``m`` the micro-batches per mini-batch."""
+class Order(ABC):
+    """What a stage does, mini-batch after mini-batch. ``k`` is the stage, ``m`` the micro-batches per mini-batch.
 
-    @property
-    def name(self) -> str: ...
+    Attributes:
+        name: its key in :data:`ORDERS`.
+        flushes: whether the pipeline is empty between mini-batches.
+        interleaves: whether several stages may share a process.
+        interleaved_as: the order that takes its place where several stages share a process; None if there is none.
+    """
 
-    @property
-    def flushes(self) -> bool:
-        """Whether the pipeline is empty between mini-batches."""
-        ...
+    name: ClassVar[str]
+    flushes: ClassVar[bool]
+    interleaves: ClassVar[bool] = False
+    interleaved_as: ClassVar[str | None] = None
 
+    @abstractmethod
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         """Actions of stage ``k`` when mini-batch ``n`` is fed."""
-        ...
 
+    @abstractmethod
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         """Actions of stage ``k`` that finish what is in flight after ``n`` mini-batches were fed."""
-        ...
 
     def in_flight(self, k: int, depth: int, m: int) -> int:
-        """The most micro-batches whose forward is done and whose backward is not, on stage ``k``."""
-        ...
+        """The most micro-batches whose forward is done and whose backward is not, on stage ``k``: counted, unless a formula is known."""
+        flying = most = 0
+        for n in range(2 * depth + 2):
+            for action in self.step(k, depth, m, n):
+                flying += {ActionKind.F: 1, ActionKind.B: -1}.get(action.kind, 0)
+                most = max(most, flying)
+        return most
+
+    def on_processes(self, processes: int) -> Order:
+        """The same order with its stages dealt to ``processes``; itself where every stage has a process of its own."""
+        return self
+
+    def process_step(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
+        """What process ``p`` does when mini-batch ``n`` is fed, each action with its stage."""
+        return [(p, action) for action in self.step(p, depth, m, n)]
+
+    def process_drain(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
+        """What process ``p`` still does after ``n`` mini-batches."""
+        return [(p, action) for action in self.drain(p, depth, m, n)]
 
 
 def _backward(i: int, m: int) -> list[Action]:
@@ -49,11 +71,12 @@ def _backward(i: int, m: int) -> list[Action]:
     return done
 
 
-class AsyncOneFOneB:
+class AsyncOneFOneB(Order):
     """1F1B that never flushes: F(0) .. F(D-1-k), B(0) U, F(D-k), B(1) U, ... (PipeDream, SOSP 2019, figure 8)."""
 
     name = "async_1f1b"
     flushes = False
+    interleaved_as = "async_interleaved"
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         ahead = depth - 1 - k
@@ -72,7 +95,7 @@ class AsyncOneFOneB:
         return depth - k
 
 
-class GPipe:
+class GPipe(Order):
     """All forwards, then all backwards, then the update; the pipeline is empty between mini-batches (GPipe, 2019)."""
 
     name = "gpipe"
@@ -89,7 +112,7 @@ class GPipe:
         return m
 
 
-class OneFOneBFlush:
+class OneFOneBFlush(Order):
     """1F1B inside a mini-batch, flushed at its end (DAPPLE; PipeDream-Flush): the bubble of GPipe, D-k activations."""
 
     name = "1f1b"
@@ -111,7 +134,7 @@ class OneFOneBFlush:
 
 
 @dataclass(frozen=True)
-class AsyncInterleaved:
+class AsyncInterleaved(Order):
     """1F1B that never flushes with several stages per process: stage k lives on process ``k mod P``.
 
     Each process works in *slots*, one forward and then one backward. With V stages per process and groups of g micro-batches
@@ -131,19 +154,17 @@ class AsyncInterleaved:
     processes: int | None = None
     name: ClassVar[str] = "async_interleaved"
     flushes: ClassVar[bool] = False
+    interleaves: ClassVar[bool] = True
 
-    def on(self, processes: int) -> AsyncInterleaved:
-        """The same order on so many processes."""
+    def on_processes(self, processes: int) -> AsyncInterleaved:
         return AsyncInterleaved(processes)
 
     def process_step(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
-        """What process ``p`` does when mini-batch ``n`` is fed, each action with its stage."""
         shape = _Slots(self.processes or depth, depth, m)
         slots = range(n * m * shape.v, (n + 1) * m * shape.v)
         return [a for q in slots for a in [*shape.forward(p, q), *shape.backward(p, q)]]
 
     def process_drain(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
-        """What process ``p`` still does after ``n`` mini-batches."""
         shape = _Slots(self.processes or depth, depth, m)
         first = n * m * shape.v
         slots = range(first, first + shape.lag(0, 0) + 1)
@@ -154,14 +175,6 @@ class AsyncInterleaved:
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         return [a for j, a in self.process_drain(k % (self.processes or depth), depth, m, n) if j == k]
-
-    def in_flight(self, k: int, depth: int, m: int) -> int:
-        flying = most = 0
-        for n in range(2 * depth + 2):
-            for action in self.step(k, depth, m, n):
-                flying += {ActionKind.F: 1, ActionKind.B: -1}.get(action.kind, 0)
-                most = max(most, flying)
-        return most
 
 
 class _Slots:
@@ -198,6 +211,3 @@ class _Slots:
 ORDERS: Mapping[str, Order] = MappingProxyType(
     {o.name: o for o in (AsyncOneFOneB(), AsyncInterleaved(), GPipe(), OneFOneBFlush())}
 )
-
-INTERLEAVED: Mapping[str, str] = MappingProxyType({AsyncOneFOneB.name: AsyncInterleaved.name})
-"""The order that takes the place of another where several stages share a process."""

@@ -13,7 +13,7 @@ from functools import lru_cache
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule.actions import Action, ActionKind
-from pipeoptim.schedule.orders import ORDERS, AsyncInterleaved, Order
+from pipeoptim.schedule.orders import ORDERS, Order
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Program:
             runs. That F then sees one update less, which :meth:`gap` counts like any other.
 
     Raises:
-        ConfigError: unknown order, a depth or micro-batch count below 1, or an order that cannot be had in this way.
+        ConfigError: unknown order, a depth or micro-batch count below 1, or an order that does not work in this way.
 
     Example:
         >>> p = Program("async_1f1b", depth=3)
@@ -60,16 +60,16 @@ class Program:
     def _check_processes(self, processes: int) -> None:
         if isinstance(processes, bool) or not isinstance(processes, int) or processes < 1 or self.depth % processes:
             raise ConfigError(f"processes is {processes!r}, must divide the depth of {self.depth}")
-        if processes < self.depth and not isinstance(ORDERS[self.order], AsyncInterleaved):
+        if processes < self.depth and not ORDERS[self.order].interleaves:
             raise ConfigError(
                 f"order {self.order!r} has one stage per process, so {self.depth} stages need as many processes, not {processes}"
             )
 
     @property
-    def rules(self) -> Order:
-        """The order's own methods."""
+    def placed_order(self) -> Order:
+        """The order, with its stages dealt to their processes."""
         order = ORDERS[self.order]
-        return order.on(self.processes) if isinstance(order, AsyncInterleaved) and self.processes else order
+        return order.on_processes(self.processes) if self.processes else order
 
     @property
     def interleaved(self) -> bool:
@@ -83,51 +83,44 @@ class Program:
     @property
     def flushes(self) -> bool:
         """Whether the pipeline is empty between mini-batches."""
-        return self.rules.flushes
+        return self.placed_order.flushes
 
     def step(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` when mini-batch ``n`` (from 0 since the last restart) is fed."""
         self._check_stage(k)
-        actions = self.rules.step(k, self.depth, self.microbatches, n)
-        return _later([*self._held_back(k, n), *actions])[0] if self.overlap else actions
+        actions = self.placed_order.step(k, self.depth, self.microbatches, n)
+        return _after_next_forward([*self._postponed(k, n), *actions])[0] if self.overlap else actions
 
     def drain(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` that finish everything after ``n`` mini-batches were fed."""
         self._check_stage(k)
-        left = self._held_back(k, n) if self.overlap else []
-        return left + self.rules.drain(k, self.depth, self.microbatches, n)
+        left = self._postponed(k, n) if self.overlap else []
+        return left + self.placed_order.drain(k, self.depth, self.microbatches, n)
 
     def process_step(self, p: int, n: int) -> list[tuple[int, Action]]:
         """Actions of all stages of process ``p`` when mini-batch ``n`` is fed, each with its stage."""
-        if not self.interleaved:
-            return [(p, action) for action in self.step(p, n)]
-        order = self.rules
-        assert isinstance(order, AsyncInterleaved)
-        return self._merged(p, order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
+        return self._merged(p, self.placed_order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
 
     def process_drain(self, p: int, n: int) -> list[tuple[int, Action]]:
         """Actions of all stages of process ``p`` that finish everything after ``n`` mini-batches were fed."""
-        if not self.interleaved:
-            return [(p, action) for action in self.drain(p, n)]
-        order = self.rules
-        assert isinstance(order, AsyncInterleaved)
-        return self._merged(p, order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
+        return self._merged(p, self.placed_order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
 
     def _merged(self, p: int, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:
         """Each stage's own list, its F and B at the places that ``base`` gives them, its U right behind what they follow."""
-        assert self.processes is not None
-        left = {k: deque(own(k)) for k in range(p, self.depth, self.processes)}
+        left = {k: deque(own(k)) for k in range(p, self.depth, self.processes or self.depth)}
         merged: list[tuple[int, Action]] = []
         for k, action in base:
-            while action.kind is not ActionKind.U and action in left[k]:
+            placed = action.kind is ActionKind.U  # those of ``own`` count: overlap may have moved them
+            while not placed:
                 merged.append((k, left[k].popleft()))
+                placed = merged[-1][1] == action
             while left[k] and left[k][0].kind is ActionKind.U:
                 merged.append((k, left[k].popleft()))
         return merged + [(k, action) for k, queue in left.items() for action in queue]
 
-    def _held_back(self, k: int, n: int) -> list[Action]:
+    def _postponed(self, k: int, n: int) -> list[Action]:
         """The U that overlap moves from the step before ``n`` to the next."""
-        return _later(self.rules.step(k, self.depth, self.microbatches, n - 1))[1] if n else []
+        return _after_next_forward(self.placed_order.step(k, self.depth, self.microbatches, n - 1))[1] if n else []
 
     def full(self, k: int, minibatches: int) -> list[Action]:
         """The whole program of stage ``k`` for a run of ``minibatches``, drained at the end."""
@@ -137,7 +130,7 @@ class Program:
     def in_flight(self, k: int) -> int:
         """The most micro-batches between F and B on stage ``k`` at any time."""
         self._check_stage(k)
-        return self.rules.in_flight(k, self.depth, self.microbatches)
+        return self.placed_order.in_flight(k, self.depth, self.microbatches)
 
     def gap(self, k: int, i: int) -> int:
         """Version gap s of micro-batch ``i`` on stage ``k``: updates of this stage between its F and its B."""
@@ -156,7 +149,7 @@ class Program:
             raise ConfigError(f"stage {k} does not exist in a pipeline of depth {self.depth}: use 0 .. {self.depth - 1}")
 
 
-def _later(actions: Iterable[Action]) -> tuple[list[Action], list[Action]]:
+def _after_next_forward(actions: Iterable[Action]) -> tuple[list[Action], list[Action]]:
     """``actions`` with each U behind the next F, or before the next B if that comes first, and the U that are left."""
     out: list[Action] = []
     held: list[Action] = []
