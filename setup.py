@@ -19,9 +19,11 @@ compiler = runpy.run_path(f"{KERNELS}/compiler.py")
 class BuildKernels(build_ext):
     """Compiles a plain shared library, which is no extension module: it is called through ctypes."""
 
+    def run(self):
+        if not (self.inplace or self.editable_mode):
+            super().run()
+
     def build_extension(self, ext):
-        if self.inplace:
-            return
         try:
             compiler["compile_portable"](compiler["find_compiler"](), Path(self.get_ext_fullpath(ext.name)).absolute())
         except compiler["BuildError"] as error:
