@@ -103,7 +103,7 @@ class FusedStep:
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             for batch in plan.batches:
-                batch.run(grads, horizon)
+                batch.kernel.run(*batch.job(grads, horizon))
         for one in {self.optimizer, *members(self.optimizer)}:
             if hasattr(one.step, "_wrapped_by_lr_sched"):
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
