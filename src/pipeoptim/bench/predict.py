@@ -41,7 +41,7 @@ DISPLACEMENT_PASSES = 5  # copy W before the step: 2; W_hat from both afterwards
 
 
 @dataclass(frozen=True)
-class Setting:
+class OptimizerSetting:
     """One optimizer as people use it.
 
     Attributes:
@@ -64,22 +64,22 @@ class Setting:
 
 
 SETTINGS = (
-    Setting("AdamW"),
-    Setting("Adam"),
-    Setting("SGD momentum", {"momentum": 0.9}, step=5, predict=3),
-    Setting("SGD", {}, step=3, predict=3),
-    Setting("SGD nesterov", {"momentum": 0.9, "nesterov": True}, step=5, predict=4),
-    Setting("NAdam", predict=5),
-    Setting("RAdam"),
-    Setting("Adamax"),
-    Setting("Adagrad", step=5),
-    Setting("Adadelta", predict=5),
-    Setting("RMSprop", step=5),
-    Setting("RMSprop momentum", {"momentum": 0.9}, predict=3),
-    Setting("Rprop", predict=5),
-    Setting("ASGD", step=4, predict=3),
-    Setting("Adafactor", step=3, predict=3),
-    Setting("Muon", step=5, predict=4, fraction=0.1),
+    OptimizerSetting("AdamW"),
+    OptimizerSetting("Adam"),
+    OptimizerSetting("SGD momentum", {"momentum": 0.9}, step=5, predict=3),
+    OptimizerSetting("SGD", {}, step=3, predict=3),
+    OptimizerSetting("SGD nesterov", {"momentum": 0.9, "nesterov": True}, step=5, predict=4),
+    OptimizerSetting("NAdam", predict=5),
+    OptimizerSetting("RAdam"),
+    OptimizerSetting("Adamax"),
+    OptimizerSetting("Adagrad", step=5),
+    OptimizerSetting("Adadelta", predict=5),
+    OptimizerSetting("RMSprop", step=5),
+    OptimizerSetting("RMSprop momentum", {"momentum": 0.9}, predict=3),
+    OptimizerSetting("Rprop", predict=5),
+    OptimizerSetting("ASGD", step=4, predict=3),
+    OptimizerSetting("Adafactor", step=3, predict=3),
+    OptimizerSetting("Muon", step=5, predict=4, fraction=0.1),
 )
 
 
@@ -128,11 +128,11 @@ def measure(
     return Record("predict", "ms", settings, rows)
 
 
-def _settings(optimizers: list[str] | None = None) -> list[Setting]:
+def _settings(optimizers: list[str] | None = None) -> list[OptimizerSetting]:
     """Every class that has a rule has a setting; those of the given classes."""
     covered = {setting.name.split()[0] for setting in SETTINGS}
     missing = {cls.__name__ for cls in RULES if cls.__module__.startswith("torch.optim")} - covered
-    every = [*SETTINGS, *map(Setting, sorted(missing))]
+    every = [*SETTINGS, *map(OptimizerSetting, sorted(missing))]
     if optimizers is None:
         return every
     names = {setting.name.split()[0].lower(): setting.name.split()[0] for setting in every}
@@ -190,7 +190,7 @@ Contenders = dict[str, tuple[int, Callable[[], Any]]]
 class _Bench:
     """One optimizer on one set of weights, and the contenders."""
 
-    def __init__(self, setting: Setting, weights: int, timer: WorkTimer) -> None:
+    def __init__(self, setting: OptimizerSetting, weights: int, timer: WorkTimer) -> None:
         self.setting, self.timer = setting, timer
         on = timer.device
         wanted = [shape for shape in shapes(weights) if setting.name != "Muon" or len(shape) == 2]
@@ -405,4 +405,4 @@ def _ratios(row: ResultRow | None) -> list[str]:
     return [f"{row.settings['ratio']:.2f}", f"{row.settings['model_ratio']:.2f}"]
 
 
-__all__ = ["Setting", "columns", "measure", "merged", "shapes"]
+__all__ = ["OptimizerSetting", "columns", "measure", "merged", "shapes"]

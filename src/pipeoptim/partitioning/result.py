@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.parameter_places import full_state_dict
+from pipeoptim.partitioning.stage_row import StageRow, bytes_in_words
+from pipeoptim.partitioning.svg import to_svg
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ class Partition:
                 c.name,
                 f"{c.forward * 1e3:.2f}",
                 f"{c.backward * 1e3:.2f}",
-                *map(_size, (c.output_bytes, c.saved_bytes, c.weight_bytes)),
+                *map(bytes_in_words, (c.output_bytes, c.saved_bytes, c.weight_bytes)),
             )
             for c in self.costs
         ]
@@ -104,49 +106,4 @@ class Partition:
 
     def to_svg(self) -> str:
         """The cut as a self-contained SVG: a bar per stage, its blocks side by side, and a bar for its memory."""
-        from pipeoptim.partitioning.svg import to_svg
-
         return to_svg(self.rows())
-
-
-@dataclass(frozen=True)
-class StageRow:
-    """One stage in a picture.
-
-    Attributes:
-        k: the stage.
-        blocks: their costs.
-        seconds, memory_bytes: of the stage, on its devices.
-        sent_bytes: to the next stage, per mini-batch.
-        replicas: its devices.
-    """
-
-    k: int
-    blocks: Sequence[BlockCost]
-    seconds: float
-    memory_bytes: int
-    sent_bytes: int
-    replicas: int
-
-    @property
-    def forward_share(self) -> float:
-        """Of F in the time of F and B."""
-        both = sum(c.seconds for c in self.blocks)
-        return sum(c.forward for c in self.blocks) / both if both else 0.0
-
-    def words(self) -> str:
-        """Seconds, bytes and blocks."""
-        count = len(self.blocks)
-        names = self.blocks[0].name if count == 1 else f"{self.blocks[0].name} .. {self.blocks[-1].name}"
-        what = "block: " if count == 1 else "blocks:"
-        copies = f" on {self.replicas} devices" if self.replicas > 1 else ""
-        sent = f", sends {_size(self.sent_bytes)}" if self.sent_bytes else ""
-        return f"{self.seconds * 1e3:8.2f} ms {_size(self.memory_bytes):>10s}{copies}  {count:3d} {what} {names}{sent}"
-
-
-def _size(count: float) -> str:
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from html import escape
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from pipeoptim.partitioning.result import StageRow
+from pipeoptim.partitioning.stage_row import StageRow
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
 _LEFT, _WIDTH, _ROW, _TOP = 16, 640, 76, 34

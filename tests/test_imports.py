@@ -1,0 +1,148 @@
+"""The map of CONTRIBUTING.md, enforced: which room may import which, no circles, and no two classes of one name.
+
+Imports inside functions and for annotations count as well: who names a type knows it.
+"""
+
+import ast
+from collections import defaultdict
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+import pipeoptim
+
+SOURCE = Path(pipeoptim.__path__[0]).parent
+
+#: room -> rooms that it may import besides itself. A room is a folder, or a module that lies beside the folders.
+MAY_IMPORT = {
+    "errors": "",
+    "version": "",
+    "schedule": "errors",
+    "kernels": "errors",
+    "rules": "errors kernels",
+    "weights": "errors kernels schedule",
+    "methods": "errors schedule rules weights",
+    "engine/transport": "errors",
+    "engine/processes": "errors engine/transport",
+    "engine/stage": "errors schedule kernels rules weights methods options engine/transport engine/processes",
+    "engine/replicas": "errors weights engine/transport engine/processes engine/stage",
+    "engine": "errors schedule methods options engine/transport engine/processes engine/stage engine/replicas",
+    "options": "errors methods",
+    "checkpoint": "errors rules engine engine/processes engine/stage",
+    "telemetry": "errors schedule engine",
+    "partitioning": "errors schedule methods checkpoint engine engine/processes engine/stage engine/transport",
+    "config": "errors options",
+    "testing": "rules",
+    "diagnosis": "errors version kernels rules",
+    "train": "errors version config options schedule kernels rules methods engine engine/processes engine/stage partitioning "
+    "checkpoint telemetry",
+    "bench": "errors version kernels rules weights methods engine engine/processes engine/stage partitioning train",
+    "compare": "errors version config schedule kernels weights methods checkpoint telemetry train bench",
+    "cli": "errors version config options diagnosis schedule kernels methods engine engine/transport partitioning telemetry train "
+    "bench compare",
+}
+
+#: Rooms whose types a room may name in annotations, without importing them when it runs.
+MAY_NAME = {"options": "engine engine/stage engine/transport"}
+
+#: Imports against the table or in a circle that are still there. To be emptied, never to be added to.
+STILL_FORBIDDEN = {
+    ("pipeoptim.engine.processes.connect", "pipeoptim.engine.trace"),
+    ("pipeoptim.engine.processes.connect", "pipeoptim.engine.traced"),
+    ("pipeoptim.engine.stage.checks", "pipeoptim.engine.replicas.reduction"),
+    ("pipeoptim.engine.stage.state", "pipeoptim.engine.stage.worker"),
+    ("pipeoptim.engine.stage.worker", "pipeoptim.engine.microbatches"),
+    ("pipeoptim.engine.stage.worker", "pipeoptim.engine.replicas.reduction"),
+    ("pipeoptim.engine.transport.staged_link", "pipeoptim.engine.processes.rendezvous"),
+}
+
+
+def modules():
+    """name -> path of every module of the package."""
+    for path in sorted((SOURCE / "pipeoptim").rglob("*.py")):
+        parts = path.relative_to(SOURCE).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+MODULES = dict(modules())
+
+
+def imports_of(tree):
+    """Modules of the package that ``tree`` imports, anywhere in it."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                found = f"{node.module}.{alias.name}"
+                yield found if found in MODULES else node.module
+        elif isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+
+
+def for_annotations(tree):
+    """Modules that are imported for annotations only."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            yield from imports_of(node)
+
+
+TREES = {name: ast.parse(path.read_text()) for name, path in MODULES.items()}
+IMPORTS = {
+    name: {other for other in imports_of(tree) if other in MODULES} - {name, "pipeoptim"} for name, tree in TREES.items()
+}
+ROOMED = sorted(name for name in MODULES if name not in ("pipeoptim", "pipeoptim.__main__"))
+
+
+def room(name):
+    _, first, *rest = name.split(".")
+    return f"{first}/{rest[0]}" if rest and f"{first}/{rest[0]}" in MAY_IMPORT else first
+
+
+@pytest.mark.parametrize("own", sorted(MAY_IMPORT))
+def test_a_room_imports_only_what_it_may_know(own):
+    allowed = {own, *MAY_IMPORT[own].split()}
+    assert allowed <= set(MAY_IMPORT), "the table names a room that is not in it"
+    names = [name for name in ROOMED if room(name) == own]
+    assert names, f"there is no room {own}"
+    forbidden = set()
+    for name in names:
+        named = {o for o in for_annotations(TREES[name]) if o in MODULES and room(o) in MAY_NAME.get(own, "").split()}
+        forbidden |= {(name, other) for other in IMPORTS[name] - named if room(other) not in allowed}
+    assert forbidden <= STILL_FORBIDDEN, "change the import or, where the map is wrong, this table and CONTRIBUTING.md"
+
+
+def test_every_module_is_in_a_room_and_none_knows_the_zoo():
+    assert {room(name) for name in ROOMED} == set(MAY_IMPORT)
+    assert [name for name, tree in TREES.items() if any(other.startswith("pipeoptim_zoo") for other in imports_of(tree))] == []
+
+
+def cycle_in(graph):
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return error.args[1]
+    return []
+
+
+def test_neither_rooms_nor_modules_import_in_circles():
+    assert cycle_in({own: allowed.split() for own, allowed in MAY_IMPORT.items()}) == []
+    graph = {name: {other for other in IMPORTS[name] if (name, other) not in STILL_FORBIDDEN} for name in ROOMED}
+    assert cycle_in(graph) == []
+
+
+def test_what_is_still_forbidden_is_still_there():
+    assert {pair for pair in STILL_FORBIDDEN if pair[1] not in IMPORTS[pair[0]]} == set(), "mended: take it off the list"
+
+
+#: Names that two classes still share. To be emptied, never to be added to.
+STILL_SHARED: set[str] = set()
+
+
+def test_no_two_classes_share_a_name():
+    where = defaultdict(list)
+    for name, tree in TREES.items():
+        for node in ast.walk(tree):
+            if isinstance(node, ast.ClassDef):
+                where[node.name].append(name)
+    assert {name: found for name, found in where.items() if len(found) > 1 and name not in STILL_SHARED} == {}
+    assert {name for name in STILL_SHARED if len(where[name]) < 2} == set(), "unique by now: take them off the list"
