@@ -31,6 +31,8 @@ told(lambda: pipe.step(x, target=x))
 told(lambda: po.Schedule(module, opt, loss_fn))
 dist.barrier()
 told(lambda: po.Schedule(stage, opt, loss_fn, "naive" if k else "pipeoptim", seed=0, timeout=30))
+po.Schedule(stage, opt, loss_fn, po.get_method("pipeoptim"), seed=0, timeout=30).close()
+told(lambda: po.Schedule(stage, opt, loss_fn, prediction="paper" if k else "refined", seed=0, timeout=30))
 dist.barrier()
 pipe.close()
 

@@ -2,6 +2,8 @@
 
 from itertools import islice
 
+import torch
+
 import case
 import pipeoptim as po
 
@@ -13,6 +15,17 @@ def runs():
     ]
     plain = [(method, m, name, False) for method in able for m, name in ((1, "adamw"), (4, "sgd"))]
     return [*plain, ("pipeoptim", 1, "adamw", True), ("pipeoptim", 2, "sgd", True)]
+
+
+DIFFERENT = {
+    "prediction": "paper",
+    "clip": 2.0,
+    "autocast": torch.bfloat16,
+    "uneven": True,
+    "overlap": True,
+    "compress": "int8",
+}
+"""Options that all processes must agree on, with a value that is not what :func:`setup` of the worker gives."""
 
 
 def batches():

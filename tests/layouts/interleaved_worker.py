@@ -18,14 +18,13 @@ dist.init_process_group("gloo")
 p = dist.get_rank()
 
 
-def setup(method, m, name, overlap):
+def setup(method, m, name, overlap=False, **options):
     modules = {k: case.pieces(4)[k] for k in (p, p + 2)}
     opts = [case.optimizer(name, module.parameters()) for module in modules.values()]
     stages = [PipelineStage(module, k, 4, torch.device("cpu")) for k, module in modules.items()]
     rates = [case.scheduler(opt) for opt in opts]
-    return po.InterleavedSchedule(
-        stages, opts, case.loss_fn, method, m, schedulers=rates, seed=3, timeout=200, overlap=overlap, clip=1.0
-    )
+    options = {"overlap": overlap, "clip": 1.0, **options}
+    return po.InterleavedSchedule(stages, opts, case.loss_fn, method, m, schedulers=rates, seed=3, timeout=200, **options)
 
 
 for method, m, name, overlap in cases.runs():
@@ -51,6 +50,12 @@ for fed, (x, y) in enumerate(cases.batches()):
 print("fed", fed)
 pipe.drain()
 pipe.close()
+setup(po.get_method("pipeoptim"), 1, "adamw").close()  # the object is another one in each process, the method is not
+for option, value in cases.DIFFERENT.items():
+    try:
+        setup("pipeoptim", 1, "adamw", **({option: value} if p else {}))
+    except po.ConfigError as error:
+        print("refused", option, error)
 stage = PipelineStage(torch.nn.Linear(1, 1), 1 - p, 4, torch.device("cpu"))
 for stages in ([stage, stage], [stage]):
     try:

@@ -51,3 +51,11 @@ def test_a_stop_reaches_all_processes_and_misuse_is_said(written):
         assert "fed 3" in output
         assert f"stage {1 - p} belongs on process {1 - p} of its group's 2, not on process {p}" in output
         assert "give at least two stages" in output
+
+
+@pytest.mark.parametrize("option", cases.DIFFERENT)
+def test_processes_that_were_given_different_settings_refuse_to_train(written, option):
+    for p, output in enumerate(written[1]):
+        (line,) = (line for line in output.splitlines() if line.startswith(f"refused {option} "))
+        assert f"process {p} was set up with" in line
+        assert line.endswith("give all the same")

@@ -1,4 +1,4 @@
-"""A whole pipeline in one process: the reference for the distributed engine, and the tool of those who compare methods."""
+"""A whole pipeline in one process: the reference for pipelines in several processes, and the tool to compare methods with."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ SchedulerMaker = Callable[[Optimizer], LRScheduler]
 class Emulator(Pipeline):
     """Trains ``stages`` in this process exactly as one process per stage would.
 
-    Every stage follows its own action program; what a stage needs of its neighbours is there before it acts, and nothing is
-    flushed between mini-batches unless the method says so. On the CPU, weights are equal bit for bit to those of
+    Every stage follows its own action program and acts when what it needs of its neighbours has arrived; nothing is flushed
+    between mini-batches unless the method says so. On the CPU, weights are equal bit for bit to those of
     :class:`~pipeoptim.Schedule` with the same seeds, step after step.
 
     Args:
@@ -141,12 +141,17 @@ class Emulator(Pipeline):
         return loss
 
     def _run(self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
-        """Let every process act as far as it can, in turn, until all lists are done::
+        """Let each process act as far as it can, in turn, until all are done. With "gpipe", two stages and two micro-batches::
 
-            turn 1   process 0: F0 F1 | waits     process 1: F0 B0 U0 F1 B1 U1 | done
-            turn 2   process 0: B0 U0 B1 U1 | done
+            turn 1   stage 0:  F0 F1                  its B0 has no gradient yet
+                               | activations
+                               v
+                     stage 1:  F0 F1 B0 B1 U0
+                               | gradients
+                               v
+            turn 2   stage 0:  B0 B1 U0
 
-        In which order processes take turns changes nothing: each stage has its own random numbers, and links keep the order of messages.
+        The order of turns changes no number: links keep the order of messages, and each stage has random numbers of its own.
         """
         queues = [deque(actions) for actions in todo]
         while any(queues):
@@ -160,7 +165,7 @@ class Emulator(Pipeline):
                 raise PipeOptimError(f"the program deadlocks: {', '.join(waiting)} wait for one another")
 
     def _can_run(self, k: int, action: Action) -> bool:
-        """Whether what ``action`` needs of other stages is there: nobody may wait, as they act in the same thread."""
+        """Whether what ``action`` needs of other stages has arrived: they act in this same thread, so nothing may wait for them."""
         if not self._runners[k].worker.can_finish_update():
             return False
         if action.kind is ActionKind.F:
@@ -175,7 +180,7 @@ class Emulator(Pipeline):
         super()._finish_updates()
 
     def _tie(self, tie: Tied) -> None:
-        """Let all copies of a tied weight begin with the values of the first."""
+        """Give all copies of a tied weight the values of the first."""
         workers = [self._worker(k) for k in tie.holders]
         check_tied_equal(tie, [describe_tied(w.tied_weight(tie), w.optimizer, w.scheduler) for w in workers])
         copies = [weight for worker in workers if (weight := worker.tied_weight(tie)) is not None]

@@ -1,4 +1,4 @@
-"""What both engines have in common: the stages that live here, and the questions a user can ask of them."""
+"""What all pipelines have in common: feeding mini-batches to the stages of this process, and what users can ask of them."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ class Pipeline:
         depth, microbatches: D and M.
         program: the action program of all stages.
         ranks: global rank of the process of each stage; None where all stages live in this process.
-        rendezvous: what its processes share; None where there is one.
-        trace: what records it; None where nothing does.
+        rendezvous: where its processes meet; None where there is only this one.
+        trace: records what the stages do; None where none was given.
     """
 
     ranks: tuple[int, ...] | None = None
     rendezvous: Rendezvous | None = None
-    _place = "stage"  # what messages call a process by, with the number of its first stage
+    _place = "stage"  # what messages call this process: by this word and the number of its first stage
     _closed = False
     _processes: Sequence[int] = (0,)  # those of the program whose actions are carried out here
 
@@ -105,7 +105,7 @@ class Pipeline:
     ) -> Tensor | None:
         """Loss on the latest weights, in eval mode and without gradient, where the last stage lives; None elsewhere.
 
-        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed and each
+        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed, and each
         stage uses the latest weights it has, which in mid-flight are of different versions.
         """
         if drain:
@@ -118,7 +118,7 @@ class Pipeline:
         return self._worker(k).module
 
     def stage_worker(self, k: int) -> StageWorker:
-        """All of stage ``k``: for what saves and observes it from outside."""
+        """All of stage ``k``, for code that saves or observes it from outside."""
         return self._worker(k)
 
     def version(self, k: int) -> int:
@@ -148,7 +148,7 @@ class Pipeline:
         return found
 
     def grad_norm(self, k: int) -> float | None:
-        """The norm that scaled the newest update of stage ``k``; None before the first, and without ``clip``."""
+        """The norm by which the newest update of stage ``k`` was clipped; None before the first, and without ``clip``."""
         clipper = self._worker(k).clipper
         return None if clipper is None or clipper.used is None else float(clipper.used)
 
@@ -161,7 +161,7 @@ class Pipeline:
         return [] if monitor is None else monitor.figures()
 
     def stage_state_dict(self, k: int) -> dict[str, Any]:
-        """All that stage ``k`` needs to continue bit for bit: tensors (not copied) and plain data.
+        """Everything that stage ``k`` needs to continue bit for bit: tensors (not copied) and plain data.
 
         Raises:
             PipeOptimError: micro-batches are in flight; call :meth:`drain` first.
@@ -188,7 +188,7 @@ class Pipeline:
         return any(runner.stop for runner in self._runners.values())
 
     def close(self) -> None:
-        """Give back what the pipeline holds outside the process. Nothing here; connections in ``Schedule``."""
+        """Release what the pipeline holds outside this process: the connections of a ``Schedule``; nothing of an ``Emulator``."""
 
     # -- carrying actions out ----------------------------------------------------------------------------------------
 
@@ -238,18 +238,18 @@ class Pipeline:
         return splitter.cut("" if self.ranks is None else f" of {here}", args, mine, target)
 
     def _synchronous(self) -> bool:
-        """Whether training is still in the part that the method wants synchronous; the same on every stage."""
+        """Whether the method still wants training to be synchronous; the same on every stage."""
         self._fed += 1
         return self._fed <= self.method.synchronous_updates
 
     def _note_stop(self) -> None:
-        """Called on stage 0 before a mini-batch is fed, so that the whole mini-batch carries the same flag."""
+        """Called on stage 0 before a mini-batch is fed, so that all its micro-batches carry the same flag."""
         first = self._runners[0]
         first.stop = first.stop or self._stop_wanted
 
     @staticmethod
     def _mean(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:
-        """The loss of a mini-batch from those of its micro-batches, which also go into the caller's list."""
+        """The loss of a mini-batch from those of its micro-batches, which the caller's list also receives."""
         if losses is not None:
             losses[:] = [loss for loss, _ in found]
         if len(found) < 2:
@@ -260,6 +260,7 @@ class Pipeline:
         return torch.stack([loss * share for (loss, _), share in zip(found, shares, strict=True) if share]).sum()
 
     def _restart(self) -> None:
+        """Nothing is in flight: the next micro-batch is number 0 again."""
         for runner in self._runners.values():
             runner.worker.restart()
         self._steps = 0

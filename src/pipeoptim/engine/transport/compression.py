@@ -1,6 +1,6 @@
 """Fewer bytes between stages: activations and their gradients as bfloat16 or int8, for links that are slower than the stages.
 
-The sender packs a tree of tensors into another, which travels like any other message, and the receiver unpacks it. Both engines
+The sender packs a tree of tensors into another, which is sent like any other message, and the receiver unpacks it. All engines
 do the same, so the emulator computes what processes compute, bit for bit.
 
 Compression loses something, and what *error feedback* can do about it depends on what is compressed. Data-parallel training sends
@@ -34,7 +34,7 @@ ROW = 32
 """Numbers that share a scale, at least; tensors with fewer are sent as they are."""
 
 _TYPES = {"bf16": (torch.float32,), "int8": (torch.float32, torch.float16, torch.bfloat16)}
-_LEAST_SCALE = torch.finfo(torch.float32).tiny
+_LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros must not be divided by zero
 
 
 @dataclass(frozen=True)
@@ -103,7 +103,7 @@ def as_compression(value: Compression | str | None) -> Compression | None:
 
 
 class Packed(NamedTuple):
-    """What travels instead of a tensor of type ``dtype``."""
+    """What is sent in place of a tensor of type ``dtype``."""
 
     payload: Tensor
     scale: Tensor | None
@@ -147,7 +147,7 @@ def _row(x: Tensor) -> list[int]:
 
 
 class CompressedDirection:
-    """Packs what one stage sends in one direction, and remembers what it lost.
+    """Packs what one stage sends in one direction, and remembers what each message lost.
 
     Args:
         kind: one of ``KINDS``; None to pass everything on as it is.
@@ -196,7 +196,7 @@ class CompressedDirection:
 
 
 class Compressor:
-    """The compression of one stage: what it sends to the next one, and to the previous one.
+    """The compression of what one stage sends to its neighbours.
 
     Args:
         compression: None to pass everything on as it is.
@@ -223,8 +223,8 @@ class Compressor:
 
     def state_dict(self) -> dict[str, Any]:
         """What must be remembered for a resumed run to continue bit for bit; empty without error feedback."""
-        channels = {"activations": self.activations, "gradients": self.gradients}
-        return {name: channel.state_dict() for name, channel in channels.items() if channel.feedback}
+        directions = {"activations": self.activations, "gradients": self.gradients}
+        return {name: direction.state_dict() for name, direction in directions.items() if direction.feedback}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`; what it does not hold begins anew."""

@@ -1,12 +1,18 @@
 """One direction between two neighbouring stages: messages in order, received ahead, sent without waiting.
 
-A receiver has the receive of the next message posted before that message is asked for, so that data move while the stage
-computes. The posted buffer has the size of the last message; when a format changes, the sender first sends an empty message of
-the old size that announces the new one. That costs one message, and only then.
+A receiver posts the receive of the next message before anybody asks for that message, so that data move while the stage
+computes. The posted buffer has the size of the last message. When the format changes, the sender first sends an empty message of
+the old size that announces the new one; that costs one message, and only then::
 
-A sender copies what it sends: the caller may overwrite its tensors, and one message costs one call. The blocks it copies into
-are used again when the peer has them, so that a large message costs no new pages of memory. What the peer has taken it says in
-its own messages, in the other direction.
+    sender, stage k                                               receiver, stage k+1
+                                                                  receive of 128 bytes posted
+    message 0   header, following = n        --- 128 bytes --->   new format: receive n bytes
+                header, description, tensors ---  n bytes  --->   message 0; receive of format.size bytes posted
+    message 1   header, tensors              -- format.size -->   message 1, which arrived while the stage computed
+
+A sender copies what it sends: the caller may overwrite its tensors, and one message costs one call. It reuses the buffers once the
+peer has received them, so that a large message costs no new memory. How many messages the peer has received it says in the headers
+of its own messages, in the other direction.
 """
 
 from __future__ import annotations
@@ -27,6 +33,9 @@ from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 Waiting = Callable[[int | None], None]
+"""Called with a stage before this process waits for it, and with None after the wait."""
+
+_MOST_PENDING = 8  # messages on their way before a send waits
 
 
 class LinkEnd:
@@ -75,9 +84,13 @@ class LinkEnd:
 
 
 class MessageBuffer(NamedTuple):
-    """Memory of one message, and where its tensors go in it (or in ``copy``, from where they come into it).
+    """Memory of one message.
 
-    ``form`` where it can take another message of that format.
+    Attributes:
+        memory: its bytes.
+        places: where its tensors go, in ``memory`` or, where there is one, in ``copy``.
+        form: the format of which it can take another message; None where it is used once.
+        copy: on a device, what is copied to ``memory`` behind the program's back.
     """
 
     memory: Tensor
@@ -103,7 +116,7 @@ class Sender(LinkEnd):
         ``flags``, ``loss_scale`` and ``share`` travel in the header (see :class:`~pipeoptim.engine.transport.message.Header`).
         """
         form, tensors = message.format_of(tree)
-        self._finish_old()
+        self._finish_old()  # first, since it may free the buffer that this message can use
         if form != self.format:
             block = self._announce(form, flags, loss_scale, share)
         else:
@@ -113,7 +126,7 @@ class Sender(LinkEnd):
         self.sequence += 1
 
     def _announce(self, form: message.Format, flags: int, loss_scale: float, share: tuple[int, int]) -> MessageBuffer:
-        """Send notice of a message in a new format; the block of that message, its description written."""
+        """Announce a message in a new format. Returns the buffer of that message, its description written."""
         text = form.describe()
         start = message.HEADER + -(-len(text) // 64) * 64
         block = self._block(start, form, None)
@@ -128,7 +141,7 @@ class Sender(LinkEnd):
         return block
 
     def delivered(self, count: int) -> None:
-        """The peer has taken ``count`` messages."""
+        """The peer has received ``count`` messages."""
         while self._pending and self._pending[0][2] < count:
             self._finish()
 
@@ -137,13 +150,13 @@ class Sender(LinkEnd):
 
     def flush(self) -> None:
         """Wait until everything is sent."""
-        while self._pending and self.channel is None:  # what lies in a channel arrives
+        while self._pending and self.channel is None:  # what lies in a channel arrives, even after this process has ended
             self._finish()
         if self._broken is not None:
             raise self._broken
 
     def _block(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
-        """For a message in format ``form`` whose tensors begin at byte ``start``; for others in ``again``, too."""
+        """A buffer for a message in format ``form`` whose tensors begin at byte ``start``; reused for messages in format ``again``."""
         memory = self._memory(start + form.payload)
         return MessageBuffer(memory, message.places(memory, start, form), again)
 
@@ -156,7 +169,8 @@ class Sender(LinkEnd):
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def _finish_old(self) -> None:
-        while self._pending and (len(self._pending) > 8 or self._pending[0][0].is_completed()):
+        """Take back the buffers that the peer has received; wait only where it is many messages behind, so that memory stays bounded."""
+        while self._pending and (len(self._pending) > _MOST_PENDING or self._pending[0][0].is_completed()):
             self._finish()
         if self._broken is not None:
             raise self._broken
@@ -222,10 +236,10 @@ class Receiver(LinkEnd):
         return Message(tree, header.flags, header.loss_scale, (header.rows, header.of))
 
     def _note_taken(self, header: message.Header) -> None:
-        """A message was taken: post the receive of the next one, and free what the peer has taken of ours."""
+        """A message was received: post the receive of the next one, and free the buffers of ours that the peer has received."""
         self.sequence += 1
         if self.ahead:
-            with suppress(StageFailure):  # a peer that has sent its last may be gone; who needs another message hears of it
+            with suppress(StageFailure):  # a peer that has sent its last may be gone; the next receive() fails if one is needed
                 self.post_receive()
         if self.opposite is not None:
             self.opposite.delivered(header.taken)
@@ -247,6 +261,6 @@ class Receiver(LinkEnd):
 
 
 def pair(sender: Sender | None, receiver: Receiver | None) -> None:
-    """Both ends of one neighbour: messages in one direction say what was taken in the other."""
+    """Join both ends to one neighbour: messages in one direction say how many were received in the other."""
     if sender is not None and receiver is not None:
         sender.opposite, receiver.opposite = receiver, sender

@@ -1,7 +1,7 @@
 """Links to neighbours on this machine: in a format that is known, small messages go from tensors into tensors.
 
-In all that is rare, and for large messages, they are links like the others, through the same channel (see
-:mod:`pipeoptim.engine.transport.unix_channel`). The bytes are the same either way.
+A message then costs one system call on either side, and no buffer. Everything rare (a new format, a large message) goes the way of
+every link, through the same channel (see :mod:`pipeoptim.engine.transport.unix_channel`); the bytes are the same either way.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 from pipeoptim.errors import StageFailure
 
-_PADS = [bytes(n) for n in range(64)]  # what is sent between tensors, and where it arrives
+_PADS = [bytes(n) for n in range(64)]  # tensors lie at multiples of 64 bytes: what is sent in between, and where it arrives
 _SINKS = [bytearray(n) for n in range(64)]
 
 
@@ -43,7 +43,7 @@ class LocalSender(Sender):
         try:
             self.channel.wait_at_most(self.timeout)
             self.channel.put([begin, *_memory(tensors, form, _PADS)])
-        except RuntimeError as error:  # raised with the next message, as by every sender
+        except RuntimeError as error:  # raised by the next send, as by every sender
             self._broken = StageFailure(self._reason(error))
         self.sequence += 1
 
@@ -82,10 +82,11 @@ class LocalReceiver(Receiver):
 
 
 def _memory(tensors: list[Tensor], form: message.Format, between: list[Any]) -> list[Any]:
-    """The bytes of ``tensors`` and what lies between them in a message, as buffers."""
+    """The memory of ``tensors`` and what lies between them in a message, as buffers of one scattered read or write."""
     buffers: list[Any] = []
     for tensor, slot in zip(tensors, form.slots, strict=True):
         if slot.nbytes:
+            # by address: numpy has no bfloat16, and a view of bytes would cost a new tensor
             buffers.append((ctypes.c_char * slot.nbytes).from_address(tensor.data_ptr()))
             if slot.nbytes % 64:
                 buffers.append(between[64 - slot.nbytes % 64])

@@ -1,7 +1,11 @@
 """How nested tensors become one message and tensors again: a header, and every tensor at a fixed place behind it.
 
-A message is one block of bytes: 64 bytes of header, then the tensors, each at a multiple of 64 bytes. Its *format* (structure,
-shapes, types) is sent only when it changes; as long as it stays the same a message costs one copy and no description.
+A message is one block of bytes::
+
+    | header, 128 bytes | description, only in a new format | tensor 0 | tensor 1 | ...      each at a multiple of 64 bytes
+
+Its *format* (structure, shapes, types) is described only when it changes: as long as it stays the same, a message costs one copy and
+no description.
 """
 
 from __future__ import annotations
@@ -21,10 +25,10 @@ from pipeoptim.engine.transport.pytree import check_leaf, portable
 from pipeoptim.engine.transport.treespec import describe_spec, describe_value, parse_spec, parse_value
 from pipeoptim.errors import ConfigError, PipeOptimError
 
-HEADER = 128  # bytes, of which 72 are used
+HEADER = 128  # bytes, of which 72 are used: tensors behind it begin at a multiple of 64, as vector instructions like it
 _MAGIC = 0x50697065_4F707431
 _HEADER = struct.Struct("<5qd3q")
-_BEHIND = bytes(HEADER - _HEADER.size)
+_PADDING = bytes(HEADER - _HEADER.size)
 
 
 class Message(NamedTuple):
@@ -47,14 +51,14 @@ class Header(NamedTuple):
     """The beginning of a message: 64-bit integers, and a float64 for the loss scale.
 
     Attributes:
-        magic: tells a message from noise.
+        magic: the same in every message; anything else is not one.
         sequence: messages sent before it in this direction; both ends count.
         flags: bit 0: stop requested.
         following: 0, or the size of the message in a new format that follows this empty one.
         described: in a message in a new format, the length of its description; else 0.
-        loss_scale: with gradients, the loss scale that is in them; with activations, one that was too large, or 0.
-        rows, of: with activations, which part of its mini-batch the micro-batch is.
-        taken: messages taken so far in the other direction.
+        loss_scale: with gradients, the loss scale that is in them; with activations, one that overflowed, or 0.
+        rows, of: with activations, the micro-batch's rows of those of its mini-batch.
+        taken: messages received so far in the other direction.
     """
 
     magic: int
@@ -191,7 +195,7 @@ def _several(count: int) -> Any:
 
 
 def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
-    """The format of ``tree`` and its tensors in a layout that travels, in the order of their slots.
+    """The format of ``tree`` and its tensors, in a layout that can be sent, in the order of their slots.
 
     Raises:
         ConfigError: a leaf cannot be sent.
@@ -215,7 +219,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
 
 
 def unchanged(tree: Any, form: Format) -> list[Tensor] | None:
-    """The tensors of ``tree`` where it can be told at a glance that :func:`format_of` would say ``form``, else None."""
+    """The tensors of ``tree`` where a quick look shows that its format is ``form``; None where :func:`format_of` must tell."""
     if form.usual == -1:
         tree = (tree,)
     elif type(tree) is not list or form.usual != len(tree):
@@ -240,7 +244,7 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 def header(sequence: int, flags: int, loss_scale: float, share: tuple[int, int], taken: int) -> bytes:
     """The header, as bytes, of a message in the format of the one before it."""
-    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken) + _BEHIND
+    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken) + _PADDING
 
 
 def header_in(memory: bytearray) -> Header:

@@ -1,4 +1,4 @@
-"""What passes between stages: nested tensors, None and plain values, cut from the graph, copied."""
+"""What passes between stages: nested tensors, None and plain values; how they are cut from the graph and copied."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def check_leaf(value: Any) -> None:
 
 
 def portable(tensor: Tensor) -> Tensor:
-    """``tensor`` in a layout that travels: itself where it is contiguous or channels-last, else a contiguous copy."""
+    """``tensor`` in a layout that can be sent: itself where it is contiguous or channels-last, else a contiguous copy."""
     if tensor.is_contiguous():
         return tensor
     if tensor.dim() == 4 and tensor.is_contiguous(memory_format=torch.channels_last):

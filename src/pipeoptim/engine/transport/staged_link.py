@@ -1,21 +1,26 @@
-"""Links of a stage on a device whose messages travel in the host's memory: copies to and from the device behind everybody's back.
+"""Links of a stage on a device whose messages travel in host memory: copies to and from the device that overlap with computation.
 
-Gloo and the channels of one machine carry host memory only. Copied in the plainest way, a message would make the program wait until the
-device has computed it, once for each F and B; the device would then stand still while the program prepares what comes next. Here nobody
-waits who need not:
+Gloo and the channels of one machine carry host memory only. With a plain copy, the program would wait until the device has computed
+each message, once per F and once per B, and the device would then idle while the program prepares what comes next::
 
-- A sender copies its tensors on the device, in the order of what is computed there (the caller may overwrite them, as with every sender),
-  and from there into pinned memory on a stream of its own. A thread waits for that copy and hands the message to the transport.
-- A receiver receives into pinned memory, copies to the device on another stream, and makes what is computed next wait for that, not
-  the program. The memory on the device was allocated when the receive was posted: the copy waits for what was computed until then, which
-  may still use it, and for nothing later.
+    computing    ... F, copy to a buffer | next F ...        ... F, once the copy in is over ...
+    copying out                          | buffer -> pinned memory
+    thread                                                 | send
+    receiving                                                    | pinned memory <- message
+    copying in                                                   | pinned memory -> device
+
+- A sender copies its tensors on the device, in the order of computation (the caller may overwrite them, as with every sender),
+  and from there into pinned memory on a stream of its own. A thread waits for that copy and passes the message to the transport.
+- A receiver receives into pinned memory, copies to the device on another stream, and makes the next computation wait for that copy,
+  not the program. The memory on the device was allocated when the receive was posted: the copy waits for the computation until then,
+  which may still use that memory, and for nothing later.
 - Headers stay on the host.
 
-What it costs: a thread for each neighbour to send to, which takes turns with the program at Python's lock and, as torch's events can only
-be waited for that way, keeps a core busy while it waits; one more copy on the device; for large messages to another process of this
-machine one more copy in the host's memory, since what two processes share is not pinned.
+What it costs: a thread per neighbour to send to, which shares Python's lock with the program and keeps a core busy while it waits, as
+torch's events cannot be waited for in another way; one more copy on the device; and for large messages to another process of this
+machine one more copy in host memory, since memory that two processes share is not pinned.
 
-No GPU was at hand when this was written: the tests run it with copies that happen as late as they may.
+The tests run it without a GPU, with copies that happen as late as they may.
 """
 
 from __future__ import annotations
@@ -36,11 +41,11 @@ from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
-_SEVERAL = 8  # blocks that wait to be used again before anybody waits for one
+_MOST_WAITING = 8  # buffers that may wait to be reused before the program waits for one
 
 
 class SideStreams:
-    """The copies of one stage. What is computed on the device is in the stream that is current when a method is called.
+    """The copies of one stage, on streams beside the one that computes: the stream that is current when a method is called.
 
     Args:
         device: of the stage; one with streams, events and pinned memory, as GPUs have.
@@ -51,19 +56,19 @@ class SideStreams:
         self._out, self._in = torch.Stream(device), torch.Stream(device)
 
     def pinned(self, size: int) -> Tensor:
-        """Bytes in the host's memory that the device can copy without help."""
+        """Bytes of host memory that the device can copy by itself."""
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
 
     def empty(self, size: int) -> Tensor:
-        """Bytes on the device, for use in the order of what is computed."""
+        """Bytes on the device, for use in the order of computation."""
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
     def fill(self, places: list[Tensor | None], tensors: list[Tensor]) -> None:
-        """Copy on the device, as a part of what is computed."""
+        """Copy on the device, in the order of computation."""
         message.fill(places, tensors)
 
     def now(self) -> torch.Event:
-        """Over when all is done that was to be computed until now."""
+        """An event that is over when everything submitted until now has been computed."""
         event = torch.Event(self.device, enable_timing=False)
         event.record(torch.accelerator.current_stream(self.device))
         return event
@@ -83,25 +88,24 @@ class SideStreams:
         return stream.record_event()
 
     def compute_after(self, event: torch.Event) -> None:
-        """What is computed from now on waits for ``event``; the program does not."""
+        """Let what is computed from now on wait for ``event``; the program does not wait."""
         torch.accelerator.current_stream(self.device).wait_event(event)
 
 
 def side_streams(device: torch.device) -> SideStreams | None:
-    """Those of a stage on ``device``; None where messages are sent from the memory that they are in."""
+    """Those of a stage on ``device``; None where messages are sent from the memory that they are in already."""
     return SideStreams(device) if device.type != "cpu" and uses_gloo(device.type) else None
 
 
 class StagedSender(Sender):
-    """As :class:`~pipeoptim.engine.transport.link.Sender`, from a device. A message is complete when the transport has it."""
+    """As :class:`~pipeoptim.engine.transport.link.Sender`, from a device. A send is complete when the transport has the message."""
 
     def __init__(self, streams: SideStreams, *args: Any) -> None:
         super().__init__(*args)
         self._streams = streams
         self._courier = _Courier(self.group, self.place, self.timeout)
-        self._thread = ThreadPoolExecutor(
-            1, "pipeoptim-send"
-        )  # ends with the link, or with the program, after the last message
+        # one thread, so that messages keep their order; it ends with the link, or with the program, after the last message
+        self._thread = ThreadPoolExecutor(1, "pipeoptim-send")
 
     def hand_over(self) -> None:
         """Wait until all messages have left the device and are with the transport."""
@@ -114,7 +118,7 @@ class StagedSender(Sender):
         super().flush()
 
     def close(self) -> None:
-        """Give back what only this link uses; a message that waits for the device or for its peer is lost."""
+        """Give back what only this link uses; a message that still waits for the device or for its peer is lost."""
         self._courier.closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         super().close()
@@ -136,18 +140,18 @@ class StagedSender(Sender):
 
 
 class _Courier:
-    """Takes messages to the transport, one after the other; runs in the thread of a sender."""
+    """Passes messages to the transport, one after the other, in the thread of a sender."""
 
     def __init__(self, group: dist.ProcessGroup | UnixChannel, place: int, timeout: timedelta) -> None:
         self.group, self.place, self.timeout = group, place, timeout
         self.closed = False
         self._failed: Exception | None = None
-        self._shared: deque[tuple[Any, Tensor]] = deque()  # blocks that the peer has, or has had
+        self._shared: deque[tuple[Any, Tensor]] = deque()  # blocks that the peer reads, or has read
 
     def hand(self, block: MessageBuffer, copied: torch.Event | None) -> Any:
-        """Wait until ``block`` has left the device and give it to the transport; None when it can be used again."""
+        """Wait until ``block`` has left the device and pass it to the transport. Returns None where it can be reused at once."""
         if self._failed is not None:
-            raise self._failed  # what follows a message that is lost would be out of order
+            raise self._failed  # a message was lost: those after it would be out of order
         try:
             if copied is not None:
                 self._wait_for(copied)
@@ -177,8 +181,8 @@ class _Courier:
 
     def _shared_block(self, channel: UnixChannel, size: int) -> Tensor:
         if self._shared and self._shared[-1][1].numel() != size:
-            self._shared.clear()  # the channel forgets them, too
-        if self._shared and (len(self._shared) > _SEVERAL or self._shared[0][0].is_completed()):
+            self._shared.clear()  # as the channel does when the size changes
+        if self._shared and (len(self._shared) > _MOST_WAITING or self._shared[0][0].is_completed()):
             sent, block = self._shared.popleft()
             sent.wait(self.timeout)
             return block
@@ -192,14 +196,14 @@ class _Leaving:
         self.handed = _Handed(handed)
 
     def is_completed(self) -> bool:
-        """Whether its block can be used again, or never will."""
+        """Whether its buffer can be reused, or never will be."""
         future = self.handed.future
         if not future.done():
             return False
         return future.exception() is not None or future.result() is None or bool(future.result().is_completed())
 
     def wait(self, timeout: timedelta) -> None:
-        """Until its block can be used again."""
+        """Until its buffer can be reused."""
         sent = self.handed.wait(timeout)
         if sent is not None:
             sent.wait(timeout)
@@ -225,8 +229,12 @@ class StagedReceiver(Receiver):
     def __init__(self, streams: SideStreams, *args: Any, ahead: bool) -> None:
         super().__init__(*args, ahead=True)
         self._streams = streams
-        self._rooms: deque[tuple[Tensor, torch.Event]] = deque()  # on the device, for messages that were posted
-        self._read_from: deque[tuple[torch.Event, Tensor]] = deque()  # pinned memory that the device reads, or has read
+        self._device_memory: deque[tuple[Tensor, torch.Event]] = (
+            deque()
+        )  # memory on the device for messages whose receive is posted
+        self._read_from: deque[tuple[torch.Event, Tensor]] = (
+            deque()
+        )  # pinned memory that the device copies from, or has copied from
 
     def _receive(self, size: int) -> tuple[Any, Tensor]:
         host = self._pinned(size)
@@ -234,22 +242,22 @@ class StagedReceiver(Receiver):
             work = self.group.recv([host], self.place, 0)
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
-        self._rooms.append((self._streams.empty(size), self._streams.now()))
+        self._device_memory.append((self._streams.empty(size), self._streams.now()))
         return work, host
 
     def _receive_described(self, size: int) -> Message:
-        self._rooms.clear()  # that of the notice
+        self._device_memory.clear()  # that of the empty message, which announced this one
         return super()._receive_described(size)
 
     def _read(self, host: Tensor, start: int, form: message.Format) -> Any:
-        room, free = self._rooms.popleft()
-        copied = self._streams.copy_in(room, host, free)
+        memory, free = self._device_memory.popleft()
+        copied = self._streams.copy_in(memory, host, free)
         self._streams.compute_after(copied)
         self._read_from.append((copied, host))
-        return message.read(room, start, form)
+        return message.read(memory, start, form)
 
     def _pinned(self, size: int) -> Tensor:
-        while self._read_from and (len(self._read_from) > _SEVERAL or self._read_from[0][0].query()):
+        while self._read_from and (len(self._read_from) > _MOST_WAITING or self._read_from[0][0].query()):
             copied, host = self._read_from.popleft()
             copied.synchronize()
             if host.numel() == size:

@@ -1,14 +1,22 @@
-"""Between stages in processes of one machine: small messages through a Unix socket, large ones in shared memory.
+"""Messages between processes of one machine: small ones through a Unix socket, large ones through shared memory.
 
-Through a process group of gloo a message on one machine takes a TCP connection and two more threads, which cost more than
-what they carry. Here a small message goes straight from the sender's tensors into a socket and from there into the receiver's. Of a large
-one, the block that the sender copies into is mapped by both processes: a record on the socket says that it is full, the receiver
-copies it out and answers with one byte that it may be used again. What a process has sent arrives also after it has ended, and a
-process that dies closes its sockets, which ends the waits of its neighbours.
+Through a process group of gloo, a message on one machine takes a TCP connection and two more threads, which cost more than the
+message. A channel needs neither::
 
-A channel has the methods of a process group that a link calls (see :mod:`pipeoptim.engine.transport.link`); which neighbours
-have one is found out when a pipeline is set up: two processes that cannot reach one another's sockets, being on two machines,
-use their group.
+    sender                                     socket                       receiver
+    small    its tensors           --- header and tensors --->              its tensors
+    large    copies into block n   --- record: n, size, new? --->           maps block n if it is new (the descriptor comes along),
+                                                                            copies it out
+             may reuse block n     <---------- one byte ---------
+
+Both processes map the blocks of large messages, so that their bytes pass through no socket. What a process has sent arrives even after
+it has ended, and a process that dies closes its sockets, which ends the waits of its neighbours.
+
+A channel has the methods of a process group that a link calls (see :mod:`pipeoptim.engine.transport.link`). Which neighbours have
+one is found out when they connect: processes on two machines cannot reach each other's sockets, and use their group::
+
+    stage k + 1   listens, puts its address and a secret token into the store     answers: checks the token of each caller
+    stage k                                      reads them, connects twice, sends the token and the direction
 """
 
 from __future__ import annotations
@@ -31,11 +39,11 @@ from torch.distributed.distributed_c10d import Store
 from pipeoptim.errors import ConfigError, StageFailure
 
 TRANSPORTS = ("auto", "group")
-_RECORD = struct.Struct("<3q")  # number of the block, its bytes, and whether a descriptor of it follows
-_TOKEN = 16  # bytes that a caller must know
+_RECORD = struct.Struct("<3q")  # number of the block, its size, and whether its descriptor follows
+_TOKEN = 16  # bytes of the secret that a caller must send: any process may connect to an abstract socket
 SMALL = 32768
-"""Bytes up to which a message goes through the socket itself, which then costs no more than the record would."""
-_BUFFER = 16 * SMALL  # several small messages may lie there before anybody waits
+"""Largest message that goes through the socket itself, in bytes: up to here that costs no more than the record of a block."""
+_BUFFER = 16 * SMALL  # of the socket: several small messages fit before a send waits
 
 
 def check_transport(transport: str) -> None:
@@ -52,7 +60,7 @@ def _closed(error: OSError | None = None) -> RuntimeError:
 
 
 def _rest(parts: list[Any], count: int) -> Iterator[memoryview]:
-    """What of ``parts`` lies behind byte ``count``."""
+    """What remains of ``parts`` after the first ``count`` bytes."""
     for part in parts:
         view = memoryview(part).cast("B")
         if count < view.nbytes:
@@ -72,7 +80,7 @@ class UnixChannel:
         with suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         self._timeout = -1.0
-        self._sent = self._taken = 0  # blocks sent, and how many of them the peer has taken
+        self._sent = self._taken = 0  # blocks sent, and how many of them the peer has copied out
         self._unsent: dict[int, int] = {}  # address -> descriptor of blocks that the peer does not know yet
         self._known: dict[int, int] = {}  # address -> number of the others
         self._theirs: dict[int, Tensor] = {}  # number -> the peer's block
@@ -87,7 +95,7 @@ class UnixChannel:
         """
         try:
             count = self._socket.sendmsg(parts)
-            for part in _rest(parts, count):  # a signal came
+            for part in _rest(parts, count):  # a signal interrupted the call
                 self._socket.sendall(part)
         except BlockingIOError:
             raise RuntimeError("timed out") from None
@@ -118,17 +126,17 @@ class UnixChannel:
     # -- as a process group ------------------------------------------------------------------------------------------
 
     def memory(self, size: int) -> Tensor:
-        """A block of bytes that can be sent."""
+        """A block of bytes that :meth:`send` takes."""
         if size <= SMALL:
             return torch.empty(size, dtype=torch.uint8)
         fd = os.memfd_create("pipeoptim-message")
         os.ftruncate(fd, size)
         block = torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
-        self._known.pop(block.data_ptr(), None)
+        self._known.pop(block.data_ptr(), None)  # an older block may have been freed and this one mapped at its address
         self._unsent[block.data_ptr()] = fd
         return block
 
-    def send(self, tensors: list[Tensor], place: int, tag: int) -> _Sent:
+    def send(self, tensors: list[Tensor], place: int, tag: int) -> _PendingSend:
         """Send the block ``tensors[0]``, from :meth:`memory`.
 
         Raises:
@@ -138,7 +146,7 @@ class UnixChannel:
         address, size = block.data_ptr(), block.numel()
         if size <= SMALL:
             self.put([block.numpy()])
-            return _Sent(self, 0)
+            return _PendingSend(self, 0)
         fd = self._unsent.pop(address, None)
         if size != self._size:
             self._size = size
@@ -156,10 +164,10 @@ class UnixChannel:
             if fd is not None:
                 os.close(fd)
         self._sent += 1
-        return _Sent(self, self._sent)
+        return _PendingSend(self, self._sent)
 
     def taken(self, wait: bool) -> int:
-        """How many blocks the peer has taken; with ``wait``, after at least one more."""
+        """How many blocks the peer has copied out; with ``wait``, after at least one more."""
         try:
             answer = self._socket.recv(256, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
@@ -173,9 +181,9 @@ class UnixChannel:
         self._taken += len(answer)
         return self._taken
 
-    def recv(self, tensors: list[Tensor], place: int, tag: int) -> _Receipt:
-        """The next message goes to ``tensors[0]``, which has its size, when the result is waited for."""
-        return _Receipt(self, tensors[0])
+    def recv(self, tensors: list[Tensor], place: int, tag: int) -> _PendingReceive:
+        """The next message, which has the size of ``tensors[0]``, is written there by the ``wait`` of the result."""
+        return _PendingReceive(self, tensors[0])
 
     def take(self, block: Tensor) -> None:
         """Wait for the next message and copy it.
@@ -199,7 +207,7 @@ class UnixChannel:
         if size != block.numel():
             raise RuntimeError(f"a message of {size} bytes came where one of {block.numel()} was awaited")
         block.copy_(self._theirs[number])
-        with suppress(OSError):  # the peer may have ended since
+        with suppress(OSError):  # the peer may have ended: what it sent still counts
             self._socket.send(b".")
 
     # -- for both ------------------------------------------------------------------------------------------------------
@@ -224,8 +232,8 @@ class UnixChannel:
         self._theirs.clear()
 
 
-class _Sent:
-    """A message that lies ready for the peer: complete when the peer has taken it."""
+class _PendingSend:
+    """A message that lies ready for the peer; complete when the peer has copied it out."""
 
     __slots__ = ("_channel", "_number")
 
@@ -241,8 +249,8 @@ class _Sent:
             self._channel.taken(wait=True)
 
 
-class _Receipt:
-    """A message that is to come."""
+class _PendingReceive:
+    """A message that is still to come."""
 
     __slots__ = ("_block", "_channel")
 
@@ -259,10 +267,10 @@ UnixChannels = dict[tuple[int, int], UnixChannel]
 
 
 def connect_neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: timedelta) -> UnixChannels:
-    """The channels of stage ``k`` to those of its neighbours that are on this machine and want it too. All stages call this.
+    """The channels of stage ``k`` to those neighbours that are on this machine and want them, too. All stages call this.
 
-    Nobody waits for a neighbour that waits for it: every stage first says where it listens to the one before it, then calls the one
-    after it, then answers.
+    No two stages wait for each other: every stage first publishes where it listens for the one before it, then calls the one after
+    it, then answers.
 
     Raises:
         StageFailure: a neighbour did not come within the time-out.
@@ -286,7 +294,7 @@ def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, b
         with suppress(OSError):
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             name = f"pipeoptim-{os.getpid()}-{boundary}-{secrets.token_hex(8)}"
-            listener.bind("\0" + name)  # lies in no folder, and is gone with the process
+            listener.bind("\0" + name)  # abstract: in no folder, and gone with the process
             listener.listen(2)
     if listener is None or not listener.getsockname():
         store.set(f"local/{boundary}", "-")
@@ -297,10 +305,10 @@ def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, b
 
 
 def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> UnixChannels:
-    told = _hear(store, f"local/{boundary}", boundary + 1, timeout)
+    published = _read_key(store, f"local/{boundary}", boundary + 1, timeout)
     found: UnixChannels = {}
-    if wanted and told != "-":
-        name, token = told[: -2 * _TOKEN], bytes.fromhex(told[-2 * _TOKEN :])
+    if wanted and published != "-":
+        name, token = published[: -2 * _TOKEN], bytes.fromhex(published[-2 * _TOKEN :])
         with suppress(OSError):
             for direction in (0, 1):
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -314,7 +322,7 @@ def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> Unix
 
 
 def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta) -> UnixChannels:
-    if _hear(store, f"local/{boundary}/called", boundary, timeout) == "no" or listener is None:
+    if _read_key(store, f"local/{boundary}/called", boundary, timeout) == "no" or listener is None:
         return {}
     found: UnixChannels = {}
     listener[0].settimeout(timeout.total_seconds())
@@ -332,7 +340,7 @@ def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] |
     return found
 
 
-def _hear(store: Store, key: str, peer: int, timeout: timedelta) -> str:
+def _read_key(store: Store, key: str, peer: int, timeout: timedelta) -> str:
     try:
         store.wait([key], timeout)
     except RuntimeError as error:
