@@ -86,18 +86,40 @@ def test_a_killed_stage_ends_the_others_and_is_named(victim, transport, tmp_path
         assert time.monotonic() - killed < 10
 
 
-def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout():
-    with stage_processes.stages(HERE / "endless_worker.py", 3, "3", "auto") as started:
+@pytest.mark.parametrize(("victim", "transport"), [(2, "auto"), (1, "group"), (0, "auto")])
+def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout(victim, transport):
+    with stage_processes.stages(HERE / "endless_worker.py", 3, "3", transport) as started:
         for p in started:
             assert p.stdout.readline().strip() == "running"
-        started[2].send_signal(signal.SIGSTOP)
+        started[victim].send_signal(signal.SIGSTOP)
         frozen = time.monotonic()
-        for p in started[:2]:
-            _, err = p.communicate(timeout=12)
-            assert p.returncode == 1
-            assert "stage 2 gave no sign of life for 3 s" in err, err[-2000:]
+        for k, p in enumerate(started):
+            if k != victim:
+                _, err = p.communicate(timeout=12)
+                assert p.returncode == 1
+                last = err.strip().splitlines()[-1]
+                holds = ", whose process holds the store," if victim == 0 else ""
+                assert (
+                    last.removeprefix(f"[rank{k}]: ").endswith(
+                        f"StageFailure: stage {victim}{holds} gave no sign of life for 3 s"
+                    )
+                    or f"first failure: stage {victim} gave no sign of life for 3 s" in last
+                ), err[-2000:]
         assert 2 < time.monotonic() - frozen < 10
-        started[2].send_signal(signal.SIGCONT)
+        started[victim].send_signal(signal.SIGCONT)
+
+
+def test_stages_that_were_all_stopped_for_a_while_go_on():
+    with stage_processes.stages(HERE / "endless_worker.py", 3, "1", "auto") as started:
+        for p in started:
+            assert p.stdout.readline().strip() == "running"
+        for p in started:
+            p.send_signal(signal.SIGSTOP)
+        time.sleep(4)
+        for p in started:
+            p.send_signal(signal.SIGCONT)
+        time.sleep(3)
+        assert [p.poll() for p in started] == [None, None, None]
 
 
 def test_bad_use_is_refused_with_a_sentence():

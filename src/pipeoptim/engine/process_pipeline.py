@@ -144,11 +144,17 @@ class ProcessPipeline(Pipeline):
         for tie, sums in self._sums.items():
             sums.connect(self._meet_holders(tie))
         self._connections = connect(
-            self.rendezvous, self.ranks, self._endpoints, self._norms, options.transport, options.liveness_timeout
+            self.rendezvous,
+            self.ranks,
+            self._endpoints,
+            self._norms,
+            options.transport,
+            options.liveness_timeout,
+            (*self._sums.values(), *self._replica_sets.values()),
         )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():
-                replicas.start_heartbeat(options.liveness_timeout)
+                replicas.start_heartbeat(options.liveness_timeout, self._connections.interrupt)
         for k, runner in self._runners.items():
             runner.ports = self._connections.ports[k]
 

@@ -207,7 +207,7 @@ class PipelineOptions:
     timeout: float = option(1800.0, "seconds to wait for a neighbour's message before giving up.", seconds)
     liveness_timeout: float | None = option(
         10.0,
-        "seconds without a sign of life from a stage after which this process ends with a message that names the stage. None "
+        "seconds without a sign of life from a stage after which the step that waits ends with a StageFailure that names the stage. None "
         "switches this off.",
         seconds_or_none,
     )

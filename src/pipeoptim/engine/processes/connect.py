@@ -12,9 +12,10 @@ All that a process holds of others is made here, under the name of one rendezvou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -30,6 +31,7 @@ from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
 from pipeoptim.engine.transport.unix_channel import connect_neighbours
+from pipeoptim.errors import StageFailure
 
 ACTIVATIONS, GRADIENTS = 0, 1
 _DIRECTIONS = "activations", "gradients"
@@ -48,15 +50,25 @@ class Endpoint:
     row: TraceRow | None
 
 
+class Interruptible(Protocol):
+    """What the main thread may be waiting on when a heartbeat finds that there is nothing to wait for."""
+
+    def interrupt(self) -> None:
+        """End a wait of this process, from another thread, and all later ones."""
+        ...
+
+
 class Connections:
     """Everything that this process holds of the others, until :meth:`close`. Made by :func:`connect`.
 
     Attributes:
         ports: of each stage of this process.
+        interrupted_by: the failure for which :meth:`interrupt` was called; None if it was not.
     """
 
-    def __init__(self, rendezvous: Rendezvous, norms: ProcessNorms | None) -> None:
-        self.rendezvous, self.norms = rendezvous, norms
+    def __init__(self, rendezvous: Rendezvous, norms: ProcessNorms | None, others: Sequence[Interruptible] = ()) -> None:
+        self.rendezvous, self.norms, self.others = rendezvous, norms, others
+        self.interrupted_by: str | None = None
         self.heartbeat: Heartbeat | None = None
         self.ports: dict[int, Ports] = {}
         self.senders: list[Sender] = []
@@ -70,7 +82,16 @@ class Connections:
     def cause(self, error: str) -> str:
         """``error`` as this process saw it, with the failure that any process saw first."""
         place = self.rendezvous.name.format(self.rendezvous.index)
-        return error if self.heartbeat is None else self.heartbeat.cause(f"{error} [seen by {place}]")
+        seen = self.interrupted_by or f"{error} [seen by {place}]"  # after an interrupt, error only says that it was one
+        return error if self.heartbeat is None else self.heartbeat.cause(seen)
+
+    def interrupt(self, failure: str) -> None:
+        """End all waits of this process for others, because of ``failure``; called from a heartbeat's thread."""
+        self.interrupted_by = failure
+        waits = (self.rendezvous, self.norms, *self.others, *self.receivers, *self.senders)
+        for one in waits:
+            if one is not None:
+                one.interrupt()
 
     def close(self, wait: bool) -> None:
         """Give everything back; ``wait`` until the groups have ended, which they do at once only where nothing is in flight."""
@@ -93,6 +114,7 @@ def connect(
     norms: ProcessNorms | None,
     transport: str,
     liveness_timeout: float | None,
+    others: Sequence[Interruptible] = (),
 ) -> Connections:
     """Connect the stages ``endpoints`` of this process. All processes of ``rendezvous`` call this, with the same settings.
 
@@ -102,18 +124,18 @@ def connect(
         endpoints: by stage.
         norms: exchanges the norms of gradients; None where no stage clips by them.
         transport, liveness_timeout: as in :class:`~pipeoptim.Schedule`.
+        others: what else the stages may wait on; interrupted with the connections.
 
     Raises:
         StageFailure: a process did not come within the time-out.
     """
-    connections = Connections(rendezvous, norms)
+    connections = Connections(rendezvous, norms, others)
     try:
         processes = len(rendezvous.ranks)
         note_wait = _nobody_watches
         if liveness_timeout is not None and processes > 1:
-            watch = Heartbeat(rendezvous.clone_store(), rendezvous.index, processes, liveness_timeout, rendezvous.name)
-            connections.heartbeat = watch
-            note_wait = watch.note_wait
+            connections.heartbeat = rendezvous.heartbeat(liveness_timeout, connections.interrupt)
+            note_wait = connections.heartbeat.note_wait
         waiting: Waiting = lambda peer: note_wait(None if peer is None else peer % processes)  # noqa: E731
         for round_ in range(len(ranks) // processes):
             for direction in (ACTIVATIONS, GRADIENTS):
@@ -123,6 +145,8 @@ def connect(
         if norms is not None:
             shared = shared_memory_norms(rendezvous, transport == "auto" and uses_gloo(), waiting)
             norms.connect(shared or GatheredNorms(rendezvous.group("norms", "gloo"), rendezvous.timeout))
+        if connections.interrupted_by is not None:  # perhaps before there was all that it had to cut
+            raise StageFailure(connections.interrupted_by)
     except BaseException:
         connections.close(wait=False)
         raise

@@ -79,6 +79,11 @@ class AllReducedGradients:
         """Wait for what has been sent; it can be taken later."""
         self._told |= {version: self.receive(version) for version in list(self._works)}
 
+    def interrupt(self) -> None:
+        """End a wait of this process for the other holders, from another thread, and all later ones."""
+        if self._holders is not None:
+            self._holders.interrupt()
+
     def close(self, wait: bool) -> None:
         """Give the group back."""
         self._works.clear()

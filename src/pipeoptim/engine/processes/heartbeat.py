@@ -1,44 +1,97 @@
-"""Is everybody still there? A heartbeat of every stage, and the end of this process when one stays away.
+"""Is everybody still there? A heartbeat of every process, and a call when one of them stops answering or has failed.
 
-A wait for a dead neighbour usually ends by itself, when the connection closes. This watch covers the rest: stages that are not
-neighbours, machines that vanish without closing anything, NCCL, which waits for ever, and the first cause, which would else
-get lost when failures spread from neighbour to neighbour.
+A wait for a dead neighbour usually ends by itself, when the connection closes. The heartbeat covers the rest: stages that are not
+neighbours, machines that vanish without closing anything, NCCL, which waits for ever, and the first cause, which would otherwise
+be lost when failures spread from neighbour to neighbour::
+
+    every process k:    beat/k = 1, 2, 3, ...    ->  store  ->   every other: does beat/k still change?
+    the first to fail:  failure = "stage 2 ..."  ->  store  ->   every other: on_dead("first failure: stage 2 ...")
+
+One thread talks to the store, which may hang when the process that holds it is stopped; another judges what the first has heard.
+Silence is measured in looks of this second thread, not on a clock: while this process or the store's was stopped nobody could have
+been heard, so that a look that comes late counts as two intervals at most.
 """
 
 from __future__ import annotations
 
 import atexit
-import os
-import sys
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import dataclass
 
 from torch.distributed.distributed_c10d import Store
 
-_STORE_GONE = "the process that holds the store (stage 0, unless torchrun holds it)"
-_GRACE = 1.0  # seconds that the main thread has to fail by itself, with its own traceback
+_ENDED = ("gone", "failed")  # beats that do not change any more
+_LINGER = 1.0  # seconds at least in which the others can read the first failure before the store's process may end
+
+
+@dataclass
+class _Peer:
+    """What is known of another stage: its last beat, and for how many seconds of looking it has not changed.
+
+    A stage that has ended owes no beats, but no stage should wait for it either: ``waited`` is when this one's present wait for it
+    began, None where it does not wait.
+    """
+
+    key: str
+    heard: str = ""  # written by the thread that talks to the store
+    beat: str = ""
+    waited: float | None = None
+    silence: float = 0.0
+
+    def look(self, waited: float | None, elapsed: float) -> None:
+        """``elapsed`` seconds after the last look."""
+        silent = waited is not None and waited == self.waited if self.heard in _ENDED else self.heard == self.beat
+        self.silence = self.silence + elapsed if silent else 0.0
+        self.beat, self.waited = self.heard, waited
 
 
 class Heartbeat:
-    """Beats for stage ``k`` and watches the others.
+    """Beats for stage ``k`` and listens for the others.
 
     Args:
-        store: shared key-value store of the pipeline's processes.
-        k, depth: this stage of how many.
+        store: shared key-value store of the pipeline's processes, through a connection of its own.
+        k, depth: this stage, of how many.
         timeout: seconds without a beat after which a stage counts as dead.
         name: how messages call number ``k``.
+        holder: the number of the stage whose process holds the store; None where another does, such as torchrun's agent.
+        on_dead: called once, from a thread of the heartbeat, when a stage is dead or has recorded a failure. It must end the waits of
+            the main thread, which then raises what :meth:`cause` returns.
+
+    Attributes:
+        failure: the first failure of any stage, as soon as this one knows of it.
     """
 
-    def __init__(self, store: Store, k: int, depth: int, timeout: float, name: str = "stage {}") -> None:
-        self.store, self.k, self.depth, self.timeout, self.name = store, k, depth, timeout, name
+    def __init__(
+        self,
+        store: Store,
+        k: int,
+        depth: int,
+        timeout: float,
+        name: str = "stage {}",
+        holder: int | None = 0,
+        *,
+        on_dead: Callable[[str], None],
+    ) -> None:
+        self.store, self.k, self.timeout, self.name, self.holder, self.on_dead = store, k, timeout, name, holder, on_dead
+        self.failure: str | None = None
         self.waiting_for: int | None = None
         self.waiting_since = 0.0
-        self._stop = threading.Event()
-        self._last = {j: ("", time.monotonic()) for j in range(depth) if j != k}
-        self._thread = threading.Thread(target=self._run, name=f"pipeoptim-watch-{k}", daemon=True)
-        self._set("beat", "0")
-        self._thread.start()
+        self.interval = max(0.05, min(0.5, timeout / 20))
+        self._peers = {j: _Peer(f"beat/{j}") for j in range(depth) if j != k}
+        self._rounds = self._judged = 0  # times that all beats were read, and up to which of them they were judged
+        self._unjudged = self._store_silence = 0.0  # seconds of looking since the last round
+        self._store_lost = False
+        self._to_record: str | None = None
+        self._stop, self._wake, self._known = threading.Event(), threading.Event(), threading.Event()
+        self._talker, self._judge = (
+            threading.Thread(target=run, name=f"pipeoptim-{what}-{k}", daemon=True)
+            for run, what in ((self._talk, "heartbeat"), (self._watch, "watch"))
+        )
+        self._talker.start()
+        self._judge.start()
         atexit.register(self.close)
 
     def note_wait(self, peer: int | None) -> None:
@@ -46,65 +99,104 @@ class Heartbeat:
         self.waiting_for, self.waiting_since = peer, time.monotonic()
 
     def cause(self, own: str) -> str:
-        """The first failure that any stage noted; ``own`` where this is the first, and then it is noted."""
-        try:
-            if self.store.check(["failure"]):
-                first = self.store.get("failure").decode()
-                return own if first == own else f"{own}; first failure: {first}"
-            self.store.set("failure", own)
-        except Exception:  # whatever a broken connection raises
-            return f"{own}; {_STORE_GONE} is gone too: look there first"
-        return own
+        """Why the pipeline failed: the failure that was recorded first, which is ``own`` where no stage came earlier."""
+        first = self._first_failure(own)
+        self._linger()
+        return first
 
     def close(self) -> None:
         """Stop beating; the others no longer wait for this stage."""
         if not self._stop.is_set():
             self._stop.set()
-            self._set("beat", "gone")
+            self._wake.set()
             atexit.unregister(self.close)
-            if threading.current_thread() is not self._thread:
-                self._thread.join(timeout=1.0)  # unless the store hangs it ends at once
+            for thread in (self._talker, self._judge):
+                if threading.current_thread() is not thread:
+                    thread.join(timeout=1.0)  # unless the store hangs it ends at once
 
-    def _run(self) -> None:
+    def _first_failure(self, own: str) -> str:
+        self._to_record = own
+        self._wake.set()
+        self._known.wait(0.0 if self._store_lost else max(_LINGER, 4 * self.interval))
+        return self.failure or f"{own}; {self._store_holder} does not answer: look there first"
+
+    # -- the thread that talks to the store ----------------------------------------------------------------------------
+
+    def _talk(self) -> None:
         count = 0
-        interval = max(0.05, min(1.0, self.timeout / 5))
-        lost_since: float | None = None
-        while not self._stop.wait(interval):
-            count += 1
+        while not self._stop.is_set():
             try:
-                self.store.set(f"beat/{self.k}", str(count))
-                dead = self._look()
-                lost_since = None
-            except Exception:  # the store's process is gone
-                lost_since = lost_since or time.monotonic()
-                dead = _STORE_GONE if self._since(lost_since) else None
-            if dead is not None and not self._stop.is_set():
-                self._end(dead)
+                self.store.set(f"beat/{self.k}", str(count) if self.failure is None else "failed")
+                self._hear()
+                self._rounds += 1
+            except RuntimeError:  # its process is gone, and no store connects again
+                self._store_lost = True
+                return
+            count += 1
+            self._wake.wait(self.interval)
+            self._wake.clear()
+        with suppress(RuntimeError):
+            self.store.set(f"beat/{self.k}", "gone")
 
-    def _look(self) -> str | None:
-        now = time.monotonic()
-        for j, (seen, when) in self._last.items():
-            key = f"beat/{j}"
-            beat = self.store.get(key).decode() if self.store.check([key]) else ""
-            if beat == "gone":
-                if self.waiting_for == j and self._since(self.waiting_since):
-                    return f"{self.name.format(j)}, which has ended,"
-            elif beat != seen:
-                self._last[j] = (beat, now)
-            elif self._since(when):
-                return self.name.format(j)
+    def _hear(self) -> None:
+        for peer in self._peers.values():
+            if self.store.check([peer.key]):
+                peer.heard = self.store.get(peer.key).decode()
+        own = self._to_record
+        if self.failure is None and (own is not None or self.store.check(["failure"])):
+            # "" stands for a missing key, so that of several stages that fail at once one is the first for all
+            first = self.store.compare_set("failure", "", own).decode() if own else self.store.get("failure").decode()
+            self.failure = own if first == own else f"first failure: {first}"
+            self._known.set()
+            self._wake.set()
+
+    # -- the thread that judges ----------------------------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        looked = time.monotonic()
+        while not self._stop.wait(self.interval):
+            now = time.monotonic()
+            elapsed, looked = min(now - looked, 2 * self.interval), now
+            store, peer = self._judge_store(elapsed), self._judge_peers(elapsed)
+            if self.failure is None:
+                self.failure = store or (
+                    peer and self._first_failure(peer)
+                )  # nothing can be recorded in a store that is silent
+            if self.failure is not None and not self._stop.is_set():
+                self.on_dead(self.failure)
+                return
+
+    def _judge_store(self, elapsed: float) -> str | None:
+        """A store that hangs proves nothing where the launcher holds it, since stages go on without; one that is gone does."""
+        self._store_silence = self._store_silence + elapsed if self._rounds == self._judged else 0.0
+        if self._store_silence > self.timeout and (self._store_lost or self.holder is not None):
+            return self._silent(self._store_holder)
         return None
 
-    def _since(self, when: float) -> bool:
-        return time.monotonic() - when > self.timeout
+    def _judge_peers(self, elapsed: float) -> str | None:
+        self._unjudged = min(self._unjudged + elapsed, 2 * self.interval)
+        if self._rounds == self._judged:
+            return None
+        elapsed, self._unjudged, self._judged = self._unjudged, 0.0, self._rounds
+        for j, peer in self._peers.items():
+            peer.look(self.waiting_since if self.waiting_for == j else None, elapsed)
+            if peer.silence > self.timeout:
+                return self._silent(self.name.format(j) + (", which has ended," if peer.heard in _ENDED else ""))
+        return None
 
-    def _end(self, dead: str) -> None:
-        message = self.cause(f"{dead} gave no sign of life for {self.timeout:g} s")
-        if self._stop.wait(_GRACE):
-            return
-        print(f"pipeoptim: {self.name.format(self.k)} ends: {message}", file=sys.stderr, flush=True)
-        os._exit(1)
+    @property
+    def _store_holder(self) -> str:
+        if self.holder is None:
+            return "the process that holds the store"
+        return f"{self.name.format(self.holder)}, whose process holds the store,"
 
-    def _set(self, what: str, value: str) -> None:
-        with suppress(Exception):
-            self.store.set(f"{what}/{self.k}", value)
+    def _silent(self, who: str) -> str:
+        return f"{who} gave no sign of life for {self.timeout:g} s"
+
+    def _linger(self) -> None:
+        """Let the others read the failure before this process, which may hold the store, ends: they would blame it instead."""
+        end = time.monotonic() + max(_LINGER, 4 * self.interval)
+        while self.holder == self.k and time.monotonic() < end and not self._stop.is_set():
+            if all(peer.heard in _ENDED for peer in self._peers.values()):
+                return
+            time.sleep(self.interval / 4)

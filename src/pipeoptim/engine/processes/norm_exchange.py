@@ -54,6 +54,10 @@ class NormTransport(Protocol):
         """The ``turn``-th number of every stage; once per turn."""
         ...
 
+    def interrupt(self) -> None:
+        """End a wait of this process, from another thread, and all later ones."""
+        ...
+
     def close(self) -> None:
         """Let go of what it needs."""
         ...
@@ -75,6 +79,11 @@ class ProcessNorms:
     def receive_pending(self) -> None:
         """Wait for what has been sent; it can be taken later."""
         self._told |= {version: self.receive(version) for version in list(self._turns)}
+
+    def interrupt(self) -> None:
+        """As :meth:`NormTransport.interrupt`."""
+        if self._transport is not None:
+            self._transport.interrupt()
 
     def close(self) -> None:
         """Let go of the transport."""
@@ -128,6 +137,9 @@ class GatheredNorms:
         except RuntimeError as error:
             raise _failure(error) from error
         return [float(number) for number in every]
+
+    def interrupt(self) -> None:
+        """Nothing: the group's connections end with its rendezvous."""
 
     def close(self) -> None:
         self._group = None

@@ -1,13 +1,16 @@
-"""What the processes of a pipeline share outside themselves: a part of the store, and process groups that can be given back.
+"""Where the processes of a pipeline meet: a part of the store, and process groups that can be destroyed and made again.
 
 ``torch.distributed.new_group`` names a group by how many groups the calling process has. Processes that have made different numbers
-of groups so wait for one another until the time-out, and a name may come back after its group was destroyed, while the store still
-holds the old addresses. Here names count what was made by the same processes together, which all of them know alike.
+of groups therefore wait for one another until the time-out, and a name may return after its group was destroyed, while the store still
+holds the old addresses. Here names count what the same processes have made together, which all of them know. Each name also carries a
+generation: processes that connect again after a failure find no key and no address that the failed attempt left behind.
 """
 
 from __future__ import annotations
 
+import os
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,10 +20,12 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
 
+from pipeoptim.engine.processes.heartbeat import Heartbeat
+from pipeoptim.engine.processes.opened_sockets import OpenedSockets
 from pipeoptim.errors import StageFailure
 
 _ABORTED = "!"
-_made: Counter[str] = Counter()  # meetings held in this process, by who met
+_made: Counter[str] = Counter()  # rendezvous completed in this process, by who met
 
 
 class Rendezvous:
@@ -31,17 +36,37 @@ class Rendezvous:
         ranks: theirs, this process's included.
         timeout: seconds to wait for them.
         name: how messages call the n-th of them.
+        generation: how often these processes have connected again for the same pipeline.
+        number: which pipeline of these processes it is; counted if None. A process that joins anew must be given both.
     """
 
-    def __init__(self, role: str, ranks: Sequence[int], timeout: float, name: str = "stage {}") -> None:
-        self.ranks, self.timeout, self.name = list(ranks), timedelta(seconds=timeout), name
+    def __init__(
+        self,
+        role: str,
+        ranks: Sequence[int],
+        timeout: float,
+        name: str = "stage {}",
+        *,
+        generation: int = 0,
+        number: int | None = None,
+    ) -> None:
+        self.role, self.ranks, self.timeout, self.name = role, list(ranks), timedelta(seconds=timeout), name
         self.index = self.ranks.index(dist.get_rank())
-        self._key = f"pipeoptim/{role}/{'_'.join(map(str, self.ranks))}"
-        self._number = _made[self._key]
-        self.store: Store = PrefixStore(f"{self._key}/{self._number}", c10d._get_default_store())
+        self._members = f"pipeoptim/{role}/{'_'.join(map(str, self.ranks))}"
+        self.generation, self.number = generation, _made[self._members] if number is None else number
+        self._prefix = f"{self._members}/{self.number}.{generation}"
+        self._sockets = OpenedSockets()
+        with self._sockets:  # a connection of its own, which can be cut without taking the caller's store away
+            self._connection = _clone(c10d._get_default_store())
+        self.store: Store = PrefixStore(self._prefix, self._connection)
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._count = 0
-        self._exchanged = False
+        self._exchanged = self._interrupted = False
+
+    def next_generation(self) -> Rendezvous:
+        """Where the same processes meet again, for the same pipeline, after this one was interrupted or closed."""
+        seconds = self.timeout.total_seconds()
+        return Rendezvous(self.role, self.ranks, seconds, self.name, generation=self.generation + 1, number=self.number)
 
     def exchange_settings(self, text: str) -> list[str]:
         """The ``text`` of every process, in their order. Once, before anything else that waits for them.
@@ -63,20 +88,26 @@ class Rendezvous:
             StageFailure: one did not come within the time-out.
         """
         keys = [f"{what}/{j}" for j in range(len(self.ranks))]
-        self.store.set(keys[self.index], text)
         try:
-            self.store.wait(keys, self.timeout)
+            self.store.set(keys[self.index], text)
+            self._wait_for(keys, purpose)
+            return [self.store.get(key).decode() for key in keys]
         except RuntimeError as error:
-            raise StageFailure(
-                f"{self._missing(keys)} did not come within {self.timeout.total_seconds():g} s {purpose}"
-            ) from error
-        return [self.store.get(key).decode() for key in keys]
+            if isinstance(error, StageFailure):
+                raise
+            reason = "the wait was interrupted" if self._interrupted else "the process that holds the store is gone"
+            raise StageFailure(f"the processes did not meet {purpose}: {reason}") from error
 
-    def _missing(self, keys: list[str]) -> str:
-        try:
-            return ", ".join(self.name.format(j) for j, key in enumerate(keys) if not self.store.check([key]))
-        except RuntimeError:
-            return "the process that holds the store is gone, and others"
+    def _wait_for(self, keys: list[str], purpose: str) -> None:
+        end, pause = time.monotonic() + self.timeout.total_seconds(), 0.001
+        while not self.store.check(keys):  # in turns, not in the store's own wait, which nothing interrupts
+            if self._interrupted:
+                raise StageFailure(f"the processes did not meet {purpose}: the wait was interrupted")
+            if time.monotonic() > end:
+                missing = [self.name.format(j) for j, key in enumerate(keys) if not self.store.check([key])]
+                raise StageFailure(f"{', '.join(missing)} did not come within {self.timeout.total_seconds():g} s {purpose}")
+            time.sleep(pause)
+            pause = min(2 * pause, 0.02)
 
     def abort(self, error: BaseException) -> None:
         """Tell the others that this process will not come, unless it has come already."""
@@ -87,12 +118,14 @@ class Rendezvous:
 
     def _note_exchanged(self) -> None:
         self._exchanged = True
-        _made[self._key] = self._number + 1
+        _made[self._members] = self.number + 1
 
-    def clone_store(self) -> Store:
-        """The store through a connection of its own, for who must not wait behind others."""
-        clone: Callable[[], Store] | None = getattr(self.store, "clone", None)
-        return self.store if clone is None else clone()
+    def heartbeat(self, timeout: float, on_dead: Callable[[str], None]) -> Heartbeat:
+        """Of this process among them, from now on; ``timeout`` and ``on_dead`` as in :class:`~.heartbeat.Heartbeat`."""
+        by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        holder = None if by_agent or 0 not in self.ranks else self.ranks.index(0)
+        store = _clone(self.store)  # through another connection: its requests must not wait behind the main thread's
+        return Heartbeat(store, self.index, len(self.ranks), timeout, self.name, holder, on_dead=on_dead)
 
     def group(self, name: str, backend: str | None = None) -> dist.ProcessGroup:
         """The group of that name, made when all have asked for it the first time (and again after :meth:`close`).
@@ -102,12 +135,28 @@ class Rendezvous:
         """
         if name not in self._groups:
             full = f"{self._count}-{name}"
-            self._groups[name] = new_group(self.ranks, f"{self._key}/{self._number}/{full}", self.timeout, backend)
+            try:
+                with self._sockets:
+                    self._groups[name] = new_group(
+                        self.ranks, f"{self._prefix}/{full}", self._connection, self.timeout, backend
+                    )
+            except RuntimeError as error:
+                first = (str(error).splitlines() or ["no reason given"])[0][:160]
+                raise StageFailure(f"the group {name!r} could not be connected ({first})") from error
             self._count += 1
-            self.all_gather(
-                f"made/{full}", "", "to be connected"
-            )  # who has it may close it at once, before others are connected
+            if self._interrupted:  # after its connections had been looked for
+                self._sockets.shut_down()
+            # The first to have the group may destroy it at once, while others are still connecting: wait for all.
+            self.all_gather(f"made/{full}", "", "to be connected")
         return self._groups[name]
+
+    def interrupt(self) -> None:
+        """End a wait of this process for the others, from another thread, and all later ones: connections are cut."""
+        self._interrupted = True
+        self._sockets.shut_down()
+        for group in list(self._groups.values()):
+            with suppress(RuntimeError):  # NCCL's way to end its waits; gloo's does nothing
+                group.abort()
 
     def close(self, wait: bool = True) -> None:
         """Destroy the groups. Where they are used no more, their threads and connections end.
@@ -125,15 +174,23 @@ class Rendezvous:
             threading.Thread(target=groups.clear, name="pipeoptim-close", daemon=True).start()
 
 
-def new_group(ranks: list[int], name: str, timeout: timedelta, backend: str | None) -> dist.ProcessGroup:
-    """As ``torch.distributed.new_group(use_local_synchronization=True)``, under a name that the caller knows to be new."""
+def _clone(store: Store) -> Store:
+    clone: Callable[[], Store] | None = getattr(store, "clone", None)
+    return store if clone is None else clone()
+
+
+def new_group(ranks: list[int], name: str, store: Store, timeout: timedelta, backend: str | None) -> dist.ProcessGroup:
+    """As ``torch.distributed.new_group(use_local_synchronization=True)``, under a name that the caller knows to be new.
+
+    Its processes find each other's addresses in ``store``.
+    """
     default = c10d._get_default_group()
     group, _ = c10d._new_process_group_helper(
         len(ranks),
         ranks.index(dist.get_rank()),
         ranks,
         c10d.Backend(backend or c10d._world.pg_map[default][0]),
-        c10d._get_default_store(),
+        store,
         name,  # type: ignore[arg-type]
         timeout=timeout,
         device_id=default.bound_device_id,

@@ -48,6 +48,7 @@ class SharedMemoryNorms:
         self._page, self._processes = page, processes
         self._words = memoryview(page).cast("Q")
         self._turns = _turns(depth)
+        self._interrupted = False
 
     @staticmethod
     def size(depth: int) -> int:
@@ -68,6 +69,10 @@ class SharedMemoryNorms:
         """
         found = [self._read(j, turn) for j in range(self.depth)]
         return [self._wait(j, turn) if number is None else number for j, number in enumerate(found)]
+
+    def interrupt(self) -> None:
+        """End a wait of this process, from another thread, and all later ones."""
+        self._interrupted = True
 
     def close(self) -> None:
         """Write nothing more, and say so; who waits for this stage stops."""
@@ -105,6 +110,8 @@ class SharedMemoryNorms:
         try:
             while (number := self._read(j, turn)) is None:
                 now = time.monotonic()
+                if self._interrupted:
+                    raise StageFailure(f"the wait for the norm of stage {j} was interrupted")
                 if ended:
                     raise StageFailure(f"stage {j} ended and did not tell the norm of its gradients")
                 if now - began > self.timeout:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
@@ -112,10 +112,9 @@ class ReplicaSet:
         """On the CPU, for what is no gradient."""
         return self._rendezvous.group("control", "gloo")
 
-    def start_heartbeat(self, liveness: float) -> None:
-        """End this process when another replica gives no sign of life for ``liveness`` seconds."""
-        rendezvous = self._rendezvous
-        self._heartbeat = Heartbeat(rendezvous.clone_store(), rendezvous.index, self.replicas.count, liveness, rendezvous.name)
+    def start_heartbeat(self, liveness: float, on_dead: Callable[[str], None]) -> None:
+        """Call ``on_dead`` when another replica gives no sign of life for ``liveness`` seconds."""
+        self._heartbeat = self._rendezvous.heartbeat(liveness, on_dead)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all replicas, in their order: tensors and plain data. All of them call this."""
@@ -156,6 +155,10 @@ class ReplicaSet:
         except RuntimeError as error:
             raise failure(error) from error
         return bool(vote.item())
+
+    def interrupt(self) -> None:
+        """End a wait of this process for its replicas, from another thread, and all later ones."""
+        self._rendezvous.interrupt()
 
     def close(self, wait: bool) -> None:
         """Stop the watch and give back the groups."""

@@ -70,6 +70,11 @@ class LinkEnd:
         finally:
             self.waiting(None)
 
+    def interrupt(self) -> None:
+        """End a wait of this process for the peer, from another thread, and all later ones; a group's end with its rendezvous."""
+        if self.channel is not None:
+            self.channel.interrupt()
+
     def close(self) -> None:
         """Give back what only this link uses."""
         self.opposite = None  # else the two would keep each other, and their groups

@@ -222,6 +222,11 @@ class UnixChannel:
             for what in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):
                 self._socket.setsockopt(socket.SOL_SOCKET, what, value)
 
+    def interrupt(self) -> None:
+        """End a wait of this process, from another thread, and all later ones; what was sent still arrives."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """End the connection; what was sent still arrives."""
         self._socket.close()
