@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +19,6 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method
 from pipeoptim.options import PipelineOptions
 from pipeoptim.schedule import Action
-
-T = TypeVar("T")
 
 
 class Pipeline:
@@ -84,11 +83,13 @@ class Pipeline:
         """
         micro_batches = self._cut(self._splitter, args, kwargs, stage_kwargs, target)
         if 0 in self._runners:
-            self._guard(self._note_stop)
+            with self._guard():
+                self._note_stop()
         found: list[CountedLoss] = []
         for runner in self._runners.values():
             runner.worker.losses.begin()
-        self._guard(lambda: self._advance(micro_batches, found))
+        with self._guard():
+            self._advance(micro_batches, found)
         self._steps += 1
         if self._synchronous():
             self.drain()
@@ -97,7 +98,8 @@ class Pipeline:
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
         if not self._closed:
-            self._guard(self._finish)
+            with self._guard():
+                self._finish()
             self._restart()
 
     def eval_step(
@@ -111,7 +113,8 @@ class Pipeline:
         if drain:
             self.drain()
         (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, stage_kwargs, target)
-        return self._guard(lambda: self._evaluate(micro_batch))
+        with self._guard():
+            return self._evaluate(micro_batch)
 
     def stage_module(self, k: int) -> nn.Module:
         """The module of stage ``k``, with the latest weights."""
@@ -219,9 +222,9 @@ class Pipeline:
         outputs = [runner.evaluate(micro_batch) for runner in self._runners.values()]
         return outputs[-1]
 
-    def _guard(self, work: Callable[[], T]) -> T:
-        """Run ``work``, which may wait for other processes."""
-        return work()
+    def _guard(self) -> AbstractContextManager[None]:
+        """Entered around what may wait for other processes."""
+        return nullcontext()
 
     # -- what they have in common ------------------------------------------------------------------------------------
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -14,7 +15,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.pipeline import Pipeline, T
+from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
@@ -177,12 +178,13 @@ class ProcessPipeline(Pipeline):
         if self._connections is not None:
             self._connections.hand_over()
 
-    def _guard(self, work: Callable[[], T]) -> T:
-        """Run ``work``; when another process fails, say which one failed first."""
+    @contextmanager
+    def _guard(self) -> Iterator[None]:
+        """When another process fails in the meantime, say which one failed first."""
         if self._closed:
             raise ConfigError("the pipeline is closed; call close() after the last step and eval_step, or make a new one")
         try:
-            return work()
+            yield
         except StageFailure as error:
             self._failed = True
             raise StageFailure(str(error) if self._connections is None else self._connections.cause(str(error))) from error
@@ -259,11 +261,13 @@ class ProcessPipeline(Pipeline):
                 self._flush(sender)
         for exchange in (self._norms, *self._sums.values()):
             if exchange is not None and not self._failed and not self._steps:
-                self._guard(exchange.receive_pending)
+                with self._guard():
+                    exchange.receive_pending()
 
     def _flush(self, link: Sender) -> None:
         try:
-            self._guard(link.flush)
+            with self._guard():
+                link.flush()
         except StageFailure:
             if not self._steps:
                 raise  # else there was no drain, and nobody takes the last gradients; the wait ends when the peer closes
