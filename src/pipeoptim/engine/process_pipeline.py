@@ -121,7 +121,7 @@ class ProcessPipeline(Pipeline):
             reduction = replicas.reduction(place.module, part.optimizer, options.uneven)
             self._reductions.append(reduction)
         row = self._row(place.k, place.device) if self._replicas.index == 0 else None
-        self._endpoints[place.k] = Endpoint(place.device, row)
+        self._endpoints[place.k] = Endpoint(place.device, traced.link_recorder(row))
         worker = traced.noted_worker(row)(
             place.module,
             part.optimizer,

@@ -6,6 +6,7 @@ An engine decides whose turn it is; a :class:`StageRunner` does not know whether
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 from torch import Tensor
 
@@ -59,7 +60,13 @@ class StageRunner:
             self.stop = bool(message.flags & STOP)
             worker.note_overflow(message.loss_scale)
             args, row_share = as_args(worker.compressor.unpack(message.tree)), RowShare(*message.share)
-        output, share = worker.forward_part(i, args, micro_batch, row_share, self.splitter)
+        output: Any = None
+        share: float | None = 0.0
+        if row_share.empty:
+            worker.skip(i)
+        else:
+            share = self.splitter.share(micro_batch, row_share, worker.is_last)
+            output = worker.forward(i, args, micro_batch.kwargs.get(worker.k, {}), micro_batch.target, share)
         if target is not None:
             packed = worker.compressor.pack_activations(i, output)
             target.send(packed, STOP if self.stop else 0, worker.overflow_to_send(), row_share)

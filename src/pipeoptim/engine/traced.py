@@ -21,32 +21,9 @@ def noted_worker(row: TraceRow | None) -> Callable[..., StageWorker]:
     return StageWorker if row is None else partial(TracedWorker, row)
 
 
-def noted_receiver(row: TraceRow | None, link: Receiver) -> Incoming:
-    """``link`` itself, or its recorded form."""
-    return link if row is None else TracedReceiver(row, link)
-
-
-def noted_sender(row: TraceRow | None, link: Sender) -> Outgoing:
-    """``link`` itself, or its recorded form."""
-    return link if row is None else TracedSender(row, link)
-
-
-def noted_waits(row: TraceRow | None, waiting: Waiting) -> Waiting:
-    """``waiting`` itself, or such as notes each wait: a link says before a wait whom it waits for, and None after it."""
-    if row is None:
-        return waiting
-    began: Any = None
-    waited_for = -1
-
-    def noted(peer: int | None) -> None:
-        nonlocal began, waited_for
-        if peer is None:
-            row.add("wait", -1, began, waited_for)
-        else:
-            began, waited_for = row.now(), peer
-        waiting(peer)
-
-    return noted
+def link_recorder(row: TraceRow | None) -> LinkRecorder | None:
+    """What records the links of a stage."""
+    return None if row is None else LinkRecorder(row)
 
 
 def noted_exchange(row: TraceRow | None, plain: Exchange[Sent, Received]) -> Exchange[Sent, Received]:
@@ -143,6 +120,30 @@ class TracedExchange(Generic[Sent, Received]):
         found = self.plain.receive(version)
         self.row.add("wait", version, began)
         return found
+
+
+class LinkRecorder:
+    """Records the messages that come in and go out, and the waits for them."""
+
+    def __init__(self, row: TraceRow) -> None:
+        self.row = row
+        self._wait: tuple[Any, int] = (None, -1)  # when it began, and for which stage
+
+    def incoming(self, link: Receiver) -> Incoming:
+        return TracedReceiver(self.row, link)
+
+    def outgoing(self, link: Sender) -> Outgoing:
+        return TracedSender(self.row, link)
+
+    def waiting(self, waiting: Waiting) -> Waiting:
+        def recorded(peer: int | None) -> None:
+            if peer is None:
+                self.row.add("wait", -1, *self._wait)
+            else:
+                self._wait = self.row.now(), peer
+            waiting(peer)
+
+        return recorded
 
 
 class TracedReceiver:

@@ -20,13 +20,11 @@ from typing import Protocol
 import torch
 import torch.distributed as dist
 
-from pipeoptim.engine import traced
 from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.norm_exchange import GatheredNorms, ProcessNorms
 from pipeoptim.engine.processes.rendezvous import Rendezvous, uses_gloo
 from pipeoptim.engine.processes.shared_memory import shared_memory_norms
-from pipeoptim.engine.trace import TraceRow
-from pipeoptim.engine.transport.link import Receiver, Sender, Waiting, pair
+from pipeoptim.engine.transport.link import LinkObserver, Receiver, Sender, Waiting, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
@@ -43,11 +41,11 @@ class Endpoint:
 
     Attributes:
         device: where the stage computes.
-        row: where its trace is recorded; None where none is.
+        observer: watches its links for a trace; None where there is none.
     """
 
     device: torch.device
-    row: TraceRow | None
+    observer: LinkObserver | None = None
 
 
 class Interruptible(Protocol):
@@ -174,7 +172,8 @@ def _connect_stage(
     in_host = device.type == "cpu" or streams is not None  # what travels is in the host's memory
     wanted = transport == "auto" and in_host and uses_gloo()
     channels = connect_neighbours(rendezvous.store, k, len(ranks), wanted, rendezvous.timeout)
-    waiting = traced.noted_waits(endpoint.row, waiting)
+    observer = endpoint.observer
+    waiting = waiting if observer is None else observer.waiting(waiting)
 
     def ends(there: int, back: int, boundary: int, peer: int) -> tuple[Incoming, Outgoing]:
         """From and to ``peer``; the first two say in which direction messages go."""
@@ -191,7 +190,7 @@ def _connect_stage(
         pair(sends, receives)
         connections.senders.append(sends)
         connections.receivers.append(receives)
-        return traced.noted_receiver(endpoint.row, receives), traced.noted_sender(endpoint.row, sends)
+        return (receives, sends) if observer is None else (observer.incoming(receives), observer.outgoing(sends))
 
     previous = ends(GRADIENTS, ACTIVATIONS, k - 1, k - 1) if k > 0 else (None, None)
     following = ends(ACTIVATIONS, GRADIENTS, k, k + 1) if k < len(ranks) - 1 else (None, None)

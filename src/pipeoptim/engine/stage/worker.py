@@ -19,7 +19,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
 from pipeoptim.engine.processes.exchange import Norms
 from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.autocast import autocast_to
@@ -184,16 +183,6 @@ class StageWorker:
         outputs = self._roots(i, result, share) if self.is_last else differentiable(as_args(result))
         self._keep(i, Flight(inputs, outputs, saved, weight_set, own))
         return result.detach() if self.is_last else result
-
-    def forward_part(
-        self, i: int, args: tuple[Any, ...], micro_batch: MicroBatch, row_share: RowShare, splitter: BatchSplitter
-    ) -> tuple[Any, float | None]:
-        """F of micro-batch ``i``, which is ``row_share`` of its mini-batch: the output, None if it is empty, and its share of the loss."""
-        if row_share.empty:
-            self.skip(i)
-            return None, 0.0
-        share = splitter.share(micro_batch, row_share, self.is_last)
-        return self.forward(i, args, micro_batch.kwargs.get(self.k, {}), micro_batch.target, share), share
 
     def skip(self, i: int) -> None:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""

@@ -21,7 +21,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -29,6 +29,7 @@ from torch import Tensor
 
 from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.message import Message
+from pipeoptim.engine.transport.ports import Incoming, Outgoing
 from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
@@ -269,3 +270,19 @@ def pair(sender: Sender | None, receiver: Receiver | None) -> None:
     """Join both ends to one neighbour: messages in one direction say how many were received in the other."""
     if sender is not None and receiver is not None:
         sender.opposite, receiver.opposite = receiver, sender
+
+
+class LinkObserver(Protocol):
+    """Watches the links of one stage, for a trace. Where there is none, links are used as they are, at no cost."""
+
+    def incoming(self, link: Receiver) -> Incoming:
+        """``link``, as the stage is to use it."""
+        ...
+
+    def outgoing(self, link: Sender) -> Outgoing:
+        """``link``, as the stage is to use it."""
+        ...
+
+    def waiting(self, waiting: Waiting) -> Waiting:
+        """What the links are to call before and after each wait, in place of ``waiting``."""
+        ...
