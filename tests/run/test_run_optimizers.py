@@ -13,7 +13,8 @@ from pipeoptim.cli.app import _run
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import CombinedOptimizer
-from pipeoptim.train.optimizers import factory, read_group, switch
+from pipeoptim.train.optimizers import factory, switch
+from pipeoptim.train.parameter_groups import read_group
 
 
 def parameters() -> list[torch.nn.Parameter]:
@@ -51,6 +52,14 @@ def test_a_switch_keeps_groups_and_options_that_one_of_them_has() -> None:
         ("adamw", {"groups": [{"prediction": "papper"}]}, "papper"),
         ("adamw", {"groups": ["ndim=2"]}, "a parameter group is 'ndim=2'"),
         ("muon_adamw", {"groups": [{"ndim": 2}]}, "makes the groups itself"),
+        ("adamw", {"groups": [{"ndim": 2}, {"lr": -1}]}, "lr of a parameter group is -1, must be a finite number above 0"),
+        ("adamw", {"groups": [{"lr": float("inf")}]}, "lr of a parameter group is inf"),
+        ("adamw", {"groups": [{"lr": True}]}, "lr of a parameter group is True"),
+        ("adamw", {"groups": [{"weight_decay": -1}]}, "a parameter group of optimizer adamw.*Invalid weight_decay value: -1"),
+        ("adamw", {"groups": [{"betas": 3}]}, "a parameter group of optimizer adamw"),
+        ("adamw", {"groups": [{"momentum": 0.9}]}, "option 'momentum' of a parameter group is none of optimizer adamw"),
+        ("adamw", {"groups": [{"params": 3}]}, "option 'params' of a parameter group"),
+        ("adamw", {"groups": [{"ndim": "two"}]}, "ndim of a parameter group is 'two', must be a number of dimensions"),
     ],
 )
 def test_bad_input_is_refused(target: str, options: dict[str, Any], words: str) -> None:
@@ -58,6 +67,9 @@ def test_bad_input_is_refused(target: str, options: dict[str, Any], words: str) 
         factory(Component(target, options), 3)(parameters())
     with pytest.raises(ConfigError, match="group is 'ndim', must be like"):
         read_group("ndim")
+    with pytest.raises(ConfigError, match="names lr twice"):
+        read_group("lr=1,lr=2")
+    assert read_group("lr=1e-3")["lr"] == 0.001
 
 
 def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -69,12 +69,13 @@ def program(config: TrainConfig) -> Program:
 
 
 def _check_lr(config: TrainConfig) -> None:
+    from pipeoptim.train.parameter_groups import check_rate
+
     given = config.optimizer.options.get("lr")
     if given is None:
         return
     for lr in given.get("by_stage", [given]) if isinstance(given, dict) else [given]:
-        if isinstance(lr, bool) or not isinstance(lr, int | float) or not math.isfinite(lr) or lr <= 0:
-            raise ConfigError(f"lr is {lr!r}, must be a finite number above 0, for example 0.001")
+        check_rate("lr", lr)
 
 
 def _check_options(config: TrainConfig) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
@@ -12,7 +11,8 @@ from torch.optim import Optimizer
 
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError, unknown_name
-from pipeoptim.rules import KINDS, muon_adamw
+from pipeoptim.rules import muon_adamw
+from pipeoptim.train.parameter_groups import check_group, split_parameters
 from pipeoptim.train.targets import accepts, call, load
 
 #: name -> class name in torch.optim and the options that make the name true.
@@ -88,7 +88,7 @@ def factory(component: Component, stages: int | None = None) -> Factory:
     """A function that makes the optimizer of one stage from its parameters. All options must be known to the class.
 
     An option ``{"by_stage": [...]}`` has a value for each stage. With one class per stage each gets the options that it has. The
-    option ``groups`` cuts the parameters into groups with options of their own, see :func:`grouped`.
+    option ``groups`` cuts the parameters into groups with options of their own, see :mod:`.parameter_groups`.
 
     Raises:
         ConfigError: not one name, and not one per stage either; or an option that none of the classes has.
@@ -101,71 +101,23 @@ def factory(component: Component, stages: int | None = None) -> Factory:
         for name in shared:
             if not any(accepts(function, name) for _, function, _ in each):
                 raise ConfigError(f"option {name!r} belongs to none of the optimizers {component.target}; leave it out")
+    groups = component.options.get("groups", ())
 
-    def make(parameters: Iterable[Parameter], k: int = 0) -> Optimizer:
+    def options_of(k: int) -> tuple[str, Callable[..., Optimizer], dict[str, Any]]:
         target, function, own = each[k] if len(each) > 1 else each[0]
         options = {name: _of_stage(value, k) for name, value in {**own, **shared}.items()}
         if len(each) > 1:
             options = {name: value for name, value in options.items() if accepts(function, name)}
-        chosen = grouped(list(parameters), component.options.get("groups", ()))
-        optimizer: Optimizer = call("optimizer", function, target, chosen, **options)
+        return target, function, options
+
+    def make(parameters: Iterable[Parameter], k: int = 0) -> Optimizer:
+        target, function, options = options_of(k)
+        optimizer: Optimizer = call("optimizer", function, target, split_parameters(list(parameters), groups), **options)
         return optimizer
 
+    for group in groups:
+        check_group(group, [options_of(k) for k in range(len(each))])
     return make
-
-
-def grouped(parameters: list[Parameter], groups: Any) -> list[Parameter] | list[dict[str, Any]]:
-    """Parameter groups, for instance to predict matrices otherwise than the rest.
-
-    Args:
-        groups: each a dictionary of options of ``torch.optim``, with ``prediction`` among them if wished, and perhaps ``ndim``: then
-            the group takes only parameters with so many dimensions. A parameter goes to the first group that takes it, or to a
-            last one without options of its own.
-
-    Raises:
-        ConfigError: a group is no dictionary, or names an unknown kind of prediction.
-
-    >>> w, b = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2))
-    >>> found = grouped([w, b], [{"ndim": 2, "prediction": "displacement"}, {"lr": 0.1}])
-    >>> [(len(g["params"]), g.get("prediction"), g.get("lr")) for g in found]
-    [(1, 'displacement', None), (1, None, 0.1)]
-    """
-    if not groups:
-        return parameters
-    made: list[dict[str, Any]] = []
-    left = parameters
-    for group in [*groups, {}]:
-        if not isinstance(group, dict):
-            raise ConfigError(f'a parameter group is {group!r}, must be like {{"ndim": 2, "prediction": "displacement"}}')
-        if group.get("prediction", "none") not in KINDS:
-            raise unknown_name("prediction of a parameter group", str(group["prediction"]), KINDS)
-        options = {name: value for name, value in group.items() if name != "ndim"}
-        taken = [p for p in left if "ndim" not in group or p.ndim == group["ndim"]]
-        left = [p for p in left if "ndim" in group and p.ndim != group["ndim"]]
-        if taken:
-            made.append({"params": taken, **options})
-    return made
-
-
-def read_group(text: str) -> dict[str, Any]:
-    """A parameter group from the command line.
-
-    >>> read_group("ndim=2,prediction=displacement,lr=0.01")
-    {'ndim': 2, 'prediction': 'displacement', 'lr': 0.01}
-
-    Raises:
-        ConfigError: not of the form ``name=value,name=value``.
-    """
-    group: dict[str, Any] = {}
-    for part in text.split(","):
-        name, equals, value = part.partition("=")
-        if not (name.strip() and equals and value.strip()):
-            raise ConfigError(f"group is {text!r}, must be like ndim=2,prediction=displacement,lr=0.01")
-        try:
-            group[name.strip()] = json.loads(value)
-        except json.JSONDecodeError:
-            group[name.strip()] = value.strip()
-    return group
 
 
 def _of_stage(value: Any, k: int) -> Any:

@@ -25,6 +25,7 @@ from pipeoptim.partitioning.parameter_places import untie
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.checks import program
 from pipeoptim.train.cut import cut
+from pipeoptim.train.parameter_groups import check_all_used
 from pipeoptim.train.recomputed import checkpoint_blocks
 from pipeoptim.train.targets import build
 
@@ -165,6 +166,8 @@ def probe_setup(setup: RunSetup) -> None:
     """
     x, y = setup.task.train_batch(0, setup.config.batch_size)
     size = max(1, len(x) // (setup.config.microbatches * setup.config.replicas))
+    everything = [p for stage in setup.stages for p in stage.parameters()]
+    check_all_used(everything, setup.config.optimizer.options.get("groups", ()))
     for k, stage in enumerate(setup.stages):
         setup.scheduler(setup.optimizer(stage.parameters(), k))
     try:

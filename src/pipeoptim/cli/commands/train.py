@@ -124,7 +124,7 @@ def _new(
     if lr is not None:
         config = replace(config, optimizer=config.optimizer.with_options(lr=lr))
     if groups:
-        from pipeoptim.train.optimizers import read_group
+        from pipeoptim.train.parameter_groups import read_group
 
         config = replace(config, optimizer=config.optimizer.with_options(groups=[read_group(text) for text in groups]))
     return config

@@ -1,0 +1,131 @@
+"""Parameter groups of a run's optimizers: read from the command line, checked, and filled with parameters."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch.nn import Parameter
+from torch.optim import Optimizer
+
+from pipeoptim.errors import ConfigError, unknown_name
+from pipeoptim.rules import KINDS
+from pipeoptim.train.targets import accepts, call
+
+
+def read_group(text: str) -> dict[str, Any]:
+    """A parameter group from the command line.
+
+    >>> read_group("ndim=2,prediction=displacement,lr=0.01")
+    {'ndim': 2, 'prediction': 'displacement', 'lr': 0.01}
+
+    Raises:
+        ConfigError: not of the form ``name=value,name=value``.
+    """
+    group: dict[str, Any] = {}
+    for part in text.split(","):
+        name, equals, value = part.partition("=")
+        if not (name.strip() and equals and value.strip()):
+            raise ConfigError(f"group is {text!r}, must be like ndim=2,prediction=displacement,lr=0.01")
+        if name.strip() in group:
+            raise ConfigError(f"group is {text!r}, which names {name.strip()} twice; give it once")
+        group[name.strip()] = _value(value.strip())
+    return group
+
+
+def _value(text: str) -> Any:
+    """A JSON value, a number as Python writes it (1e-3, nan), or a word."""
+    for read in (json.loads, float):
+        with suppress(ValueError):
+            return read(text)
+    return text
+
+
+def check_group(group: Any, each: Sequence[tuple[str, Callable[..., Optimizer], dict[str, Any]]]) -> None:
+    """Each option of a parameter group is one that the optimizers (name, class, options) have, with a value that they take.
+
+    torch looks at the options of the whole optimizer only: it takes any value in a group, and ignores names that it does not know.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not isinstance(group, dict):
+        raise ConfigError(f'a parameter group is {group!r}, must be like {{"ndim": 2, "prediction": "displacement"}}')
+    kind, ndim = group.get("prediction", "none"), group.get("ndim", 0)
+    if kind not in KINDS:
+        raise unknown_name("prediction of a parameter group", str(kind), KINDS)
+    if isinstance(ndim, bool) or not isinstance(ndim, int) or ndim < 0:
+        raise ConfigError(f"ndim of a parameter group is {ndim!r}, must be a number of dimensions, for example 2 for matrices")
+    if "lr" in group:
+        check_rate("lr of a parameter group", group["lr"])
+    options = {name: value for name, value in group.items() if name not in ("prediction", "ndim")}
+    for name in options:
+        if name == "params" or not any(accepts(function, name) for _, function, _ in each):
+            targets = ",".join(target for target, _, _ in each)
+            raise ConfigError(
+                f"option {name!r} of a parameter group is none of optimizer {targets}; leave it out, or correct its name"
+            )
+    for target, function, own in each:  # a trial: the class checks the options that it is made with
+        tried = {name: value for name, value in options.items() if accepts(function, name)}
+        call("a parameter group of optimizer", function, target, [Parameter(torch.zeros(2, 2))], **{**own, **tried})
+
+
+def check_rate(name: str, value: Any) -> None:
+    """A learning rate is a number above 0.
+
+    Raises:
+        ConfigError: this one is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
+        raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 0.001")
+
+
+def split_parameters(parameters: list[Parameter], groups: Any) -> list[Parameter] | list[dict[str, Any]]:
+    """``parameters`` in groups, for instance to predict matrices in another way than the rest.
+
+    Args:
+        groups: each a dictionary of options of ``torch.optim``, with ``prediction`` among them if wished, and perhaps ``ndim``: then
+            the group takes only parameters with so many dimensions. A parameter goes to the first group that takes it, or to a
+            last one without options of its own.
+
+    >>> w, b = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2))
+    >>> found = split_parameters([w, b], [{"ndim": 2, "prediction": "displacement"}, {"lr": 0.1}])
+    >>> [(len(g["params"]), g.get("prediction"), g.get("lr")) for g in found]
+    [(1, 'displacement', None), (1, None, 0.1)]
+    """
+    if not groups:
+        return parameters
+    taken = _taken(parameters, groups)
+    return [
+        {"params": own, **{name: value for name, value in group.items() if name != "ndim"}}
+        for group, own in zip([*groups, {}], taken, strict=True)
+        if own
+    ]
+
+
+def check_all_used(parameters: Iterable[Parameter], groups: Sequence[dict[str, Any]]) -> None:
+    """Every group takes some of the ``parameters`` of a model.
+
+    Raises:
+        ConfigError: one takes none, so that its options would be ignored.
+    """
+    for group, own in zip(groups, _taken(list(parameters), groups), strict=False):
+        if not own:
+            raise ConfigError(
+                f"the parameter group {group} takes no weights: the model has none of so many dimensions, or groups before it take "
+                "them; leave it out, or name it earlier"
+            )
+
+
+def _taken(parameters: list[Parameter], groups: Sequence[dict[str, Any]]) -> list[list[Parameter]]:
+    """The parameters of each group; the last list are those that no group takes."""
+    found = []
+    left = parameters
+    for group in groups:
+        found.append([p for p in left if "ndim" not in group or p.ndim == group["ndim"]])
+        left = [p for p in left if "ndim" in group and p.ndim != group["ndim"]]
+    return [*found, left]
