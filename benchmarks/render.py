@@ -9,6 +9,8 @@ import re
 import sys
 from pathlib import Path
 
+from draw_architecture import architecture_svg
+
 from pipeoptim.bench.plot import growth_bars, throughput_bars
 from pipeoptim.bench.record import Record
 from pipeoptim.bench.tables import render_document
@@ -48,6 +50,7 @@ def documents() -> dict[Path, str]:
     texts[ROOT / "docs/1f1b.svg"] = to_svg(
         Program("1f1b", 4, 4), 2, "1F1B with a flush after every mini-batch of 4 micro-batches"
     )
+    texts[ROOT / "docs/architecture.svg"] = architecture_svg()
     stages = json.loads((ROOT / "benchmarks/results/partition_costs.json").read_text())
     stages["costs"] = [BlockCost(**cost) for cost in stages["costs"]]
     texts[ROOT / "docs/partition.svg"] = Partition([], **stages).to_svg()
