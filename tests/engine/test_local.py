@@ -1,9 +1,12 @@
 """Processes of one machine find each other's sockets or agree to do without; a channel gives back what it took."""
 
 import os
+import secrets
+import signal
 import socket
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import timedelta
 
 import pytest
@@ -76,6 +79,86 @@ def test_a_caller_that_does_not_know_the_token_is_sent_away():
         message(first[0, 0], 3)
         assert taken(second.result()[0, 0]) == {3}
         close(first, second.result())
+
+
+STRANGER = 54321
+as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can become somebody else")
+
+
+@contextmanager
+def stranger(act):
+    """Call ``act`` in a process of another user, which then waits for its end."""
+    ready, said = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            os.setresuid(STRANGER, STRANGER, STRANGER)
+            kept = act()  # noqa: F841  # sockets stay open
+            os.write(said, b".")
+            signal.pause()
+        finally:
+            os._exit(0)
+    try:
+        os.close(said)
+        assert os.read(ready, 1) == b"."
+        yield
+    finally:
+        os.close(ready)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+@as_root
+def test_a_caller_of_another_user_is_sent_away_though_it_knows_the_token():
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(connect_neighbours, store, 1, 2, True, 20 * SECOND)
+        store.wait(["local/0"], 20 * SECOND)
+        told = store.get("local/0").decode()
+
+        def call():
+            connections = [socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) for _ in range(2)]
+            for direction, connection in enumerate(connections):
+                connection.connect("\0" + told[:-32])
+                connection.sendall(bytes.fromhex(told[-32:]) + bytes([direction]))
+            return connections
+
+        with stranger(call):
+            first = connect_neighbours(store, 0, 2, True, 20 * SECOND)
+            message(first[0, 0], 3)
+            assert taken(second.result()[0, 0]) == {3}
+        close(first, second.result())
+
+
+def test_who_cannot_reach_a_neighbour_for_all_the_strangers_goes_by_the_group():
+    name = f"pipeoptim-test-{secrets.token_hex(8)}"
+    with (
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener,
+        socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as other,
+    ):
+        listener.bind("\0" + name)
+        listener.listen(0)
+        other.connect("\0" + name)
+        store = HashStore()
+        store.set("local/0", name + "00" * 16)
+        assert connect_neighbours(store, 0, 2, True, SECOND) == {}
+
+
+@as_root
+def test_a_listener_of_another_user_is_not_called():
+    name = f"pipeoptim-test-{secrets.token_hex(8)}"
+
+    def listen():
+        listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        listener.bind("\0" + name)
+        listener.listen(2)
+        return listener
+
+    store = HashStore()
+    with stranger(listen):
+        store.set("local/0", name + "00" * 16)
+        assert connect_neighbours(store, 0, 2, True, 20 * SECOND) == {}
+    assert store.get("local/0/called") == b"no"
 
 
 def test_a_neighbour_that_does_not_come_is_named():

@@ -181,7 +181,7 @@ def _find(told: Sequence[str], size: int) -> mmap.mmap | None:
         if os.readlink(path) == f"/memfd:{name} (deleted)":
             found = os.open(path, os.O_RDWR)
             try:
-                return mmap.mmap(found, size)
+                return mmap.mmap(found, size) if os.fstat(found).st_uid == os.geteuid() else None
             finally:
                 os.close(found)
     return None

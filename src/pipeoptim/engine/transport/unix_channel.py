@@ -41,6 +41,8 @@ from pipeoptim.errors import ConfigError, StageFailure
 TRANSPORTS = ("auto", "group")
 _RECORD = struct.Struct("<3q")  # number of the block, its size, and whether its descriptor follows
 _TOKEN = 16  # bytes of the secret that a caller must send: any process may connect to an abstract socket
+_CALLERS = 16  # that may wait to be answered: one neighbour, twice, and whoever has no business there
+_CREDENTIALS = struct.Struct("3i")  # process, user and group of the other end, as the kernel knows them
 SMALL = 32768
 """Largest message that goes through the socket itself, in bytes: up to here that costs no more than the record of a block."""
 _BUFFER = 16 * SMALL  # of the socket: several small messages fit before a send waits
@@ -300,7 +302,7 @@ def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, b
             listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
             name = f"pipeoptim-{os.getpid()}-{boundary}-{secrets.token_hex(8)}"
             listener.bind("\0" + name)  # abstract: in no folder, and gone with the process
-            listener.listen(2)
+            listener.listen(_CALLERS)
     if listener is None or not listener.getsockname():
         store.set(f"local/{boundary}", "-")
         return None
@@ -317,10 +319,17 @@ def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> Unix
         with suppress(OSError):
             for direction in (0, 1):
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+                connection.settimeout(timeout.total_seconds())  # strangers can fill the queue of those who call
                 connection.connect("\0" + name)
+                connection.settimeout(None)
+                if not _is_same_user(connection):
+                    connection.close()
+                    break
                 connection.sendall(token + bytes([direction]))
                 found[direction, boundary] = UnixChannel(connection)
     if len(found) < 2:
+        for channel in found.values():
+            channel.close()
         found.clear()
     store.set(f"local/{boundary}/called", "yes" if found else "no")
     return found
@@ -338,11 +347,18 @@ def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] |
             greeting = b""
             greeting = connection.recv(_TOKEN + 1, socket.MSG_WAITALL)
         connection.settimeout(None)
-        if len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1]):
+        known = len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1])  # in constant time
+        if known and _is_same_user(connection):
             found[greeting[_TOKEN], boundary] = UnixChannel(connection)
         else:
             connection.close()
     return found
+
+
+def _is_same_user(connection: socket.socket) -> bool:
+    """Whether the other end is a process of this user. Name and token prove little: anybody who can reach the store can read them."""
+    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
+    return bool(user == os.geteuid())
 
 
 def _read_key(store: Store, key: str, peer: int, timeout: timedelta) -> str:
