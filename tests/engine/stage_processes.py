@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import os
+import random
+import socket
 import subprocess
 import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
-from pipeoptim.bench.processes import free_port
+
+def free_port() -> int:
+    """A port that nobody listens on, of those that no outgoing connection is given before somebody does."""
+    while True:
+        port = random.SystemRandom().randrange(15000, 32000)  # ephemeral ports begin at 32768 on Linux
+        with socket.socket() as s, suppress(OSError):
+            s.bind(("", port))
+            return port
 
 
 @contextmanager

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import json
 import os
-import random
-import socket
 import subprocess
 import sys
 import tempfile
 import time
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from pipeoptim.engine.processes.loopback import loopback_environment, loopback_store
 from pipeoptim.errors import PipeOptimError
 
 DELAY, BANDWIDTH = "PIPEOPTIM_BENCH_DELAY", "PIPEOPTIM_BENCH_BANDWIDTH"
@@ -42,10 +40,10 @@ def run_on_processes(
     with tempfile.TemporaryDirectory(prefix="pipeoptim-bench-") as folder:
         job = Path(folder) / "job.json"
         job.write_text(json.dumps({"target": target, "options": options, "threads": threads, "slow": bool(delay or bandwidth)}))
+        store = loopback_store()
         base = {
             **os.environ,
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": str(free_port()),
+            **loopback_environment(store),
             "WORLD_SIZE": str(processes),
             "OMP_NUM_THREADS": str(threads),
             DELAY: str(delay),
@@ -74,12 +72,3 @@ def _wait(started: list[subprocess.Popen[bytes]], end: float, timeout: float) ->
     failed = [rank for rank, p in enumerate(started) if p.returncode != 0]
     if failed:
         raise PipeOptimError(f"process {failed[0]} of the benchmark ended with code {started[failed[0]].returncode}")
-
-
-def free_port() -> int:
-    """A port that nobody listens on, of those that no outgoing connection is given before somebody does."""
-    while True:
-        port = random.SystemRandom().randrange(15000, 32000)  # ephemeral ports begin at 32768 on Linux
-        with socket.socket() as s, suppress(OSError):
-            s.bind(("", port))
-            return port

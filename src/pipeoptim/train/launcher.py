@@ -21,8 +21,10 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeoptim.config import TrainConfig
+from pipeoptim.engine.processes.loopback import gloo_on_loopback
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
+from pipeoptim.train import local_rendezvous
 from pipeoptim.train.layout import Layout, layout_of
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
@@ -79,8 +81,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
         max_nodes=1,
         nproc_per_node=layout.processes,
         run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
+        rdzv_backend=local_rendezvous.register(),
         max_restarts=0,
         monitor_interval=0.1,
         logs_specs=logs,
@@ -88,7 +89,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
     )
     arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
     run.result.unlink(missing_ok=True)
-    inherited = {"OMP_NUM_THREADS": str(config.threads)}
+    inherited = {"OMP_NUM_THREADS": str(config.threads), **gloo_on_loopback()}
     if not available():  # this process has said so; the workers say it only to their logs
         inherited["PIPEOPTIM_KERNELS"] = "0"
     with _environment(**inherited), _silent_agent(), _signals_restored():

@@ -1,0 +1,54 @@
+"""A store for processes that are all on this machine: it listens on the loopback interface, so that no other machine reaches it.
+
+torch's own ``TCPStore`` listens on all interfaces, whatever host name it is given, and asks nobody who calls for a password.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from datetime import timedelta
+
+from torch.distributed import TCPStore  # type: ignore[attr-defined]
+
+ADDRESS = "127.0.0.1"
+
+
+def loopback_store(timeout: float = 300.0) -> TCPStore:
+    """A store that this process serves to others of this machine, on a port that the system chooses.
+
+    Args:
+        timeout: seconds that its operations wait for what is not there yet.
+
+    Example:
+        >>> store = loopback_store()
+        >>> store.set("loss", "0.5")
+        >>> store.host, store.get("loss")
+        ('127.0.0.1', b'0.5')
+    """
+    listener = socket.create_server((ADDRESS, 0), backlog=128)
+    port = listener.getsockname()[1]
+    # Detached: from now on the store owns the descriptor, and closes it.
+    return TCPStore(ADDRESS, port, None, True, timedelta(seconds=timeout), False, master_listen_fd=listener.detach())
+
+
+def loopback_environment(store: TCPStore) -> dict[str, str]:
+    """Variables with which ``init_process_group("gloo")`` in another process of this machine uses ``store``.
+
+    The other process is a client of the store, whatever its rank. Its gloo listens on the loopback interface, unless the user has
+    chosen one by GLOO_SOCKET_IFNAME.
+    """
+    return {
+        "MASTER_ADDR": ADDRESS,
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+        **gloo_on_loopback(),
+    }
+
+
+def gloo_on_loopback() -> dict[str, str]:
+    """The variable that keeps gloo's connections on this machine; empty where the user has set it, or the interface's name is unknown."""
+    if sys.platform != "linux" or "GLOO_SOCKET_IFNAME" in os.environ:
+        return {}
+    return {"GLOO_SOCKET_IFNAME": "lo"}
