@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import RULES, Predictor, predict_weights
-from pipeoptim.rules.entries import RULE_KINDS
+from pipeoptim.rules.registry import RULE_KINDS
 from rules_cases import BY_NAME, CASES, Case, Lion, largest_difference, set_random_grads, train, values_of, weights_of
 
 

@@ -13,10 +13,11 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.rules import RULES, Predictor, find_rule, predict_weights
-from pipeoptim.rules.entries import RULE_KINDS, parameter_entries
+from pipeoptim.rules.entries import parameter_entries
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.rule_moves import predict_by_rule
 from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, set_random_grads, train, values_of, weights_of
 

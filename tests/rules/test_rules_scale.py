@@ -11,8 +11,9 @@ from torch.optim import Optimizer
 
 from pipeoptim.kernels import available
 from pipeoptim.rules import RULES, Horizon, Move, PartialGradient, Predictor, Rule, Term, register_rule
-from pipeoptim.rules.entries import RULE_KINDS, parameter_entries
+from pipeoptim.rules.entries import parameter_entries
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.rule_moves import predict_by_rule
 from rules_cases import CASES, Case, Lion, set_random_grads, train, values_of, weights_of
 

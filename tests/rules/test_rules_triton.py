@@ -22,11 +22,12 @@ from torch import Tensor
 from pipeoptim.kernels import triton_move
 from pipeoptim.kernels.tensor_layout import flat, in_step
 from pipeoptim.rules import RULES, interpreters
-from pipeoptim.rules.entries import RULE_KINDS, parameter_entries
+from pipeoptim.rules.entries import parameter_entries
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.move import Move, Term
+from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.rule_moves import predict_by_rule
 from rules_cases import CASES, train, values_of, weights_of
 

@@ -8,7 +8,6 @@ from typing import Any
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods.predictor_context import PredictorContext
-from pipeoptim.rules import Predictor
 from pipeoptim.schedule import ORDERS, Program
 from pipeoptim.weights.sources import Source
 from pipeoptim.weights.store import WeightPredictor
@@ -80,15 +79,7 @@ class Method:
 
     def make_predictor(self, context: PredictorContext) -> WeightPredictor:
         """What predicts the weights of one stage: the method's own predictor, else the rule of the stage's optimizer."""
-        if self.predictor is not None:
-            return self.predictor(context)
-        return Predictor(
-            context.optimizer,
-            kind=context.kind,
-            scheduler=context.scheduler,
-            fused=context.fused,
-            shards=context.shards,
-        )
+        return self.predictor(context) if self.predictor is not None else context.rule_predictor()
 
     def program(self, depth: int, microbatches: int, processes: int | None = None, overlap: bool = False) -> Program:
         """The action program for a pipeline of ``depth`` stages.

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.rules import Predictor
 from pipeoptim.schedule import Program
 
 
@@ -41,3 +42,7 @@ class PredictorContext:
     fused: Literal["auto", False] = "auto"
     shards: Mapping[Tensor, Tensor] = field(default_factory=dict)
     monitor: ErrorMonitor | None = None
+
+    def rule_predictor(self) -> Predictor:
+        """What predicts by the update rule of the optimizer."""
+        return Predictor(self.optimizer, kind=self.kind, scheduler=self.scheduler, fused=self.fused, shards=self.shards)

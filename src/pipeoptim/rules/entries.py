@@ -14,10 +14,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_group, check_kind
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.move import Group, State
-from pipeoptim.rules.registry import Rule, find_rule
-
-RULE_KINDS = ("refined", "paper", "decayed")
-"""Kinds for which a rule is asked; the others know nothing of the optimizer."""
+from pipeoptim.rules.registry import RULE_KINDS, Rule, find_rule
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,11 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.rules.checks import check_steps
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.displacement import PREVIOUS, extrapolate
-from pipeoptim.rules.entries import RULE_KINDS, ParameterEntry, parameter_entries
+from pipeoptim.rules.entries import ParameterEntry, parameter_entries
 from pipeoptim.rules.fallback import copy_weights, next_weights_of_copy
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.rule_moves import predict_by_rule
 from pipeoptim.rules.tracking import tracked_previous
 

@@ -27,12 +27,14 @@ class PredictionKind:
         lr_order, steps_order: powers of lr and of s with which its error grows elsewhere, for gradients that change smoothly
             with the weights, at a constant learning rate and without decoupled weight decay. With independent noise in the
             gradients every kind is of order 1 in lr.
+        asks_rule: whether a rule is asked for the move; the other kinds know nothing of the optimizer.
     """
 
     formula: str
     exact: str
     lr_order: int
     steps_order: int
+    asks_rule: bool = True
 
 
 KINDS: dict[str, PredictionKind] = {
@@ -59,10 +61,14 @@ KINDS: dict[str, PredictionKind] = {
         "a last displacement that repeats itself",
         2,
         2,
+        asks_rule=False,
     ),
-    "none": PredictionKind("W_t: the weights as they are, unpredicted", "weights that stay", 1, 1),
+    "none": PredictionKind("W_t: the weights as they are, unpredicted", "weights that stay", 1, 1, asks_rule=False),
 }
 """The kinds of prediction. A param group may choose its own: ``group["prediction"] = "paper"``."""
+
+RULE_KINDS = tuple(name for name, kind in KINDS.items() if kind.asks_rule)
+"""Kinds for which a rule is asked."""
 
 
 class Rule(ABC):
