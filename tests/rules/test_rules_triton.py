@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from pipeoptim.kernels import triton_move
-from pipeoptim.kernels.tensor_layout import flat, in_step
+from pipeoptim.kernels.tensor_layout import share_flat_index, share_memory_order
 from pipeoptim.rules import RULES, interpreters
 from pipeoptim.rules.entries import parameter_entries
 from pipeoptim.rules.horizon import Horizon
@@ -437,5 +437,5 @@ def wide(what: str, made: Any) -> int:
 def test_flat_is_in_step_for_float32_on_a_cpu(form: str, other: str) -> None:
     values = torch.randn(2, 3, 4, 5)
     pair = [laid_out(values, f, torch.float32, "cpu")[0] for f in (form, other)]
-    assert flat(pair) == in_step(pair) == ({form, other} <= {"plain", "unaligned"} or form == other)
-    assert in_step([pair[0], pair[0].bfloat16()]) and not flat([pair[0], pair[0].bfloat16()])
+    assert share_flat_index(pair) == share_memory_order(pair) == ({form, other} <= {"plain", "unaligned"} or form == other)
+    assert share_memory_order([pair[0], pair[0].bfloat16()]) and not share_flat_index([pair[0], pair[0].bfloat16()])

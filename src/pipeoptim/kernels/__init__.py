@@ -25,7 +25,7 @@ from pipeoptim.kernels.calls import (
 )
 from pipeoptim.kernels.library import available, why_not
 from pipeoptim.kernels.sampling import TensorSampler
-from pipeoptim.kernels.tensor_layout import flat
+from pipeoptim.kernels.tensor_layout import share_flat_index
 
 __all__ = [
     "AdamTensors",
@@ -41,7 +41,7 @@ __all__ = [
     "KernelTerm",
     "available",
     "copy_tensors",
-    "flat",
+    "share_flat_index",
     "run_moves",
     "why_not",
 ]

@@ -1,4 +1,4 @@
-"""Small samples of many tensors: what they cost is calls and waiting for memory, so both are done once for all tensors."""
+"""Small samples of many tensors. Calls and cache misses are what they cost, so one call takes them all, prefetching ahead."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ class TensorSampler:
     """``torch.cat([tensors[n].take(where) for n, where in places])`` of contiguous float32 tensors on the CPU.
 
     Args:
-        parts: for each part of a sample its places: which tensor, and which of its elements (int64, on the CPU).
+        groups: what is sampled of each group of tensors: the number of a tensor, and which of its elements (int64, on the CPU).
     """
 
-    def __init__(self, parts: Sequence[Sequence[tuple[int, Tensor]]]) -> None:
-        places = [place for part in parts for place in part]
+    def __init__(self, groups: Sequence[Sequence[tuple[int, Tensor]]]) -> None:
+        places = [place for group in groups for place in group]
         sizes = [where.numel() for _, where in places]
         self.size = sum(sizes)
-        self._runs = [_runs(where) for _, where in places]  # kept alive: jobs have their addresses
+        self._runs = [_runs(where) for _, where in places]  # kept alive: the kernel reads them by address
         begins = [4 * begin for begin in accumulate([0, *sizes[:-1]])]
         runs = [(table.data_ptr(), table.shape[0]) for table in self._runs]
         self._fixed = [(n, *run, begin) for (n, _), run, begin in zip(places, runs, begins, strict=False)]
         self._jobs = Struct(f"@{4 * len(places)}q")
-        ends = list(accumulate(sum(where.numel() for _, where in part) for part in parts))
+        ends = list(accumulate(sum(where.numel() for _, where in group) for group in groups))
         self._ends = (ctypes.c_int64 * len(ends))(*ends)
         self._sums = (ctypes.c_double * (3 * len(ends)))()
 
@@ -49,13 +49,13 @@ class TensorSampler:
         return out
 
     def products(self, before: Tensor, predicted: Tensor, now: Tensor) -> list[list[float]]:
-        """For each part ``[a.a, a.b, b.b]`` with ``a = predicted - before``, ``b = now - before``, of three samples taken so."""
+        """For each group ``[a.a, a.b, b.b]`` with ``a = predicted - before``, ``b = now - before``, of three samples taken so."""
         addresses = before.data_ptr(), predicted.data_ptr(), now.data_ptr()
         library().products(*addresses, len(self._ends), self._ends, self._sums)
         return [self._sums[i : i + 3] for i in range(0, len(self._sums), 3)]
 
 
 def _runs(where: Tensor) -> Tensor:
-    """(start, length) of the neighbours that follow one another in ``where``."""
+    """(start, length) of each run of consecutive indices in ``where``: a run is copied at once."""
     breaks = [0, *(1 + (where[1:] != where[:-1] + 1).nonzero().flatten()).tolist(), where.numel()]
     return torch.tensor([[int(where[a]), b - a] for a, b in pairwise(breaks) if b > a]).reshape(-1, 2)

@@ -1,8 +1,8 @@
-"""Predictions on a GPU by the kernel of `triton_source`: its tables, its launches, and whether it is there at all.
+"""Predictions on a GPU by the kernel of `triton_source`: its tables, its launches, and whether Triton is available.
 
-Triton comes with torch's builds for GPUs; nothing here needs it before a tensor on a GPU is to be predicted. The addresses of
-weights, states and buffers are the same mini-batch after mini-batch, so the tables of them stay on the device; only the numbers
-of the formula are sent each time, from pinned memory without waiting.
+Triton comes with torch's builds for GPUs and is imported at the first prediction of a tensor on a GPU. The addresses of weights, states
+and buffers do not change from mini-batch to mini-batch, so their tables stay on the device; only the numbers of the formula are sent
+each time, from pinned memory, without a synchronization.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.kernels.library import switched_off, tell_without
-from pipeoptim.kernels.tensor_layout import in_step
+from pipeoptim.kernels.tensor_layout import share_memory_order
 
 BLOCK = 1024
 """Elements per program: 8 per thread, two vectors of float32 from each stream; not tuned on a GPU."""
@@ -34,7 +34,7 @@ Number = float | Tensor
 
 
 class TritonTerm(NamedTuple):
-    """As `calls.KernelTerm`; its numbers may lie on the device, as tensors without dimensions, and are not read then."""
+    """As `calls.KernelTerm`; its numbers may be 0-dim tensors on the device, which are never read on the host."""
 
     value: Tensor
     scale: Number
@@ -44,7 +44,7 @@ class TritonTerm(NamedTuple):
 
 
 class TritonMove(NamedTuple):
-    """As `calls.KernelMove`, likewise, with an `out` and operands of another type than `w` if need be."""
+    """As `calls.KernelMove` with such terms; `out` and operands may have another type than `w`."""
 
     w: Tensor
     out: Tensor
@@ -53,7 +53,7 @@ class TritonMove(NamedTuple):
 
 
 class Form(NamedTuple):
-    """What parameters of one launch have in common: the constants that the kernel is compiled for, and the device."""
+    """What all parameters of a launch have in common: the device, and the constants that the kernel is compiled for."""
 
     device: torch.device
     types: tuple[torch.dtype, torch.dtype, torch.dtype]
@@ -64,9 +64,9 @@ class Form(NamedTuple):
 
 
 def can(weight: Tensor, out: Tensor, operands: Sequence[Tensor], scalars: Sequence[Tensor] = ()) -> bool:
-    """Whether the kernel can take this parameter: on a GPU, in types that it knows, everything in the same order in memory.
+    """Whether the kernel can take this parameter: on a GPU, of supported types, all tensors in the same memory order.
 
-    `scalars`: those numbers that are tensors.
+    `scalars`: those numbers of the formula that are tensors.
     """
     if not (weight.is_cuda or (weight.is_cpu and interpreted())):
         return False
@@ -76,14 +76,14 @@ def can(weight: Tensor, out: Tensor, operands: Sequence[Tensor], scalars: Sequen
         and {weight.dtype, out.dtype, *kinds} <= set(TYPES)
         and all(t.device == weight.device for t in (out, *operands, *scalars))
         and all(t.dim() == 0 for t in scalars)
-        and in_step([weight, out, *operands])
+        and share_memory_order([weight, out, *operands])
         and available()
         and not (weight.is_cuda and torch.cuda.is_current_stream_capturing())  # a graph would read tables that are gone
     )
 
 
 def available() -> bool:
-    """Whether there is a Triton that works, as far as is known; the first call imports it."""
+    """Whether Triton works, as far as is known; the first call imports it."""
     return not _failed and _kernel() is not None
 
 
@@ -111,9 +111,9 @@ def _give_up(error: Exception) -> None:
 
 
 def run_moves(jobs: Sequence[TritonMove]) -> bool:
-    """Write all predictions: one launch for all parameters of one form. Every job must be one that the kernel `can` take.
+    """Write all predictions, one launch per form. The kernel `can` take every job.
 
-    False, and what was written worth nothing, if Triton cannot compile it; it is `available` no more then.
+    False if Triton fails to compile the kernel: the buffers are undefined then, and Triton is no longer `available`.
     """
     forms: dict[Form, tuple[list[TritonMove], list[int]]] = {}
     for job in jobs:
@@ -153,16 +153,16 @@ def _launch_here(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) 
     sent = _sent(numbers, *where)
     try:
         _kernel()[(len(blocks),)](table, sent, blocks, form.terms, **constants(form), **OPTIONS)
-    except torch.AcceleratorError:  # the device's own trouble, which would be no smaller another way
+    except torch.AcceleratorError:  # an error of the device, which any other path would meet as well
         raise
-    except Exception as error:  # of the compiler, which has many kinds
+    except Exception as error:  # the compiler raises many types
         _give_up(error)
         return False
     return True
 
 
 def _sent(numbers: Sequence[Number], device: torch.device, stream: int) -> Tensor:
-    """The numbers on the device, where some of them are already."""
+    """The numbers as one tensor on the device, where some of them may lie already."""
     there = {n: number.to(torch.float32) for n, number in enumerate(numbers) if isinstance(number, Tensor)}
     sent = _on(device, torch.tensor([0.0 if n in there else number for n, number in enumerate(numbers)], dtype=torch.float32))
     if there:
@@ -180,8 +180,8 @@ def constants(form: Form) -> dict[str, Any]:
     return {"SHARED": form.shared, "OWN": own, "ROOTS": form.roots, "ALIGN": form.align, "BLOCK": BLOCK, **types}
 
 
-# Tables are functions of their arguments alone, so a kept one is never out of date. `stream` is among them since a table may be read,
-# and its memory used again, only in the order of the stream that it was sent on.
+# Tables are pure functions of their arguments, so a cached one is never stale. `stream` is an argument because a table may be read, and its
+# memory be reused, only in the order of the stream that it was sent on.
 
 
 @lru_cache(maxsize=256)

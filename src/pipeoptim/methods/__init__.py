@@ -1,4 +1,4 @@
-"""The methods, each as data for one engine: one short file per method, found by themselves.
+"""The methods, each as data that the engine interprets: one short module per method in ``catalog/``, found automatically.
 
 ``METHODS`` maps a name to its :class:`Method`. A method of your own is a ``Method(...)`` in your own file: pass the object
 where a name is expected, or :func:`register_method` it to use it by name.

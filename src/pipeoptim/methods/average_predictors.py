@@ -1,4 +1,4 @@
-"""Predictors that belong to a method instead of to the user's optimizer: they keep smoothed gradients of their own."""
+"""Predictors that belong to a method instead of the user's optimizer: they keep averages of their own."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ class AveragePredictor:
         return [p.grad for group in self.optimizer.param_groups for p in group["params"]]
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
-        """Nothing: the averages are taken from the gradients, which are there after the step as well."""
+        """Does nothing: the averages are updated from the gradients, which are still there after the step."""
 
     def after_step(self) -> None:
-        """Take in the gradient of the update just made."""
+        """Update the averages with the gradient of the update just made."""
         with torch.no_grad():
             for n, g in enumerate(self._gradients()):
                 if g is not None:

@@ -1,4 +1,4 @@
-"""Finding methods: every module of ``methods/catalog`` defines one as ``METHOD``, so a new method is one new file.
+"""Discovers methods: every module of ``methods/catalog`` defines one as ``METHOD``, so a new method is one new file.
 
 ``VARIANTS`` in the same module are further forms of it, named ``method+option``; ``FACTORY`` is a function that makes the method
 with the user's options.

@@ -1,4 +1,4 @@
-"""Refusals that all entries of this package share: one sentence each, with value, reason and remedy."""
+"""Checks shared by all entry points of this package; each error states value, reason and remedy."""
 
 from __future__ import annotations
 

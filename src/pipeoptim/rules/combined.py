@@ -69,7 +69,7 @@ class CombinedOptimizer(Optimizer):
         """Ignored: torch's constructor assigns an empty one."""
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """Refused, for it is not known to which member the group belongs."""
+        """Refused: it is unknown to which member the group belongs."""
         if param_group["params"]:
             raise ConfigError("a combined optimizer cannot take a group: add it to the member that it belongs to")
 
@@ -103,7 +103,7 @@ class CombinedOptimizer(Optimizer):
             member.load_state_dict(state)
 
     def __getstate__(self) -> dict[str, Any]:
-        """For copies: torch's own drops what it does not know."""
+        """For copies: torch's own implementation drops unknown attributes."""
         return {"defaults": self.defaults, "optimizers": self.optimizers}
 
     def __repr__(self) -> str:

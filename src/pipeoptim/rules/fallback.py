@@ -14,13 +14,13 @@ from torch.optim import Optimizer
 
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.tensor_layout import flat
+from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.entries import optimizer_parameters
 
 
 @torch.no_grad()
 def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
-    """The weights after one more step with the present gradients, found by stepping a copy of weights and optimizer.
+    """The weights after one more step with the present gradients, found by stepping a copy of the optimizer and its weights.
 
     None if there is no gradient, or if the copy cannot be made or stepped (said in a warning). The
     optimizer, its state, its parameters, hooks and torch's random numbers stay as they are.
@@ -32,7 +32,7 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
         twin, weights = copy_optimizer(optimizer)
         with torch.random.fork_rng(devices=list(devices)):
             unhooked_step(type(optimizer))(twin)
-    except Exception as reason:  # third-party code: anything may happen in it
+    except Exception as reason:  # third-party code may raise anything
         warnings.warn(
             f"{type(optimizer).__name__} has no prediction rule, and a copy of it could not take a step "
             f"({reason!r}): the weights are used unpredicted. Call pipeoptim.track(optimizer) before its "
@@ -46,8 +46,8 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
 def copy_optimizer(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     """A twin with its own parameters, gradients and state.
 
-    Not copy.deepcopy: torch keeps only state and param groups there, while third-party optimizers have
-    attributes of their own. Left out are hooks.
+    Not copy.deepcopy: torch's optimizers copy only state and param groups, while third-party optimizers have
+    attributes of their own. Hooks are left out.
     """
     known: dict[int, Any] = {}
     weights: list[Tensor] = []
@@ -77,10 +77,10 @@ def unhooked_step(cls: type[Any]) -> Any:
 
 @torch.no_grad()
 def copy_weights(weights: Sequence[Tensor], out: Sequence[Tensor]) -> None:
-    """s = 0, or nothing known: the weights themselves, bit for bit."""
+    """For s = 0 and unknown displacements: the weights themselves, bit for bit."""
     pairs = list(zip(weights, out, strict=True))
     large = sum(weight.numel() for weight in weights) >= calls.STREAM_FROM
-    if large and all(flat(pair) for pair in pairs) and available():
+    if large and all(share_flat_index(pair) for pair in pairs) and available():
         calls.copy_tensors([weight for weight, _ in pairs], [buffer for _, buffer in pairs])
         return
     for weight, buffer in pairs:

@@ -1,10 +1,10 @@
 """The interpreters of a `Move`: five ways to compute ``W_hat = keep * W - sum(terms)`` into a given buffer.
 
-`apply_plain` is the formula as torch writes it, with temporaries: the reference. `apply_by_kernel` is the
-whole formula in one pass over memory, in C, for float32 on a CPU. `apply_in_place` serves the rest of what
-lies on a CPU; it uses `out` as its only scratch space. `apply_by_triton` is the one pass on a GPU, of all parameters in one
-launch, also into a buffer of another type. `apply_foreach` serves what is left there and GPUs without Triton: one kernel per
-operation for many parameters, with one temporary per block.
+- `apply_plain`: operation by operation as torch writes the formula, with temporaries. The reference.
+- `apply_by_kernel`: one pass over memory in C, for float32 on a CPU.
+- `apply_in_place`: for other tensors on a CPU; `out` is its only scratch space.
+- `apply_by_triton`: one pass on a GPU, all parameters in one launch, also into a buffer of another type.
+- `apply_foreach`: for other tensors on GPUs, and without Triton; one launch per operation for many parameters, one temporary per block.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.tensor_layout import flat
+from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.move import Move, Scalar, Term
 
 ApplyMode = Literal["auto", "plain", "in_place", "foreach", "kernel", "triton"]
@@ -26,7 +26,7 @@ BLOCK_ELEMENTS = 1 << 24
 """Elements per foreach block: bounds the temporaries (64 MiB of float32), far above what hides a launch."""
 
 TRITON_ELEMENTS = 1 << 26
-"""Elements per launch of the Triton kernel: bounds what rules compute for it (256 MiB of float32), and far above what fills a GPU."""
+"""Elements per Triton launch: bounds the tensors that rules compute for it (256 MiB of float32), and far above a full GPU."""
 
 
 def apply_plain(weight: Tensor, move: Move, out: Tensor) -> None:
@@ -105,7 +105,7 @@ def apply_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) 
 
 
 def apply_by_kernel(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
-    """Many parameters, each in one pass. All tensors are `flat` with their weight, all scalars numbers."""
+    """Many parameters, each in one pass. All tensors are `share_flat_index` with their weight, all scalars numbers."""
     calls.run_moves(
         [
             calls.KernelMove(weight, out, tuple(_for_kernel(term) for term in move.terms), 1.0 - _number(move.keep))
@@ -120,7 +120,7 @@ def _for_kernel(term: Term) -> calls.KernelTerm:
 
 
 def apply_by_triton(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> bool:
-    """Many parameters on a GPU, each in one pass, in one launch for each form of move; False if that cannot be after all."""
+    """Many parameters on a GPU, each in one pass, with one launch per form of move; False if Triton turns out not to work."""
     return triton_move.run_moves(
         [
             triton_move.TritonMove(weight, out, tuple(_for_triton(term) for term in move.terms), 1.0 - move.keep)
@@ -134,7 +134,7 @@ def _for_triton(term: Term) -> triton_move.TritonTerm:
 
 
 class MoveBatch:
-    """Carries out moves as they come; collects those that can share kernels. Call `flush` at the end."""
+    """Applies moves as they are added; collects those that can share a launch. Call `flush` at the end."""
 
     def __init__(self, mode: ApplyMode = "auto") -> None:
         self._mode = mode
@@ -157,7 +157,7 @@ class MoveBatch:
         self._elements += weight.numel()
 
     def flush(self) -> None:
-        """Write what is still collected."""
+        """Write the predictions that are still collected."""
         block, signature = self._block, self._signature
         self._block, self._elements, self._signature = [], 0, None
         if not block:
@@ -168,7 +168,7 @@ class MoveBatch:
         elif signature != ("triton",):
             apply_foreach(weights, moves, outs)
         elif not apply_by_triton(weights, moves, outs):
-            for one in block:  # another way, now that Triton is known not to work
+            for one in block:  # by another mode, now that Triton is known not to work
                 self.add(*one)
             self.flush()
 
@@ -186,7 +186,7 @@ def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: ApplyMode) -> App
 
 
 def _kernel_can(weight: Tensor, move: Move, out: Tensor) -> bool:
-    return flat([weight, out, *_operands(move)]) and _all_numbers(move) and available()
+    return share_flat_index([weight, out, *_operands(move)]) and _all_numbers(move) and available()
 
 
 def _triton_can(weight: Tensor, move: Move, out: Tensor, wanted: ApplyMode) -> bool:

@@ -1,8 +1,7 @@
-"""The learning rates of the next s updates: a copy of the scheduler is rolled forward, the original is not touched.
+"""The learning rates of the next s updates: a copy of the scheduler steps forward, the original is not touched.
 
-The copy is shallow: schedulers hold numbers and a reference to their optimizer, and that one is replaced by
-a stand-in with nothing but param groups. So a roll costs microseconds at any model size, and no optimizer
-state is copied.
+The copy is shallow: schedulers hold numbers and a reference to their optimizer, which is replaced by a stand-in that has only param
+groups. So it costs microseconds at any model size, and no optimizer state is copied.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class _StandIn:
         return [lr.clone() if isinstance(lr, Tensor) else lr for lr in rates]
 
     def step(self) -> None:
-        """Never called; its mark tells the scheduler that the order of calls is in hand."""
+        """Never called; its attribute silences the scheduler's warning about the order of calls."""
 
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
@@ -106,7 +105,7 @@ def _twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
 
 
 def _shallow(function: Any) -> Any:
-    """A callable object may count its calls: give the twin its own counter, without copying what it refers to."""
+    """A callable object may count its calls: the twin gets its own counter, while what the object refers to is shared."""
     if isinstance(function, (types.FunctionType, types.MethodType, type)) or type(function).__module__ in _STATELESS:
         return function
     try:

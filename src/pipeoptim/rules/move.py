@@ -1,6 +1,6 @@
-"""What a rule answers with: where a weight goes, as plain data that several interpreters can carry out.
+"""What a rule returns: where a weight goes, as plain data that several interpreters can apply.
 
-A rule does no arithmetic on whole tensors if it can help it. It names the tensors and the scalars of its
+A rule avoids arithmetic on whole tensors. It names the tensors and the scalars of its
 formula, and `pipeoptim.rules.interpreters` turns them into kernels. So one file describes one optimizer family,
 and a faster interpreter serves every family at once.
 """

@@ -1,4 +1,4 @@
-"""Remembering W_{t-1} of an optimizer, for predictions by displacement outside an engine."""
+"""Keeps W_{t-1} of an optimizer, for predictions by displacement outside of an engine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a stage can count on: which updates of other stages come before its own, whatever the stages' speeds."""
+"""Happens-before between stages: which updates of other stages precede a stage's own, whatever the stages' speeds."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from pipeoptim.schedule.timeline import Span, replay
 def common_delay(program: Program, stages: tuple[int, ...]) -> int:
     """The smallest d such that update n of each of ``stages`` comes after update n - d of all of them without waiting for it.
 
-    "Comes after" by the action program alone: by the order of each stage's own actions, and because an F needs the F before it
-    and a B the B behind it. So what a stage tells at its update n - d is known at update n of the others, if it is sent at once.
-    0 where the pipeline flushes: there every stage has done its backwards before any stage goes on.
+    "Comes after" in the action program alone: by the order of each stage's actions, and because an F needs the F of the stage before
+    and a B the B of the stage behind. So what a stage sends at its update n - d has arrived when the others make update n.
+    0 where the pipeline flushes: there every stage finishes its backwards before any stage continues.
 
     Args:
         program: of the pipeline.
-        stages: who tell each other something.
+        stages: those that exchange something at every update.
 
     Example:
         >>> common_delay(Program("async_1f1b", 4), (0, 3)), common_delay(Program("async_1f1b", 4, 4), (0, 3))
@@ -31,9 +31,7 @@ def common_delay(program: Program, stages: tuple[int, ...]) -> int:
     if program.flushes:
         return 0
     processes = range(program.processes or program.depth)
-    fed = (
-        4 * -(-program.depth // program.microbatches) + 2
-    )  # the first mini-batches know less of each other than all later ones
+    fed = 4 * -(-program.depth // program.microbatches) + 2  # until the warm-up is over: there, fewer updates are ordered
     plans = [[a for n in range(fed) for a in program.process_step(p, n)] for p in processes]
     found = 0
     for span, updates in _updates_before(replay(plans, program.depth, lambda k, kind: 1.0), program):  # noqa: ARG005
@@ -43,7 +41,7 @@ def common_delay(program: Program, stages: tuple[int, ...]) -> int:
 
 
 def _updates_before(spans: Sequence[Span], program: Program) -> list[tuple[Span, list[int]]]:
-    """Each action, in an order in which each comes after what it needs, with the updates of every stage made by its end."""
+    """Each action, in a topological order, with the updates that every stage is known to have made by its end."""
     of_process = [[0] * program.depth for _ in range(program.processes or program.depth)]
     of_action: dict[tuple[int, ActionKind, int], list[int]] = {}
     result = []

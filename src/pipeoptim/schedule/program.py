@@ -92,7 +92,7 @@ class Program:
         return _after_next_forward([*self._postponed(k, n), *actions])[0] if self.overlap else actions
 
     def drain(self, k: int, n: int) -> list[Action]:
-        """Actions of stage ``k`` that finish everything after ``n`` mini-batches were fed."""
+        """Actions of stage ``k`` that finish all that is in flight after ``n`` mini-batches were fed."""
         self._check_stage(k)
         left = self._postponed(k, n) if self.overlap else []
         return left + self.placed_order.drain(k, self.depth, self.microbatches, n)
@@ -102,11 +102,11 @@ class Program:
         return self._merged(p, self.placed_order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
 
     def process_drain(self, p: int, n: int) -> list[tuple[int, Action]]:
-        """Actions of all stages of process ``p`` that finish everything after ``n`` mini-batches were fed."""
+        """Actions of all stages of process ``p`` that finish all that is in flight after ``n`` mini-batches were fed."""
         return self._merged(p, self.placed_order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
 
     def _merged(self, p: int, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:
-        """Each stage's own list, its F and B at the places that ``base`` gives them, its U right behind what they follow."""
+        """The actions of all stages of process ``p``: F and B in the order of ``base``, each U right behind what it follows in ``own``."""
         left = {k: deque(own(k)) for k in range(p, self.depth, self.processes or self.depth)}
         merged: list[tuple[int, Action]] = []
         for k, action in base:

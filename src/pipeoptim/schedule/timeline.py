@@ -57,7 +57,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
 
     Args:
         plans: what each process does, in its order. They may be cut out of a longer run: an action whose neighbour's part
-            is in none of the lists waits for nobody.
+            is in none of the lists does not wait for it.
         depth: stages of the pipeline.
         lasts: ``lasts(k, kind)``, the duration of an action of stage k.
 
@@ -109,7 +109,7 @@ def _each(duration: Durations, program: Program) -> Sequence[float]:
 def _ready(
     k: int, action: Action, depth: int, done: dict[tuple[int, Action], float], planned: set[tuple[int, Action]]
 ) -> float | None:
-    """When the neighbour's result that ``action`` needs is there; None while it is not."""
+    """When the neighbour's result that ``action`` needs has arrived; None while it has not."""
     if (
         (action.kind is ActionKind.F and k == 0)
         or (action.kind is ActionKind.B and k == depth - 1)

@@ -33,7 +33,7 @@ class BufferSet:
         tensors: a view for each parameter, in the order given to :class:`StorageLayout`.
         bases: one tensor per storage.
         table: storage address -> storage number.
-        adopted: it is in memory that was made for something else; freed and not used again.
+        adopted: it lies in memory that was allocated for something else (gradients); it is freed after use, never reused.
     """
 
     __slots__ = ("adopted", "bases", "table", "tensors")
@@ -66,19 +66,19 @@ class StorageLayout:
         self.latest = BufferSet(bases, self.places)
 
     def copy(self) -> BufferSet:
-        """A new copy, equal to the latest weights (what shares a storage with them but never changes included)."""
+        """A new copy, equal to the latest weights, including the parts of a storage that no parameter covers."""
         return BufferSet([empty_like(base).copy_(base) for base in self.latest.bases], self.places)
 
     @property
-    def one_each(self) -> bool:
-        """Whether every parameter has a storage of its own and fills it, so that any tensor that lies alike can hold a copy of it."""
+    def one_storage_each(self) -> bool:
+        """Whether every parameter fills a storage of its own, so that any tensor of the same layout can hold a copy of it."""
         return len(self.places) == len(self.latest.bases) and all(
             place.offset == 0 and place.size.numel() == base.numel()
             for place, base in zip(self.places, self.latest.bases, strict=True)
         )
 
     def adopt(self, tensors: Sequence[Tensor]) -> BufferSet:
-        """Tensors of somebody else's that lie as the parameters do, as a copy; where :attr:`one_each`."""
+        """Foreign tensors with the layout of the parameters, as a copy; only where :attr:`one_storage_each`."""
         return BufferSet(tensors, None)
 
 

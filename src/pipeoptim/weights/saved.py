@@ -1,12 +1,15 @@
-"""What autograd keeps of the weights, by place instead of by value, so that a backward can run on other weights.
+"""What autograd saves of the weights, by place instead of by value, so that a backward can run on other weights.
 
 While a forward runs, autograd saves weights and views of them (``weight.t()``). Under :class:`SavedWeights` a saved tensor
-that lies in a storage of the weights is replaced by its *place*; when the backward asks for it, the same view of the weights
-chosen for this backward is handed out. Nothing keeps the forward's copy alive, and views are exact, which a swap of
+that lies in a storage of the weights is replaced by its *place*; when the backward asks for it, it gets the same view of the weights
+chosen for this backward. Nothing keeps the forward's copy alive, and views are exact, which a swap of
 pointers at backward time is not.
 
-What autograd computes *from* the weights and saves (the low-precision copy that autocast makes) is a value of the forward's
-weights and stays one.
+    forward on copy A:   save A.weight.t()  ──pack──►  (storage 3, size, stride, offset)
+    backward on copy B:  B.weight.t()  ◄──unpack──  (storage 3, size, stride, offset)
+
+Tensors that autograd computes *from* the weights and saves (the low-precision copies of autocast) are not places: they keep the values of
+the forward's weights.
 """
 
 from __future__ import annotations

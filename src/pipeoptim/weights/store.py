@@ -1,8 +1,8 @@
 """The versions of one stage's weights that are alive: the latest, and the copies that in-flight micro-batches need.
 
-A copy is made as late as possible. A forward on the latest weights takes none; only when an update is about to overwrite
-weights that a micro-batch in flight must see again are they copied. Copies that nobody needs any more are used again, so the
-number of copies is the largest number that was ever needed at once.
+A copy is made as late as possible. A forward on the latest weights takes none; weights are copied only when an update is about to
+overwrite them and a micro-batch in flight must see them again. Free copies are reused, so there are never more of them than were
+needed at once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from pipeoptim.schedule import Program
 from pipeoptim.weights.layout import BufferSet, StorageLayout
 
 LARGE = calls.STREAM_FROM
-"""Weights of a stage from which on its predictions are written over gradients: more than the caches keep until the next forward."""
+"""Stages of at least so many weights write predictions over gradients: more than caches keep until the next forward."""
 
 
 class WeightPredictor(Protocol):
@@ -99,7 +99,7 @@ class StageWeights:
         self._free: list[BufferSet] = []
         self._copies: list[BufferSet] = []
         self.most_copies = 0
-        self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_each
+        self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_storage_each
 
     def latest(self) -> WeightSet:
         """The latest weights; they become a copy by themselves if somebody still holds them at the next update."""

@@ -1,7 +1,8 @@
 """All parameters that one kernel steps in one call.
 
-One call into C for all tensors of a stage instead of one per tensor, and the numbers of a step computed once per param group and
-step count instead of per parameter. Saved: 8 tensors 147 -> 85 us of Python per update, 100 tensors 1053 -> 665 us.
+One call into C counts the steps of all tensors and one carries them out, and the coefficients of a step are computed once per param group
+and step count instead of per parameter. Saved, together with the plan (`rules.fused.plan`): 605 -> 176 us per step of AdamW over 100 small
+tensors, 50 -> 38 us over 4. ``pipeoptim bench predict`` shows the whole step.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ class StepperBatch:
     """The parameters that one stepper moves, all of which have a gradient.
 
     Args:
-        stepper: theirs.
+        stepper: of these parameters.
         entries: the parameters.
         out: a buffer for every parameter of the optimizer; None where none is predicted into a buffer.
         over_gradients: predictions are written over the gradients.
@@ -100,7 +101,7 @@ class StepperBatch:
 
 
 def _kernel_prediction(entry: ParameterEntry, stepper: Stepper, grad: Tensor, horizon: Horizon) -> calls.KernelPrediction:
-    """What to predict after the step of this parameter, and of all that share its group and its step count."""
+    """What to predict after the step of this parameter, and of all parameters that share its group and step count."""
     assert not horizon.in_progress, "what belongs to a single parameter cannot be shared by a group"
     if entry.kind == "none":
         return calls.KernelPrediction()
@@ -114,5 +115,5 @@ def _kernel_prediction(entry: ParameterEntry, stepper: Stepper, grad: Tensor, ho
 
 
 def stepper_of(rule: Rule | None) -> Stepper | None:
-    """Of the rule's own class only: a subclass may predict something that the kernel does not know."""
+    """The stepper of the rule's own class only: a subclass may predict something that the kernel does not compute."""
     return vars(type(rule)).get("stepper") if rule is not None else None

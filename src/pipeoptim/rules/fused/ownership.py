@@ -1,9 +1,9 @@
 """Whether gradients belong to their parameters alone, so that a prediction may be written over them.
 
-After a step nobody needs its gradients any more, and their memory is as large as the prediction. But a hook may have kept one, two
-parameters may share one, and gradients of replicas may be views of one large buffer. All of them show in the reference counts of a
-tensor and of its memory. The counts are compared as sets over all gradients, in C loops: three numbers per gradient instead of a
-check per gradient in Python. What writing over gradients saves is told in `FusedStep.over_gradients`.
+After a step its gradients are no longer needed, and their memory is as large as the prediction. But a hook may have kept one, two
+parameters may share one, and gradients of replicas may be views of one large buffer. All of these raise the reference counts of the
+tensor or of its memory. Three counts per gradient are collected in C loops and compared as one set, instead of a check per gradient in
+Python. `FusedStep.over_gradients` states what writing over gradients saves.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ _nbytes = attrgetter("nbytes")
 
 
 def _counts(grads: Sequence[Tensor], memory: Sequence[UntypedStorage]) -> set[tuple[int, int, int]]:
-    """How often torch refers to a gradient, Python to it, and tensors to its memory: the different answers."""
+    """References of torch to a gradient, of Python to it, and of tensors to its memory: the distinct triples."""
     users = map(torch._C._storage_Use_Count, [one._cdata for one in memory])  # type: ignore[attr-defined]
     return set(zip(map(Tensor._use_count, grads), map(sys.getrefcount, grads), users, strict=True))  # type: ignore[attr-defined]
 
 
 @cache
 def _exclusive_counts() -> set[tuple[int, int, int]] | None:
-    """The counts of a gradient that nobody else has, as this version of torch counts; None where it does not."""
+    """The counts of a gradient that nothing else refers to, as this version of torch counts; None where it does not count."""
     if not hasattr(Tensor, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
         return None
     with torch.enable_grad():

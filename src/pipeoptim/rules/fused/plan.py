@@ -1,9 +1,9 @@
-"""What a fused step has found out about its tensors, kept from step to step and checked cheaply before each.
+"""What a fused step knows about its tensors, kept from step to step and checked cheaply before each.
 
-An optimizer of a hundred small tensors would spend more time on asking each of them for its type, layout and address than on
-stepping them. So this is asked once, and from then on only what can have changed is compared. The comparisons run in C loops
-(``map`` over lists of tensors) rather than over objects of our own, since every object is another cache miss. Saved: for AdamW of
-100 small tensors 605 -> 176 us of Python per step (``pipeoptim bench predict`` with small models).
+For a hundred small tensors, asking each for its type, layout and address would take longer than stepping them. So it is asked once, and
+from then on only what may have changed is compared, in C loops (``map`` over lists of tensors): every Python object of our own would be
+another cache miss. Saved, together with one kernel call per batch: 605 -> 176 us per step of AdamW over 100 small tensors.
+``pipeoptim bench predict`` shows the whole step.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
-from pipeoptim.kernels.tensor_layout import flat
+from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.fused.batch import StepperBatch, stepper_of
 from pipeoptim.rules.fused.steppers import Stepper
@@ -32,7 +32,7 @@ _Form = int | tuple[torch.Size, tuple[int, ...]]
 
 
 def _form(tensor: Tensor) -> _Form:
-    """How a tensor lies in memory: one that is contiguous is all the same to a kernel whatever its shape."""
+    """How a tensor lies in memory. The shape of a contiguous one does not matter to a kernel."""
     return tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
 
 
@@ -44,7 +44,7 @@ def _ordinary(tensors: Sequence[Tensor]) -> bool:
 
 
 def _addresses(tensors: Sequence[Tensor]) -> bytes:
-    """As bytes: comparing ten numbers takes one look at memory then, where each of ten objects takes one."""
+    """As bytes: ten numbers are compared with one memory access, ten objects with ten."""
     return array("Q", [*map(Tensor.data_ptr, tensors)]).tobytes()
 
 
@@ -64,13 +64,13 @@ class WeightForms:
             return False
         if self.forms == [*map(_form, self.weights)] == [*map(_form, grads)]:
             return True
-        # Rare: gradients in another order than their weights, which a kernel can take if both fill their memory.
+        # Rare: gradients whose strides differ from their weights'. A kernel can take them if both are contiguous.
         triples = zip(self.weights, grads, self.forms, strict=True)
-        return all(_form(weight) == form and flat((weight, grad)) for weight, grad, form in triples)
+        return all(_form(weight) == form and share_flat_index((weight, grad)) for weight, grad, form in triples)
 
 
 class StateSnapshot:
-    """What the optimizer remembers of the parameters that move: which tensors, and where they lie.
+    """The optimizer's state of the parameters that move: which tensors it holds, and where they lie.
 
     Args:
         entries: all parameters of the optimizer.
@@ -114,14 +114,14 @@ class StateSnapshot:
 
 @dataclass(frozen=True)
 class FusedPlan:
-    """The parameters that move, found fit for their kernels.
+    """The parameters that move, all of which their kernels can take.
 
     Attributes:
-        entries, out: what it was made for. Buffers are compared by identity: they belong to the caller, who does not move them.
-        batches: those that move, by stepper.
-        without_grad: places of those without a gradient, which do not.
-        weights, state: what else has to be as it was.
-        prefetch: to be called before any of this is looked at.
+        entries, out: what the plan was made for. Buffers are compared by identity: their owner, the engine, does not move them.
+        batches: the parameters that move, by stepper.
+        without_grad: places of the parameters without a gradient, which do not move.
+        weights, state: what else must not have changed.
+        prefetch: to be called before any of this is read.
     """
 
     entries: Sequence[ParameterEntry]
@@ -135,7 +135,7 @@ class FusedPlan:
     def still_fits(
         self, entries: Sequence[ParameterEntry], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None
     ) -> bool:
-        """Whether everything is as it was, and these gradients lie in memory as the weights do."""
+        """Whether nothing has changed, and these gradients lie in memory as the weights do."""
         if entries is not self.entries or [n for n, grad in enumerate(grads) if grad is None] != self.without_grad:
             return False
         if len(out or ()) != len(self.out) or not all(map(is_, out or (), self.out)):
@@ -156,7 +156,7 @@ def make_plan(
     out: Sequence[Tensor] | None,
     over_gradients: bool = False,
 ) -> FusedPlan | None:
-    """A plan for the parameters that have a gradient; None if there are none, or one that no kernel can take."""
+    """A plan for the parameters that have a gradient; None if there are none, or if no kernel can take one of them."""
     moving: list[ParameterEntry] = []
     by_stepper: dict[Stepper, list[ParameterEntry]] = {}
     for entry, grad in zip(entries, grads, strict=True):
@@ -192,7 +192,7 @@ def _kernel_can(stepper: Stepper, entry: ParameterEntry, grad: Tensor, out: Tens
     if not all(isinstance(tensor, Tensor) for tensor in tensors):  # torch's first step makes them
         return False
     buffers = [] if out is None else [out]
-    return _countable(state.get("step")) and flat([entry.weight, grad, *buffers, *cast(list[Tensor], tensors)])
+    return _countable(state.get("step")) and share_flat_index([entry.weight, grad, *buffers, *cast(list[Tensor], tensors)])
 
 
 def _countable(step: Any) -> bool:

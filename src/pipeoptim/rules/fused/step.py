@@ -5,8 +5,8 @@ the weights: 8 in place of the 7 of Adam's step. Saved: AdamW of 97 million weig
 instead of 1.74 (``pipeoptim bench predict``, docs/optimizers.md). The step is torch's formula, rounded in float32 like torch's own
 kernels but not in the same order, so the two agree to a few units in the last place, not bit for bit.
 
-Nothing is done, and False returned, wherever torch's step would do anything else: hooks, a patched step, a GradScaler, an
-option that the kernel lacks, no state yet, another type or device. Then the caller runs ``optimizer.step()``.
+Wherever torch's step would do anything else (hooks, a patched step, a GradScaler, an option that the kernel lacks, no state yet, another
+type or device), nothing is done and False is returned. Then the caller runs ``optimizer.step()``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _NO_BUFFERS, _GRADIENTS = 0, -1  # keys of plans, where others have the id of th
 
 
 class FusedStep:
-    """Steps `optimizer` and predicts, mini-batch after mini-batch; remembers which tensors were found fit for a kernel.
+    """Steps `optimizer` and predicts, mini-batch after mini-batch; keeps a plan of the tensors that kernels can take.
 
     Args:
         optimizer: the one, or the combined one.
@@ -58,7 +58,7 @@ class FusedStep:
     def __call__(
         self, entries: Sequence[ParameterEntry], horizon: Horizon | None = None, out: Sequence[Tensor] | None = None
     ) -> bool:
-        """Step, and write the weights predicted after it into `out`; False, and nothing done, if that is impossible.
+        """Step, and write the weights predicted after it into `out`. If that is impossible, do nothing and return False.
 
         Args:
             entries: the optimizer's parameters, from `parameter_entries`.
@@ -77,12 +77,12 @@ class FusedStep:
 
     @torch.no_grad()
     def over_gradients(self, entries: Sequence[ParameterEntry], horizon: Horizon) -> list[Tensor] | None:
-        """Step, and write the predicted weights over the gradients: those, for every parameter; None, and nothing done, if not.
+        """Step, and write the predicted weights over the gradients, which are returned. If impossible, do nothing and return None.
 
-        As many passes over memory as into buffers, but what was just read is written back beside the next reads. Saved: on one core,
+        It takes as many passes over memory as into buffers, but each line that was just read is the one written back. Saved: on one core,
         97 million weights, the kernel alone takes 1.10 instead of 1.19 times torch's fused step of SGD with momentum, 1.06 instead
-        of 1.12 of Adam's (``pipeoptim bench predict``). Impossible where a parameter has no gradient, or one that somebody else
-        has as well.
+        of 1.12 of Adam's (``pipeoptim bench predict``). Impossible where a parameter has no gradient, or one that
+        anybody else refers to.
         """
         if not self._unpatched():
             return None
@@ -111,7 +111,7 @@ class FusedStep:
     def _plan(
         self, entries: Sequence[ParameterEntry], out: Sequence[Tensor] | None, key: int
     ) -> tuple[FusedPlan | None, list[Tensor | None]]:
-        """The plan for this set of buffers, made anew if anything has changed, and the gradients; None if none is possible."""
+        """The plan for this set of buffers, rebuilt if anything has changed, and the gradients; None if no plan is possible."""
         plan = self._plans.get(key)
         if plan is not None:
             plan.prefetch()
@@ -132,7 +132,7 @@ def _have_kernels(entries: Sequence[ParameterEntry]) -> bool:
 
 
 def _predict_unmoved(entries: Sequence[ParameterEntry], horizon: Horizon, out: Sequence[Tensor]) -> None:
-    """Parameters without a gradient: the step leaves them alone, the prediction goes by what their state says."""
+    """Parameters without a gradient: the step skips them, their prediction follows from their state."""
     for entry, buffer in zip(entries, out, strict=True):
         if entry.kind == "displacement":
             buffer.copy_(entry.weight)
@@ -140,7 +140,7 @@ def _predict_unmoved(entries: Sequence[ParameterEntry], horizon: Horizon, out: S
 
 
 def _unpatched(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step()`` is what its class says, and nobody listens to it."""
+    """Whether ``optimizer.step()`` is that of its class, without hooks and without a GradScaler."""
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper here that notes the call
     if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(optimizer).step):
         return False

@@ -1,8 +1,8 @@
-"""What an optimizer itself does in a step, as a job for a kernel that predicts in the same pass over memory.
+"""An optimizer's own step, as arguments of a kernel that predicts in the same pass over memory.
 
-Only where the step is plain enough to be worth it: Adam and what has its form (AdamW, RAdam), SGD, and what divides the gradient by
-a root (Adagrad, RMSprop). A stepper belongs to a rule (`Rule.stepper`); everything it does not cover runs torch's own step, followed
-by a prediction of its own.
+Only for steps that a kernel can do in one pass: Adam and optimizers of its form (AdamW, RAdam), SGD, and those that divide the gradient by
+a root (Adagrad, RMSprop). A stepper belongs to a rule (`Rule.stepper`). Whatever it does not support runs torch's own step, followed by a
+separate prediction. What the one pass saves is stated in `rules.fused.step`.
 """
 
 from __future__ import annotations
