@@ -1,9 +1,9 @@
 """The state of a stage by the names of the original model, so that stages that are cut elsewhere can take it over.
 
-What belongs to a weight (the weight, its optimizer state, its float32 master) is named by it and goes wherever the weight goes.
-What belongs to a pipeline (version, learning-rate schedule, options of param groups) is the same on all stages. What belongs to
-a stage (its random stream, what its predictor, clipping and compression remember, gradients of tied weights on their way) returns only
-to a stage of the same weights.
+What belongs to a parameter (the weight, its float32 master, its optimizer state, the options of its param group, what a predictor
+remembers of it) is named by it and goes wherever the parameter goes. What belongs to a param group of a scheduler follows the group.
+What belongs to a stage (its random stream, what its clipping and compression remember, gradients of tied weights on their way)
+returns only to a stage of the same weights.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
-from torch.optim import Optimizer
 
+from pipeoptim.checkpoint.carried_optimizer import carried_optimizer, collect_optimizer, parameter_names
+from pipeoptim.checkpoint.carried_predictor import carried_loss_scale, joined_predictor, split_predictor
+from pipeoptim.checkpoint.carried_scheduler import SavedScheduler, carried_scheduler, check_scheduler_kept
 from pipeoptim.checkpoint.parameter_names import saved_name
 from pipeoptim.checkpoint.plain_data import flatten, rebuild, tensors_in
-from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
-from pipeoptim.rules.combined import CombinedOptimizer, members
 
-OF_THE_STAGE = ("random", "predictor", "clip", "scaling", "compress", "tied")
-"""Entries of ``StageWorker.state_dict`` that make sense for the same cut only."""
+OF_THE_STAGE = ("random", "most_copies", "clip", "scaling", "compress", "tied")
+"""Entries of ``StageWorker.state_dict`` that make sense for the same cut only (but see the loss scale in :func:`stage_state`)."""
 
 
 @dataclass
@@ -33,10 +33,10 @@ class NamedState:
     Attributes:
         tensors: everything large.
         weights: for each stage, the original names of its state_dict.
-        optimizer: original name of a parameter -> its optimizer state, plain (see :mod:`.plain`).
-        groups: options of the param groups of each optimizer of a stage, without their parameters.
-        kinds: original name of a parameter -> class of the optimizer that moves it.
-        scheduler: state of the learning-rate scheduler, plain.
+        optimizer: original name of a parameter -> its optimizer state, plain (see :mod:`.plain_data`).
+        groups: stage -> its param groups, each with its class of optimizer, the names of its parameters and its options, plain.
+        schedulers: stage -> class and state of its learning-rate scheduler, plain; stages without one are left out.
+        predictors: stage -> what its predictor remembers, by parameter, plain; stages without one are left out.
         version: updates applied.
         own: stage -> what makes sense for the same cut only, plain.
     """
@@ -44,15 +44,24 @@ class NamedState:
     tensors: dict[str, Tensor] = field(default_factory=dict)
     weights: dict[int, list[str]] = field(default_factory=dict)
     optimizer: dict[str, Any] = field(default_factory=dict)
-    groups: list[list[dict[str, Any]]] = field(default_factory=list)
-    kinds: dict[str, str] = field(default_factory=dict)
-    scheduler: Any = None
+    groups: dict[int, list[dict[str, Any]]] = field(default_factory=dict)
+    schedulers: dict[int, dict[str, Any]] = field(default_factory=dict)
+    predictors: dict[int, dict[str, Any]] = field(default_factory=dict)
     version: int = 0
     own: dict[int, Any] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
         """All but the tensors, as JSON."""
         return {name: value for name, value in vars(self).items() if name != "tensors"}
+
+    def update(self, other: Mapping[str, Any]) -> None:
+        """Add what another process has, its :meth:`plain`."""
+        for name, value in other.items():
+            setattr(self, name, getattr(self, name) | value if isinstance(value, dict) else value)
+
+    def origins(self, names: Collection[str]) -> set[int]:
+        """The stages that had some of these weights."""
+        return {k for k, own in self.weights.items() if not set(names).isdisjoint(own)}
 
 
 def collect_stage(worker: StageWorker, found: Mapping[str, str], into: NamedState) -> None:
@@ -61,33 +70,48 @@ def collect_stage(worker: StageWorker, found: Mapping[str, str], into: NamedStat
     for name, value in state["module"].items():
         into.tensors[f"model/{found[name]}"] = value.detach()
     into.weights[k] = [found[name] for name in state["module"]]
-    _collect_optimizer(worker, found, into)
+    into.groups[k] = collect_optimizer(worker, found, into.optimizer, into.tensors)
     into.tensors |= dict(zip(_master_names(worker, found), state.get("masters") or (), strict=True))
     into.version = state["version"]
-    into.scheduler = flatten(state["scheduler"], "scheduler", into.tensors) or into.scheduler
+    if worker.scheduler is not None:
+        plain = flatten(state["scheduler"], f"scheduler/{k}", into.tensors)
+        into.schedulers[k] = {"kind": type(worker.scheduler).__name__, "state": plain}
+    if state["predictor"] is not None:
+        split = split_predictor(state["predictor"], parameter_names(worker, found))
+        into.predictors[k] = flatten(split, f"predictor/{k}", into.tensors)
     own = {name: state[name] for name in OF_THE_STAGE if name in state}
     into.own[k] = flatten(own, f"stage/{k}", into.tensors)
 
 
-def stage_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool) -> dict[str, Any]:
+def stage_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool, depth: int) -> dict[str, Any]:
     """The state of a stage as ``StageWorker.load_state_dict`` takes it, from what :func:`collect_stage` found on whatever stages.
 
+    Args:
+        depth: of the pipeline that the stage is of.
+
     Raises:
-        ConfigError: a weight or its optimizer state is not in ``saved``, or the optimizer is another one or has other param groups.
+        ConfigError: optimizer or scheduler are others, or what the stage's parameters were trained with cannot be brought together.
     """
     state = worker.state_dict()
     state["module"] = {name: saved.tensors[f"model/{original}"] for name, original in found.items()}
-    if worker.optimizer is not None:
-        state["optimizer"] = _optimizer_state(worker, found, saved)
+    state["optimizer"], sources = carried_optimizer(worker, found, saved.groups, saved.optimizer, saved.tensors)
+    schedulers = _schedulers(saved)
+    if worker.scheduler is None:
+        check_scheduler_kept(worker.k, sources, schedulers)
+    else:
+        kind = type(worker.scheduler).__name__
+        state["scheduler"] = carried_scheduler(worker.k, kind, state["scheduler"], sources, schedulers)
     if worker.master_weights.pairs:
         state["masters"] = [saved.tensors[name] for name in _master_names(worker, found)]
     state["version"] = saved.version
-    if worker.scheduler is not None and saved.scheduler is not None:
-        state["scheduler"] = rebuild(saved.scheduler, saved.tensors)
     if same_cut:
         state |= rebuild(saved.own[worker.k], saved.tensors)
-    else:
-        state["predictor"] = None  # its memory begins anew
+    elif worker.scaling is not None:
+        scales = {k: rebuild(own["scaling"], {}) for k, own in saved.own.items() if "scaling" in own}
+        if scales:
+            state["scaling"] = carried_loss_scale(worker.k, depth, saved.origins(found.values()), scales)
+    if state["predictor"] is not None:
+        state["predictor"] = _predictor_state(worker, found, saved, same_cut, state["predictor"])
     return state
 
 
@@ -107,78 +131,40 @@ def tensors_needed(worker: StageWorker, found: Mapping[str, str], saved: NamedSt
     tensors = {f"model/{original}" for original in found.values()}
     tensors |= {name for original in found.values() for name in tensors_in(saved.optimizer.get(original))}
     tensors |= set(_master_names(worker, found))
-    tensors |= tensors_in(saved.scheduler)
-    tensors |= {name for groups in saved.groups for name in tensors_in(groups)}
+    for shared in (saved.groups, saved.schedulers):  # a few numbers, of whatever stages
+        tensors |= {name for value in shared.values() for name in tensors_in(value)}
+    for predictor in saved.predictors.values():
+        tensors |= tensors_in(predictor["shared"])
+        tensors |= {name for original in found.values() for name in tensors_in(predictor["parameters"].get(original))}
     return tensors | (tensors_in(saved.own[worker.k]) if same_cut else set())
 
 
-def _by_parameter(worker: StageWorker, found: Mapping[str, str]) -> dict[int, str]:
-    """Identity of a parameter of the stage -> its original name."""
-    return {id(p): found[name] for name, p in worker.module.named_parameters()}
+def _schedulers(saved: NamedState) -> dict[int, SavedScheduler | None]:
+    return {
+        k: SavedScheduler(own["kind"], rebuild(own["state"], saved.tensors), len(saved.groups[k]))
+        for k, own in saved.schedulers.items()
+    }
+
+
+def _predictor_state(
+    worker: StageWorker, found: Mapping[str, str], saved: NamedState, same_cut: bool, fresh: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    names = parameter_names(worker, found)
+    stages = {worker.k} if same_cut else saved.origins(found.values())
+    split = {}
+    for k in sorted(stages & saved.predictors.keys()):
+        own = {name: values for name, values in saved.predictors[k]["parameters"].items() if name in names}
+        split[k] = rebuild({**saved.predictors[k], "parameters": own}, saved.tensors)
+    if not split:
+        return None  # its memory begins anew
+    latest = [saved.tensors.get(f"master/{name}", saved.tensors[f"model/{name}"]) for name in names]
+    return joined_predictor(fresh, names, split, same_cut, latest)
 
 
 def _master_names(worker: StageWorker, found: Mapping[str, str]) -> list[str]:
     """Names of the tensors that hold the stage's masters, in their order."""
-    own = _by_parameter(worker, found) if worker.master_weights.pairs else {}
+    own = {id(p): found[name] for name, p in worker.module.named_parameters()} if worker.master_weights.pairs else {}
     return [f"master/{own[id(p)]}" for _, p in worker.master_weights.pairs]
-
-
-def _numbered_names(worker: StageWorker, optimizer: Optimizer, found: Mapping[str, str]) -> list[str]:
-    """Original names in the optimizer's own numbering."""
-    own = _by_parameter(worker, found)
-    return [own[id(module_parameter(p))] for group in optimizer.param_groups for p in group["params"]]
-
-
-def _member_states(optimizer: Optimizer) -> list[dict[str, Any]]:
-    return [member.state_dict() for member in members(optimizer)]
-
-
-def _collect_optimizer(worker: StageWorker, found: Mapping[str, str], into: NamedState) -> None:
-    if worker.optimizer is None:
-        return
-    groups = []
-    for n, (member, state) in enumerate(zip(members(worker.optimizer), _member_states(worker.optimizer), strict=True)):
-        numbered = _numbered_names(worker, member, found)
-        into.kinds |= dict.fromkeys(numbered, type(member).__name__)
-        for index, values in state["state"].items():
-            if not isinstance(index, int):
-                raise ConfigError(
-                    f"{type(member).__name__} of stage {worker.k} keeps state of its own, {index!r}, that belongs to no weight and cannot "
-                    "go to other stages; save stage_state_dict(k) instead, or use another optimizer"
-                )
-            name = numbered[index]
-            into.optimizer[name] = flatten(values, f"optimizer/{name}", into.tensors)
-        options = [{key: v for key, v in group.items() if key != "params"} for group in state["param_groups"]]
-        groups.append([flatten(group, f"groups/{n}/{j}", into.tensors) for j, group in enumerate(options)])
-    into.groups = into.groups or groups
-
-
-def _optimizer_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState) -> dict[str, Any]:
-    assert worker.optimizer is not None
-    states = _member_states(worker.optimizer)
-    if [len(groups) for groups in saved.groups] != [len(state["param_groups"]) for state in states]:
-        raise ConfigError(
-            f"the checkpoint has optimizers with {[len(groups) for groups in saved.groups]} param groups, stage {worker.k} with "
-            f"{[len(state['param_groups']) for state in states]}; make the optimizer as it was made when saved"
-        )
-    for member, state, groups in zip(members(worker.optimizer), states, saved.groups, strict=True):
-        numbered = _numbered_names(worker, member, found)
-        _check_kinds(worker.k, type(member).__name__, numbered, saved)
-        there = [(n, saved.optimizer[name]) for n, name in enumerate(numbered) if name in saved.optimizer]
-        state["state"] = {n: rebuild(values, saved.tensors) for n, values in there}
-        for group, options in zip(state["param_groups"], groups, strict=True):
-            group |= rebuild(options, saved.tensors)
-    return {"optimizers": states} if isinstance(worker.optimizer, CombinedOptimizer) else states[0]
-
-
-def _check_kinds(k: int, kind: str, names: list[str], saved: NamedState) -> None:
-    for name in names:
-        before = saved.kinds.get(name, kind)  # checkpoints of before this was noted say nothing
-        if before != kind:
-            raise ConfigError(
-                f"the checkpoint has the state of {before} for {name!r}, but stage {k} moves it by {kind}; make the optimizer as it was "
-                "made when saved, or start a new one from weights alone with save_weights and load_weights"
-            )
 
 
 def check_covered(names_of: Iterable[Collection[str]], saved: NamedState) -> None:

@@ -10,6 +10,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from pipeoptim.errors import ConfigError
@@ -76,3 +77,21 @@ def tensors_in(value: Any) -> set[str]:
     if not isinstance(value, dict):
         return set()
     return {value["$tensor"]} if "$tensor" in value else {name for v in value.values() for name in tensors_in(v)}
+
+
+def same_plain(first: Any, second: Any) -> bool:
+    """Whether two pieces of state are the same, tensors bit for bit.
+
+    Example:
+        >>> import torch
+        >>> same_plain({"lr": torch.ones(1)}, {"lr": torch.ones(1)}), same_plain([1], (1,))
+        (True, False)
+    """
+    if isinstance(first, Tensor) or isinstance(second, Tensor):
+        both = isinstance(first, Tensor) and isinstance(second, Tensor)
+        return both and first.dtype == second.dtype and torch.equal(first, second)
+    if isinstance(first, Mapping) and isinstance(second, Mapping):
+        return first.keys() == second.keys() and all(same_plain(first[key], second[key]) for key in first)
+    if isinstance(first, (list, tuple)) and type(first) is type(second):
+        return len(first) == len(second) and all(same_plain(a, b) for a, b in zip(first, second, strict=True))
+    return bool(first == second or (first != first and second != second))  # NaN is as good as NaN

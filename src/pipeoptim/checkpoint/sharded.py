@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.utils._pytree import tree_map_only
@@ -24,10 +24,13 @@ from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
+    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+
     from pipeoptim.engine.pipeline import Pipeline
 
+T = TypeVar("T")
 STATE = "state.json"
-FORMAT = 1
+FORMAT = 2
 _ALONE = "torch.distributed is disabled"  # how torch warns where there is one process only, which is what an emulator is
 
 
@@ -91,9 +94,10 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
 def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None) -> bool:
     """Continue from :func:`save_sharded`, with the same number of stages or another, in either engine.
 
-    Each process reads only what its stages need. With the same cut the run goes on bit for bit. With another cut weights,
-    optimizer states, learning rates and versions are exact, but each stage's random stream (dropout) and what its predictor
-    remembers beside the optimizer's state (the last displacement, say) begin anew.
+    Each process reads only what its stages need. With the same cut the run goes on bit for bit. With another cut every parameter
+    keeps its value, its optimizer state, the options of its param group (learning rate, weight decay, ...), its place in the
+    learning-rate schedule and what predictors remember of it; the loss scale stays in force. The stages' random streams (dropout)
+    and what clipping and compression remember begin anew. Nothing is loaded unless everything can be.
 
     Args:
         pipe, names: as in :func:`save_sharded`; with nothing in flight.
@@ -103,7 +107,8 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
         Whether the cut is the same.
 
     Raises:
-        ConfigError: no checkpoint, or one of another model or with other optimizers.
+        ConfigError: no checkpoint, or one of another model or with other optimizers; or a param group or scheduler of the new
+            stages would have parameters that were trained with different options or in different states.
 
     Example: see :func:`save_sharded`.
     """
@@ -113,7 +118,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     checked(pipe, "load_sharded")
     folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
-    saved, depth = _read_state_json(folder)
+    saved, depth = _agreed(processes, lambda: _read_state_json(folder))
     same = all(
         processes.gather(
             depth == pipe.depth and all(saved.weights.get(k) == list(found.values()) for k, found in names_of.items())
@@ -123,34 +128,81 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     names_of = {k: {own: saved_name(name, known) for own, name in found.items()} for k, found in names_of.items()}
     everywhere = processes.gather({k: list(found.values()) for k, found in names_of.items()})
     reader = HuggingFaceStorageReader(str(folder))
-    there = reader.read_metadata().state_dict_metadata
-    wanted = {name for k in pipe.local_stages for name in tensors_needed(pipe.stage_worker(k), names_of[k], saved, same)}
+    saved.tensors = _agreed(processes, lambda: _room_for_tensors(pipe, names_of, saved, same, reader, folder))
     check_covered((own for part in everywhere for own in part.values()), saved)
-    saved.tensors = {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
     with _without_single_process_warning(processes):
         load(dict(saved.tensors), storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
-    seen: set[str] = set()
-    for k in pipe.local_stages:
-        state = stage_state(pipe.stage_worker(k), names_of[k], saved, same)
-        if seen & set(names_of[k].values()):  # optimizers keep what they load: a copy of a tied weight needs a state of its own
-            state["optimizer"] = tree_map_only(torch.Tensor, torch.clone, state["optimizer"])
-        seen |= set(names_of[k].values())
+    for k, state in _agreed(processes, lambda: _states(pipe, names_of, saved, same)).items():
         pipe.load_stage_state_dict(k, state)
     processes.barrier()
     return same
+
+
+def _room_for_tensors(
+    pipe: Pipeline,
+    names_of: Mapping[int, Mapping[str, str]],
+    saved: NamedState,
+    same: bool,
+    reader: HuggingFaceStorageReader,
+    folder: Path,
+) -> dict[str, torch.Tensor]:
+    """An empty tensor for each that the stages of this process need; they are in the checkpoint and have the right shapes."""
+    wanted = {name for k in pipe.local_stages for name in tensors_needed(pipe.stage_worker(k), names_of[k], saved, same)}
+    try:
+        there = reader.read_metadata().state_dict_metadata
+    except Exception as error:  # whatever the reader meets in files that are none of its own
+        raise ConfigError(f"the tensors of {folder} cannot be read ({_line(error)}); choose another checkpoint") from error
+    missing = sorted(wanted - there.keys())
+    if missing:
+        raise ConfigError(
+            f"the checkpoint {folder} lacks {len(missing)} tensors (first: {missing[0]!r}); it is incomplete, or the stages keep state, "
+            "such as master weights, that they did not when it was saved"
+        )
+    for k, found in names_of.items():
+        for own, tensor in pipe.stage_module(k).state_dict().items():
+            shape = there[f"model/{found[own]}"].size  # type: ignore[union-attr]
+            if tuple(shape) != tuple(tensor.shape):
+                raise ConfigError(
+                    f"{found[own]!r} has shape {tuple(shape)} in {folder}, but {tuple(tensor.shape)} in stage {k}; it is of another model"
+                )
+    return {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
+
+
+def _states(
+    pipe: Pipeline, names_of: Mapping[int, Mapping[str, str]], saved: NamedState, same: bool
+) -> dict[int, dict[str, Any]]:
+    """The states of the stages of this process, all made before the first is loaded."""
+    states: dict[int, dict[str, Any]] = {}
+    seen: set[str] = set()
+    for k in pipe.local_stages:
+        states[k] = stage_state(pipe.stage_worker(k), names_of[k], saved, same, pipe.depth)
+        if seen & set(names_of[k].values()):  # optimizers keep what they load: a copy of a tied weight needs a state of its own
+            states[k]["optimizer"] = tree_map_only(torch.Tensor, torch.clone, states[k]["optimizer"])
+        seen |= set(names_of[k].values())
+    return states
+
+
+def _agreed(processes: SavingGroup, make: Callable[[], T]) -> T:
+    """What ``make`` returns; where it is refused in one process all of them raise, since the others would wait for that one."""
+    made, refusal = None, None
+    try:
+        made = make()
+    except ConfigError as error:
+        refusal = error
+    for reason in filter(None, processes.gather(None if refusal is None else str(refusal))):
+        raise ConfigError(reason) from refusal
+    return made  # type: ignore[return-value]
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _write_state_json(part: Path, state: NamedState, depth: int, processes: SavingGroup) -> None:
     """``state.json``: what all processes have that is no tensor."""
     everything = NamedState()
     for other in processes.gather(state.plain()):
-        everything.weights |= other["weights"]
-        everything.optimizer |= other["optimizer"]
-        everything.own |= other["own"]
-        everything.kinds |= other["kinds"]
-        everything.groups = everything.groups or other["groups"]
-        everything.scheduler = everything.scheduler or other["scheduler"]
-        everything.version = other["version"]
+        everything.update(other)
     if processes.is_first:
         text = json.dumps({"format": FORMAT, "stages": depth, **everything.plain()}, allow_nan=False)
         (part / STATE).write_text(text + "\n")
@@ -159,13 +211,18 @@ def _write_state_json(part: Path, state: NamedState, depth: int, processes: Savi
 def _read_state_json(folder: Path) -> tuple[NamedState, int]:
     try:
         data = json.loads((folder / STATE).read_text())
-        if data.pop("format") != FORMAT:
-            raise ConfigError(f"{folder} was written by another version of pipeoptim, in another format; load it with that one")
+        found = data.pop("format")
+        if found != FORMAT:
+            which = "a newer" if found > FORMAT else "an older"
+            raise ConfigError(
+                f"{folder} was written by {which} version of pipeoptim, in format {found}, and this one reads format {FORMAT}; load it "
+                "with the version that wrote it"
+            )
         depth = data.pop("stages")
-        for name in ("weights", "own"):
+        for name in ("weights", "groups", "schedulers", "predictors", "own"):
             data[name] = {int(k): value for k, value in data[name].items()}
         return NamedState(**data), depth
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         if isinstance(error, ConfigError):
             raise
         raise ConfigError(

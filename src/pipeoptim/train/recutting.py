@@ -1,8 +1,9 @@
 """Going on with another number of stages: a run's newest checkpoint, cut anew, is the beginning of a run of its own.
 
 The model is built twice in this process, as it was cut and as it will be, and the state goes through a sharded checkpoint
-(:mod:`pipeoptim.checkpoint.sharded`). Weights, optimizer states, learning rates and versions are the same afterwards; the stages'
-random numbers (dropout) and what their predictors, clipping and compression remember begin anew, since they belonged to other stages.
+(:mod:`pipeoptim.checkpoint.sharded`). Weights, optimizer states, options of param groups, schedules and versions are the same
+afterwards; the stages' random numbers (dropout) and what clipping and compression remember begin anew, since they belonged to other
+stages.
 """
 
 from __future__ import annotations
