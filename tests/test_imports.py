@@ -4,6 +4,7 @@ Imports inside functions and for annotations count as well: who names a type kno
 """
 
 import ast
+import re
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -143,3 +144,13 @@ def test_no_two_classes_share_a_name():
                 where[node.name].append(name)
     assert {name: found for name, found in where.items() if len(found) > 1 and name not in STILL_SHARED} == {}
     assert {name for name in STILL_SHARED if len(where[name]) < 2} == set(), "unique by now: take them off the list"
+
+
+def test_the_map_of_contributing_says_the_same():
+    page = (SOURCE.parent / "CONTRIBUTING.md").read_text()
+    rows = re.findall(r"^\| `([a-z/]+)` \|[^|]*\|([^|]*)\|[^|]*\|$", page, re.MULTILINE)
+    shown = {own: set(re.findall(r"`([a-z/]+)`", allowed)) for own, allowed in rows}
+    assert shown == {own: set(allowed.split()) - {"errors", "version"} for own, allowed in MAY_IMPORT.items() if own in shown}
+    folders = {own for own in MAY_IMPORT if (SOURCE / "pipeoptim" / own / "__init__.py").exists()}
+    assert set(shown) == folders
+    assert all(f"`{own}`" in page for own in set(MAY_IMPORT) - folders)
