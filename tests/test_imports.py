@@ -52,7 +52,6 @@ STILL_FORBIDDEN = {
     ("pipeoptim.engine.stage.checks", "pipeoptim.engine.replicas.reduction"),
     ("pipeoptim.engine.stage.state", "pipeoptim.engine.stage.worker"),
     ("pipeoptim.engine.stage.worker", "pipeoptim.engine.replicas.reduction"),
-    ("pipeoptim.engine.transport.staged_link", "pipeoptim.engine.processes.rendezvous"),
 }
 
 

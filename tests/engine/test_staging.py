@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from pipeoptim.engine.processes import rendezvous as groups
+from pipeoptim.engine.transport import backend
 from pipeoptim.engine.transport.staged_link import SideStreams, side_streams
 
 
@@ -22,8 +22,8 @@ from pipeoptim.engine.transport.staged_link import SideStreams, side_streams
     ],
 )
 def test_what_goes_through_gloo(backends, device, expected, monkeypatch):
-    monkeypatch.setattr(groups.dist, "get_backend_config", lambda: backends)
-    assert groups.uses_gloo(device) is expected
+    monkeypatch.setattr(backend.dist, "get_backend_config", lambda: backends)
+    assert backend.uses_gloo(device) is expected
 
 
 def test_a_stage_on_a_cpu_copies_nothing_first():

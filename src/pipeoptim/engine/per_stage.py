@@ -1,4 +1,4 @@
-"""What users give once for all stages or once per stage, as a list of one per stage."""
+"""What users give for all stages at once or for each of them, as a list of one per stage."""
 
 from __future__ import annotations
 

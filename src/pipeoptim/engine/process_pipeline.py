@@ -80,7 +80,7 @@ class ProcessPipeline(Pipeline):
         self._endpoints: dict[int, Endpoint] = {}
         members = self.ranks[: len(self.ranks) // len(parts)]
         self.rendezvous = Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}")
-        try:
+        with self._closed_on_error():
             read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
             super().__init__(read, len(self.ranks), len(members))
             self._processes = (self.rendezvous.index,)
@@ -92,6 +92,12 @@ class ProcessPipeline(Pipeline):
                 weight = self._tied_weight(tie)
                 if weight is not None:
                     broadcast_values(weight.values, sums.group, self.ranks[tie.holders[0]])
+
+    @contextmanager
+    def _closed_on_error(self) -> Iterator[None]:
+        """While processes connect: where one cannot, the others need not wait for it."""
+        try:
+            yield
         except BaseException as error:
             self.rendezvous.abort(error)
             self._failed = True
@@ -162,7 +168,9 @@ class ProcessPipeline(Pipeline):
     def _meet_holders(self, tie: Tied) -> Rendezvous:
         """Find the other holders of a tied weight, who must move it alike."""
         ranks, timeout = [self.ranks[k] for k in tie.holders], self.options.timeout
-        holders = Rendezvous("tied", ranks, timeout, f"holder {{}} of {tie.names[0]!r}")
+        role, (number, generation) = f"tied {tie}", (self.rendezvous.number, self.rendezvous.generation)
+        name = f"holder {{}} of {tie.names[0]!r}"
+        holders = Rendezvous(role, ranks, timeout, name, number=number, generation=generation)
         worker = self._worker(next(k for k in tie.holders if k in self._runners))
         own = describe_tied(worker.tied_weight(tie), worker.optimizer, worker.scheduler)
         check_tied_equal(tie, holders.exchange_settings(own))
@@ -242,17 +250,22 @@ class ProcessPipeline(Pipeline):
         finally:
             self._closed = True
             at_rest = at_rest and not self._failed
-            if self._connections is not None:
-                self._connections.close(at_rest)
-            for runner in self._runners.values():
-                runner.ports = Ports()
             for reduction in self._reductions:
                 reduction.close()
-            for sums in self._sums.values():
-                sums.close(at_rest)
             for replicas in self._replica_sets.values():
                 replicas.close(at_rest)
-            self.rendezvous.close(at_rest)
+            self._disconnect(at_rest)
+
+    def _disconnect(self, wait: bool) -> None:
+        """Give back all that :meth:`_connect` has made; ``wait`` for its end, which comes at once where nothing is in flight."""
+        for runner in self._runners.values():
+            runner.ports = Ports()
+        if self._connections is not None:
+            self._connections.close(wait)
+            self._connections = None
+        for sums in self._sums.values():
+            sums.close(wait)
+        self.rendezvous.close(wait)
 
     def _finish_messages(self, connections: Connections) -> None:
         """Wait until what was sent has arrived, and for what the others send in exchanges."""

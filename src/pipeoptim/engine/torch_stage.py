@@ -1,6 +1,6 @@
-"""The only place that touches ``torch.distributed.pipelining``: what is read of a user's ``PipelineStage``.
+"""The only place that uses ``torch.distributed.pipelining``: what is read of a user's ``PipelineStage``.
 
-Only attributes that have been stable since torch 2.5 are used: the stage's module, its place, its device and its group.
+Only attributes that have been stable since torch 2.5 are read: the stage's module, index, device and group.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ _CUT = "_pipeoptim_cut"
 
 
 def mark_cut(stages: Sequence[nn.Module], lengths: Sequence[int]) -> None:
-    """Note on each of ``stages`` how the whole model was cut, so that processes that cut it themselves can tell whether they agree."""
+    """Note on each of ``stages`` how the whole model was cut, so that processes that cut it themselves can compare."""
     for stage in stages:
         setattr(stage, _CUT, tuple(lengths))
 
 
 def read_cut(module: nn.Module) -> tuple[int, ...]:
-    """What :func:`mark_cut` noted on ``module`` or, where it was wrapped, on what is inside; empty for other modules."""
+    """What :func:`mark_cut` noted on ``module`` or, where it is wrapped, on the module inside; empty for other modules."""
     return next((m.__dict__[_CUT] for m in module.modules() if _CUT in m.__dict__), ())
 
 

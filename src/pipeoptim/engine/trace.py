@@ -1,7 +1,7 @@
 """What every stage of this process did, and when: recorded while it trains, written to one file per stage.
 
 A pipeline without a trace runs the plain classes and pays nothing. With one it runs those of :mod:`pipeoptim.engine.traced`,
-which take two times per action. :mod:`pipeoptim.telemetry.trace` makes something to look at out of the files.
+which read the clock before and after each action. :mod:`pipeoptim.telemetry.trace` turns the files into pictures.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ FORMAT = 1
 
 
 class TraceClock(Protocol):
-    """Takes times cheaply, and says later what they were."""
+    """Marks moments cheaply, and says later when they were."""
 
     def now(self) -> Any:
         """A moment."""
         ...
 
     def nanoseconds(self, moment: Any) -> int:
-        """On the monotonic clock of this machine, which all its processes share."""
+        """When ``moment`` was, on the monotonic clock of this machine, which all its processes share."""
         ...
 
 
 class HostTraceClock:
-    """For devices that are done when a call returns."""
+    """For devices that have computed when a call returns: CPUs."""
 
     now = staticmethod(time.perf_counter_ns)
 
@@ -45,11 +45,11 @@ class HostTraceClock:
 
 
 class DeviceTraceClock:
-    """For devices that work behind the program's back: moments are events in the queue of the device."""
+    """For devices that compute asynchronously: moments are events in the queue of the device, which is not waited for."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        torch.accelerator.synchronize(device)
+        torch.accelerator.synchronize(device)  # events tell only differences: here one and the host's clock are read together
         self._zero = self.now()
         torch.accelerator.synchronize(device)
         self._began = time.perf_counter_ns()
@@ -65,7 +65,7 @@ class DeviceTraceClock:
 
 
 class TraceRow:
-    """The record of one stage. ``add`` takes what ``now`` gave; both do nothing outside the mini-batches to record."""
+    """The record of one stage. ``add`` takes what ``now`` returned; both do nothing outside the mini-batches to record."""
 
     def __init__(self, k: int, program: Program, method: str, device: torch.device, first: int, end: int) -> None:
         self.k, self.program, self.method = k, program, method
@@ -75,17 +75,17 @@ class TraceRow:
         self.on = False
         self.spans: list[tuple[str, int, Any, Any, int, int]] = []
 
-    def feed(self) -> None:
-        """The stage turns to its next micro-batch; its forward comes."""
+    def begin_micro_batch(self) -> None:
+        """The forward of the next micro-batch begins."""
         self._fed += 1
         self.on = self._first <= self._fed < self._end
 
     def now(self) -> Any:
-        """The beginning of something."""
+        """The moment at which something begins; None where nothing is recorded."""
         return self.clock.now() if self.on else None
 
     def add(self, what: str, number: int, began: Any, peer: int = -1, nbytes: int = 0) -> None:
-        """``what`` ends, with its number, the stage that it concerns besides this one, and the size of a message."""
+        """``what``, which began at ``began``, ends: its number, the other stage that it concerns, and the size of a message."""
         if self.on and began is not None:
             self.spans.append((what, number, began, self.clock.now(), peer, nbytes))
 
@@ -154,7 +154,7 @@ class Trace:
 
     @contextmanager
     def span(self, name: str, k: int | None = None) -> Iterator[None]:
-        """Shows the block as ``name`` on the row of stage ``k``, by default the first one of this process."""
+        """Record the ``with`` block as ``name`` on the row of stage ``k``, by default the first one of this process."""
         row = self._rows.get(min(self._rows, default=0) if k is None else k)
         began = row.now() if row is not None else None
         yield
@@ -162,7 +162,7 @@ class Trace:
             row.add(name, -1, began)
 
     def save(self, folder: Path | str) -> list[Path]:
-        """Write ``folder/stage-<k>.json`` for every stage of this process, over what is there; the folder is made.
+        """Write ``folder/stage-<k>.json`` for every stage of this process; the folder is made, older files are replaced.
 
         Raises:
             ConfigError: it cannot be written.
@@ -172,6 +172,7 @@ class Trace:
             folder.mkdir(parents=True, exist_ok=True)
             for k, row in sorted(self._rows.items()):
                 path, part = folder / f"stage-{k}.json", folder / f"stage-{k}.json.part"
+                # replaced as a whole: a reader never sees half a file
                 part.write_text(json.dumps(row.to_json(), separators=(",", ":")), encoding="utf-8")
                 part.replace(path)
                 paths.append(path)
@@ -181,7 +182,7 @@ class Trace:
 
 
 def _clock_name() -> str:
-    """Equal in processes that share a monotonic clock: those of one machine since it started."""
+    """The same in processes that share a monotonic clock: those of one machine since it was started."""
     with suppress(OSError):
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return platform.node()

@@ -44,7 +44,7 @@ class TracedWorker(StageWorker):
         self.finish_update()
         if self._ready is not None:
             return
-        self.row.feed()
+        self.row.begin_micro_batch()
         began = self.row.now()
         super().prepare(i)
         ready: Any = self._ready

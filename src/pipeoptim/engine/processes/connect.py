@@ -22,8 +22,9 @@ import torch.distributed as dist
 
 from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.norm_exchange import GatheredNorms, ProcessNorms
-from pipeoptim.engine.processes.rendezvous import Rendezvous, uses_gloo
+from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.processes.shared_memory import shared_memory_norms
+from pipeoptim.engine.transport.backend import uses_gloo
 from pipeoptim.engine.transport.link import LinkObserver, Receiver, Sender, Waiting, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports

@@ -199,15 +199,6 @@ def new_group(ranks: list[int], name: str, store: Store, timeout: timedelta, bac
     return group  # type: ignore[no-any-return]
 
 
-def uses_gloo(device: str = "cpu") -> bool:
-    """Whether tensors on devices of this type go through gloo, and not through something that may be slower or farther on purpose.
-
-    Gloo's point-to-point messages are in the host's memory, so it may have to carry those of any device that has no backend.
-    """
-    backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
-    return backends.get(device, backends.get("cpu")) == dist.Backend.GLOO
-
-
 def destroy(group: dist.ProcessGroup) -> None:
     """As ``torch.distributed.destroy_process_group``; nothing where that was done already, with all groups together."""
     with suppress(ValueError, AssertionError, KeyError):

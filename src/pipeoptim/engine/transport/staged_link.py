@@ -34,8 +34,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.processes.rendezvous import uses_gloo
 from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.backend import uses_gloo
 from pipeoptim.engine.transport.link import MessageBuffer, Receiver, Sender
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
