@@ -12,6 +12,7 @@ from torch import nn
 from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 
 import pipeoptim as po
+from pipeoptim.methods import PredictorContext
 from pipeoptim.methods.average_predictors import SmoothedAdam
 
 WIDTH, LR, DECAY = 6, 0.03, 0.1
@@ -183,7 +184,7 @@ def test_xpipe_moves_complex_weights_as_their_real_parts_and_refuses_sparse_grad
     torch.manual_seed(0)
     program, w = po.METHODS["xpipe"].program(3, 2), torch.randn(4, dtype=torch.complex128)
     pair = [nn.Parameter(w), nn.Parameter(torch.view_as_real(w).clone())]
-    predictors = [SmoothedAdam(torch.optim.SGD([p], lr=0.1), program, 0) for p in pair]
+    predictors = [SmoothedAdam(PredictorContext(torch.optim.SGD([p], lr=0.1), program, 0)) for p in pair]
     for _ in range(3):
         pair[0].grad = torch.randn(4, dtype=torch.complex128)
         pair[1].grad = torch.view_as_real(pair[0].grad)

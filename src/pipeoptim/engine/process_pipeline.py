@@ -21,9 +21,9 @@ from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
 from pipeoptim.engine.processes.norm_exchange import ProcessNorms
 from pipeoptim.engine.processes.rendezvous import Rendezvous
-from pipeoptim.engine.replicas.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
 from pipeoptim.engine.runner import StageRunner
+from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.tied_weights import (
     Tied,
     TiedWeight,

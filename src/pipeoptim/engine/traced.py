@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any, Generic
 
 from pipeoptim.engine.processes.exchange import Exchange, Received, Sent
+from pipeoptim.engine.stage.update import UpdateState
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import Compressor
@@ -42,13 +43,13 @@ class TracedWorker(StageWorker):
 
     def prepare(self, i: int) -> None:
         self.finish_update()
-        if self._ready is not None:
+        if self.forward_weights.chosen is not None:
             return
         self.row.begin_micro_batch()
         began = self.row.now()
         super().prepare(i)
-        ready: Any = self._ready
-        if self.predictor is not None and ready[1].copy is not None:
+        chosen: Any = self.forward_weights.chosen
+        if self.predictor is not None and chosen.copy is not None:
             self.row.add("predict", self._number(i), began)
 
     def forward(self, i: int, *args: Any, **kwargs: Any) -> Any:
@@ -66,7 +67,7 @@ class TracedWorker(StageWorker):
         return result
 
     def finish_update(self) -> None:
-        if not self._announced:
+        if self.present_update.state is UpdateState.IDLE:
             return
         version, began = self.weights.version, self.row.now()
         super().finish_update()
@@ -113,7 +114,7 @@ class TracedExchange(Generic[Sent, Received]):
 
     def __init__(self, row: TraceRow, plain: Exchange[Sent, Received]) -> None:
         self.row, self.plain = row, plain
-        self.send, self.can_receive = plain.send, plain.can_receive
+        self.send, self.can_receive, self.abandon = plain.send, plain.can_receive, plain.abandon
 
     def receive(self, version: int) -> Received:
         began = self.row.now()

@@ -156,6 +156,14 @@ class StageWeights:
             # A prediction stays until it is overwritten: micro-batches of one version share it.
             self._forget(weight_set)
 
+    def abandon(self) -> None:
+        """Let go of every version but the latest, whoever holds it: all micro-batches in flight were given up."""
+        self._sets.clear()
+        self._pinned.clear()
+        self._retained.clear()
+        self._copies = [copy for copy in self._copies if not copy.adopted]
+        self._free = list(self._copies)
+
     def before_update(self) -> None:
         """Copy the latest weights if they are held; free the predictions that nobody uses."""
         weight_set = self._sets.get((self.version, 0))

@@ -28,6 +28,10 @@ class Exchange(Protocol[Sent, Received]):
         """What came of it, the same bits on all of them; once per version, in the order in which they were sent."""
         ...
 
+    def abandon(self) -> None:
+        """Forget what was sent and not received; between processes all of them do, and connect again."""
+        ...
+
 
 class LocalExchange(Protocol[Sent, Received]):
     """The exchange of stages that live in one process."""
@@ -44,13 +48,17 @@ class LocalExchange(Protocol[Sent, Received]):
         """What came of it; forgotten when every one has taken it."""
         ...
 
+    def abandon(self) -> None:
+        """Forget all of it."""
+        ...
+
 
 class LocalExchangeEnd(Generic[Sent, Received]):
     """What stage ``k`` holds of ``board``."""
 
     def __init__(self, board: LocalExchange[Sent, Received], k: int) -> None:
         self.board, self.k = board, k
-        self.can_receive, self.receive = board.can_receive, board.receive
+        self.can_receive, self.receive, self.abandon = board.can_receive, board.receive, board.abandon
 
     def send(self, version: int, told: Sent, /) -> None:
         self.board.send(self.k, version, told)

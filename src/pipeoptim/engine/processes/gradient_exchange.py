@@ -48,6 +48,11 @@ class LocalGradientSum:
             del self._sums[version]
         return found
 
+    def abandon(self) -> None:
+        """Forget all gradients and sums."""
+        self._gradients.clear()
+        self._sums.clear()
+
 
 class AllReducedGradients:
     """The exchange between processes, started at once and waited for late.
@@ -78,6 +83,10 @@ class AllReducedGradients:
     def receive_pending(self) -> None:
         """Wait for what has been sent; it can be taken later."""
         self._told |= {version: self.receive(version) for version in list(self._works)}
+
+    def abandon(self) -> None:
+        self._works.clear()
+        self._told.clear()
 
     def interrupt(self) -> None:
         """End a wait of this process for the other holders, from another thread, and all later ones."""

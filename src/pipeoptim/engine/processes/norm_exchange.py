@@ -42,6 +42,11 @@ class LocalNormExchange:
             del self._norms[version], self._takes[version]
         return [norms[k] for k in range(self.depth)]
 
+    def abandon(self) -> None:
+        """Forget all norms."""
+        self._norms.clear()
+        self._takes.clear()
+
 
 class NormTransport(Protocol):
     """How processes tell each other a number: on a shared page (:mod:`~.shared_memory`), or by :class:`GatheredNorms`."""
@@ -73,12 +78,16 @@ class ProcessNorms:
         self._told: dict[int, list[float]] = {}
 
     def connect(self, transport: NormTransport) -> None:
-        """Use ``way``, which all processes have agreed on."""
-        self._transport = transport
+        """Use ``transport``, which all processes have agreed on."""
+        self._transport, self._turn = transport, 0  # turns are counted from its beginning
 
     def receive_pending(self) -> None:
         """Wait for what has been sent; it can be taken later."""
         self._told |= {version: self.receive(version) for version in list(self._turns)}
+
+    def abandon(self) -> None:
+        self._turns.clear()
+        self._told.clear()
 
     def interrupt(self) -> None:
         """As :meth:`NormTransport.interrupt`."""

@@ -6,110 +6,22 @@ the order of work changes, so version gaps are those of one pipeline.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from datetime import timedelta
-from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeoptim.engine.stage.reduction import NoReplicas
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.weights import swapped
 
 BUCKET_BYTES = 25 * 2**20
 """Gradients are reduced in buckets of about this size, as ``DistributedDataParallel`` does."""
-
-
-class Reduction(Protocol):
-    """How the gradients of a stage become the mean over its replicas. The stage calls these at fixed points.
-
-    Attributes:
-        index: which replica this is.
-        deferred: whether there is something to gain in carrying out an update as late as its weights allow.
-        replaces_saved: whether weights that autograd saved must be looked up again when a backward runs on others.
-        shards: what this process holds of a parameter, for those of which it does not hold all.
-    """
-
-    index: int
-    deferred: bool
-    replaces_saved: bool
-    shards: Mapping[Tensor, Tensor]
-
-    def unwrapped(self, module: nn.Module) -> nn.Module:
-        """The user's own module in what may be a wrapper: evaluated and saved."""
-        ...
-
-    def forward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
-        """What the stage's forward runs in; ``params`` have the values of ``tensors`` there, their own where it is None."""
-        ...
-
-    def backward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
-        """What the stage's backward runs in, as :meth:`forward_on`."""
-        ...
-
-    def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
-        """B of a micro-batch begins; ``last``: of its mini-batch."""
-        ...
-
-    def start(self) -> None:
-        """All gradients of the mini-batch are there; does not wait."""
-        ...
-
-    def finish(self) -> None:
-        """Wait until the gradients are the mean over the replicas."""
-        ...
-
-    def whole_norm(self, norm: Tensor) -> Tensor:
-        """The norm of the stage's gradient, from that of the parts that this process holds."""
-        ...
-
-    def close(self) -> None:
-        """There is nothing more to average; let go of groups and of the module."""
-        ...
-
-
-class NoReplicas:
-    """A stage without replicas."""
-
-    index = 0
-    deferred = False
-    replaces_saved = True
-    shards: Mapping[Tensor, Tensor] = MappingProxyType({})
-
-    def unwrapped(self, module: nn.Module) -> nn.Module:
-        """The module."""
-        return module
-
-    def forward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
-        """Point to the tensors."""
-        return swapped(params, tensors)
-
-    def backward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> AbstractContextManager[Any]:
-        """Nothing to do: saved weights are looked up by place."""
-        return nullcontext()
-
-    def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
-        """Nothing to do."""
-
-    def start(self) -> None:
-        """Nothing to do."""
-
-    def finish(self) -> None:
-        """Nothing to do."""
-
-    def whole_norm(self, norm: Tensor) -> Tensor:
-        """The same."""
-        return norm
-
-    def close(self) -> None:
-        """Nothing to do."""
-
-
-NO_REPLICAS = NoReplicas()
 
 
 class BucketedReduction(NoReplicas):
@@ -173,6 +85,12 @@ class BucketedReduction(NoReplicas):
         except RuntimeError as error:
             raise failure(error) from error
         self._next = n + 1
+
+    def abandon(self) -> None:
+        """Forget the buckets that were started."""
+        self._counting, self._next = False, len(self.buckets)
+        for bucket in self.buckets:
+            bucket.abandon()
 
     def finish(self) -> None:
         """Wait for all buckets, and write the means into the gradients."""
@@ -242,6 +160,10 @@ class _Bucket:
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         self._sum = torch.cat([*(g.detach().reshape(-1) for g in grads), self._there[1]]).div_(group.size())
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
+
+    def abandon(self) -> None:
+        """Forget the all-reduce; its tensor lives as long as the transport needs it."""
+        self._work = self._sum = None
 
     def finish(self, timeout: timedelta) -> None:
         """Write the means back."""

@@ -19,9 +19,10 @@ from pipeoptim.engine.processes.agreement import SharedSettings
 from pipeoptim.engine.processes.collectives import all_gather_plain
 from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.rendezvous import Rendezvous
-from pipeoptim.engine.replicas.reduction import BucketedReduction, DDPReduction, Reduction, failure
+from pipeoptim.engine.replicas.reduction import BucketedReduction, DDPReduction, failure
 from pipeoptim.engine.replicas.sharded import ShardedReduction, sharding_mesh
 from pipeoptim.engine.stage.master_weights import module_parameter
+from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.errors import ConfigError
 
 

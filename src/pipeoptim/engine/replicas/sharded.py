@@ -18,7 +18,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from pipeoptim.engine.replicas.reduction import NoReplicas
+from pipeoptim.engine.stage.reduction import NoReplicas
 from pipeoptim.errors import ConfigError
 
 

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.replicas.reduction import Reduction
 from pipeoptim.engine.stage.master_weights import module_parameter
+from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.tied_weights import TieOnStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method

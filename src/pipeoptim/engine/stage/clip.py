@@ -173,6 +173,13 @@ class Clipper:
             version = self._sent.popleft()
             self._known[version] = total(self.norms.receive(version))
 
+    def abandon(self) -> None:
+        """Forget the norms of updates that were not carried out."""
+        self._sent.clear()
+        self._known.clear()
+        if self.norms is not None:
+            self.norms.abandon()
+
     def state_dict(self) -> dict[str, Any]:
         """Norms that coming updates use."""
         if self._sent:

@@ -93,6 +93,11 @@ class LossScale:
                 state["_growth_tracker"] = 0
         self.scaler.load_state_dict(state)
 
+    def abandon(self) -> None:
+        """Forget the scales of mini-batches in flight, and what is known of overflows."""
+        self._scales.clear()
+        self.current, self.overflowed, self.finite = 1.0, 0.0, True
+
     def state_dict(self) -> dict[str, Any]:
         """Plain numbers."""
         return {"scaler": self.scaler.state_dict(), "overflowed": self.overflowed}

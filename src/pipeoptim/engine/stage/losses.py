@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -146,6 +146,22 @@ def check_graph(k: int, share: float | None, trained: Iterable[Tensor], added: I
             f"the loss on stage {k} does not depend on any weight, so nothing would be learnt; leave out detach(), item(), no_grad() and "
             "argmax in loss_fn and in the last stage"
         )
+
+
+class CutOffCheck:
+    """Warns after the first mini-batch if no gradient came to stage ``k`` that its ``parameters`` could learn from."""
+
+    def __init__(self, k: int, microbatches: int, parameters: Sequence[Tensor]) -> None:
+        self.k, self.microbatches, self.parameters = k, microbatches, parameters
+        self._reached = False
+
+    def note(self, i: int, found: bool, sent: bool) -> bool:
+        """Whether a gradient was ``found`` in B of micro-batch ``i``, whose output could be ``sent`` one. Returns whether it is done."""
+        self._reached = self._reached or found
+        done = (i + 1) % self.microbatches == 0
+        if done and not self._reached and any(p.requires_grad for p in self.parameters):
+            warn_cut_off(self.k, sent)
+        return done
 
 
 def warn_cut_off(k: int, sent: bool) -> None:

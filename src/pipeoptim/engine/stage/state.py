@@ -1,14 +1,44 @@
-"""What of a stage is saved and taken up again, part by part: those that it has and those that a checkpoint has may differ."""
+"""What of a stage is saved and restored, part by part; the parts that a stage has and those that a checkpoint has may differ."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
-if TYPE_CHECKING:
-    from pipeoptim.engine.stage.worker import StageWorker
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.loss_scaling import LossScale
+from pipeoptim.engine.stage.master_weights import MasterWeights
+from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from pipeoptim.engine.stage.reduction import Reduction
+from pipeoptim.engine.stage.rng import StageRandom
+from pipeoptim.engine.stage.tied_weights import TiedWeight
+from pipeoptim.engine.transport.compression import Compressor
+from pipeoptim.weights import StageWeights
+from pipeoptim.weights.store import WeightPredictor
 
 
-def state_of(stage: StageWorker) -> dict[str, Any]:
+class SavedStage(Protocol):
+    """The parts of a stage (:class:`~pipeoptim.engine.stage.worker.StageWorker`) that have a state."""
+
+    module: nn.Module
+    reduction: Reduction
+    optimizer: Optimizer | None
+    scheduler: LRScheduler | None
+    random: StageRandom
+    weights: StageWeights
+    predictor: WeightPredictor | None
+    master_weights: MasterWeights
+    clipper: Clipper | None
+    tied: list[TiedWeight]
+    scaling: LossScale | None
+    compressor: Compressor
+    monitor: PredictionMonitor | None
+
+
+def state_of(stage: SavedStage) -> dict[str, Any]:
     """Everything a resumed run of ``stage`` needs to continue bit for bit, as tensors and plain data."""
     state: dict[str, Any] = {
         "module": stage.reduction.unwrapped(stage.module).state_dict(),
@@ -32,7 +62,7 @@ def state_of(stage: StageWorker) -> dict[str, Any]:
     return state
 
 
-def restore(stage: StageWorker, state: dict[str, Any]) -> None:
+def restore(stage: SavedStage, state: dict[str, Any]) -> None:
     """Put :func:`state_of` back; what was not in use when it was saved begins anew."""
     stage.reduction.unwrapped(stage.module).load_state_dict(state["module"])
     if stage.optimizer is not None:

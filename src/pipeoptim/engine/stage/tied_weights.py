@@ -169,6 +169,12 @@ class TiedWeight:
         version = self._sent.popleft()
         self._known[version] = self.exchange.receive(version)
 
+    def abandon(self) -> None:
+        """Forget gradients that were sent and sums that were not used."""
+        self._sent.clear()
+        self._known.clear()
+        self.exchange.abandon()
+
     def state_dict(self) -> dict[str, Any]:
         """Sums that coming updates use."""
         while self._sent:

@@ -1,0 +1,242 @@
+"""The update of one stage: gradients become final in steps, some of which wait for other processes, then the optimizer moves the weights.
+
+::
+
+    IDLE --U--> ANNOUNCED --[mean over replicas, loss scale removed, tied gradients sent]--> GRADIENTS_FINAL
+     ^                                                                                             |
+     |                                           [sums of tied gradients received, own norm sent to the other stages]
+     |                                                                                             v
+     '------[norms received, clipped, optimizer and scheduler stepped, version + 1]------------ COMPLETE
+
+Where nothing waits, U goes all the way at once. Otherwise it begins what others wait for, and the stage's next F or B finishes it, so that
+averages and norms travel while the stage has other work.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from enum import Enum, auto
+
+from torch import Tensor
+from torch.autograd.grad_mode import _unsafe_preserve_version_counter
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
+
+from pipeoptim.engine.stage.checks import skip_step
+from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.forward_weights import ForwardWeights
+from pipeoptim.engine.stage.loss_scaling import LossScale
+from pipeoptim.engine.stage.master_weights import MasterWeights
+from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from pipeoptim.engine.stage.reduction import Reduction
+from pipeoptim.engine.stage.tied_weights import TiedWeight
+from pipeoptim.methods import Method
+from pipeoptim.schedule import Program
+from pipeoptim.weights import StageWeights
+
+
+class UpdateState(Enum):
+    """How far the update of the mini-batch whose backwards are done has come."""
+
+    IDLE = auto()
+    ANNOUNCED = auto()
+    GRADIENTS_FINAL = auto()
+    COMPLETE = auto()
+
+
+_IDLE, _GRADIENTS_FINAL, _COMPLETE = UpdateState.IDLE, UpdateState.GRADIENTS_FINAL, UpdateState.COMPLETE
+
+
+class StageUpdate:
+    """Carries out the updates of stage ``k``.
+
+    Args:
+        optimizer, scheduler: of the stage; None where it has none.
+        step: moves the weights, in place of ``optimizer.step`` itself where a kernel does it.
+        parameters: what the optimizer moves.
+        weights, forward_weights, master_weights: the versions that an update makes and ends.
+        method, program, k: for the learning rate's scale, and how far ahead the next forwards predict.
+        reduction: makes gradients the mean over replicas.
+        tied: weights whose gradients are summed over stages.
+        clipper, scaling, monitor: None where the stage does not clip, scale its loss, or measure its predictions.
+        on_update: called after every update with stage and version; None for nothing.
+
+    Attributes:
+        state: how far the present update has come.
+    """
+
+    def __init__(
+        self,
+        optimizer: Optimizer | None,
+        scheduler: LRScheduler | None,
+        step: Callable[[], object],
+        parameters: Sequence[Tensor],
+        weights: StageWeights,
+        forward_weights: ForwardWeights,
+        master_weights: MasterWeights,
+        method: Method,
+        program: Program,
+        k: int,
+        *,
+        reduction: Reduction,
+        tied: Sequence[TiedWeight],
+        clipper: Clipper | None,
+        scaling: LossScale | None,
+        monitor: PredictionMonitor | None,
+        on_update: Callable[[int, int], None] | None,
+    ) -> None:
+        self.optimizer, self.scheduler, self.step, self.parameters = optimizer, scheduler, step, parameters
+        self.weights, self.forward_weights, self.master_weights = weights, forward_weights, master_weights
+        self.program, self.k, self.lr_scale = program, k, method.lr_scale
+        self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
+        self.monitor, self.on_update = monitor, on_update
+        self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
+        self.state = UpdateState.IDLE
+
+    def announce(self) -> bool:
+        """The gradients of the mini-batch are there. Begins what others wait for; returns whether :meth:`finish` is due at once."""
+        self.state = UpdateState.ANNOUNCED
+        if self.waits_for_norms:
+            self._finish_own_gradients()
+            if self._sums_arrived():
+                self._complete_gradients()  # the other stages wait for our norm
+            return False
+        if self.reduction.deferred:  # the mean over replicas travels until the next forward or backward needs the weights
+            return False
+        if self.tied:
+            self._finish_own_gradients()
+        return not self.tied
+
+    def can_finish(self) -> bool:
+        """Whether :meth:`finish` would not wait for a stage whose turn is later; sends to the others what has become final.
+
+        Only stages that take turns in one process need to ask; between processes a wait lets the others go on.
+        """
+        if self.state is _IDLE:
+            return True
+        if self.state is not _COMPLETE:
+            if not self._sums_arrived():
+                return False
+            if self.clipper is None:
+                return True
+            self._complete_gradients()
+        return self.clipper is None or self.clipper.can_clip(self.weights.version)
+
+    def finish(self) -> None:
+        """Carry out the update that was announced; waits for what others send."""
+        if self.state is not _COMPLETE:
+            self._complete_gradients()
+        skipped = not self._clip()
+        self.state = UpdateState.IDLE
+        self.forward_weights.retain()
+        self.weights.before_update()  # versions that a micro-batch in flight will ask for are copied now or lost
+        if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
+            self.weights.update(skip_step)
+            self.weights.version += 1
+        else:
+            self._step()
+            self.weights.after_update()
+        _zero_grad(self.optimizer)
+        if self.scheduler is not None and not skipped:
+            self.scheduler.step()
+        self._note_version(self.weights.version)
+
+    def abandon(self) -> None:
+        """Forget an update that was begun, its gradients and what was exchanged for it."""
+        self.state = UpdateState.IDLE
+        self.reduction.abandon()
+        for p in self.parameters:
+            p.grad = None
+        for weight in self.tied:
+            weight.abandon()
+        if self.clipper is not None:
+            self.clipper.abandon()
+        if self.scaling is not None:
+            self.scaling.abandon()
+
+    # -- gradients -----------------------------------------------------------------------------------------------------
+
+    def _finish_own_gradients(self) -> None:
+        """Gradients become the mean over the replicas, without loss scale; those of tied weights go to the other holders."""
+        self.reduction.finish()
+        if self.scaling is not None:
+            self.scaling.unscale(self.parameters)
+        for weight in self.tied:
+            weight.send_gradient(self.weights.version)
+        self.state = _GRADIENTS_FINAL
+
+    def _sums_arrived(self) -> bool:
+        return all(weight.can_receive(self.weights.version) for weight in self.tied)
+
+    def _complete_gradients(self) -> None:
+        """Gradients become what clipping starts from: those of tied weights the sum over their holders."""
+        if self.state is not _GRADIENTS_FINAL:
+            self._finish_own_gradients()
+        for weight in self.tied:
+            weight.receive_sum(self.weights.version)
+        if self.clipper is not None:
+            self.clipper.send_norm(self.weights.version)
+        self.state = _COMPLETE
+
+    def _clip(self) -> bool:
+        """Scale the gradients. Returns False where loss scaling finds that the update must be skipped."""
+        finite = self.scaling is None or self.scaling.finite
+        if self.clipper is None:
+            return finite
+        norm = self.clipper.norm(self.weights.version)
+        if self.scaling is not None and self.clipper.rule.waits and not math.isfinite(norm):
+            self.scaling.note_overflow(self.scaling.current)  # all stages see the same norm, so all of them skip
+            self.scaling.finite = finite = False
+        if finite:
+            self.clipper.apply(norm)
+        return finite
+
+    # -- weights -------------------------------------------------------------------------------------------------------
+
+    def _step(self) -> None:
+        if self.optimizer is None:
+            return
+        scaled = nullcontext() if self.lr_scale is None else self._scaled_lr(self.optimizer, self.lr_scale)
+        # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values, which autograd
+        # would refuse if the version counters told it of the step.
+        with _unsafe_preserve_version_counter(tuple(self.weights.params)), scaled:
+            # Where the rates of this update are not those of the next, no prediction can be made in the same pass.
+            self.weights.update(self.step, self.forward_weights.steps_ahead() if self.lr_scale is None else 0)
+            self.master_weights.write_back()
+
+    @contextmanager
+    def _scaled_lr(self, optimizer: Optimizer, lr_scale: Callable[[Program, int, int], float]) -> Iterator[None]:
+        """The learning rate that the method wants for this update; the user's own is back afterwards."""
+        scale = lr_scale(self.program, self.k, self.weights.version)
+        if scale == 1.0:
+            yield
+            return
+        rates = [group["lr"] for group in optimizer.param_groups]
+        try:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr * scale
+            yield
+        finally:
+            for group, lr in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = lr
+
+    def _note_version(self, version: int) -> None:
+        if self.scaling is not None:
+            self.scaling.update()
+        if self.monitor is not None:
+            self.monitor.updated(version, self.weights.params)
+        if self.on_update is not None:
+            self.on_update(self.k, version)
+
+
+def _zero_grad(optimizer: Optimizer | None) -> None:
+    if optimizer is None:
+        return
+    if type(optimizer).zero_grad is Optimizer.zero_grad:  # what it does, without its preparations
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                p.grad = None
+    else:
+        optimizer.zero_grad(set_to_none=True)
