@@ -85,7 +85,6 @@ UNPICKLES = re.compile(
 )
 MAY_UNPICKLE = {
     "pipeoptim_zoo/data/cifar.py",  # the data set is published as pickles; read by an unpickler that knows arrays alone
-    "pipeoptim/checkpoint/find_checkpoint.py",  # weights_only
 }
 
 

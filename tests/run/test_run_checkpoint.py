@@ -10,9 +10,11 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch.utils._pytree import tree_flatten
 
 import tiny
 from compare import assert_same_state, timeless
+from pipeoptim import ConfigError
 from pipeoptim.checkpoint import TornError, find, load_stage, save, verify
 from pipeoptim.cli.app import _run
 from pipeoptim.train import run
@@ -30,6 +32,49 @@ def test_what_is_saved_is_loaded(tmp_path: Path) -> None:
     meta = verify(folder)
     assert (meta.step, meta.stages, meta.config) == (7, 2, "c")
     assert load_stage(folder, 1)["w"].tolist() == [8.0] * 3
+
+
+def test_a_stage_is_loaded_as_it_was_saved(tmp_path: Path) -> None:
+    shared = torch.randn(4, 3)
+    state = {
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0), "exp_avg": torch.randn(2, 3, 4, 5).to(memory_format=torch.channels_last)}}
+        },
+        "transposed": torch.randn(4, 3).t(),
+        "with gaps": torch.randn(4, 6)[:, ::2],
+        "one row": torch.randn(8, 1, 3, 3).to(memory_format=torch.channels_last),
+        "twice": [shared, shared],
+        "half": torch.randn(3, dtype=torch.bfloat16),
+        "random": torch.get_rng_state(),
+        "empty": torch.empty(0, 3),
+        "plain": {"lr": 0.1, "betas": (0.9, float("inf")), "none": None, "name": "a/b", 1: True},
+    }
+    save(tmp_path, 1, {0: state}, config="c", group=SingleProcessGroup(), keep=2, versions={})
+    loaded = load_stage(tmp_path / "step-000001", 0)
+    ours, spec = tree_flatten(state)
+    theirs, other = tree_flatten(loaded)
+    assert spec == other
+    for a, b in zip(ours, theirs, strict=True):
+        if isinstance(a, torch.Tensor):
+            assert torch.equal(a, b) and a.dtype == b.dtype
+        else:
+            assert a == b and type(a) is type(b)
+    exp_avg = loaded["optimizer"]["state"][0]["exp_avg"]
+    assert exp_avg.is_contiguous(memory_format=torch.channels_last) and not exp_avg.is_contiguous()
+    assert loaded["transposed"].stride() == (1, 3)
+    assert loaded["twice"][0].data_ptr() != loaded["twice"][1].data_ptr()
+
+
+def test_a_pickle_in_the_place_of_a_stage_is_refused_unopened(tmp_path: Path) -> None:
+    class Planted:
+        def __reduce__(self) -> tuple[Callable[..., object], tuple[str, str]]:
+            return open, (str(tmp_path / "was-here"), "w")
+
+    folder = write(tmp_path, 3)
+    torch.save({"w": Planted()}, folder / "stage-1.safetensors")
+    with pytest.raises(ConfigError, match="is no stage of a checkpoint"):
+        load_stage(folder, 1)
+    assert not (tmp_path / "was-here").exists()
 
 
 def test_the_newest_are_kept(tmp_path: Path) -> None:
@@ -54,7 +99,7 @@ def test_a_crash_while_writing_leaves_the_last_one(tmp_path: Path, monkeypatch: 
     assert sorted(f.name for f in tmp_path.iterdir()) == ["step-000005", "step-000010"]
 
 
-@given(st.sampled_from(["meta.json", "stage-0.pt", "stage-1.pt"]), st.integers(0, 10**6), st.integers(1, 255))
+@given(st.sampled_from(["meta.json", "stage-0.safetensors", "stage-1.safetensors"]), st.integers(0, 10**6), st.integers(1, 255))
 def test_any_changed_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, name: str, where: int, flip: int) -> None:
     folder = write(tmp_path_factory.mktemp("flip"), 3)
     good = verify(folder)
@@ -73,13 +118,13 @@ def test_any_changed_byte_is_noticed(tmp_path_factory: pytest.TempPathFactory, n
 
 
 def cut_short(folder: Path) -> None:
-    path = folder / "stage-1.pt"
+    path = folder / "stage-1.safetensors"
     path.write_bytes(path.read_bytes()[:-100])
 
 
 TEARS: dict[str, tuple[Callable[[Path], object], str]] = {
     "cut short": (cut_short, "bytes"),
-    "file missing": (lambda folder: (folder / "stage-0.pt").unlink(), "stage-0.pt is missing"),
+    "file missing": (lambda folder: (folder / "stage-0.safetensors").unlink(), "stage-0.safetensors is missing"),
     "meta missing": (lambda folder: (folder / "meta.json").unlink(), "meta.json cannot be read"),
     "meta half": (lambda folder: (folder / "meta.json").write_text('{"step": 24, "fi'), "meta.json cannot be read"),
     "meta of no stages": (lambda folder: (folder / "meta.json").write_text("[]"), "meta.json cannot be read"),

@@ -1,6 +1,6 @@
 """Surviving: checkpoints that are complete or absent, never half. Taken where the pipeline is drained.
 
-``checkpoints/step-000200/`` holds one ``stage-<k>.pt`` per stage and ``meta.json`` with sizes and SHA-256 sums. It is
+``checkpoints/step-000200/`` holds one ``stage-<k>.safetensors`` per stage and ``meta.json`` with sizes and SHA-256 sums. It is
 written beside its place and renamed when complete; what a crash leaves half-written is never taken for a checkpoint.
 
 For use outside a run there are the weights under the names of the original model, as safetensors, and sharded checkpoints that

@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from pipeoptim.checkpoint.manifest import Meta, TornError, stage_file, verify
+from pipeoptim.checkpoint.manifest import Meta, TornError, verify
+from pipeoptim.checkpoint.stage_files import read_stage, stage_file
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,5 @@ def find(root: Path) -> Found:
 
 
 def load_stage(folder: Path, k: int) -> dict[str, Any]:
-    """The state of stage ``k``, on the CPU. Only tensors and plain data are unpickled: nothing in the file is executed."""
-    state: dict[str, Any] = torch.load(folder / stage_file(k), map_location="cpu", weights_only=True)
-    return state
+    """The state of stage ``k``, on the CPU."""
+    return read_stage(folder / stage_file(k))

@@ -8,8 +8,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeoptim.checkpoint.stage_files import stage_file
+
 META = "meta.json"
-FORMAT = 1
+FORMAT = 2
 
 
 class TornError(Exception):
@@ -48,11 +50,6 @@ def _own_sum(data: dict[str, Any]) -> str:
 def folder_name(step: int) -> str:
     """Name of the folder of a checkpoint, e.g. ``step-000200``."""
     return f"step-{step:06d}"
-
-
-def stage_file(k: int) -> str:
-    """Name of the file of stage ``k``."""
-    return f"stage-{k}.pt"
 
 
 def digest(path: Path) -> tuple[int, str]:

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
-import torch
-
-from pipeoptim.checkpoint.manifest import META, Meta, TornError, digest, folder_name, read_meta, stage_file
+from pipeoptim.checkpoint.manifest import META, Meta, TornError, digest, folder_name, read_meta
+from pipeoptim.checkpoint.stage_files import stage_file, write_stage
 
 
 class CheckpointGroup(Protocol):
@@ -63,9 +62,8 @@ def save(
 
 
 def _write_stage(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
-    with path.open("wb") as file:
-        torch.save(dict(state), file)
-        file.flush()
+    write_stage(path, state)
+    with path.open("rb") as file:
         os.fsync(file.fileno())
     return digest(path)
 
