@@ -30,7 +30,7 @@ def test_python_in_documents_runs(path):
 
 
 def test_links_in_documents_lead_somewhere():
-    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md"]:
+    for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]:
         prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)  # code may index and call: blocks[0](x)
         for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
             assert (path.parent / link).exists(), f"{path.name} links to {link}"
