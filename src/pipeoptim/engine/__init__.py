@@ -2,6 +2,7 @@
 
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
+from pipeoptim.engine.evaluation import Evaluation
 from pipeoptim.engine.interleaved import InterleavedSchedule
 from pipeoptim.engine.marks import Along, MicroBatches, Whole
 from pipeoptim.engine.stage.clip import Clip
@@ -17,6 +18,7 @@ __all__ = [
     "Clip",
     "Compression",
     "Emulator",
+    "Evaluation",
     "InterleavedSchedule",
     "MicroBatches",
     "PredictionError",

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, StageKwargs, merge_kwargs
+from pipeoptim.engine.evaluation import Batch, Evaluation, WeightedMeans, evaluation_of, read_batch
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, merge_kwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss, StageRunner
+from pipeoptim.engine.splitting import count_rows
 from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
@@ -82,6 +84,7 @@ class Pipeline:
             StageFailure: another stage died or does not answer.
         """
         micro_batches = self._cut(self._splitter, args, kwargs, stage_kwargs, target)
+        self._note_training()
         if 0 in self._runners:
             with self._guard():
                 self._note_stop()
@@ -92,29 +95,64 @@ class Pipeline:
             self._advance(micro_batches, found)
         self._steps += 1
         if self._synchronous():
-            self.drain()
+            self._drain()
         return self._mean(found, losses)
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
         if not self._closed:
-            with self._guard():
-                self._finish()
-            self._restart()
+            self._note_end()
+            self._drain()
 
     def eval_step(
         self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
     ) -> Tensor | None:
         """Loss on the latest weights, in eval mode and without gradient, where the last stage lives; None elsewhere.
 
-        Drains first, so that all stages have the same version. With ``drain=False`` nothing in flight is disturbed, and each
-        stage uses the latest weights it has, which in mid-flight are of different versions.
+        :attr:`loss_parts` are then those of this batch. Drains first, so that all stages have the same version. With
+        ``drain=False`` nothing in flight is disturbed and each stage uses the latest weights it has, which in mid-flight are of
+        different versions.
         """
         if drain:
             self.drain()
         (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, stage_kwargs, target)
+        self._note_end()
         with self._guard():
-            return self._evaluate(micro_batch)
+            loss, _ = self._evaluate(micro_batch)
+        return loss
+
+    def evaluate(self, batches: Iterable[Any], drain: bool = True) -> Evaluation:
+        """Mean loss and parts over ``batches``, in eval mode and without gradient, each batch weighted by its rows.
+
+        All processes call it with equally many batches; each uses of a batch what its own stages need, and all get the same result.
+        Batches may have different numbers of rows. Where ``loss_weight`` is given, batches are weighted by it.
+
+        Args:
+            batches: an iterable of ``(inputs, target)`` or ``(inputs, target, stage_kwargs)``. Inputs are a tuple of positional
+                arguments, a dict of keyword arguments for stage 0, or else one argument.
+            drain: as in :meth:`eval_step`.
+
+        Raises:
+            ConfigError: a batch of another form, or no batch.
+
+        Example:
+            >>> import torch, pipeoptim as po
+            >>> loss_fn = lambda output, target: ((output - target).abs().mean(), {"largest": (output - target).abs().max()})
+            >>> stages = [torch.nn.Identity(), torch.nn.Identity()]
+            >>> pipe = po.Emulator(stages, [None, None], loss_fn, "1f1b")
+            >>> found = pipe.evaluate([(torch.ones(3, 1), torch.zeros(3, 1)), (torch.ones(1, 1), torch.full((1, 1), 5.0))])
+            >>> found.loss, found.parts, found.weight
+            (1.75, {'largest': 1.75}, 4.0)
+        """
+        if drain:
+            self.drain()
+        means = WeightedMeans()
+        for number, batch in enumerate(batches, 1):
+            self._note_end(number)
+            self._evaluate_batch(read_batch(batch), means)
+        with self._guard():
+            found = self._of_last_stage(means.result())
+        return evaluation_of(found)
 
     def stage_module(self, k: int) -> nn.Module:
         """The module of stage ``k``, with the latest weights."""
@@ -142,8 +180,8 @@ class Pipeline:
 
     @property
     def loss_parts(self) -> dict[str, Tensor]:
-        """Means over the mini-batch fed last, by name: what ``loss_fn`` returned besides the loss (last stage), and what the stages
-        that live here raised by :func:`pipeoptim.add_loss`."""
+        """Means over the mini-batch trained on last, or else the batch evaluated last, by name: what ``loss_fn`` returned besides the
+        loss (last stage), and what the stages that live here raised by :func:`pipeoptim.add_loss` in training."""
         found: dict[str, Tensor] = {}
         for runner in self._runners.values():
             for name, value in runner.worker.losses.means().items():
@@ -217,10 +255,34 @@ class Pipeline:
         for runner in self._runners.values():
             runner.worker.finish_update()
 
-    def _evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
-        """Forward through the stages that live here, on the latest weights."""
+    def _evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor | None, RowShare]:
+        """Forward through the stages that live here, on the latest weights: the loss if it is here, and the rows."""
         outputs = [runner.evaluate(micro_batch) for runner in self._runners.values()]
         return outputs[-1]
+
+    def _evaluate_batch(self, batch: Batch, means: WeightedMeans) -> None:
+        first, last = 0 in self._runners, self.depth - 1 in self._runners
+        args, kwargs = (batch.args, batch.kwargs) if first else ((), {})
+        target = batch.target if last else None
+        (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, batch.stage_kwargs, target)
+        rows = count_rows(*args, *kwargs.values()) or 0
+        with self._guard():
+            loss, share = self._evaluate(micro_batch._replace(row_share=RowShare(rows, rows)))
+        if loss is not None:
+            weigh = self.options.loss_weight
+            by_rows = share.rows or count_rows(target) or 1  # without rows anywhere, all batches count alike
+            weight = float(by_rows if weigh is None else weigh(micro_batch.target))
+            means.add(loss, self._worker(self.depth - 1).losses.means(), weight)
+
+    def _of_last_stage(self, result: dict[str, Any]) -> dict[str, Any]:
+        """``result`` as the process of the last stage found it."""
+        return result
+
+    def _note_training(self) -> None:
+        """A mini-batch begins; for who says why a wait for another process failed."""
+
+    def _note_end(self, evaluated: int = 0) -> None:
+        """No mini-batch begins before all processes have come here; the ``evaluated``-th batch of an evaluation begins."""
 
     def _guard(self) -> AbstractContextManager[None]:
         """Entered around what may wait for other processes."""
@@ -261,6 +323,11 @@ class Pipeline:
             return torch.stack([loss for loss, _ in found]).mean()
         shares = [1 / len(found) if share is None else share for _, share in found]
         return torch.stack([loss * share for (loss, _), share in zip(found, shares, strict=True) if share]).sum()
+
+    def _drain(self) -> None:
+        with self._guard():
+            self._finish()
+        self._restart()
 
     def _restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,6 +21,7 @@ from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
 from pipeoptim.engine.processes.norm_exchange import ProcessNorms
+from pipeoptim.engine.processes.progress import TrainingProgress
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
 from pipeoptim.engine.runner import StageRunner
@@ -67,6 +69,9 @@ class ProcessPipeline(Pipeline):
     _norms: ProcessNorms | None = None  # of gradients, where clipping needs those of all stages
     _sums: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
     _connections: Connections | None = None
+    _training = False  # whether the newest call was step(), not drain() or an evaluation
+    _evaluated = 0  # batches of the evaluation in progress
+    _evaluations = 0
 
     def _set_up(
         self, parts: Sequence[StageParts], loss_fn: LossFn, method: str | Method, microbatches: int, options: Mapping[str, Any]
@@ -80,6 +85,7 @@ class ProcessPipeline(Pipeline):
         self._endpoints: dict[int, Endpoint] = {}
         members = self.ranks[: len(self.ranks) // len(parts)]
         self.rendezvous = Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}")
+        self._progress = TrainingProgress(self.rendezvous)
         with self._closed_on_error():
             read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
             super().__init__(read, len(self.ranks), len(members))
@@ -186,6 +192,33 @@ class ProcessPipeline(Pipeline):
         if self._connections is not None:
             self._connections.hand_over()
 
+    def _note_training(self) -> None:
+        self._training, self._evaluated = True, 0
+        self._progress.note_training()
+
+    def _note_end(self, evaluated: int = 0) -> None:
+        self._training, self._evaluated = False, evaluated
+        if evaluated < 2:  # once per evaluation; how many batches there were is told after the last
+            self._progress.note_end((self._fed, 0))
+
+    def _of_last_stage(self, result: dict[str, Any]) -> dict[str, Any]:
+        self._progress.note_end((self._fed, self._evaluated))
+        self._evaluations += 1
+        own = json.dumps([self._evaluated, result])
+        everyone = self.rendezvous.all_gather(f"evaluation/{self._evaluations}", own, "to the end of evaluate()")
+        counts, results = zip(*map(json.loads, everyone), strict=True)
+        if len(set(counts)) > 1:  # what the longer ones sent is received by nobody
+            raise StageFailure("the processes were given different numbers of batches to evaluate")
+        return results[(self.depth - 1) % len(results)]  # type: ignore[no-any-return]
+
+    def _cause(self, error: str, connections: Connections) -> str:
+        """``error``, or why another process failed before; processes that were fed unequally wait for what nobody sends."""
+        if connections.interrupted_by is None:  # else the store may have gone or hang
+            place = self._fed + self._training, self._evaluated
+            uneven = self._progress.difference(self._training, place)
+            error = f"{uneven} ({error})" if uneven else error
+        return connections.cause(error)
+
     @contextmanager
     def _guard(self) -> Iterator[None]:
         """When another process fails in the meantime, say which one failed first."""
@@ -195,7 +228,9 @@ class ProcessPipeline(Pipeline):
             yield
         except StageFailure as error:
             self._failed = True
-            raise StageFailure(str(error) if self._connections is None else self._connections.cause(str(error))) from error
+            raise StageFailure(
+                str(error) if self._connections is None else self._cause(str(error), self._connections)
+            ) from error
         except BaseException:
             self._failed = True  # this stage stopped midway, so close() must not wait for the others to finish with it
             raise
@@ -244,6 +279,8 @@ class ProcessPipeline(Pipeline):
         Waits for the last sends, but for nothing after a failure. A second call does nothing. State can still be read afterwards.
         """
         at_rest = not self._failed and not self._steps
+        if not self._failed and not self._closed:
+            self._note_end()
         try:
             if self._connections is not None and not self._closed:
                 self._finish_messages(self._connections)

@@ -14,10 +14,14 @@ from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.transport.ports import Ports
 from pipeoptim.engine.transport.pytree import as_args
+from pipeoptim.errors import PipeOptimError
 from pipeoptim.schedule import Action, ActionKind
 
 STOP = 1
 """Flag of a message: a stop was requested. It travels with the activations, so all stages see it with the same mini-batch."""
+
+EVALUATION = 2
+"""Flag of a message: it belongs to an evaluation, so that no stage trains on it whose process was fed more mini-batches."""
 
 CountedLoss = tuple[Tensor, float | None]
 """The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
@@ -57,7 +61,7 @@ class StageRunner:
             source.post_receive()
             worker.prepare(i)  # before the receive: an update and a prediction while the input is on its way
             message = source.receive()
-            self.stop = bool(message.flags & STOP)
+            self._note_flags(message.flags, 0)
             worker.note_overflow(message.loss_scale)
             args, row_share = as_args(worker.compressor.unpack(message.tree)), RowShare(*message.share)
         output: Any = None
@@ -85,16 +89,26 @@ class StageRunner:
             scale = worker.loss_scale
             target.send(worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
 
-    def evaluate(self, micro_batch: MicroBatch) -> Tensor | None:
-        """Forward on the latest weights without gradient, uncompressed; the loss on the last stage, None on others."""
+    def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor | None, RowShare]:
+        """Forward on the latest weights without gradient, uncompressed: the loss on the last stage, and the rows that stage 0 counted."""
         worker, source, target = self.worker, self.ports.from_previous, self.ports.to_next
-        args = micro_batch.args
+        args, row_share = micro_batch.args, micro_batch.row_share
         if source is not None:
             message = source.receive()
-            self.stop = bool(message.flags & STOP)
-            args = as_args(message.tree)
+            self._note_flags(message.flags, EVALUATION)
+            args, row_share = as_args(message.tree), RowShare(*message.share)
+        worker.losses.begin()
         output = worker.evaluate(args, micro_batch.kwargs.get(worker.k, {}), micro_batch.target)
         if target is None:
-            return output  # type: ignore[no-any-return]
-        target.send(output, STOP if self.stop else 0)
-        return None
+            return output, row_share
+        target.send(output, EVALUATION | (STOP if self.stop else 0), share=row_share)
+        return None, row_share
+
+    def _note_flags(self, flags: int, purpose: int) -> None:
+        self.stop = bool(flags & STOP)
+        if flags & EVALUATION != purpose:
+            doing = ("trains", "evaluates") if purpose else ("evaluates", "trains")
+            raise PipeOptimError(
+                f"stage {self.worker.k - 1} {doing[0]} while stage {self.worker.k} {doing[1]}: their processes were given different "
+                "numbers of mini-batches; give all processes equally many, from loaders of one length"
+            )

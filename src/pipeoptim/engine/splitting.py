@@ -163,7 +163,7 @@ def _along(name: str, mark: Along, m: int) -> Slices:
 def _given(name: str, mark: MicroBatches, m: int) -> Slices:
     """What the user cut: with rows only where all entries have some, for an entry may be packed in a way only the model knows."""
     entries = _entries(name, mark, m)
-    counts = [_count(entry) for entry in entries]
+    counts = [count_rows(entry) for entry in entries]
     fed = [as_fed(name, entry) for entry in entries]
     return Slices(fed, () if None in counts else (tuple(count for count in counts if count is not None),))
 
@@ -176,16 +176,20 @@ def _entries(name: str, mark: MicroBatches, m: int) -> Sequence[Any]:
     return mark.value
 
 
-def _count(entry: Any) -> int | None:
-    """The rows of a micro-batch; None where its parts do not agree on one number."""
-    counts = set()
-    for leaf in tree_flatten(entry, is_leaf=_is_leaf)[0]:
-        if isinstance(leaf, Along):
-            counts |= {part.shape[leaf.dim] for part in tree_leaves(leaf.value) if isinstance(part, Tensor)}
-        elif isinstance(leaf, Tensor) or _is_numpy(leaf):
-            counts |= {leaf.shape[0]} if leaf.ndim else set()
-        elif isinstance(leaf, (list, tuple, deque)):
-            counts.add(len(leaf))
+def count_rows(*values: Any) -> int | None:
+    """The rows of what is not split; None where its parts do not agree on one number, or none of them has any."""
+    counts: set[int | None] = set()
+    for value in values:
+        for leaf in tree_flatten(value, is_leaf=_is_leaf)[0]:
+            if isinstance(leaf, MicroBatches):
+                parts = [count_rows(entry) for entry in leaf.value]
+                counts.add(None if None in parts else sum(part or 0 for part in parts))
+            elif isinstance(leaf, Along):
+                counts |= {part.shape[leaf.dim] for part in tree_leaves(leaf.value) if isinstance(part, Tensor)}
+            elif isinstance(leaf, Tensor) or _is_numpy(leaf):
+                counts |= {leaf.shape[0]} if leaf.ndim else set()
+            elif isinstance(leaf, (list, tuple, deque)):
+                counts.add(len(leaf))
     return counts.pop() if len(counts) == 1 else None
 
 

@@ -374,7 +374,7 @@ class StageWorker:
     # -- evaluation and state ----------------------------------------------------------------------------------------
 
     def evaluate(self, args: tuple[Any, ...], kwargs: dict[str, Any], target: Any = None) -> Any:
-        """Forward on the latest weights in eval mode without gradient; the loss on the last stage."""
+        """Forward on the latest weights in eval mode without gradient; the loss on the last stage, whose parts are noted."""
         if not self.tied and (
             self.clipper is None or not self.clipper.rule.waits
         ):  # else it may wait for stages that are not there yet
@@ -385,7 +385,11 @@ class StageWorker:
             with torch.no_grad(), autocast_to(self.device.type, self.options.autocast):
                 with self.reduction.forward_on(self.weights.params, None):
                     output = self._call(self.reduction.unwrapped(self.module), args, kwargs)
-                return read_loss(call_loss(self.loss_fn, output, target))[0] if self.is_last else output
+                if not self.is_last:
+                    return output
+                loss, parts = read_loss(call_loss(self.loss_fn, output, target))
+                self.losses.add(parts, 1.0)
+                return loss
         finally:
             for m, mode in training.items():
                 m.training = mode

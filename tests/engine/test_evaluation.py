@@ -1,0 +1,142 @@
+"""Evaluation: parts of its own, and means over whole sets that every process gets; and processes that are fed unequally."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy
+
+import evaluation_cases as cases
+import pipeoptim as po
+import stage_processes
+
+HERE = Path(__file__).parent
+
+
+def accuracy(output, target):
+    return cross_entropy(output, target), {"accuracy": (output.argmax(1) == target).double().mean()}
+
+
+@pytest.mark.parametrize("method", ["pipeoptim", "1f1b", "naive"])
+@pytest.mark.parametrize("drain", [True, False])
+def test_the_parts_of_an_evaluated_batch_are_its_own_and_training_goes_on_with_its_own(method, drain):
+    torch.manual_seed(0)
+
+    class Sparse(nn.Linear):
+        def forward(self, x):
+            x = super().forward(x)
+            po.add_loss("sparse", x.abs().mean())
+            return x
+
+    stages = [Sparse(4, 8), nn.Linear(8, 3)]
+    pipe = po.Emulator(stages, cases.sgd, accuracy, method, 2)
+    for _ in range(4):
+        x, y = torch.randn(8, 4), torch.randint(3, (8,))
+        pipe.step(x, target=y)
+        trained = pipe.loss_parts
+    assert trained.keys() == {"accuracy", "sparse"}
+    with torch.no_grad():
+        right = stages[1](stages[0](x)).argmax(1)
+    pipe.eval_step(x, target=right, drain=drain)
+    if not drain:  # stages of different versions; after a drain the labels would be others
+        assert pipe.loss_parts == {"accuracy": 1.0}
+    pipe.drain()
+    with torch.no_grad():
+        right = stages[1](stages[0](x)).argmax(1)
+    pipe.eval_step(x, target=right)
+    assert pipe.loss_parts == {"accuracy": 1.0}
+    pipe.eval_step(x, target=(right + 1) % 3)
+    assert pipe.loss_parts == {"accuracy": 0.0}
+    losses = []
+    pipe.step(x, target=y, losses=losses)
+    assert pipe.loss_parts.keys() == {"accuracy", "sparse"}
+
+
+def emulator(depth, processes=None, method="pipeoptim"):
+    return lambda options: po.Emulator(cases.stages(depth), cases.sgd, cases.loss_fn, method, processes=processes, **options)
+
+
+@pytest.mark.parametrize("name", cases.CASES)
+def test_a_whole_evaluation_is_that_of_all_rows_in_one_piece(name):
+    options, sizes, scaled = cases.CASES[name]
+    pipe = emulator(3, method="1f1b")(options)
+    cases.train(pipe)
+    found = pipe.evaluate(cases.batches(sizes, scaled=scaled))
+    expected = cases.plain(name, 3)
+    assert (found.batches, found.parts.keys()) == (len(sizes), {"worst", "share"})
+    for part, value in {"loss": found.loss, "weight": found.weight, **found.parts}.items():
+        assert value == pytest.approx(expected[part], rel=1e-12), part
+
+
+def test_batches_may_be_calls_of_any_form_and_rows_be_in_anything():
+    class Two(nn.Module):
+        def forward(self, a, b=None):
+            return torch.stack([torch.as_tensor(row) for row in a]) + (0 if b is None else b)
+
+    pipe = po.Emulator(
+        [Two(), nn.Identity()], [None, None], lambda out, y: out.mean() if y is None else (out - y).mean(), "1f1b"
+    )
+    one = torch.ones(3, 1)
+    given = [
+        ((one, one), torch.zeros(3, 1)),
+        [one, None],
+        ({"a": one, "b": 2 * one}, None),
+        ([torch.full((1,), 9.0)], None),
+        ((po.MicroBatches([one]),), None, {0: {"b": po.Whole(4.0)}}),
+    ]
+    found = pipe.evaluate(iter(given))
+    assert found.weight == 13
+    assert found.loss == pytest.approx((3 * 2 + 3 * 1 + 3 * 3 + 1 * 9 + 3 * 5) / 13)
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        ([torch.ones(2, 3)], r"evaluate was given a Tensor as a batch, must be \(inputs, target\)"),
+        ([(torch.ones(2, 3),)], r"evaluate was given a tuple of 1 as a batch"),
+        ([], "evaluate was given 0 batches that count"),
+    ],
+)
+def test_what_is_no_batch_is_told(batches, words):
+    with pytest.raises(po.ConfigError, match=words):
+        emulator(2)({}).evaluate(batches)
+
+
+def test_a_loss_that_is_not_finite_is_not_hidden():
+    pipe = po.Emulator([nn.Identity()], [None], lambda out, y: out.mean() * math.inf, "1f1b")
+    assert pipe.evaluate([(torch.ones(2, 1), None)]).loss == math.inf
+
+
+@pytest.fixture(scope="module")
+def told():
+    return [output.splitlines() for output in stage_processes.run(HERE / "evaluation_worker.py", 2, timeout=200)]
+
+
+@pytest.mark.parametrize(("line", "depth", "processes"), [(0, 2, None), (1, 4, 2)])
+def test_all_processes_find_what_the_emulator_finds(line, depth, processes, told):
+    ours = list(cases.evaluations(emulator(depth, processes)))
+    assert json.loads(told[0][line]) == json.loads(told[1][line]) == ours
+
+
+def test_a_process_that_is_fed_less_is_named_by_the_others(told):
+    for short in (0, 1):
+        waiting = told[1 - short][2 + short]
+        assert f"stage {short} ended after 4 mini-batches, but stage {1 - short} was given" in waiting
+        assert "loaders of one length" in waiting
+        assert waiting.removeprefix(f"{short} drain: ").removeprefix("first failure: ").startswith(f"stage {short} ended")
+
+
+def test_nobody_trains_on_what_another_evaluates(told):
+    """Where one process evaluates already, the next message is not of the kind that the other waits for."""
+    assert "0 evaluate: stage 0 evaluates while stage 1 trains" in told[1][4]
+    assert "1 evaluate: stage 0 trains while stage 1 evaluates" in told[1][5]
+    assert "1 evaluate: stage 1 ended after 4 mini-batches, but stage 0 was given" in told[0][5]
+
+
+def test_evaluations_of_different_length_and_empty_ones_are_told(told):
+    for lines in told:
+        assert "stage 1 ended after 2 batches to evaluate, but stage 0 was given 3" in lines[6]
+        assert "None nothing: evaluate was given 0 batches" in lines[7]
