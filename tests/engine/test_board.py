@@ -59,7 +59,7 @@ def test_half_of_a_number_counts_as_none_whichever_half_it_is(arrived):
     theirs.send(turn, 7.0)
     words[place + 1 - arrived] = old[1 - arrived]
     mine.send(turn, 1.0)
-    with pytest.raises(StageFailure, match=r"stage 1 did not tell the norm of its gradients within 0.05 s"):
+    with pytest.raises(StageFailure, match=r"stage 1 did not send the norm of its gradients within 0.05 s"):
         mine.receive(turn)
     assert waits[0] == [1, None]
     theirs.send(turn, 7.0)
@@ -76,7 +76,7 @@ def test_who_waits_gets_what_comes_later_and_hears_of_a_stage_that_has_closed():
         assert later.result(20) == [1.0, 2.0]
         missing = pool.submit(mine.receive, 1)
         theirs._words[theirs._closed(1)] = 1  # what close() writes; the page is one here, and stays open
-        with pytest.raises(StageFailure, match="stage 1 ended and did not tell"):
+        with pytest.raises(StageFailure, match="stage 1 ended and did not send"):
             missing.result(20)
     theirs.send(1, 3.0)
     assert mine.receive(1) == [1.0, 3.0], "what a stage has written before it closed can still be read"

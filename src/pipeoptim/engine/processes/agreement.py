@@ -1,4 +1,4 @@
-"""What all processes of a pipeline must have been told alike, compared before the first message."""
+"""Settings that must be equal in all processes of a pipeline, compared before the first message."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from pipeoptim.errors import ConfigError
 
 @dataclass(frozen=True)
 class SharedSettings:
-    """``settings`` in words; ``cut``: blocks of each stage, where this process's stage is one of ``partition``'s, else empty."""
+    """``settings`` in words; ``cut``: blocks per stage where the stage comes from ``partition``, else empty."""
 
     settings: str
     cut: tuple[int, ...] = ()
 
     def write(self) -> str:
-        """As text, for :meth:`read`."""
+        """As text that :meth:`read` takes."""
         return json.dumps([self.settings, self.cut])
 
     @classmethod
     def read(cls, text: str) -> SharedSettings:
-        """From :meth:`write`."""
+        """From the text of :meth:`write`."""
         settings, cut = json.loads(text)
         return cls(settings, tuple(cut))
 
     def compare(self, other: SharedSettings, own_name: str, other_name: str) -> None:
-        """Raises ConfigError where the two do not go together."""
+        """Raises ConfigError where the two cannot work together."""
         if other.settings != self.settings:
             raise ConfigError(
                 f"{own_name} was set up with {self.settings}, {other_name} with {other.settings}; give all the same"
@@ -39,10 +39,10 @@ class SharedSettings:
             )
 
 
-def check_agreement(rendezvous: Rendezvous, terms: SharedSettings) -> None:
-    """All processes must run the same method with the same settings on one model; find out before the first message."""
-    for j, theirs in enumerate(rendezvous.exchange_settings(terms.write())):
-        terms.compare(SharedSettings.read(theirs), rendezvous.name.format(rendezvous.index), rendezvous.name.format(j))
+def check_agreement(rendezvous: Rendezvous, settings: SharedSettings) -> None:
+    """Raises ConfigError, in all processes, where one has other settings or another cut of the model."""
+    for j, theirs in enumerate(rendezvous.exchange_settings(settings.write())):
+        settings.compare(SharedSettings.read(theirs), rendezvous.name.format(rendezvous.index), rendezvous.name.format(j))
 
 
 def _blocks(cut: tuple[int, ...]) -> str:

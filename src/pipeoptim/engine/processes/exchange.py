@@ -1,6 +1,9 @@
-"""How stages tell each other something once per update: in the emulator on a board, between processes in other ways.
+"""What stages exchange once per update: norms of gradients, and the gradients of tied weights.
 
-What is told is told apart by the version of the weights that it will update, which for one mini-batch is the same on every stage.
+Values are keyed by the version of the weights that they will update, which for one mini-batch is the same on every stage::
+
+    stage j   send(version, value)  --.                       .-->  receive(version) of every stage: the same bits
+    stage k   send(version, value)  --'--> memory or network --'
 """
 
 from __future__ import annotations
@@ -16,16 +19,16 @@ Received = TypeVar("Received", covariant=True)
 class Exchange(Protocol[Sent, Received]):
     """The end that one stage holds."""
 
-    def send(self, version: int, told: Sent, /) -> None:
-        """Tell the others; does not wait. What is told is the exchange's own from now on."""
+    def send(self, version: int, value: Sent, /) -> None:
+        """Send ``value`` to the other stages without waiting. It belongs to the exchange from now on."""
         ...
 
     def can_receive(self, version: int) -> bool:
-        """Whether :meth:`receive` will end; always, where the other stages act by themselves."""
+        """Whether :meth:`receive` would return; always true where the other stages act in processes of their own."""
         ...
 
     def receive(self, version: int) -> Received:
-        """What came of it, the same bits on all of them; once per version, in the order in which they were sent."""
+        """The result for ``version``, the same bits on all stages; once per version, in the order in which they were sent."""
         ...
 
     def abandon(self) -> None:
@@ -36,36 +39,36 @@ class Exchange(Protocol[Sent, Received]):
 class LocalExchange(Protocol[Sent, Received]):
     """The exchange of stages that live in one process."""
 
-    def send(self, k: int, version: int, told: Sent, /) -> None:
-        """Note what stage ``k`` tells."""
+    def send(self, k: int, version: int, value: Sent, /) -> None:
+        """Store the value of stage ``k``."""
         ...
 
     def can_receive(self, version: int) -> bool:
-        """Whether all have told theirs."""
+        """Whether all stages have sent their values."""
         ...
 
     def receive(self, version: int) -> Received:
-        """What came of it; forgotten when every one has taken it."""
+        """The result; forgotten when every stage has received it."""
         ...
 
     def abandon(self) -> None:
-        """Forget all of it."""
+        """Forget everything."""
         ...
 
 
 class LocalExchangeEnd(Generic[Sent, Received]):
-    """What stage ``k`` holds of ``board``."""
+    """The end of ``exchange`` that stage ``k`` holds."""
 
-    def __init__(self, board: LocalExchange[Sent, Received], k: int) -> None:
-        self.board, self.k = board, k
-        self.can_receive, self.receive, self.abandon = board.can_receive, board.receive, board.abandon
+    def __init__(self, exchange: LocalExchange[Sent, Received], k: int) -> None:
+        self.exchange, self.k = exchange, k
+        self.can_receive, self.receive, self.abandon = exchange.can_receive, exchange.receive, exchange.abandon
 
-    def send(self, version: int, told: Sent, /) -> None:
-        self.board.send(self.k, version, told)
+    def send(self, version: int, value: Sent, /) -> None:
+        self.exchange.send(self.k, version, value)
 
 
-Norms = Exchange[float, list[float]]
-"""A stage tells the norm of its gradient, and hears those of all, in the order of the stages."""
+NormExchange = Exchange[float, list[float]]
+"""A stage sends the norm of its gradient and receives those of all stages, in their order."""
 
-Sums = Exchange[Tensor, Tensor]
-"""A holder of a tied weight tells its gradient, and hears the sum over all holders."""
+GradientExchange = Exchange[Tensor, Tensor]
+"""A holder of a tied weight sends its gradient and receives the sum over all holders."""

@@ -1,4 +1,4 @@
-"""How the stages that hold a tied weight tell each other its gradients: through memory in the emulator, all-reduced in processes."""
+"""How the gradients of a tied weight are summed over the stages that hold it: in memory in one process, all-reduced between processes."""
 
 from __future__ import annotations
 
@@ -10,38 +10,38 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.processes.exchange import LocalExchangeEnd, Sums
+from pipeoptim.engine.processes.exchange import GradientExchange, LocalExchangeEnd
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
 
 
 class LocalGradientSum:
-    """The exchange between stages of one process. Stage ``k`` uses ``board.end(k)``."""
+    """The exchange between stages of one process. Stage ``k`` uses ``exchange.end(k)``."""
 
     def __init__(self, holders: Sequence[int]) -> None:
         self.holders = tuple(holders)
         self._gradients: dict[int, dict[int, Tensor]] = {}
         self._sums: dict[int, list[Tensor]] = {}  # version -> one per holder that has not taken it
 
-    def end(self, k: int) -> Sums:
-        """What stage ``k`` holds."""
+    def end(self, k: int) -> GradientExchange:
+        """The end of stage ``k``."""
         return LocalExchangeEnd(self, k)
 
     def send(self, k: int, version: int, gradient: Tensor) -> None:
-        """Note the gradient of stage ``k``."""
-        told = self._gradients.setdefault(version, {})
-        told[k] = gradient
-        if len(told) == len(self.holders):
-            found = in_order([told[j] for j in self.holders])
+        """Store the gradient of stage ``k``; the last one completes the sum."""
+        gradients = self._gradients.setdefault(version, {})
+        gradients[k] = gradient
+        if len(gradients) == len(self.holders):
+            found = in_order([gradients[j] for j in self.holders])
             self._sums[version] = [found, *(found.clone() for _ in self.holders[1:])]
             del self._gradients[version]
 
     def can_receive(self, version: int) -> bool:
-        """Whether all holders have noted theirs."""
+        """Whether all holders have sent theirs."""
         return version in self._sums
 
     def receive(self, version: int) -> Tensor:
-        """The sum; forgotten when every holder has taken it."""
+        """The sum; forgotten when every holder has received it."""
         assert self.can_receive(version), f"the gradients of version {version} are not complete"
         found = self._sums[version].pop()
         if not self._sums[version]:
@@ -55,10 +55,10 @@ class LocalGradientSum:
 
 
 class AllReducedGradients:
-    """The exchange between processes, started at once and waited for late.
+    """The exchange between processes: started at once, waited for as late as possible.
 
-    Two holders all-reduce, whose sum does not depend on its order; more of them gather the gradients and add them up in the order
-    of the stages, as the emulator does.
+    Two holders all-reduce, since a sum of two does not depend on the order. More of them gather the gradients and add them up in the
+    order of the stages, as the emulator does, so that the bits are equal.
 
     Args:
         timeout: seconds to wait for the others.
@@ -68,10 +68,10 @@ class AllReducedGradients:
         self.timeout = timedelta(seconds=timeout)
         self._holders: Rendezvous | None = None
         self._works: dict[int, tuple[Any, list[Tensor]]] = {}
-        self._told: dict[int, Tensor] = {}
+        self._received: dict[int, Tensor] = {}
 
     def connect(self, holders: Rendezvous) -> None:
-        """Use a group of ``holders`` for this alone: it waits for no activation, and no activation waits for it."""
+        """Use a group of ``holders`` for this alone, so that it waits for no activation and no activation for it."""
         self._holders = holders
 
     @property
@@ -81,12 +81,12 @@ class AllReducedGradients:
         return self._holders.group("sums")
 
     def receive_pending(self) -> None:
-        """Wait for what has been sent; it can be taken later."""
-        self._told |= {version: self.receive(version) for version in list(self._works)}
+        """Wait for what has been sent; :meth:`receive` returns it later."""
+        self._received |= {version: self.receive(version) for version in list(self._works)}
 
     def abandon(self) -> None:
         self._works.clear()
-        self._told.clear()
+        self._received.clear()
 
     def interrupt(self) -> None:
         """End a wait of this process for the other holders, from another thread, and all later ones."""
@@ -116,8 +116,8 @@ class AllReducedGradients:
         return True
 
     def receive(self, version: int) -> Tensor:
-        if version in self._told:
-            return self._told.pop(version)
+        if version in self._received:
+            return self._received.pop(version)
         work, every = self._works.pop(version)
         try:
             work.wait(self.timeout)
@@ -127,7 +127,7 @@ class AllReducedGradients:
 
 
 def in_order(gradients: Sequence[Tensor]) -> Tensor:
-    """Their sum from the first to the last, in the first one's memory, so that all engines get the same bits."""
+    """Their sum from first to last, in the memory of the first: one order, so that all engines get the same bits."""
     found, *others = gradients
     for other in others:
         found.add_(other)
@@ -136,4 +136,4 @@ def in_order(gradients: Sequence[Tensor]) -> Tensor:
 
 def _failure(error: RuntimeError) -> StageFailure:
     first = (str(error).splitlines() or ["no reason given"])[0][:160]
-    return StageFailure(f"a stage died or did not tell its gradient of a tied weight ({first})")
+    return StageFailure(f"a stage died or did not send its gradient of a tied weight ({first})")

@@ -1,4 +1,4 @@
-"""Is everybody still there? A heartbeat of every process, and a call when one of them stops answering or has failed.
+"""Liveness: a heartbeat of every process, and a call when one of them stops answering or has failed.
 
 A wait for a dead neighbour usually ends by itself, when the connection closes. The heartbeat covers the rest: stages that are not
 neighbours, machines that vanish without closing anything, NCCL, which waits for ever, and the first cause, which would otherwise

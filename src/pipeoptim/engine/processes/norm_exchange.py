@@ -1,4 +1,4 @@
-"""How stages tell each other the norms of their gradients: through memory, which processes share where they can."""
+"""How stages exchange the norms of their gradients: in memory, which processes on one machine share, or by an all-gather."""
 
 from __future__ import annotations
 
@@ -9,32 +9,32 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from pipeoptim.engine.processes.exchange import LocalExchangeEnd, Norms
+from pipeoptim.engine.processes.exchange import LocalExchangeEnd, NormExchange
 from pipeoptim.errors import StageFailure
 
 
 class LocalNormExchange:
-    """The exchange of stages that live in one process. Stage ``k`` uses ``board.end(k)``."""
+    """The exchange of stages that live in one process. Stage ``k`` uses ``exchange.end(k)``."""
 
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._norms: dict[int, dict[int, float]] = {}
         self._takes: dict[int, int] = {}
 
-    def end(self, k: int) -> Norms:
-        """What stage ``k`` holds."""
+    def end(self, k: int) -> NormExchange:
+        """The end of stage ``k``."""
         return LocalExchangeEnd(self, k)
 
     def send(self, k: int, version: int, norm: float) -> None:
-        """Note the norm of stage ``k``."""
+        """Store the norm of stage ``k``."""
         self._norms.setdefault(version, {})[k] = norm
 
     def can_receive(self, version: int) -> bool:
-        """Whether all stages have noted theirs."""
+        """Whether all stages have sent theirs."""
         return len(self._norms.get(version, ())) == self.depth
 
     def receive(self, version: int) -> list[float]:
-        """All norms; forgotten when every stage has taken them."""
+        """All norms; forgotten when every stage has received them."""
         assert self.can_receive(version), f"the norms of version {version} are not complete"
         norms = self._norms[version]
         self._takes[version] = self._takes.get(version, 0) + 1
@@ -49,10 +49,10 @@ class LocalNormExchange:
 
 
 class NormTransport(Protocol):
-    """How processes tell each other a number: on a shared page (:mod:`~.shared_memory`), or by :class:`GatheredNorms`."""
+    """What carries a number per update between processes: a shared page (:mod:`~.shared_memory`), or :class:`GatheredNorms`."""
 
     def send(self, turn: int, number: float) -> None:
-        """Tell the others the ``turn``-th number of this stage; does not wait."""
+        """Send the ``turn``-th number of this stage to the others without waiting."""
         ...
 
     def receive(self, turn: int) -> list[float]:
@@ -64,7 +64,7 @@ class NormTransport(Protocol):
         ...
 
     def close(self) -> None:
-        """Let go of what it needs."""
+        """Release what it holds."""
         ...
 
 
@@ -75,19 +75,19 @@ class ProcessNorms:
         self._transport: NormTransport | None = None
         self._turn = 0
         self._turns: dict[int, int] = {}  # version -> when it was sent
-        self._told: dict[int, list[float]] = {}
+        self._received: dict[int, list[float]] = {}
 
     def connect(self, transport: NormTransport) -> None:
         """Use ``transport``, which all processes have agreed on."""
         self._transport, self._turn = transport, 0  # turns are counted from its beginning
 
     def receive_pending(self) -> None:
-        """Wait for what has been sent; it can be taken later."""
-        self._told |= {version: self.receive(version) for version in list(self._turns)}
+        """Wait for what has been sent; :meth:`receive` returns it later."""
+        self._received |= {version: self.receive(version) for version in list(self._turns)}
 
     def abandon(self) -> None:
         self._turns.clear()
-        self._told.clear()
+        self._received.clear()
 
     def interrupt(self) -> None:
         """As :meth:`NormTransport.interrupt`."""
@@ -95,7 +95,7 @@ class ProcessNorms:
             self._transport.interrupt()
 
     def close(self) -> None:
-        """Let go of the transport."""
+        """Close the transport."""
         if self._transport is not None:
             self._transport.close()
         self._transport = None
@@ -111,17 +111,17 @@ class ProcessNorms:
         return True
 
     def receive(self, version: int) -> list[float]:
-        if version in self._told:
-            return self._told.pop(version)
+        if version in self._received:
+            return self._received.pop(version)
         assert self._transport is not None
         return self._transport.receive(self._turns.pop(version))
 
 
 class GatheredNorms:
-    """Tells numbers by an ``all_gather`` of one float64 per stage, started at once and waited for late.
+    """Sends numbers by an ``all_gather`` of one float64 per stage, started at once and waited for as late as possible.
 
     Args:
-        group: one of its own and on the CPU: it waits for no activation, and no activation waits for it.
+        group: for this alone and on the CPU, so that it waits for no activation and no activation for it.
         timeout: to wait for the others.
     """
 
@@ -157,4 +157,4 @@ class GatheredNorms:
 
 def _failure(error: RuntimeError) -> StageFailure:
     first = (str(error).splitlines() or ["no reason given"])[0][:160]
-    return StageFailure(f"a stage died or did not tell the norm of its gradients ({first})")
+    return StageFailure(f"a stage died or did not send the norm of its gradients ({first})")

@@ -1,11 +1,12 @@
-"""A page of memory on which the stages of one machine tell each other a number per update: the norm of their gradients.
+"""A page of memory on which the stages of one machine exchange one number per update: the norm of their gradients.
 
-A collective of a process group, of which every process must take part in every message, takes several threads per process, which cost
-more than a millisecond of processor time per update where processes share few cores. A number written to memory costs nothing, and who
-finds it there, as after one mini-batch's delay, does not wait.
+A collective runs through several threads per process, which costs more than a millisecond of processor time per update where processes
+share few cores. A number written to memory costs next to nothing, and a stage that reads it after one mini-batch's delay does not wait.
 
-Every stage writes only its own places, in turn, and reads those of the others. A place has two words: the bits of the number, and the same
-bits exclusive-or a mark that only this turn has. They fit only if both have arrived, in whatever order a processor writes them.
+Each stage writes only its own slots, in turn, and reads those of the others. A slot has two words: the bits of the number, and the same
+bits exclusive-or a mark that only this turn has. The two match only if both have arrived, in whatever order the processor wrote them::
+
+    slot of stage j, turn t:   [ bits(number) | bits(number) ^ mark(t) ]      t modulo the turns that fit on the page
 """
 
 from __future__ import annotations
@@ -31,14 +32,14 @@ _MIX = 0x9E3779B97F4A7C15  # odd, so that its multiples below 2^64 differ
 
 
 class SharedMemoryNorms:
-    """The page, as stage ``k`` sees it.
+    """Stage ``k``'s end of the page.
 
     Args:
         page: zeros at first; the same memory in all processes, of :meth:`size` bytes.
         k, depth: this stage of how many.
         timeout: seconds to wait for another stage.
-        waiting: told whom this stage waits for, and None when it no longer does.
-        processes: of the other stages, as descriptors; closed with the board.
+        waiting: called with the stage that this one waits for, and with None when it no longer waits.
+        processes: descriptors of the other stages' processes (pidfds); closed with the page.
     """
 
     def __init__(
@@ -75,7 +76,7 @@ class SharedMemoryNorms:
         self._interrupted = True
 
     def close(self) -> None:
-        """Write nothing more, and say so; who waits for this stage stops."""
+        """Mark this stage as closed, which ends the waits for it, and release the page."""
         self._words[self._closed(self.k)] = 1
         self._words.release()
         self._page.close()
@@ -113,9 +114,9 @@ class SharedMemoryNorms:
                 if self._interrupted:
                     raise StageFailure(f"the wait for the norm of stage {j} was interrupted")
                 if ended:
-                    raise StageFailure(f"stage {j} ended and did not tell the norm of its gradients")
+                    raise StageFailure(f"stage {j} ended and did not send the norm of its gradients")
                 if now - began > self.timeout:
-                    raise StageFailure(f"stage {j} did not tell the norm of its gradients within {self.timeout:g} s")
+                    raise StageFailure(f"stage {j} did not send the norm of its gradients within {self.timeout:g} s")
                 if now - looked > _LOOK:
                     looked, ended = now, self._ended(j)  # it may have written before: read once more
                 time.sleep(min(max((now - began) / 8, 2e-5), 1e-3))  # late by an eighth at most
@@ -134,7 +135,7 @@ def _mark(turn: int) -> int:
 
 
 def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) -> SharedMemoryNorms | None:
-    """The board of the processes of ``rendezvous``, one per stage; None in all of them where one is on another machine or does not want it.
+    """A page that the processes of ``rendezvous`` share, one per stage; None in all of them where one cannot or does not want to.
 
     The first makes the memory, under a name that nobody can guess and that lies in no folder. The others find it in what the system
     shows of the first one's open files, and so know that they are on the same machine.
@@ -146,12 +147,12 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
     made = _make(size) if wanted and k == 0 else None
     page, processes = None, dict[int, int]()
     try:
-        told = [text.split() for text in rendezvous.all_gather("board", f"{os.getpid()} {made or '- -'}", "to share memory")]
+        told = [text.split() for text in rendezvous.all_gather("norms", f"{os.getpid()} {made or '- -'}", "to share memory")]
         if wanted:
             page = _find(told[0], size)
             processes = _processes({j: int(pid) for j, (pid, *_) in enumerate(told) if j != k})
         ready = page is not None and len(processes) == depth - 1
-        agreed = set(rendezvous.all_gather("board/found", "yes" if ready else "no", "to share memory")) == {"yes"}
+        agreed = set(rendezvous.all_gather("norms/found", "yes" if ready else "no", "to share memory")) == {"yes"}
     finally:
         if made is not None:
             os.close(int(made.split()[0]))
@@ -166,7 +167,7 @@ def _make(size: int) -> str | None:
     """Make the memory; its descriptor and its name, None where that cannot be done."""
     if sys.platform == "linux":
         with suppress(OSError):
-            name = f"pipeoptim-board-{secrets.token_hex(16)}"
+            name = f"pipeoptim-norms-{secrets.token_hex(16)}"
             fd = os.memfd_create(name)
             os.ftruncate(fd, size)
             return f"{fd} {name}"

@@ -114,7 +114,7 @@ class DDPReduction(NoReplicas):
     last backward of a mini-batch, and that backward ends with the mean in place.
 
     Raises:
-        ConfigError: the wrapper was told that the graph is static, which it can only learn in its own forward.
+        ConfigError: the wrapper was made with static_graph=True, which counts on one backward per forward.
     """
 
     def __init__(self, module: DistributedDataParallel, index: int) -> None:

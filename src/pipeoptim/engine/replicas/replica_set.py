@@ -1,4 +1,4 @@
-"""The replicas of one stage: who they are, that they agree, start equal, stop together and see each other die."""
+"""The replicas of one stage: who they are, equal settings and equal weights at the start, a common stop, and a heartbeat."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Replicas:
 
 
 def read_replicas(given: dist.ProcessGroup | DeviceMesh | None, module: nn.Module) -> Replicas:
-    """Whom ``replicas=`` names, or a wrapper of the module that knows its replicas.
+    """The replicas that ``replicas=`` names, or those of a wrapper around the module.
 
     Raises:
         ConfigError: neither a process group nor a device mesh, this process is not in it, or the wrapper knows others.
@@ -83,34 +83,34 @@ def replica_ranks(given: dist.ProcessGroup | DeviceMesh) -> tuple[int, ...]:
 
 
 class ReplicaSet:
-    """The ties of this process to the other replicas of stage ``k``.
+    """The connections of this process to the other replicas of stage ``k``.
 
     Args:
         replicas: who they are; at least two.
         k, depth: the stage, of how many.
         timeout: seconds to wait for them.
-        terms: what all of them must have been given alike.
+        settings: those that must be equal on all of them.
 
     Raises:
         ConfigError: they hold another stage, or were given other settings.
     """
 
-    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, terms: SharedSettings) -> None:
+    def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, settings: SharedSettings) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
         self._rendezvous = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
         self._heartbeat: Heartbeat | None = None
         place = f"stage {k} of {depth}"
-        for rank, told in zip(replicas.ranks, self._rendezvous.exchange_settings(f"{place}\n{terms.write()}"), strict=True):
-            theirs, given = told.split("\n", 1)
+        for rank, text in zip(replicas.ranks, self._rendezvous.exchange_settings(f"{place}\n{settings.write()}"), strict=True):
+            theirs, given = text.split("\n", 1)
             if theirs != place:
                 raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
-            terms.compare(SharedSettings.read(given), place, f"its replica on rank {rank}")
+            settings.compare(SharedSettings.read(given), place, f"its replica on rank {rank}")
         self._rendezvous.group("control", "gloo")  # made while all are here
 
     @property
     def control(self) -> dist.ProcessGroup:
-        """On the CPU, for what is no gradient."""
+        """A group on the CPU, for everything but gradients."""
         return self._rendezvous.group("control", "gloo")
 
     def start_heartbeat(self, liveness: float, on_dead: Callable[[str], None]) -> None:
@@ -125,9 +125,9 @@ class ReplicaSet:
             raise failure(error) from error
 
     def reduction(self, module: nn.Module, optimizer: Optimizer | None, uneven: bool) -> Reduction:
-        """What averages the gradients of this stage; from here on all replicas have the weights of the first."""
-        held = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
-        mastered = any(module_parameter(p) is not p for p in held)
+        """What averages the gradients of this stage. All replicas start from the weights of the first."""
+        parameters = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+        mastered = any(module_parameter(p) is not p for p in parameters)
         mesh = sharding_mesh(module)
         if mesh is not None or isinstance(module, DistributedDataParallel):
             by = "fully_shard" if mesh is not None else "DistributedDataParallel"
@@ -141,8 +141,8 @@ class ReplicaSet:
             return DDPReduction(module, self.replicas.index)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
         group = self._rendezvous.group("gradients")
-        broadcast_values([*module.parameters(), *module.buffers(), *(held if mastered else [])], group, ranks[0])
-        return BucketedReduction(held, group, self.replicas.index, self.timeout, during_backward=not mastered)
+        broadcast_values([*module.parameters(), *module.buffers(), *(parameters if mastered else [])], group, ranks[0])
+        return BucketedReduction(parameters, group, self.replicas.index, self.timeout, during_backward=not mastered)
 
     def agree_to_stop(self, wanted: bool) -> bool:
         """Whether any replica wanted to stop some mini-batches ago; the same answer on all of them at the same mini-batch."""

@@ -66,8 +66,8 @@ def optimizer_parameters(
     if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
         raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
     own = {id(p) for p in module.parameters()}
-    held = [p for group in optimizer.param_groups for p in group["params"]]
-    params = [module_parameter(p) for p in held]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    params = [module_parameter(p) for p in parameters]
     foreign = [tuple(p.shape) for p in params if id(p) not in own]
     if foreign:
         raise ConfigError(
@@ -77,7 +77,7 @@ def optimizer_parameters(
     forgotten = {id(p) for p in module.parameters() if p.requires_grad} - {id(p) for p in params}
     if forgotten and not params:
         raise ConfigError(f"the optimizer of stage {k} holds none of its parameters")
-    return held, params
+    return parameters, params
 
 
 def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions, ties: Sequence[TieOnStage]) -> None:

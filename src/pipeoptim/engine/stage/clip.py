@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeoptim.engine.processes.exchange import Norms
+from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule import Program
 
@@ -33,8 +33,8 @@ class Clip:
 
             - ``"stage"``: of the stage's own gradients. Costs no communication; each stage has a limit of its own.
             - ``"global"``: of all stages' gradients of the same mini-batch, as without a pipeline. U(n) of every stage waits
-              until all stages have done B(n); one float64 per stage is exchanged. Nothing is waited for longer than needed:
-              U(n) is carried out just before the stage's next F or B.
+              until all stages have done B(n); one float64 per stage is exchanged. The wait is as short as can be, since U(n) is
+              carried out just before the stage's next F or B.
             - ``"global_delayed"``: of all stages' gradients of mini-batch ``n - d``, ``d = ceil(D/M)``, or the stage's own
               norm of mini-batch n where that is larger (it is a lower bound of the global one, and all that is known in the
               first d updates). Nobody waits: F of stage 0 that U(n) depends on comes after B(n - d) of stage 0, so every
@@ -68,7 +68,7 @@ class Clip:
 
     @property
     def exchanges(self) -> bool:
-        """Whether stages tell each other their norms."""
+        """Whether stages exchange their norms."""
         return self.scope != "stage"
 
     @property
@@ -81,7 +81,7 @@ class Clip:
         return max(1, -(-program.depth // program.microbatches)) if self.scope == "global_delayed" else 0
 
     def check(self, program: Program) -> None:
-        """Raises ConfigError where the exact norm cannot be had in time."""
+        """Raises ConfigError where the norm is not available when the update needs it."""
         if self.exchanges and (program.interleaved or program.overlap):
             raise ConfigError(
                 f"clipping with scope {self.scope!r} is worked out for one stage per process and updates right after their backward; "
@@ -105,10 +105,10 @@ class Clipper:
 
     Args:
         clip: what to do.
-        params: what the optimizer holds.
+        params: what the optimizer moves.
         program: of the pipeline.
         norms: the exchange with the other stages; None for scope "stage".
-        whole: from the norm of ``params`` to that of the stage, where this process holds a part of it.
+        whole: maps the norm of ``params`` to that of the stage, where this process holds only a shard.
         elsewhere: those of ``params`` whose gradient another stage counts in the norm over all stages.
 
     Attributes:
@@ -120,7 +120,7 @@ class Clipper:
         clip: Clip,
         params: Sequence[Tensor],
         program: Program,
-        norms: Norms | None,
+        norms: NormExchange | None,
         whole: Callable[[Tensor], Tensor] = lambda norm: norm,
         elsewhere: Sequence[Tensor] = (),
     ) -> None:
@@ -131,17 +131,17 @@ class Clipper:
         self._counted = [p for p in self.params if id(p) not in others]
         self.delay, self._whole = clip.delay(program), whole
         self.used: Tensor | float | None = None
-        self._none = torch.zeros((), dtype=self.params[0].dtype if self.params else None)
-        self._own: Tensor = self._none
-        self._sent: deque[int] = deque()  # versions whose global norm was not taken yet
-        self._known: dict[int, float] = {}  # version -> its global norm
+        self._zero = torch.zeros((), dtype=self.params[0].dtype if self.params else None)
+        self._own_norm: Tensor = self._zero
+        self._sent: deque[int] = deque()  # versions whose global norm was not received yet
+        self._global_norms: dict[int, float] = {}  # version -> its global norm
 
     def send_norm(self, version: int) -> None:
-        """The gradients of the update after ``version`` are complete: take their norm and tell it."""
+        """Measure the gradients of the update after ``version``, which are complete, and send their norm to the other stages."""
         grads = [p.grad for p in self._counted if p.grad is not None]
-        self._own = self._whole(get_total_norm(grads) if grads else self._none)
+        self._own_norm = self._whole(get_total_norm(grads) if grads else self._zero)
         if self.norms is not None:
-            self.norms.send(version, float(self._own))
+            self.norms.send(version, float(self._own_norm))
             self._sent.append(version)
 
     def can_clip(self, version: int) -> bool:
@@ -152,31 +152,31 @@ class Clipper:
         """The norm that decides about the update after ``version``; for scope "global" the same on every stage."""
         self._receive_up_to(version - self.delay)
         if self.norms is None:
-            return self._own
-        known = self._known.pop(version - self.delay, math.nan)
+            return self._own_norm
+        known = self._global_norms.pop(version - self.delay, math.nan)
         if self.rule.waits:
             return known
-        own = float(self._own)
+        own = float(self._own_norm)
         return max(own, known) if math.isfinite(known) else own
 
     def apply(self, norm: Tensor | float) -> None:
         """Scale the gradients, unless the factor is 1, which would read and write them for nothing."""
         self.used = norm
         if not isinstance(norm, Tensor):
-            norm = torch.tensor(norm, dtype=self._own.dtype)
+            norm = torch.tensor(norm, dtype=self._own_norm.dtype)
         if norm.device.type != "cpu" or not self.rule.max_norm / (norm + 1e-6) >= 1:  # nor where it is not a number
-            clip_grads_with_norm_(self.params, self.rule.max_norm, norm.to(self._own.device))
+            clip_grads_with_norm_(self.params, self.rule.max_norm, norm.to(self._own_norm.device))
 
     def _receive_up_to(self, newest: int) -> None:
-        """Take the global norms up to that of version ``newest``."""
+        """Receive the global norms up to that of version ``newest``."""
         while self._sent and self._sent[0] <= newest and self.norms is not None:
             version = self._sent.popleft()
-            self._known[version] = total(self.norms.receive(version))
+            self._global_norms[version] = total(self.norms.receive(version))
 
     def abandon(self) -> None:
         """Forget the norms of updates that were not carried out."""
         self._sent.clear()
-        self._known.clear()
+        self._global_norms.clear()
         if self.norms is not None:
             self.norms.abandon()
 
@@ -184,12 +184,12 @@ class Clipper:
         """Norms that coming updates use."""
         if self._sent:
             self._receive_up_to(self._sent[-1])
-        return {"versions": list(self._known), "norms": list(self._known.values())}
+        return {"versions": list(self._global_norms), "norms": list(self._global_norms.values())}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
         self._sent.clear()
-        self._known = dict(zip(state["versions"], state["norms"], strict=True))
+        self._global_norms = dict(zip(state["versions"], state["norms"], strict=True))
 
 
 def total(norms: Sequence[float]) -> float:

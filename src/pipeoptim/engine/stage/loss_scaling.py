@@ -1,9 +1,12 @@
-"""Loss scaling for float16 in a pipeline: the scale travels back with the gradients, the news of an overflow forward.
+"""Loss scaling for float16 in a pipeline: the scale travels back with the gradients, reports of overflows travel forward.
 
 The last stage multiplies the loss by its scale; a mini-batch keeps the scale that it got there, however much later its
-gradients reach stage 0. Each stage divides by that scale, looks whether its own gradients are finite, and skips its own
-optimizer step if not. The news travels to the last stage with the activations, as the scale that was too large; the last stage
-backs off unless it already has a smaller one, so that one overflow seen by many stages counts once.
+gradients reach stage 0. Each stage divides by that scale, checks whether its own gradients are finite, and skips its own
+optimizer step if not. An overflow is reported to the last stage with the activations, as the scale that was too large; the last stage
+backs off unless its scale is smaller already, so that one overflow seen by many stages counts once::
+
+    stage 0  <--gradients, scale--   ...  <--gradients, scale--   last stage: loss * scale
+             --activations, overflow-->   ...  --activations, overflow-->     backs off or grows the scale
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ class LossScale:
 
     Attributes:
         current: the scale of the mini-batch whose gradients are being summed.
-        overflowed: the smallest scale that was too large, as far as this stage knows and has not passed on; 0 for none.
+        overflowed: the smallest scale known to be too large that has not been sent on yet; 0 for none.
         finite: whether the gradients of the newest update were.
     """
 
@@ -51,7 +54,7 @@ class LossScale:
             del self._scales[i // self.microbatches]
 
     def unscale(self, params: Sequence[Tensor]) -> None:
-        """Divide the gradients by their scale, and see whether they are finite."""
+        """Divide the gradients by their scale, and check whether they are finite."""
         places: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
             if p.grad is not None:
@@ -103,7 +106,7 @@ class LossScale:
         return {"scaler": self.scaler.state_dict(), "overflowed": self.overflowed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state_dict`."""
+        """Restore :meth:`state_dict`."""
         self.scaler.load_state_dict(state["scaler"])
         self.overflowed = state["overflowed"]
         self._scales.clear()

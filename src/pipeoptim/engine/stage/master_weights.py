@@ -36,7 +36,7 @@ def master_weights(module: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(po.master_weights(stage))
         >>> pipe = po.Emulator([stage], [optimizer], torch.nn.functional.mse_loss)
         >>> _ = pipe.step(torch.ones(1, 2, dtype=torch.bfloat16), target=torch.zeros(1, 2, dtype=torch.bfloat16))
-        >>> stage.weight.dtype, optimizer.param_groups[0]["params"][0].dtype
+        >>> stage.weight.dtype, optimizer.param_groups[0]["module_parameters"][0].dtype
         (torch.bfloat16, torch.float32)
     """
     return [_master(p) for p in module.parameters() if p.requires_grad]
@@ -65,12 +65,12 @@ class MasterWeights:
     """The masters of one stage and the module's parameters that follow them.
 
     Args:
-        held: what the optimizer holds, in its order.
-        params: the module's parameter for each.
+        parameters: what the optimizer holds, in its order.
+        module_parameters: the module's parameter for each.
     """
 
-    def __init__(self, held: Sequence[Tensor], params: Sequence[Tensor]) -> None:
-        self.pairs = [(m, p) for m, p in zip(held, params, strict=True) if m is not p]
+    def __init__(self, parameters: Sequence[Tensor], module_parameters: Sequence[Tensor]) -> None:
+        self.pairs = [(m, p) for m, p in zip(parameters, module_parameters, strict=True) if m is not p]
 
     def collect(self) -> None:
         """After each B: add the module's gradients to the masters', in float32, and clear them."""
@@ -111,9 +111,9 @@ class MasterWeightPredictor:
 
     needs_previous = False  # of the engine's buffers
 
-    def __init__(self, inner: WeightPredictor, held: Sequence[Tensor]) -> None:
+    def __init__(self, inner: WeightPredictor, parameters: Sequence[Tensor]) -> None:
         self.inner = inner
-        self.previous = [torch.empty_like(p.detach()) for p in held] if inner.needs_previous else None
+        self.previous = [torch.empty_like(p.detach()) for p in parameters] if inner.needs_previous else None
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
         """As :class:`pipeoptim.rules.Predictor`."""

@@ -63,7 +63,7 @@ class Reduction(Protocol):
         ...
 
     def close(self) -> None:
-        """There is nothing more to average; let go of groups and of the module."""
+        """Nothing is left to average: release groups and the module's hooks."""
         ...
 
 

@@ -1,8 +1,11 @@
 """Weights that several stages use, such as an embedding that is also the output layer: one weight, a copy on each of its stages.
 
-Each stage that uses a tied weight (a *holder*) has a copy of it and an optimizer state of its own, and knows the gradient of its
-own use only. After B of mini-batch n every holder tells its gradient, and update n of every holder takes the sum over the
-holders of their gradients of mini-batch n - d:
+Each stage that uses a tied weight (a *holder*) has a copy of it with an optimizer state of its own, and computes the gradient of its
+own use only. After B of mini-batch n every holder sends its gradient, and update n of every holder uses the sum over all
+holders of their gradients of mini-batch n - d::
+
+    B(n) of every holder --gradient--> exchange --sum of mini-batch n - d--> U(n) of every holder: the same step on equal copies
+
 
     d = 0 where the pipeline flushes, which is exact;
     d = :func:`~pipeoptim.schedule.common_delay` elsewhere, the smallest for which nobody waits: ceil(D/M) for first and last stage.
@@ -10,8 +13,8 @@ holders of their gradients of mini-batch n - d:
 Updates 0 .. d-1 have no gradient for it (None, so that optimizers leave it alone). All holders begin with the same values, take
 the same gradients in the same order and have the same optimizer settings, so their copies are equal bit for bit at equal versions.
 
-Others add the gradients up where the pipeline is empty: Megatron-LM all-reduces those of the embedding between first and last
-stage before each step, DeepSpeed those of its ``TiedLayerSpec``. A pipeline that never flushes has no such place, so it pays by d.
+Megatron-LM all-reduces the gradients of the embedding between first and last stage before each step, DeepSpeed those of its
+``TiedLayerSpec``, both while the pipeline is empty. A pipeline that never flushes has no such moment; it pays with the delay d.
 """
 
 from __future__ import annotations
@@ -26,7 +29,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.processes.exchange import Sums
+from pipeoptim.engine.processes.exchange import GradientExchange
 from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
@@ -67,7 +70,7 @@ def read_tied(given: TiedWeights | None, program: Program, method: Method, clip:
     """``given`` in one form, each tie's places in the order of the stages, after checks.
 
     Raises:
-        ConfigError: places that cannot be, or something that would move the copies apart.
+        ConfigError: places that do not exist, or a setting under which the copies would diverge.
     """
     ties = [_read(tie, program.depth) for tie in given or ()]
     seen: set[tuple[int, str]] = set()
@@ -104,11 +107,11 @@ def _check(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | 
     if clip is not None and not clip.waits:
         raise ConfigError(
             f"clipping with scope {clip.scope!r} scales each stage's gradients by a number of its own, so the copies of a tied weight "
-            "would move apart; use scope 'global', or no clipping"
+            "would diverge; use scope 'global', or no clipping"
         )
     if scaled:
         raise ConfigError(
-            "loss scaling lets each stage skip updates by itself, so the copies of a tied weight would move apart; use bfloat16 "
+            "loss scaling lets each stage skip updates by itself, so the copies of a tied weight would diverge; use bfloat16 "
             "without a scaler, or untie the weights"
         )
     for tie in ties:
@@ -117,7 +120,7 @@ def _check(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | 
             if len(set(rates)) > 1:
                 raise ConfigError(
                     f"method {method.name!r} scales the learning rates of stages {list(tie.holders)} by {rates}, so the copies of "
-                    f"the tied weight {tie.names[0]!r} would move apart; use another method, or untie the weights"
+                    f"the tied weight {tie.names[0]!r} would diverge; use another method, or untie the weights"
                 )
 
 
@@ -126,28 +129,30 @@ class TiedWeight:
 
     Args:
         name, parameter: on this stage.
-        held: what the optimizer moves: the parameter, or its master.
+        optimized: what the optimizer moves: the parameter, or its master.
         exchange: with the other holders.
         delay: d.
         counted: whether this is the stage that counts it in a norm over all stages; one holder does.
     """
 
-    def __init__(self, name: str, parameter: Tensor, held: Tensor, exchange: Sums, delay: int, counted: bool) -> None:
-        self.name, self.parameter, self.held = name, parameter, held
+    def __init__(
+        self, name: str, parameter: Tensor, optimized: Tensor, exchange: GradientExchange, delay: int, counted: bool
+    ) -> None:
+        self.name, self.parameter, self.optimized = name, parameter, optimized
         self.exchange, self.delay, self.counted = exchange, delay, counted
-        self._sent: deque[int] = deque()  # versions whose sum was not taken yet
-        self._known: dict[int, Tensor] = {}  # version -> its sum
+        self._sent: deque[int] = deque()  # versions whose sum was not received yet
+        self._sums: dict[int, Tensor] = {}  # version -> its sum
 
     @property
     def values(self) -> list[Tensor]:
-        """What must begin alike on all holders."""
-        return [self.held] if self.held is self.parameter else [self.held, self.parameter]
+        """What must start equal on all holders."""
+        return [self.optimized] if self.optimized is self.parameter else [self.optimized, self.parameter]
 
     def send_gradient(self, version: int) -> None:
-        """Tell this stage's own gradient of the update after ``version``; zeros if it has none."""
-        gradient, self.held.grad = self.held.grad, None
+        """Send this stage's own gradient of the update after ``version``; zeros if it has none."""
+        gradient, self.optimized.grad = self.optimized.grad, None
         if gradient is None:
-            gradient = torch.zeros_like(self.held, requires_grad=False)
+            gradient = torch.zeros_like(self.optimized, requires_grad=False)
         if gradient.is_sparse:
             raise ConfigError(f"the tied weight {self.name!r} has a sparse gradient; make its Embedding with sparse=False")
         self.exchange.send(version, gradient.contiguous())
@@ -159,46 +164,48 @@ class TiedWeight:
         return due not in self._sent or self.exchange.can_receive(due)
 
     def receive_sum(self, version: int) -> None:
-        """Put in place the gradient of the update after ``version``: the sum for version - d; None where there is none."""
+        """Set the gradient of the update after ``version`` to the sum for version - d; None where there is none."""
         due = version - self.delay
         while self._sent and self._sent[0] <= due:
             self._receive_oldest()
-        self.held.grad = self._known.pop(due, None)
+        self.optimized.grad = self._sums.pop(due, None)
 
     def _receive_oldest(self) -> None:
         version = self._sent.popleft()
-        self._known[version] = self.exchange.receive(version)
+        self._sums[version] = self.exchange.receive(version)
 
     def abandon(self) -> None:
         """Forget gradients that were sent and sums that were not used."""
         self._sent.clear()
-        self._known.clear()
+        self._sums.clear()
         self.exchange.abandon()
 
     def state_dict(self) -> dict[str, Any]:
         """Sums that coming updates use."""
         while self._sent:
             self._receive_oldest()
-        return {"versions": list(self._known), "sums": list(self._known.values())}
+        return {"versions": list(self._sums), "sums": list(self._sums.values())}
 
     def load_state_dict(self, state: Mapping[str, Any] | None) -> None:
-        """Take over :meth:`state_dict`; None: no gradient is under way."""
+        """Restore :meth:`state_dict`; None: no gradient is in transit."""
         while self._sent:
             self._receive_oldest()
         state = state or {"versions": [], "sums": []}
-        self._known = {v: g.to(self.held.device).clone() for v, g in zip(state["versions"], state["sums"], strict=True)}
+        self._sums = {v: g.to(self.optimized.device).clone() for v, g in zip(state["versions"], state["sums"], strict=True)}
 
 
 @dataclass(frozen=True)
 class TieOnStage:
-    """A tied weight as stage ``k`` is told of it: which parameter, and how to reach the other holders."""
+    """A tied weight as given to stage ``k``: which parameter it is, and how to reach the other holders."""
 
     tie: Tied
     k: int
-    exchange: Sums
+    exchange: GradientExchange
 
-    def on(self, module: nn.Module, held: Sequence[Tensor], params: Sequence[Tensor], program: Program) -> TiedWeight | None:
-        """The stage's copy; ``held``: what the optimizer moves, in the order of the module's ``params``. None if it moves another.
+    def on(
+        self, module: nn.Module, optimized: Sequence[Tensor], params: Sequence[Tensor], program: Program
+    ) -> TiedWeight | None:
+        """The stage's copy; ``optimized``: what the optimizer moves, in the order of the module's ``params``. None if it moves another.
 
         Raises:
             ConfigError: the module has no such parameter.
@@ -209,7 +216,7 @@ class TieOnStage:
             raise ConfigError(
                 f"tied names {name!r} of stage {self.k}, which has no such parameter; see stage.named_parameters()"
             )
-        found = next((h for h, p in zip(held, params, strict=True) if p is parameter), None)
+        found = next((h for h, p in zip(optimized, params, strict=True) if p is parameter), None)
         if found is None:
             return None
         delay, counted = common_delay(program, self.tie.holders), self.k == self.tie.holders[0]
@@ -217,13 +224,13 @@ class TieOnStage:
 
 
 def describe_tied(weight: TiedWeight | None, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> str:
-    """All that decides how an update moves a stage's copy, in words that must be the same on all holders."""
+    """Everything that decides how an update moves a stage's copy, as text that must be equal on all holders."""
     if weight is None or optimizer is None:
         return "nothing that moves it"
-    held, found = weight.held, "nothing"
+    optimized, found = weight.optimized, "nothing"
     for member in members(optimizer):
         for group in member.param_groups:
-            if any(p is held for p in group["params"]):
+            if any(p is optimized for p in group["params"]):
                 options = (f"{name}={_plain(group[name])}" for name in sorted(group) if name not in _ELSEWHERE)
                 found = f"{type(member).__name__}({', '.join(options)})"
     rate = "" if scheduler is None else f" with {type(scheduler).__name__}"
@@ -248,5 +255,5 @@ def check_tied_equal(tie: Tied, described: Sequence[str]) -> None:
         if words != described[0]:
             raise ConfigError(
                 f"the tied weight {tie} has {described[0]} on stage {tie.holders[0]} and {words} on stage {k}, so its copies would "
-                "move apart; give both the same optimizer, settings and learning rate"
+                "diverge; give both the same optimizer, settings and learning rate"
             )

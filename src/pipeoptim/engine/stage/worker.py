@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.processes.exchange import Norms
+from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.engine.stage.autocast import autocast_to
 from pipeoptim.engine.stage.checks import (
     check_sharded,
@@ -107,7 +107,7 @@ class StageWorker:
         scheduler: LRScheduler | None = None,
         device: torch.device | None = None,
         options: PipelineOptions = DEFAULTS,
-        norms: Norms | None = None,
+        norms: NormExchange | None = None,
         reduction: Reduction = NO_REPLICAS,
         ties: Sequence[TieOnStage] = (),
     ) -> None:
@@ -146,7 +146,7 @@ class StageWorker:
         self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
         self.clipper: Clipper | None = None
         if options.clip is not None:
-            twice = [weight.held for weight in self.tied if not weight.counted]
+            twice = [weight.optimized for weight in self.tied if not weight.counted]
             self.clipper = Clipper(options.clip, self.parameters, program, norms, reduction.whole_norm, twice)
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
@@ -363,12 +363,12 @@ class StageWorker:
         return 0.0 if self.scaling is None else self.scaling.current
 
     def note_overflow(self, overflowed: float) -> None:
-        """An activation came with the news that a loss scale was too large; 0: none was."""
+        """An activation arrived with a report of the loss scale that was too large; 0: none was."""
         if self.scaling is not None:
             self.scaling.note_overflow(overflowed)
 
     def overflow_to_send(self) -> float:
-        """The news that goes on with the next activation."""
+        """The report that goes on with the next activation."""
         return 0.0 if self.scaling is None else self.scaling.overflow_to_send()
 
     # -- evaluation and state ----------------------------------------------------------------------------------------
