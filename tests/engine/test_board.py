@@ -139,7 +139,7 @@ def test_processes_of_one_machine_share_a_page_and_give_it_back():
     [
         ([False, True, True], lambda what, text: text),
         ([True, True, False], lambda what, text: text),
-        ([True] * 3, lambda what, text: text[:-1] + "?" if what == "board" else text),  # whose file this is, is another's
+        ([True] * 3, lambda what, text: text[:-1] + "?" if what == "norms" else text),  # whose file this is, is another's
     ],
 )
 def test_all_do_without_where_one_does_not_want_it_or_is_elsewhere(wanted, change):

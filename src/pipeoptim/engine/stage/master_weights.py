@@ -36,7 +36,7 @@ def master_weights(module: nn.Module) -> list[nn.Parameter]:
         >>> optimizer = torch.optim.AdamW(po.master_weights(stage))
         >>> pipe = po.Emulator([stage], [optimizer], torch.nn.functional.mse_loss)
         >>> _ = pipe.step(torch.ones(1, 2, dtype=torch.bfloat16), target=torch.zeros(1, 2, dtype=torch.bfloat16))
-        >>> stage.weight.dtype, optimizer.param_groups[0]["module_parameters"][0].dtype
+        >>> stage.weight.dtype, optimizer.param_groups[0]["params"][0].dtype
         (torch.bfloat16, torch.float32)
     """
     return [_master(p) for p in module.parameters() if p.requires_grad]
