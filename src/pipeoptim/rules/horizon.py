@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.move import Ahead, PartialGradient, Scalar
 
 
-@dataclass(frozen=True, slots=True)
-class Horizon:
+class Horizon(NamedTuple):
     """How far ahead to predict, and what is known of the updates until then.
 
     Live information that a new kind of prediction needs is one more field here and in `Ahead`.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,21 +12,26 @@ from pipeoptim.rules.checks import check_dense
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
-from pipeoptim.rules.move import Ahead, Move, State
+from pipeoptim.rules.move import Ahead, Move
 
 
 def ask_rule(entry: ParameterEntry, grad: Tensor | None, ahead: Ahead) -> Move | None:
-    """Where the weight of `entry` goes, scaled as `ahead` says; None if it stays.
+    """Where the weight of `entry` goes, scaled as `ahead` says; None if it stays. Call it under ``torch.no_grad()``.
 
     Both paths ask here: the plain one for every parameter, the fused one once for all parameters that share their numbers.
     """
-    check_dense(entry.weight, grad)
-    if not entry.weight.requires_grad and grad is None:  # frozen: it had updates once, it gets none now
-        return None
+    weight, state = entry.weight, entry.state
+    check_dense(weight, grad)
+    if grad is None:
+        if not weight.requires_grad:  # frozen: it had updates once, it gets none now
+            return None
+    elif grad.requires_grad:  # from a backward with create_graph=True
+        grad = grad.detach()
+    if weight.is_complex():
+        weight, state = _as_real(weight), {k: _as_real(v) if isinstance(v, Tensor) else v for k, v in state.items()}
+        grad = None if grad is None else _as_real(grad)
     assert entry.rule is not None
-    weight = _as_real(entry.weight.detach())
-    grad = None if grad is None else _as_real(grad.detach() if grad.requires_grad else grad)
-    move = entry.rule.move(weight, _real_state(entry.state), grad, entry.group, ahead)
+    move = entry.rule.move(weight, state, grad, entry.group, ahead)
     return None if move is None else move.scaled(ahead.scale)
 
 
@@ -65,10 +69,3 @@ def predict_by_rule(
 def _as_real(tensor: Tensor) -> Tensor:
     """Complex tensors as pairs of reals, as torch's own optimizers treat them."""
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
-
-
-def _real_state(state: State) -> State:
-    if not any(isinstance(value, Tensor) and value.is_complex() for value in state.values()):
-        return state
-    real: dict[str, Any] = {k: _as_real(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-    return real

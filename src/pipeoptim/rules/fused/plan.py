@@ -11,7 +11,6 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import chain
 from operator import attrgetter, getitem, is_
 from typing import Any, cast
 
@@ -109,7 +108,7 @@ class StateSnapshot:
         return same and _addresses(self.tensors) == self.addresses
 
     def _present_states(self) -> list[Any]:
-        return [*chain.from_iterable(optimizer.state.values() for optimizer in self.optimizers)]
+        return [state for optimizer in self.optimizers for state in optimizer.state.values()]
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,11 @@ class FusedPlan:
             return False
         if len(out or ()) != len(self.out) or not all(map(is_, out or (), self.out)):
             return False
-        if not self.state.unchanged() or not all(batch.options_unchanged() for batch in self.batches):
+        if not self.state.unchanged():
             return False
+        for batch in self.batches:
+            if not batch.options_unchanged():
+                return False
         present = [grad for grad in grads if grad is not None] if self.without_grad else cast(list[Tensor], grads)
         return self.weights.unchanged(present)
 
