@@ -271,6 +271,33 @@ class ProcessPipeline(Pipeline):
                 state = {**state, name: self._worker(k).state_dict()[name]}
         super().load_stage_state_dict(k, state)
 
+    # -- after a failure -----------------------------------------------------------------------------------------------
+
+    def reconnect(self) -> None:
+        """Give up what is in flight and connect anew, after a failure that this process survived. All processes call it.
+
+        The mini-batches in flight are lost, and stages may have made different numbers of updates: before the next step, load on
+        every stage what :meth:`stage_state_dict` gave at one drained boundary.
+
+        Raises:
+            ConfigError: the stage has replicas, whose connections are not made anew; make a new pipeline then.
+            StageFailure: another process did not come within the time-out.
+        """
+        if self._replica_sets:
+            raise ConfigError("a pipeline with replicas cannot be connected anew; make a new one, and load the last checkpoint")
+        if self._connections is not None:
+            self._connections.interrupt(
+                "another stage connects anew"
+            )  # the others may wait for this one, and must come here, too
+        for runner in self._runners.values():
+            runner.worker.abandon()
+        self._disconnect(wait=False)
+        self.rendezvous = self.rendezvous.next_generation()
+        self._failed = self._closed = False
+        self._steps = 0
+        with self._closed_on_error():
+            self._connect()
+
     # -- the end -------------------------------------------------------------------------------------------------------
 
     def close(self) -> None:
