@@ -10,7 +10,7 @@ from html import escape
 PATH = (
     "engine/pipeline.py",
     "engine/runner.py",
-    "engine/stage/worker.py",
+    "engine/stage/update.py",
     "weights/store.py",
     "rules/predictor.py",
     "rules/fused/step.py",
@@ -42,8 +42,10 @@ def architecture_svg() -> str:
     parts += _text(500, 113, "one action of one stage", colour=_QUIET)
     parts += _box(180, 124, 620, 66, PATH[1], "receives, lets the stage compute, sends", number=2)
     parts += _neighbours()
-    parts += _arrow([(490, 190), (490, 212)])
-    parts += _box(180, 214, 620, 52, PATH[2], "the numerics of the stage: forward, backward, update", number=3)
+    parts += _arrow([(385, 190), (385, 212)])
+    parts += _arrow([(701, 190), (701, 212)], _U)
+    parts += _box(180, 214, 410, 52, "engine/stage/worker.py", "the numerics of the stage")
+    parts += _box(602, 214, 198, 52, PATH[2], "completes the gradients", number=3)
     for x, letter, what, colour in ((280, "F", "forward", _F), (490, "B", "backward", _B), (700, "U", "update", _U)):
         parts += _arrow([(x, 266), (x, 304)], colour)
         parts += _text(x + 10, 289, f"{letter}: {what}", colour=colour, bold=True)
@@ -88,7 +90,7 @@ def _backward(x: int) -> list[str]:
 
 def _update(x: int) -> list[str]:
     rows = (
-        (PATH[3], "the copy that takes the prediction", 4),
+        (PATH[3], "memory for the prediction", 4),
         (PATH[4], "learning rates, gap", 5),
         (PATH[5], "which tensors, which numbers", 6),
     )

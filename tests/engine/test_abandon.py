@@ -115,7 +115,7 @@ class Driven:
         for action in steps[:last]:
             self.act(action)
         if where == "with an update begun":
-            self.worker.present_update.announce()
+            self.worker.update.announce()
         elif where == "after a forward":
             self.act(steps[last])
         else:

@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any, Generic
 
 from pipeoptim.engine.processes.exchange import Exchange, Received, Sent
-from pipeoptim.engine.stage.update import UpdateState
+from pipeoptim.engine.stage.update import StageUpdate
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.compression import Compressor
@@ -33,11 +33,12 @@ def noted_exchange(row: TraceRow | None, plain: Exchange[Sent, Received]) -> Exc
 
 
 class TracedWorker(StageWorker):
-    """Notes prediction, F, B, U and evaluation. Micro-batches are numbered from the beginning of training."""
+    """Notes prediction, F, B and evaluation. Micro-batches are numbered from the beginning of training."""
 
     def __init__(self, row: TraceRow, *args: Any, **kwargs: Any) -> None:
         self.row = row
         super().__init__(*args, **kwargs)
+        self.update = TracedUpdate(row, self.update)
         if self.compressor.compression is not None:
             self.compressor = TracedCompressor(row, self.compressor)
 
@@ -66,13 +67,6 @@ class TracedWorker(StageWorker):
         self.row.add(ActionKind.B.value, self._number(i), began)
         return result
 
-    def finish_update(self) -> None:
-        if self.present_update.state is UpdateState.IDLE:
-            return
-        version, began = self.weights.version, self.row.now()
-        super().finish_update()
-        self.row.add(ActionKind.U.value, version, began)
-
     def evaluate(self, args: Any, kwargs: dict[str, Any], target: Any = None) -> Any:
         began = self.row.now()
         result = super().evaluate(args, kwargs, target)
@@ -81,6 +75,19 @@ class TracedWorker(StageWorker):
 
     def _number(self, i: int) -> int:
         return self.weights.restart * self.program.microbatches + i
+
+
+class TracedUpdate(StageUpdate):
+    """Notes U when it is carried out, which may be later than when it was begun."""
+
+    def __init__(self, row: TraceRow, plain: StageUpdate) -> None:
+        vars(self).update(vars(plain))
+        self.row = row
+
+    def finish(self) -> None:
+        version, began = self.weights.version, self.row.now()
+        super().finish()
+        self.row.add(ActionKind.U.value, version, began)
 
 
 class TracedCompressor(Compressor):

@@ -95,6 +95,15 @@ class StageUpdate:
         self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
         self.state = UpdateState.IDLE
 
+    def __call__(self) -> None:
+        """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
+
+        Where it waits for others (replicas, or other stages for tied weights and when clipping by the global norm) only its part
+        in the exchange is begun here, and the rest is done by :meth:`finish`, which the stage's next F or B calls.
+        """
+        if self.announce():
+            self.finish()
+
     def announce(self) -> bool:
         """The gradients of the mini-batch are there. Begins what others wait for; returns whether :meth:`finish` is due at once."""
         self.state = UpdateState.ANNOUNCED

@@ -150,7 +150,7 @@ class StageWorker:
             self.clipper = Clipper(options.clip, self.parameters, program, norms, reduction.whole_norm, twice)
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
-        self.present_update = StageUpdate(
+        self.update = StageUpdate(
             optimizer,
             scheduler,
             step,
@@ -179,7 +179,7 @@ class StageWorker:
 
     def prepare(self, i: int) -> None:
         """Choose (and predict) the weights for F of micro-batch ``i``; may be called while its input is on its way."""
-        if self.present_update.state is not _IDLE:
+        if self.update.state is not _IDLE:
             self.finish_update()
         self.forward_weights.choose(i)
 
@@ -270,7 +270,7 @@ class StageWorker:
         Returns:
             One per differentiable input, for the previous stage.
         """
-        if self.present_update.state is not _IDLE:
+        if self.update.state is not _IDLE:
             self.finish_update()
         if self.scaling is not None:
             self.scaling.begin_backward(i, loss_scale)
@@ -314,23 +314,14 @@ class StageWorker:
     def _scale_of(self, loss: Tensor) -> Tensor | None:
         return None if self.scaling is None else torch.full_like(loss, self.scaling.current)
 
-    def update(self) -> None:
-        """U: one step of the optimizer, of the schedule of its learning rate, and of the version count.
-
-        Where it waits for others (replicas, or other stages for tied weights and when clipping by the global norm) only its part
-        in the exchange is begun here, and the rest is done by :meth:`finish_update`, which the stage's next F or B calls.
-        """
-        if self.present_update.announce():
-            self.finish_update()
-
     def finish_update(self) -> None:
         """Carry out an update that waits for other processes, if there is one."""
-        if self.present_update.state is not _IDLE:
-            self.present_update.finish()
+        if self.update.state is not _IDLE:
+            self.update.finish()
 
     def can_finish_update(self) -> bool:
         """As :meth:`StageUpdate.can_finish <pipeoptim.engine.stage.update.StageUpdate.can_finish>`."""
-        return self.present_update.can_finish()
+        return self.update.can_finish()
 
     def tied_weight(self, tie: Tied) -> TiedWeight | None:
         """This stage's copy of a tied weight; None where nothing trains it."""
@@ -348,7 +339,7 @@ class StageWorker:
         half-finished update, so that only a state that was saved makes them whole again.
         """
         self._in_flight.clear()
-        self.present_update.abandon()
+        self.update.abandon()
         for p in self.module.parameters():
             p.grad = None
         self.weights.abandon()
@@ -413,7 +404,7 @@ class StageWorker:
         self.restart()
 
     def _only_at_rest(self, what: str) -> None:
-        if self._in_flight or self.present_update.state is not _IDLE:
+        if self._in_flight or self.update.state is not _IDLE:
             raise PipeOptimError(
                 f"the state of stage {self.k} cannot be {what} while {len(self._in_flight)} micro-batches are in flight; "
                 "call drain() first"
