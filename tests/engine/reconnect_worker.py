@@ -70,24 +70,35 @@ def until_the_boundary(pipe):
 
 def to_the_end(pipe):
     train(pipe, islice(cases.batches(), cases.SAVED, None))
-    pipe.drain()
-    return copied({k: pipe.stage_state_dict(k) for k in pipe.local_stages})
+    found = {"loss": evaluate(pipe), "gap": pipe.version_gap(p)}
+    return {**found, "states": copied({k: pipe.stage_state_dict(k) for k in pipe.local_stages})}
+
+
+def evaluate(pipe):
+    """Drains first."""
+    return pipe.evaluate([(x if p == 0 else (), x if p == processes - 1 else None) for x in islice(cases.batches(), 3)]).loss
+
+
+def go_on(pipe, breaks):
+    train(pipe, islice(cases.batches(), 4))  # and nothing is drained
+    if breaks == "evaluation":
+        evaluate(pipe)
 
 
 for n, run in enumerate(cases.RUNS):
     module, pipe = make(run)
     boundary = until_the_boundary(pipe)
     found = {"never stopped": to_the_end(pipe)}
-    for breaks in (0, 3):
+    for breaks, forward in cases.breaks(run).items():
         load(pipe, boundary)
-        module.left = breaks if p == 1 else -1
+        module.left = forward if p == 1 else -1
         try:
-            train(pipe, islice(cases.batches(), 5))  # nothing is drained, and process 1 may break
+            go_on(pipe, breaks)
         except (OSError, po.StageFailure) as error:
-            print(f"case {n} broken by {breaks}: {type(error).__name__}: {error}", flush=True)
+            print(f"case {n} broken in {breaks}: {type(error).__name__}: {error}", flush=True)
         pipe.reconnect()
         load(pipe, boundary)
-        found[f"broken by {breaks}"] = to_the_end(pipe)
+        found[breaks] = to_the_end(pipe)
     pipe.close()
     torch.save(found, f"{out}/{n}-{p}.pt")
 dist.destroy_process_group()

@@ -24,16 +24,17 @@ def written(tmp_path_factory):
 @pytest.mark.parametrize("p", range(PROCESSES))
 def test_a_process_that_was_connected_anew_ends_where_one_does_that_never_stopped(written, n, p):
     expected, *others = torch.load(written[0] / f"{n}-{p}.pt", weights_only=True).values()
-    assert len(others) == 2
+    assert len(others) == 3
     for found in others:
         for a, b in zip(tree_leaves(expected), tree_leaves(found), strict=True):
             assert torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b
 
 
 @pytest.mark.parametrize("n", range(len(cases.RUNS)))
-def test_the_processes_beside_the_one_that_breaks_are_not_left_waiting(written, n):
-    lines = [[line for line in output.splitlines() if line.startswith(f"case {n} broken by 3")] for output in written[1]]
-    assert lines[1] == [f"case {n} broken by 3: OSError: a disk was full"]
+@pytest.mark.parametrize("breaks", ["step", "evaluation"])
+def test_the_processes_beside_the_one_that_breaks_are_not_left_waiting(written, n, breaks):
+    lines = [[line for line in output.splitlines() if line.startswith(f"case {n} broken in {breaks}")] for output in written[1]]
+    assert lines[1] == [f"case {n} broken in {breaks}: OSError: a disk was full"]
     assert all("StageFailure" in line for p in (0, 2) for line in lines[p])
     assert lines[0] or lines[2], "nobody waited for the process that broke"
 

@@ -245,7 +245,7 @@ class Pipeline:
         self._finish_updates()
 
     def _run(self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
-        """Carry out the actions of this process in their order; whoever they wait for acts in a process of its own."""
+        """Carry out the actions of this process in their order; the stages they wait for act in other processes."""
         for actions in todo:
             for k, action in actions:
                 self._runners[k].run(action, micro_batches, losses)

@@ -69,14 +69,14 @@ class ProcessPipeline(Pipeline):
     _norms: ProcessNorms | None = None  # of gradients, where clipping needs those of all stages
     _sums: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
     _connections: Connections | None = None
-    _training = False  # whether the newest call was step(), not drain() or an evaluation
-    _evaluated = 0  # batches of the evaluation in progress
-    _evaluations = 0
+    _training: bool  # whether the newest call was step(), not drain() or an evaluation
+    _evaluated: int  # batches of the evaluation in progress
+    _evaluations: int  # complete ones, at this rendezvous
 
     def _set_up(
         self, parts: Sequence[StageParts], loss_fn: LossFn, method: str | Method, microbatches: int, options: Mapping[str, Any]
     ) -> None:
-        """Make the stages and connect them; when one process cannot, all of them hear why."""
+        """Create the stages and connect them; where one process cannot, all of them fail with its reason."""
         places = [read_stage(part.stage, len(parts)) for part in parts]
         self.ranks = places[0].ranks
         self._runners = {}  # until there are some: close() ends what a failed set-up has begun
@@ -84,8 +84,7 @@ class ProcessPipeline(Pipeline):
         self._replica_sets: dict[int, ReplicaSet] = {}
         self._endpoints: dict[int, Endpoint] = {}
         members = self.ranks[: len(self.ranks) // len(parts)]
-        self.rendezvous = Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}")
-        self._progress = TrainingProgress(self.rendezvous)
+        self._meet(Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}"))
         with self._closed_on_error():
             read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
             super().__init__(read, len(self.ranks), len(members))
@@ -98,6 +97,11 @@ class ProcessPipeline(Pipeline):
                 weight = self._tied_weight(tie)
                 if weight is not None:
                     broadcast_values(weight.values, sums.group, self.ranks[tie.holders[0]])
+
+    def _meet(self, rendezvous: Rendezvous) -> None:
+        """Meet the other processes at ``rendezvous``; what was counted for the one before it begins anew with all of them."""
+        self.rendezvous, self._progress = rendezvous, TrainingProgress(rendezvous)
+        self._training, self._evaluated, self._evaluations = False, 0, 0
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -286,13 +290,12 @@ class ProcessPipeline(Pipeline):
         if self._replica_sets:
             raise ConfigError("a pipeline with replicas cannot be connected anew; make a new one, and load the last checkpoint")
         if self._connections is not None:
-            self._connections.interrupt(
-                "another stage connects anew"
-            )  # the others may wait for this one, and must come here, too
+            # The others may be waiting for this process, and must come here, too.
+            self._connections.interrupt("another stage connects anew")
         for runner in self._runners.values():
             runner.worker.abandon()
         self._disconnect(wait=False)
-        self.rendezvous = self.rendezvous.next_generation()
+        self._meet(self.rendezvous.next_generation())
         self._failed = self._closed = False
         self._steps = 0
         with self._closed_on_error():

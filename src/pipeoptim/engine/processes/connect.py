@@ -138,7 +138,9 @@ def connect(
         waiting: Waiting = lambda peer: note_wait(None if peer is None else peer % processes)  # noqa: E731
         for round_ in range(len(ranks) // processes):
             for direction in (ACTIVATIONS, GRADIENTS):
-                _group(rendezvous, direction, round_ * processes)  # by all processes in one order, whoever needs it
+                _group(
+                    rendezvous, direction, round_ * processes
+                )  # all processes make all groups in the same order, even those that they do not use
         for k, endpoint in endpoints.items():
             _connect_stage(connections, k, ranks, endpoint, transport, waiting)
         if norms is not None:
