@@ -81,7 +81,7 @@ def test_only_one_module_imports_torchs_pipelining():
 
 
 UNPICKLES = re.compile(
-    r"\bpickle\b|\bdill\b|\bcloudpickle\b|torch\.load\b|_object\(|_object_list\(|multiprocessing\.(Pipe|Queue|connection)|\bmarshal\b"
+    r"\bpickle\b|\bdill\b|\bcloudpickle\b|torch\.load\b|_object\(|_object_list\(|distributed\.checkpoint|multiprocessing\.(Pipe|Queue|connection)|\bmarshal\b"
 )
 MAY_UNPICKLE = {
     "pipeoptim_zoo/data/cifar.py",  # the data set is published as pickles; read by an unpickler that knows arrays alone

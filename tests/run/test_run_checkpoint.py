@@ -72,7 +72,7 @@ def test_a_pickle_in_the_place_of_a_stage_is_refused_unopened(tmp_path: Path) ->
 
     folder = write(tmp_path, 3)
     torch.save({"w": Planted()}, folder / "stage-1.safetensors")
-    with pytest.raises(ConfigError, match="is no stage of a checkpoint"):
+    with pytest.raises(ConfigError, match="is no file of a checkpoint"):
         load_stage(folder, 1)
     assert not (tmp_path / "was-here").exists()
 

@@ -237,3 +237,30 @@ def test_processes_resume_save_and_export_as_the_emulator_does(tmp_path, monkeyp
     whole = state_case.model()
     po.load_weights(whole, tmp_path / "weights")
     assert equal(whole.state_dict(), expected)
+
+
+def test_state_keeps_its_order_in_memory_over_a_sharded_checkpoint(tmp_path):
+    def made():
+        stages = [nn.Sequential(nn.Conv2d(3, 4, 3), nn.Flatten()), nn.Linear(4 * 2 * 2, 1)]
+        stages[0].to(memory_format=torch.channels_last)
+        return po.Emulator(stages, lambda p: torch.optim.AdamW(p, lr=0.1), nn.functional.mse_loss)
+
+    def step(pipe, seed):
+        torch.manual_seed(seed)
+        pipe.step(torch.randn(2, 3, 4, 4), target=torch.ones(2, 1))
+
+    pipe = made()
+    for seed in range(3):
+        step(pipe, seed)
+    po.save_sharded(pipe, tmp_path / "saved")
+    other = made()
+    assert po.load_sharded(other, tmp_path / "saved")
+    weight = other.stage_module(0)[0].weight
+    (moment,) = [s["exp_avg"] for p, s in other.stage_worker(0).optimizer.state.items() if p is weight]
+    assert moment.stride() == weight.stride() and not moment.is_contiguous()
+    for seed in range(3, 6):
+        step(pipe, seed)
+        step(other, seed)
+    pipe.drain()
+    other.drain()
+    assert torch.equal(pipe.stage_module(0)[0].weight, weight)

@@ -29,9 +29,14 @@ class SavingGroup:
         return None if self.rendezvous is None else self.rendezvous.group("saving", "gloo")
 
     @property
+    def index(self) -> int:
+        """Which of them this process is."""
+        return 0 if self.rendezvous is None else self.rendezvous.index
+
+    @property
     def is_first(self) -> bool:
         """Whether this is the process of stage 0."""
-        return self.rendezvous is None or self.rendezvous.index == 0
+        return self.index == 0
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -1,4 +1,4 @@
-"""Checkpoints on ``torch.distributed.checkpoint`` that another number of stages can resume from.
+"""Checkpoints that another number of stages can resume from.
 
 Every process writes what it has, as safetensors; beside them lies ``state.json`` with all that is not a tensor. The folder is
 written beside its place and renamed when complete. Nothing in it is pickled, so nothing in it can run.
@@ -7,10 +7,8 @@ written beside its place and renamed when complete. Nothing in it is pickled, so
 from __future__ import annotations
 
 import json
-import warnings
-from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -20,18 +18,16 @@ from torch.utils._pytree import tree_map_only
 from pipeoptim.checkpoint.named_state import NamedState, check_covered, collect_stage, stage_state, tensors_needed
 from pipeoptim.checkpoint.parameter_names import Names, saved_name, unique_names
 from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
+from pipeoptim.checkpoint.shard_files import read_tensors, shapes_of, write_shard
 from pipeoptim.checkpoint.weights import begin_folder
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-
     from pipeoptim.engine.pipeline import Pipeline
 
 T = TypeVar("T")
 STATE = "state.json"
 FORMAT = 2
-_ALONE = "torch.distributed is disabled"  # how torch warns where there is one process only, which is what an emulator is
 
 
 def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None, *, background: bool = False) -> Future[None]:
@@ -63,9 +59,6 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
         >>> po.load_sharded(pipe, folder)
         True
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
-    from torch.distributed.checkpoint.state_dict_saver import async_save, save
-
     checked(pipe, "save_sharded")
     pipe.drain()
     folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
@@ -75,17 +68,18 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
     for k in pipe.local_stages:
         collect_stage(pipe.stage_worker(k), names_of[k], state)
     _write_state_json(part, state, pipe.depth, processes)
-    writer = HuggingFaceStorageWriter(str(part), save_distributed=True)
-    options: dict[str, Any] = {"storage_writer": writer, "process_group": processes.group, "no_dist": processes.group is None}
-    tensors: dict[str, Any] = {name: tensor.detach().contiguous() for name, tensor in state.tensors.items()}
-    if background:  # copies everything to memory before it returns
-        if processes.group is None:  # its thread would warn later, so not only inside this call
-            warnings.filterwarnings("ignore", message=_ALONE)
-        saving: Future[Any] = async_save(tensors, **options)  # type: ignore[assignment]
-        return _finish_after(saving, lambda: _finish(part, folder, processes))
-    with _without_single_process_warning(processes):
-        save(tensors, **options)
-    _finish(part, folder, processes)
+    everywhere = processes.gather(list(state.tensors))
+    before = {name for names in everywhere[: processes.index] for name in names}  # written by those before this process
+    tensors = {name: tensor for name, tensor in state.tensors.items() if name not in before}
+
+    def write() -> None:
+        write_shard(part, processes.index, len(everywhere), tensors)
+        _finish(part, folder, processes)
+
+    if background:  # training goes on to change what was collected
+        tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+        return _in_background(write)
+    write()
     done: Future[None] = Future()
     done.set_result(None)
     return done
@@ -112,9 +106,6 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
 
     Example: see :func:`save_sharded`.
     """
-    from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
-    from torch.distributed.checkpoint.state_dict_loader import load
-
     checked(pipe, "load_sharded")
     folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
@@ -127,31 +118,21 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     known = {name for own in saved.weights.values() for name in own}
     names_of = {k: {own: saved_name(name, known) for own, name in found.items()} for k, found in names_of.items()}
     everywhere = processes.gather({k: list(found.values()) for k, found in names_of.items()})
-    reader = HuggingFaceStorageReader(str(folder))
-    saved.tensors = _agreed(processes, lambda: _room_for_tensors(pipe, names_of, saved, same, reader, folder))
+    wanted = _agreed(processes, lambda: _wanted_tensors(pipe, names_of, saved, same, folder))
     check_covered((own for part in everywhere for own in part.values()), saved)
-    with _without_single_process_warning(processes):
-        load(dict(saved.tensors), storage_reader=reader, process_group=processes.group, no_dist=processes.group is None)
+    saved.tensors = _agreed(processes, lambda: read_tensors(folder, wanted))
     for k, state in _agreed(processes, lambda: _states(pipe, names_of, saved, same)).items():
         pipe.load_stage_state_dict(k, state)
     processes.barrier()
     return same
 
 
-def _room_for_tensors(
-    pipe: Pipeline,
-    names_of: Mapping[int, Mapping[str, str]],
-    saved: NamedState,
-    same: bool,
-    reader: HuggingFaceStorageReader,
-    folder: Path,
-) -> dict[str, torch.Tensor]:
-    """An empty tensor for each that the stages of this process need; they are in the checkpoint and have the right shapes."""
+def _wanted_tensors(
+    pipe: Pipeline, names_of: Mapping[int, Mapping[str, str]], saved: NamedState, same: bool, folder: Path
+) -> set[str]:
+    """The names of those that the stages of this process need; they are in the checkpoint and have the right shapes."""
     wanted = {name for k in pipe.local_stages for name in tensors_needed(pipe.stage_worker(k), names_of[k], saved, same)}
-    try:
-        there = reader.read_metadata().state_dict_metadata
-    except Exception as error:  # whatever the reader meets in files that are none of its own
-        raise ConfigError(f"the tensors of {folder} cannot be read ({_line(error)}); choose another checkpoint") from error
+    there = shapes_of(folder)
     missing = sorted(wanted - there.keys())
     if missing:
         raise ConfigError(
@@ -160,12 +141,12 @@ def _room_for_tensors(
         )
     for k, found in names_of.items():
         for own, tensor in pipe.stage_module(k).state_dict().items():
-            shape = there[f"model/{found[own]}"].size  # type: ignore[union-attr]
+            shape = there[f"model/{found[own]}"]
             if tuple(shape) != tuple(tensor.shape):
                 raise ConfigError(
                     f"{found[own]!r} has shape {tuple(shape)} in {folder}, but {tuple(tensor.shape)} in stage {k}; it is of another model"
                 )
-    return {name: torch.empty(there[name].size, dtype=there[name].properties.dtype) for name in sorted(wanted)}  # type: ignore[union-attr]
+    return wanted
 
 
 def _states(
@@ -192,10 +173,6 @@ def _agreed(processes: SavingGroup, make: Callable[[], T]) -> T:
     for reason in filter(None, processes.gather(None if refusal is None else str(refusal))):
         raise ConfigError(reason) from refusal
     return made  # type: ignore[return-value]
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
 
 
 def _write_state_json(part: Path, state: NamedState, depth: int, processes: SavingGroup) -> None:
@@ -230,15 +207,6 @@ def _read_state_json(folder: Path) -> tuple[NamedState, int]:
         ) from error
 
 
-@contextmanager
-def _without_single_process_warning(processes: SavingGroup) -> Iterator[None]:
-    """Without torch's warning that there is one process only."""
-    with warnings.catch_warnings():
-        if processes.group is None:
-            warnings.filterwarnings("ignore", message=_ALONE)
-        yield
-
-
 def _finish(part: Path, folder: Path, processes: SavingGroup) -> None:
     processes.barrier()
     if processes.is_first:
@@ -246,18 +214,9 @@ def _finish(part: Path, folder: Path, processes: SavingGroup) -> None:
     processes.barrier()
 
 
-def _finish_after(saving: Future[Any], finish: Callable[[], None]) -> Future[None]:
-    """Done when ``saving`` is and ``finish`` has run, in the thread that saved."""
-    done: Future[None] = Future()
-
-    def after(saved: Future[Any]) -> None:
-        try:
-            saved.result()
-            finish()
-        except BaseException as error:
-            done.set_exception(error)
-        else:
-            done.set_result(None)
-
-    saving.add_done_callback(after)
-    return done
+def _in_background(write: Callable[[], None]) -> Future[None]:
+    """``write()`` in a thread; the future holds its end, or its error."""
+    writer = ThreadPoolExecutor(1, thread_name_prefix="pipeoptim-save")
+    future = writer.submit(write)
+    writer.shutdown(wait=False)
+    return future

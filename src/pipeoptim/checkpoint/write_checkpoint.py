@@ -63,8 +63,6 @@ def save(
 
 def _write_stage(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
     write_stage(path, state)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
     return digest(path)
 
 
