@@ -21,7 +21,65 @@ def model():
     return nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
 
 
+def scheduled(make, optimizers=lambda p: torch.optim.SGD(p, lr=0.1)):
+    return po.Emulator([nn.Linear(4, 4), nn.Linear(4, 4)], optimizers, nn.functional.mse_loss, schedulers=make)
+
+
+def useless_scheduler():
+    first = nn.Linear(4, 4)
+    optimizer = torch.optim.SGD(first.parameters(), lr=0.1)
+    rates = [None, torch.optim.lr_scheduler.ConstantLR(optimizer)]
+    return po.Emulator([first, nn.Identity()], [optimizer, None], nn.functional.mse_loss, schedulers=rates)
+
+
+def plateau(optimizer):
+    return torch.optim.lr_scheduler.ReduceLROnPlateau(optimizer)
+
+
+def unstepped(optimizer):
+    scheduler = torch.optim.lr_scheduler.ConstantLR(optimizer)
+    scheduler.__class__ = Chosen
+    return scheduler
+
+
+class Chosen(torch.optim.lr_scheduler.ConstantLR):
+    def step(self, epoch, best):
+        super().step()
+
+
+def chained(optimizer):
+    chain = torch.optim.lr_scheduler.ChainedScheduler([torch.optim.lr_scheduler.ConstantLR(optimizer)])
+    chain._schedulers.append(plateau(optimizer))
+    return chain
+
+
+weighed = {"loss_weight": lambda target: (target > 0).sum()}
 CASES = {
+    "scheduler that wants a metric": (
+        lambda _: scheduled(plateau),
+        r"stage 0 is a ReduceLROnPlateau, whose step needs a metric .*pipe.evaluate\(batches\).loss",
+    ),
+    "metric inside a chain": (lambda _: scheduled(chained), "stage 0 is a ReduceLROnPlateau, whose step needs a metric"),
+    "scheduler of one's own that wants arguments": (lambda _: scheduled(unstepped), "is a Chosen"),
+    "scheduler that is none": (lambda _: scheduled([0.1, 0.1]), r"of stage 0 is a float, must have a step\(\)"),
+    "scheduler without optimizer": (lambda _: useless_scheduler(), "stage 1 has a scheduler but no optimizer"),
+    "prediction that none makes": (
+        lambda _: emulator(method="1f1b", prediction="paper"),
+        "prediction is 'paper', but method '1f1b' predicts no weights; leave it out",
+    ),
+    "monitor of no prediction": (
+        lambda _: emulator(method="pipedream", monitor=2),
+        "monitor is 2, but method 'pipedream' predicts",
+    ),
+    "monitor of corrected backwards": (lambda _: emulator(method="pipemare", monitor=True), "no weights of a forward"),
+    "weighing without target": (
+        lambda _: emulator(lambda out, _: out.sum(), method="1f1b", microbatches=2, **weighed).step(x),
+        "loss_weight was given, but no target .* give the labels as target=",
+    ),
+    "weighing an evaluation without target": (
+        lambda _: emulator(lambda out, _: out.sum(), **weighed).evaluate([(x, None)]),
+        "loss_weight was given, but no target",
+    ),
     "step without target": (lambda _: emulator().step(x), r"loss_fn failed without a target \(.*step\(\.\.\., target=y\)"),
     "eval_step without target": (lambda _: emulator().eval_step(x), "loss_fn failed without a target"),
     "no loss function": (lambda _: emulator(None), "loss_fn is None, must be a function of output and target"),
@@ -118,3 +176,69 @@ def test_a_micro_batch_that_counts_for_nothing_is_no_mistake():
         warnings.simplefilter("error")
         for _ in range(4):
             pipe.step(x, target=torch.cat([torch.ones(2, 4), torch.zeros(2, 4)]))
+
+
+@pytest.mark.parametrize("method", ["gpipe", "1f1b", "naive", "pipedream", "pipeoptim", "pipeoptim_stash"])
+@pytest.mark.parametrize("drained", [True, False])
+def test_parameters_given_to_the_optimizer_later_are_refused_before_anything_moves(method, drained):
+    stages = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
+    late = list(stages[0][0].parameters())
+    for p in late:
+        p.requires_grad_(False)
+    optimizers = [torch.optim.SGD([p for p in s.parameters() if p.requires_grad], lr=0.1) for s in stages]
+    pipe = po.Emulator(stages, optimizers, nn.functional.mse_loss, method)
+    for _ in range(4):
+        pipe.step(x, target=x)
+    if drained:
+        pipe.drain()
+    for p in late:
+        p.requires_grad_(True)
+    optimizers[0].add_param_group({"params": late})
+    before = [p.clone() for p in stages[0].parameters()]
+    with pytest.raises(
+        po.ConfigError, match=r"stage 0 holds 4 parameters, but 2 when .*add_param_group.*requires_grad_\(True\)"
+    ):
+        pipe.step(x, target=x)
+    assert all(torch.equal(p, q) for p, q in zip(stages[0].parameters(), before, strict=True))
+    if drained:  # what the message says
+        again = po.Emulator(stages, optimizers, nn.functional.mse_loss, method)
+        for _ in range(4):
+            again.step(x, target=x)
+        assert not torch.equal(late[0], before[0])
+
+
+@pytest.mark.parametrize("method", ["1f1b", "naive", "pipedream", "pipeoptim", "pipeoptim_stash"])
+def test_unfreezing_what_the_optimizer_holds_trains_it(method):
+    stages = [nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(3)]
+    late = list(stages[0][0].parameters())
+    for p in late:
+        p.requires_grad_(False)
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss, method)
+    frozen = late[0].clone()
+    for _ in range(4):
+        pipe.step(x, target=x)
+    assert torch.equal(late[0], frozen)
+    pipe.drain()
+    for p in late:
+        p.requires_grad_(True)
+    for _ in range(4):
+        pipe.step(x, target=x)
+    assert not torch.equal(late[0], frozen)
+
+
+def test_a_scheduler_that_wants_a_metric_works_beside_the_pipeline():
+    pipe = emulator()
+    beside = [plateau(pipe.stage_worker(k).optimizer) for k in range(2)]
+    for scheduler in beside:
+        scheduler.patience = 0
+    for _ in range(4):
+        pipe.step(x, target=x)
+        for scheduler in beside:
+            scheduler.step(pipe.evaluate([(x, x + 1e6)]).loss * 0 + 1)
+    assert [pipe.stage_worker(k).optimizer.param_groups[0]["lr"] for k in range(2)] == pytest.approx([1e-4, 1e-4])
+
+
+def test_options_that_are_trivially_satisfied_are_taken():
+    pipe = emulator(uneven=True, recompute="forward", clip=po.Clip(1.0, "global"), **weighed)
+    pipe.step(x, target=x)
+    emulator(method="1f1b", prediction="none").step(x, target=x)

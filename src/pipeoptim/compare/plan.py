@@ -57,6 +57,10 @@ def plan_comparison(settings: ComparisonSettings) -> ComparisonPlan:
 def planned(settings: ComparisonSettings, name: str, seed: int) -> PlannedRun:
     """The run of the method called ``name`` (which may carry options) with ``seed``."""
     method, config = get_method(name), replace(settings.config, method=name, seed=seed)
+    if not method.predicts:  # what is asked of the predictions is asked of those methods that make some
+        config = replace(config, prediction=TrainConfig.prediction)
+    if not method.forward.predicts:
+        config = replace(config, monitor_every=0)
     if method.optimizer is not None and not settings.same_optimizer:
         config = replace(config, optimizer=own_optimizer(method, settings))
     return PlannedRun(f"{_as_folder(name)}-seed{seed}", config)

@@ -68,12 +68,17 @@ class BatchSplitter:
     uneven: bool = False
     loss_weight: LossWeight | None = None
 
-    def cut(self, where: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any) -> list[MicroBatch]:
+    def cut(self, where: str, args: Any, kwargs: dict[int, dict[str, Any]], target: Any, last: bool = True) -> list[MicroBatch]:
         """The micro-batches of a mini-batch; messages end the names of what was given with ``where``.
 
+        ``last``: whether the last stage, which needs the target, is in this process.
+
         Raises:
-            ConfigError: something cannot be split, there are no rows, or inputs and target have different numbers of them.
+            ConfigError: something cannot be split, there are no rows, inputs and target have different numbers of them, or
+                there is no target for ``loss_weight``.
         """
+        if last:
+            check_weighable(self.loss_weight, target)
         _check_rows(where, (args, kwargs.get(0)))
         if self.m == 1 and self.loss_weight is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
             return [MicroBatch(args, kwargs, target, NO_ROWS, NO_ROWS, None)]
@@ -149,6 +154,15 @@ class BatchSplitter:
         if of_target and micro_batch.loss_share is not None:
             return micro_batch.loss_share
         return None if row_share.of == row_share.rows * self.m else row_share.rows / row_share.of
+
+
+def check_weighable(loss_weight: LossWeight | None, target: Any) -> None:
+    """Raise ConfigError where ``loss_weight`` is given but no ``target``, on the last stage."""
+    if loss_weight is not None and target is None:
+        raise ConfigError(
+            "loss_weight was given, but no target that it could weigh; give the labels as target=, too, where the model takes them as an "
+            "argument, or leave loss_weight out"
+        )
 
 
 def _plain(values: Sequence[Any]) -> bool:

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeoptim.engine.effects import check_effects
 from pipeoptim.engine.evaluation import Batch, Evaluation, WeightedMeans, evaluation_of, read_batch
-from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, merge_kwargs
+from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, check_weighable, merge_kwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss, StageRunner
 from pipeoptim.engine.splitting import count_rows
@@ -45,6 +46,7 @@ class Pipeline:
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
         self.options = options
         self.method = get_method(options.method)
+        check_effects(options, self.method)
         self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._splitter = BatchSplitter(options.microbatches, options.uneven, options.loss_weight)
@@ -90,7 +92,7 @@ class Pipeline:
                 self._note_stop()
         found: list[CountedLoss] = []
         for runner in self._runners.values():
-            runner.worker.losses.begin()
+            runner.worker.begin_mini_batch()
         with self._guard():
             self._advance(micro_batches, found)
         self._steps += 1
@@ -264,6 +266,8 @@ class Pipeline:
         first, last = 0 in self._runners, self.depth - 1 in self._runners
         args, kwargs = (batch.args, batch.kwargs) if first else ((), {})
         target = batch.target if last else None
+        if last:
+            check_weighable(self.options.loss_weight, target)
         (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, batch.stage_kwargs, target)
         rows = count_rows(*args, *kwargs.values()) or 0
         with self._guard():
@@ -300,7 +304,8 @@ class Pipeline:
             raise ConfigError(f"{here} was given {len(args)} inputs; only {self._place} 0 takes them, use keywords for others")
         every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
         mine = {k: own for k, own in every.items() if k in self._runners and own}
-        return splitter.cut("" if self.ranks is None else f" of {here}", args, mine, target)
+        last = self.depth - 1 in self._runners
+        return splitter.cut("" if self.ranks is None else f" of {here}", args, mine, target, last)
 
     def _synchronous(self) -> bool:
         """Whether the method still wants training to be synchronous; the same on every stage."""

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -60,11 +61,13 @@ def optimizer_parameters(
     if optimizer is None:
         if any(p.requires_grad for p in module.parameters()):
             raise ConfigError(f"stage {k} has parameters to train but no optimizer; make one from stage.parameters()")
+        if scheduler is not None:
+            raise ConfigError(f"stage {k} has a scheduler but no optimizer whose learning rate it could set; leave it out")
         return [], []
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("LBFGS calls the model again inside its step, which a pipeline cannot do; use another optimizer")
-    if scheduler is not None and getattr(scheduler, "optimizer", optimizer) is not optimizer:
-        raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
+    if scheduler is not None:
+        check_scheduler(scheduler, optimizer, k)
     own = {id(p) for p in module.parameters()}
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     params = [module_parameter(p) for p in parameters]
@@ -78,6 +81,46 @@ def optimizer_parameters(
     if forgotten and not params:
         raise ConfigError(f"the optimizer of stage {k} holds none of its parameters")
     return parameters, params
+
+
+def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer, k: int) -> None:
+    """Raise ConfigError where ``scheduler`` cannot be stepped once per update of ``optimizer``."""
+    step = getattr(scheduler, "step", None)
+    if not callable(step):
+        raise ConfigError(
+            f"the scheduler of stage {k} is a {type(scheduler).__name__}, must have a step(), as those of torch.optim do"
+        )
+    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+        raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
+    wants = _needs_metric(scheduler)
+    if wants is not None:
+        raise ConfigError(
+            f"the scheduler of stage {k} is a {type(wants).__name__}, whose step needs a metric that no update has; leave it out, and step "
+            "it yourself between mini-batches, for each stage: scheduler.step(pipe.evaluate(batches).loss)"
+        )
+
+
+def _needs_metric(scheduler: Any) -> Any:
+    """``scheduler``, or the one of those that it steps, whose step cannot be called without an argument."""
+    try:
+        inspect.signature(scheduler.step).bind()
+    except TypeError:
+        return scheduler
+    except ValueError:  # no signature to look at
+        return None
+    inner = getattr(scheduler, "_schedulers", ())
+    return next(filter(None, map(_needs_metric, inner)), None) if isinstance(inner, (list, tuple)) else None
+
+
+def check_groups(optimizer: Optimizer, count: int, k: int) -> None:
+    """Raise ConfigError where ``optimizer`` holds another number of parameters than ``count``, which the stage knows."""
+    held = sum([len(group["params"]) for group in optimizer.param_groups])
+    if held != count:
+        raise ConfigError(
+            f"the optimizer of stage {k} holds {held} parameters, but {count} when the pipeline was made (add_param_group?); give it the "
+            "frozen ones from the start and unfreeze them with requires_grad_(True), or drain() and make a new pipeline of the same stages "
+            "and optimizers"
+        )
 
 
 def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions, ties: Sequence[TieOnStage]) -> None:

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.engine.stage.autocast import autocast_to
 from pipeoptim.engine.stage.checks import (
+    check_groups,
     check_sharded,
     kernel_choice,
     optimizer_parameters,
@@ -176,6 +177,16 @@ class StageWorker:
         self._cut_off = None if self.is_last else CutOffCheck(k, program.microbatches, self.parameters)
 
     # -- forward ---------------------------------------------------------------------------------------------------
+
+    def begin_mini_batch(self) -> None:
+        """Before the actions of a mini-batch.
+
+        Raises:
+            ConfigError: the optimizer was given parameters since the stage was made.
+        """
+        self.losses.begin()
+        if self.optimizer is not None:
+            check_groups(self.optimizer, len(self.parameters), self.k)
 
     def prepare(self, i: int) -> None:
         """Choose (and predict) the weights for F of micro-batch ``i``; may be called while its input is on its way."""
