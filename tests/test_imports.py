@@ -47,9 +47,6 @@ MAY_IMPORT = {
 #: Rooms whose types a room may name in annotations, without importing them when it runs.
 MAY_NAME = {"options": "engine engine/stage engine/transport"}
 
-#: Imports against the table or in a circle that are still there. To be emptied, never to be added to.
-STILL_FORBIDDEN: set[tuple[str, str]] = set()
-
 
 def modules():
     """name -> path of every module of the package."""
@@ -101,7 +98,7 @@ def test_a_room_imports_only_what_it_may_know(own):
     for name in names:
         named = {o for o in for_annotations(TREES[name]) if o in MODULES and room(o) in MAY_NAME.get(own, "").split()}
         forbidden |= {(name, other) for other in IMPORTS[name] - named if room(other) not in allowed}
-    assert forbidden <= STILL_FORBIDDEN, "change the import or, where the map is wrong, this table and CONTRIBUTING.md"
+    assert forbidden == set(), "change the import or, where the map is wrong, this table and CONTRIBUTING.md"
 
 
 def test_every_module_is_in_a_room_and_none_knows_the_zoo():
@@ -119,16 +116,8 @@ def cycle_in(graph):
 
 def test_neither_rooms_nor_modules_import_in_circles():
     assert cycle_in({own: allowed.split() for own, allowed in MAY_IMPORT.items()}) == []
-    graph = {name: {other for other in IMPORTS[name] if (name, other) not in STILL_FORBIDDEN} for name in ROOMED}
+    graph = {name: IMPORTS[name] for name in ROOMED}
     assert cycle_in(graph) == []
-
-
-def test_what_is_still_forbidden_is_still_there():
-    assert {pair for pair in STILL_FORBIDDEN if pair[1] not in IMPORTS[pair[0]]} == set(), "mended: take it off the list"
-
-
-#: Names that two classes still share. To be emptied, never to be added to.
-STILL_SHARED: set[str] = set()
 
 
 def test_no_two_classes_share_a_name():
@@ -137,8 +126,7 @@ def test_no_two_classes_share_a_name():
         for node in ast.walk(tree):
             if isinstance(node, ast.ClassDef):
                 where[node.name].append(name)
-    assert {name: found for name, found in where.items() if len(found) > 1 and name not in STILL_SHARED} == {}
-    assert {name for name in STILL_SHARED if len(where[name]) < 2} == set(), "unique by now: take them off the list"
+    assert {name: found for name, found in where.items() if len(found) > 1} == {}
 
 
 def test_the_map_of_contributing_says_the_same():
