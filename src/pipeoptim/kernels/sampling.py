@@ -37,7 +37,7 @@ class TensorSampler:
         """The elements, one after the other; None if there is no kernel for these tensors."""
         if not available():
             return None
-        out = torch.empty(self.size)
+        out = torch.empty(self.size)  # new each time: the caller keeps samples for comparison
         start = out.data_ptr()
         jobs: list[int] = []
         for n, runs, count, begin in self._fixed:

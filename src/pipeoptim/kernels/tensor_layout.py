@@ -44,6 +44,7 @@ def _dense_alike(tensors: Sequence[Tensor], same: bool) -> bool:
 def _dense(tensor: Tensor) -> bool:
     """No gaps and no overlaps, as in channels_last or a transpose."""
     reach = 1
+    # By increasing stride, every dimension must begin where the smaller ones end.
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
         if size == 1:
             continue

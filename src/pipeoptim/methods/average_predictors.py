@@ -93,7 +93,7 @@ class SmoothedAdam(AveragePredictor):
     gamma, lam, eps = 0.9, 0.999, 1e-8
 
     def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
-        check_dense(state["v"], gradient)
+        check_dense(state["v"], gradient)  # a sparse gradient has no square
         v, m, g = _real(state["v"]), _real(state["m"]), _real(gradient)
         v.mul_(self.gamma).add_(g, alpha=1 - self.gamma)
         m.mul_(self.lam).addcmul_(g, g, value=1 - self.lam)
@@ -120,7 +120,7 @@ class WeightDrift(AveragePredictor):
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
         assert spare is not None
-        self._before = spare
+        self._before = spare  # the engine's free buffer: W_old needs no memory of its own
         for copy, p in zip(spare, self._params(), strict=True):
             copy.copy_(p)
 

@@ -82,7 +82,7 @@ class _WeightlessStage:
         self.method, self.program = method, program
         self.weights = StageWeights([], program, k, _NoPredictions() if method.predicts_on(program, k) else None)
         self.gaps: dict[int, int] = {}
-        self._keeps = keep_forward or method.backward.reuses_forward
+        self._keeps = keep_forward or method.backward.reuses_forward  # the forward's set until the backward
         self._in_flight: dict[int, tuple[int, WeightSet | None]] = {}  # version that F used, and the set where it is kept
         self._next_forward = 0
 
@@ -111,7 +111,7 @@ class _WeightlessStage:
             self.weights.release(kept)
 
     def _update(self) -> None:
-        self._retain()
+        self._retain()  # before the update, which would overwrite a version that is still to be asked for
         self.weights.before_update()
         self.weights.update(lambda: None)
         self.weights.after_update()

@@ -1,4 +1,4 @@
-"""From what a user types to a method: a name, a name with options, or a method in a file of the user's own."""
+"""Looks up what a user types: a method's name, a name with options, or a method in a file of the user's own."""
 
 from __future__ import annotations
 
@@ -71,6 +71,7 @@ def _from_file(text: str) -> Method:
     where, _, name = text.rpartition(":")
     try:
         if where.endswith(".py"):
+            # Under a prefix of its own, so that a user's file never shadows a module of the same name.
             spec = importlib.util.spec_from_file_location(f"pipeoptim_user_{Path(where).stem}", where)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)

@@ -109,5 +109,5 @@ class Method:
 
     def predicts_on(self, program: Program, k: int) -> bool:
         """Whether stage ``k`` ever predicts (the last stage of ``pipeoptim`` does not: its gap is 0)."""
-        span = range((program.depth + 1) * program.microbatches)
+        span = range((program.depth + 1) * program.microbatches)  # the warm-up, and one mini-batch of the steady state
         return any(source.steps_ahead(program, k, i) > 0 for source in (self.forward, self.backward) for i in span)

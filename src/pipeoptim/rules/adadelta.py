@@ -35,6 +35,7 @@ class AdadeltaRule(Rule):
         rho, eps = scalar(group["rho"]), scalar(group["eps"])
         g = gradient(weight, grad, group, decay=ahead.kind == "refined")
         size = state["square_avg"] + eps
+        # The factor between acc_delta and A, at least tiny where g is 0 and rho is too.
         share = g.square().div_(size).mul_(1 - rho).add_(rho).clamp_(min=torch.finfo(size.dtype).tiny)
         past = (state["acc_delta"] + rho * eps).div_(share)
         return Move((Term(ahead.lr_sum, past.div_(size).sqrt_().mul_(g)),))

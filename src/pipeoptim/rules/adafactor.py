@@ -48,6 +48,7 @@ class AdafactorRule(Rule):
         relative = _rms(weight).clamp_(min=group["eps"][1])
         clip = (_rms(update) / group["d"]).clamp_(min=1.0)
         update.mul_(relative / clip)
+        # The paper's form repeats the last update; refined lets the limit 1/sqrt(t) fall on.
         ages = [t if ahead.kind == "paper" else t + i for i in range(1, ahead.steps + 1)]
         rate = total([_smaller(lr, age**-0.5) for lr, age in zip(ahead.rates, ages, strict=True)])
         return Move((Term(rate, update),), decoupled_keep(group, ahead, decay=True))

@@ -43,7 +43,7 @@ class AdamRule(Rule):
         if t is None:
             return None
         beta1, beta2 = (scalar(beta) for beta in group["betas"])
-        second = state["exp_avg_sq"]
+        second = state["exp_avg_sq"]  # the state's own tensor: the fused path recognises terms by identity
         if group["amsgrad"] and ahead.kind != "paper":
             second = state.get("max_exp_avg_sq", second)
         if ahead.kind == "decayed":
@@ -68,6 +68,7 @@ def _fade(first: Tensor, second: Tensor, t: Scalar, beta1: Scalar, beta2: Scalar
     eps = scalar(group["eps"])
     keep: Scalar = 1.0
     terms: list[Term] = []
+    # From the last update to the first: each term is shrunk by the decays of all later updates, which `keep` accumulates.
     for i, lr in reversed(list(enumerate(ahead.rates, start=1))):
         scale = keep * lr * beta1**i / (1 - beta1 ** (t + i))  # later decays shrink this step, too
         terms.append(Term(scale, first, second, square_root(1 - beta2 ** (t + i)), eps))

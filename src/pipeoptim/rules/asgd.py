@@ -36,5 +36,6 @@ class ASGDRule(Rule):
 def _etas(state: State, t: Scalar, group: Group, ahead: Ahead) -> list[Scalar]:
     """Step sizes of the next s updates; torch computes each at the end of the update before it."""
     lambd, alpha = group["lambd"], group["alpha"]
+    # The first of the next updates uses the eta in the state, which no later change of the learning rate reaches.
     later = [lr / ((1 + lambd * lr * (t + i)) ** alpha) for i, lr in enumerate(ahead.rates[:-1], start=1)]
     return [scalar(state["eta"]), *later]

@@ -48,7 +48,7 @@ class CombinedOptimizer(Optimizer):
         if any(isinstance(member, torch.optim.LBFGS) for member in flat):
             raise ConfigError("LBFGS calls the loss again inside its step and cannot be combined: use another optimizer")
         self.optimizers = tuple(flat)
-        super().__init__([{"params": []}], {})
+        super().__init__([{"params": []}], {})  # torch insists on a group; the property below hides it
 
     @property
     def param_groups(self) -> list[dict[str, Any]]:

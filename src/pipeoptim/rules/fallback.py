@@ -30,7 +30,7 @@ def next_weights_of_copy(optimizer: Optimizer) -> list[Tensor] | None:
     devices = {w.device for w in optimizer_parameters(optimizer) if w.device.type == "cuda"}
     try:
         twin, weights = copy_optimizer(optimizer)
-        with torch.random.fork_rng(devices=list(devices)):
+        with torch.random.fork_rng(devices=list(devices)):  # the step of some optimizers draws random numbers
             unhooked_step(type(optimizer))(twin)
     except Exception as reason:  # third-party code may raise anything
         warnings.warn(
@@ -49,7 +49,7 @@ def copy_optimizer(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
     Not copy.deepcopy: torch's optimizers copy only state and param groups, while third-party optimizers have
     attributes of their own. Hooks are left out.
     """
-    known: dict[int, Any] = {}
+    known: dict[int, Any] = {}  # a deepcopy memo: whatever refers to an original parameter will refer to its copy
     weights: list[Tensor] = []
     for weight in optimizer_parameters(optimizer):
         own = torch.nn.Parameter(weight.detach().clone(), requires_grad=weight.requires_grad)

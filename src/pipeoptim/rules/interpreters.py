@@ -46,7 +46,7 @@ def apply_in_place(weight: Tensor, move: Move, out: Tensor) -> None:
         torch.mul(weight, move.keep, out=out)
         return
     first, *rest = move.terms
-    _start(weight, first, out)
+    _start(weight, first, out)  # from here on `out` is W - first term, so `keep` is applied to the original weights below
     for term in rest:
         value = term.value if term.root is None else term.value / _denominator(term)
         _add_scaled(out, value, -term.scale)
@@ -64,7 +64,7 @@ def _start(weight: Tensor, term: Term, out: Tensor) -> None:
         else:
             torch.add(weight, term.value, alpha=-scale, out=out)
         return
-    torch.sqrt(term.root, out=out)
+    torch.sqrt(term.root, out=out)  # `out` holds the denominator first: no temporary
     if isinstance(scale, Tensor) or isinstance(term.root_divisor, Tensor):
         out.div_(term.root_divisor).add_(term.eps)
         torch.div(term.value, out, out=out)
@@ -90,7 +90,7 @@ def _add_scaled(out: Tensor, value: Tensor, scale: Scalar) -> None:
 
 def apply_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) -> None:
     """Many parameters at once. All moves have the `_signature` of the first; all tensors its dtype and device."""
-    torch._foreach_copy_(outs, weights)
+    torch._foreach_copy_(outs, weights)  # everything else happens in place: no temporary but the denominators
     keep = moves[0].keep
     if not _is_one(keep):
         torch._foreach_mul_(outs, keep)
@@ -149,6 +149,7 @@ class MoveBatch:
             write: Callable[[Tensor, Move, Tensor], None] = apply_plain if mode == "plain" else apply_in_place
             write(weight, move, out)
             return
+        # The kernels take any mix of moves; foreach needs moves of one form.
         signature = (mode,) if mode in ("kernel", "triton") else _signature(weight, move)
         if signature != self._signature or self._elements >= (TRITON_ELEMENTS if mode == "triton" else BLOCK_ELEMENTS):
             self.flush()

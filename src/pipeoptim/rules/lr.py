@@ -44,6 +44,7 @@ def _roll(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[tupl
     twin = _twin(scheduler, optimizer, stand_in)
     seen = [stand_in.rates()]
     for _ in range(steps - 1):
+        # Stepped rather than computed from get_lr(): chainable and sequential schedulers have no closed form.
         try:
             twin.step()
         except Exception:  # a schedule may end (each says so in its own way): hold its last rate
@@ -90,7 +91,7 @@ def _twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
         if type(value) in (list, tuple):
             return type(value)(separate(item) for item in value)
         if isinstance(value, dict):
-            own = value.copy()
+            own = value.copy()  # keeps the class, a Counter or an OrderedDict say
             for key, item in value.items():  # not update(): a Counter (MultiStepLR's milestones) would add
                 own[key] = separate(item)
             return own

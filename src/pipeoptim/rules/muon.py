@@ -35,6 +35,7 @@ class MuonRule(Rule):
             return None
         if grad is not None and self.needs_grad(group, ahead.kind):
             buffer = grad.lerp(buffer, group["momentum"])
+        # torch's private functions rather than a copy of them: the step itself calls these, with these roundings.
         update = torch_muon._zeropower_via_newtonschulz(buffer, group["ns_coefficients"], group["ns_steps"], group["eps"])
         ratio = float(scalar(torch_muon._adjust_lr(1.0, group["adjust_lr_fn"], weight.shape)))
         return Move((Term(ahead.lr_sum * ratio, update.to(weight.dtype)),), decoupled_keep(group, ahead, decay=True))

@@ -55,7 +55,7 @@ class NAdamRule(Rule):
         of_mean = ahead.lr_sum * mu_next / (1 - product * mu_next)
         divisor = square_root(1 - beta2**t)
         keep = decoupled_keep(group, ahead, decay=bool(group["decoupled_weight_decay"]))
-        if grad is None:
+        if grad is None:  # the running mean stands in for the last gradient, so both terms have the same value
             return Move((Term(of_grad / (1 - beta1**t) + of_mean, state["exp_avg"], root, divisor, eps),), keep)
         last = gradient(weight, grad, group, decay=coupled)
         return Move((Term(of_grad, last, root, divisor, eps), Term(of_mean, state["exp_avg"], root, divisor, eps)), keep)

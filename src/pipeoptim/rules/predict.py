@@ -89,7 +89,7 @@ def _predict_by_displacement(optimizer: Optimizer, entries: list[ParameterEntry]
     if not any(entry.kind == "displacement" for entry in own):
         return
     points, position = tracked_previous(optimizer), PREVIOUS
-    if points is None:
+    if points is None:  # untracked: a copy takes the next step instead, W + 1 * d
         points, position = next_weights_of_copy(optimizer), 1.0
     if points is None:
         if any(_has_stepped(state) for state in optimizer.state.values()):

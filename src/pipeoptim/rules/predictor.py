@@ -127,12 +127,13 @@ class Predictor:
         """
         check_steps(steps)
         entries = self._table.current()
+        # A rule that needs the gradient again could not make a second prediction for this version.
         if self.fused != "auto" or steps == 0 or entries.need_grad:
             return None
         horizon = self._horizon(steps, after=1)
         out = self._fused_step.over_gradients(entries.all, horizon)
         if out is not None:
-            for entry in entries.all:
+            for entry in entries.all:  # their memory holds predictions now
                 entry.weight.grad = None
             self._note_fused(entries, horizon, out)
         return out

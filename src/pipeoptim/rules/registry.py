@@ -163,7 +163,7 @@ def find_rule(optimizer: Optimizer) -> Rule | None:
         raise ConfigError(f"{cls.__name__} is not an optimizer: pass a torch.optim.Optimizer (it needs param_groups and step)")
     if isinstance(optimizer, CombinedOptimizer):
         raise ConfigError(f"{cls.__name__} consists of several optimizers: ask for the rule of each of its `optimizers`")
-    for base in cls.__mro__:
+    for base in cls.__mro__:  # most derived first: a rule for a subclass wins
         if base not in RULES and base not in REFUSED:
             continue
         if not _updates_like(cls, base):

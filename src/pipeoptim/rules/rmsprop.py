@@ -48,6 +48,7 @@ class RMSpropRule(Rule):
             return None
         root = state["square_avg"]
         if group["centered"]:
+            # The one temporary of this rule: the variance is no tensor of the state.
             root = root.addcmul(state["grad_avg"], state["grad_avg"], value=-1)
         value = gradient(weight, grad, group, decay=ahead.kind == "refined")
         return Move((Term(ahead.lr_sum, value, root, 1.0, scalar(group["eps"])),))

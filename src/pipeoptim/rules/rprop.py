@@ -33,7 +33,7 @@ class RpropRule(Rule):
         if ahead.kind == "paper":
             return Move((Term(float(ahead.steps), previous.sign() * size),))
         if grad is None:
-            grad = previous
+            grad = previous  # of the last update, with its sign; 0 where a weight pauses, which then seems to stay
         elif group["maximize"]:
             grad = -grad
         _, eta_plus = group["etas"]
@@ -41,7 +41,7 @@ class RpropRule(Rule):
         grows = (grad * previous) > 0
         reach = torch.zeros_like(size)
         size = torch.where(grows, size * eta_plus, size).clamp_(low, high)
-        for _ in range(ahead.steps):
+        for _ in range(ahead.steps):  # no closed form: growth stops at a limit, for each weight at another update
             reach += size
             size = (size * eta_plus).clamp_(low, high)
         return Move((Term(1.0, reach.mul_(grad.sign())),))

@@ -40,7 +40,7 @@ class SGDRule(Rule):
         if ahead.kind == "decayed":
             first = 2 if nesterov else 1  # zeros enter: buf <- mu buf, and Nesterov steps along mu buf
             return Move((Term(ahead.decaying_sum(momentum, first_power=first), buffer),))
-        if ahead.kind == "refined" and nesterov and grad is not None:
+        if ahead.kind == "refined" and nesterov and grad is not None:  # torch steps along g + mu * buf
             along = _along_gradient(grad, group, ahead)
             return Move((*along.terms, Term(ahead.lr_sum * momentum, buffer)), along.keep)
         return Move((Term(ahead.lr_sum, buffer),))

@@ -79,7 +79,7 @@ class AsyncOneFOneB(Order):
     interleaved_as = "async_interleaved"
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
-        ahead = depth - 1 - k
+        ahead = depth - 1 - k  # stages behind this one: so many forwards before its first gradient can come back
         actions: list[Action] = []
         for i in range(n * m, (n + 1) * m):
             actions.append(Action(ActionKind.F, i))
@@ -119,7 +119,7 @@ class OneFOneBFlush(Order):
     flushes = True
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
-        ahead = min(depth - 1 - k, m)
+        ahead = min(depth - 1 - k, m)  # no more micro-batches than the mini-batch has: it is flushed at its end
         first, end = n * m, (n + 1) * m
         actions = [Action(ActionKind.F, i) for i in range(first, first + ahead)]
         for i in range(first + ahead, end):
@@ -167,7 +167,7 @@ class AsyncInterleaved(Order):
     def process_drain(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
         shape = _Slots(self.processes or depth, depth, m)
         first = n * m * shape.v
-        slots = range(first, first + shape.lag(0, 0) + 1)
+        slots = range(first, first + shape.lag(0, 0) + 1)  # stage 0 has the longest lag, so nothing is left after it
         return [(k, a) for q in slots for k, a in shape.backward(p, q, before=n * m)]
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
@@ -182,10 +182,12 @@ class _Slots:
 
     def __init__(self, processes: int, depth: int, m: int) -> None:
         self.processes, self.v, self.m = processes, depth // processes, m
+        # The round trip of an activation over all processes takes P forwards; meanwhile a process has g slots of F and B, 3 units each.
         enough = [g for g in range(1, m + 1) if m % g == 0 and 3 * g >= processes]
         self.g = enough[0] if enough else m
         if self.v == 1:
-            self.g = 1  # nothing goes round
+            self.g = 1  # activations make no round trip
+        # Coprime to V, so that the backwards of the V stages of a process never fall into the same slot.
         self.c = next(c for c in count(self.g, self.g) if c >= processes and gcd(c // self.g, self.v) == 1)
 
     def lag(self, v: int, p: int) -> int:

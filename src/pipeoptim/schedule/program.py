@@ -136,7 +136,7 @@ class Program:
         """Version gap s of micro-batch ``i`` on stage ``k``: updates of this stage between its F and its B."""
         self._check_stage(k)
         steady = self.depth * self.microbatches  # from here on gaps repeat with the period of a mini-batch
-        if i >= steady:
+        if i >= steady:  # so that the table is finite
             i = steady + (i - steady) % self.microbatches
         return _gap_table(self, k)[i]
 

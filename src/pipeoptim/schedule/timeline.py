@@ -69,7 +69,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
         >>> [f"{s.k}:{s.action}@{s.start:g}" for s in replay(plans, 2, lambda k, kind: 1.0)]
         ['0:F7@0', '0:B6@1', '1:F7@1']
     """
-    todo = [list(plan)[::-1] for plan in plans]
+    todo = [list(plan)[::-1] for plan in plans]  # reversed: the next action is taken off the end
     planned = {step for plan in plans for step in plan}
     clock = [0.0] * len(plans)
     done: dict[tuple[int, Action], float] = {}
@@ -83,7 +83,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
                 clock[p] = done[k, action] = start + lasts(k, action.kind)
                 spans.append(Span(k, action, start, clock[p]))
                 progressed = True
-        if not progressed:
+        if not progressed:  # every process waits for another one
             waiting = ", ".join(f"stage {queue[-1][0]} at {queue[-1][1]}" for queue in todo if queue)
             raise PipeOptimError(f"the program deadlocks: {waiting}")
     return sorted(spans, key=lambda s: (s.start, s.k))

@@ -48,7 +48,7 @@ def validate(program: Program, minibatches: int) -> None:
     for k in range(program.depth - 1):
         _check_channel(lists[k], ActionKind.SEND_ACTIVATION, k, lists[k + 1], ActionKind.RECV_ACTIVATION, k + 1)
         _check_channel(lists[k + 1], ActionKind.SEND_GRADIENT, k + 1, lists[k], ActionKind.RECV_GRADIENT, k)
-    timeline(program, minibatches)
+    timeline(program, minibatches)  # raises where the stages wait for one another
 
 
 def _check_stage(k: int, actions: list[Action], m: int, minibatches: int) -> None:

@@ -58,7 +58,7 @@ class StorageLayout:
         self.places: list[Place] = []
         for p in params:
             storage = p.untyped_storage()
-            key = storage.data_ptr() or -id(p)
+            key = storage.data_ptr() or -id(p)  # all empty storages have address 0
             if key not in numbers:
                 numbers[key] = len(bases)
                 bases.append(_whole(p))
@@ -85,7 +85,7 @@ class StorageLayout:
 def view(bases: Sequence[Tensor], place: Place) -> Tensor:
     """The tensor at ``place`` in the storages that ``bases`` stand for."""
     base = bases[place.storage]
-    if base.dtype is place.dtype:
+    if base.dtype is place.dtype:  # as_strided counts in elements of the base's type
         return base.as_strided(place.size, place.stride, place.offset)
     other = torch.empty(0, dtype=place.dtype, device=base.device)
     return other.set_(base.untyped_storage(), place.offset, place.size, place.stride)  # type: ignore[no-any-return,call-overload]

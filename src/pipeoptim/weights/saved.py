@@ -38,9 +38,10 @@ class SavedWeights(torch.autograd.graph.saved_tensors_hooks):
         self.target: Sequence[Tensor] | None = None
 
         def pack(tensor: Tensor) -> Any:
+            # By storage, which any view of a weight shares with it; a plain tuple rather than an object: this runs per saved tensor.
             number = table.get(tensor.untyped_storage().data_ptr())
             if number is None:
-                return tensor, tensor._version
+                return tensor, tensor._version  # hooks switch off autograd's own check, so `unpack` repeats it
             return Place(number, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
         def unpack(packed: Any) -> Tensor:

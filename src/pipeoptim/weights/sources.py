@@ -92,7 +92,7 @@ class PredictedOnce(Predicted):
 
     def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         n, j = divmod(i, weights.program.microbatches)
-        if j == 0:
+        if j == 0:  # the bellwether: its prediction is pinned until the last micro-batch has taken it
             weights.pin((self, n), weights.predicted(self.steps_ahead(weights.program, weights.k, i)))
         weight_set = weights.pinned((self, n))
         if j == weights.program.microbatches - 1:

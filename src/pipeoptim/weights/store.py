@@ -3,6 +3,12 @@
 A copy is made as late as possible. A forward on the latest weights takes none; weights are copied only when an update is about to
 overwrite them and a micro-batch in flight must see them again. Free copies are reused, so there are never more of them than were
 needed at once.
+
+    F   latest() or predicted(s)  ──►  WeightSet, users + 1     (kept with the micro-batch, or released after F)
+    B   the same set, or latest() ──►  WeightSet, users + 1     then release(): at 0 users its copy is free again
+    U   before_update()  copies the latest weights if a set of them is in use
+        update(step)     overwrites the latest weights, and may predict in the same pass
+        after_update()   version + 1
 """
 
 from __future__ import annotations
@@ -93,20 +99,20 @@ class StageWeights:
         self.layout = StorageLayout(self.params)
         self.version = 0
         self.restart = 0
-        self._sets: dict[tuple[int, int], WeightSet] = {}
-        self._pinned: dict[Hashable, WeightSet] = {}
-        self._retained: dict[int, WeightSet] = {}
-        self._free: list[BufferSet] = []
+        self._sets: dict[tuple[int, int], WeightSet] = {}  # (version, steps predicted) -> the set, while anybody may ask for it
+        self._pinned: dict[Hashable, WeightSet] = {}  # sets that a source shares between micro-batches
+        self._retained: dict[int, WeightSet] = {}  # versions that coming forwards will ask for by number
+        self._free: list[BufferSet] = []  # copies that nobody uses; each is among `_copies` as well
         self._copies: list[BufferSet] = []
         self.most_copies = 0
         self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_storage_each
 
     def latest(self) -> WeightSet:
-        """The latest weights; they become a copy by themselves if somebody still holds them at the next update."""
+        """The latest weights, in place; :meth:`before_update` turns them into a copy if they are still in use then."""
         return self._acquire((self.version, 0))
 
     def numbered(self, version: int) -> WeightSet:
-        """The weights as they were at ``version``, which somebody must have held since."""
+        """The weights of ``version``, which must have been in use or retained ever since."""
         return self._acquire((version, 0), must_exist=version != self.version)
 
     def predicted(self, steps: int) -> WeightSet:
@@ -120,7 +126,7 @@ class StageWeights:
             return self._acquire(key)
         if any(s.key[0] == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values()):
             self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
-        self._drop_stale_predictions()
+        self._drop_stale_predictions()  # first, so that the new prediction may overwrite the old one
         weight_set = self._sets[key] = WeightSet(key, self._take())
         assert weight_set.copy is not None
         with torch.no_grad():
@@ -139,11 +145,11 @@ class StageWeights:
         return weight_set
 
     def unpin(self, tag: Hashable) -> None:
-        """Let go of what is kept under ``tag``."""
+        """Release what is kept under ``tag``."""
         self.release(self._pinned.pop(tag))
 
     def retain(self, oldest: int) -> None:
-        """Hold the latest version if it is ``oldest`` or newer, and let go of those that are older."""
+        """Hold the latest version if it is ``oldest`` or newer, and release older ones."""
         if self.version >= oldest and self.version not in self._retained:
             self._retained[self.version] = self.latest()
         for version in [v for v in self._retained if v < oldest]:
@@ -157,7 +163,7 @@ class StageWeights:
             self._forget(weight_set)
 
     def abandon(self) -> None:
-        """Let go of every version but the latest, whoever holds it: all micro-batches in flight were given up."""
+        """Release every version but the latest, in use or not: all micro-batches in flight were abandoned."""
         self._sets.clear()
         self._pinned.clear()
         self._retained.clear()
@@ -165,11 +171,12 @@ class StageWeights:
         self._free = list(self._copies)
 
     def before_update(self) -> None:
-        """Copy the latest weights if they are held; free the predictions that nobody uses."""
+        """Copy the latest weights if they are in use; free unused predictions."""
         weight_set = self._sets.get((self.version, 0))
         if weight_set is not None and weight_set.copy is None:
             weight_set.copy = self._take()
             with torch.no_grad():
+                # By storage, not by parameter: what autograd saved may be a view that reaches across parameters.
                 for copy, latest in zip(weight_set.copy.bases, self.layout.latest.bases, strict=True):
                     copy.copy_(latest)
         if self.predictor is not None:
@@ -185,7 +192,7 @@ class StageWeights:
             step()
         elif not (ahead and self._update_and_predict(ahead)):
             if self.predictor.needs_previous:
-                self._free.append(self._take())
+                self._free.append(self._take())  # stays free: it holds W_{t-1} until the next prediction overwrites it
             self.predictor.before_step(self._free[-1].tensors if self._free else None)
             step()
 
@@ -196,7 +203,7 @@ class StageWeights:
         copy = self._predicted_over_gradients(self._fusing, ahead)
         if copy is None:
             copy = self._take()
-            if not self._fusing.fused_step(copy.tensors, ahead):
+            if not self._fusing.fused_step(copy.tensors, ahead):  # nothing was done: torch's step has to run
                 self._free.append(copy)
                 return False
         weight_set = self._sets[self.version + 1, ahead] = WeightSet((self.version + 1, ahead), copy)
@@ -204,11 +211,11 @@ class StageWeights:
         return True
 
     def _predicted_over_gradients(self, fusing: FusingPredictor, ahead: int) -> BufferSet | None:
-        """The prediction in the memory of the gradients, which takes the place of a copy; None where that cannot be."""
+        """The prediction in the memory of the gradients, which takes the place of a copy; None where that is impossible."""
         tensors = fusing.fused_step_over_gradients(ahead) if self._over_gradients else None
         if tensors is None:
             return None
-        if self._free:
+        if self._free:  # the gradients' memory replaces a copy, or it would be one more than promised
             self._copies.remove(self._free.pop())
         self._copies.append(self.layout.adopt(tensors))
         return self._copies[-1]
@@ -217,7 +224,7 @@ class StageWeights:
         return self._fusing is not None and self._fusing.still_holds(steps)
 
     def forget_predictions(self) -> None:
-        """Free the predictions that nobody uses: they were made for weights or a place in the order that are no more."""
+        """Free unused predictions: they were made for other weights, or for another place in the order."""
         self._drop_stale_predictions(everything=True)
 
     def after_update(self) -> None:

@@ -36,6 +36,7 @@ class swapped:  # noqa: N801  # used like a function; as a generator it took thr
     def __enter__(self) -> None:
         if self._tensors is None:
             return
+        # Through .data, so that autograd neither records the change nor counts it as a new version of the parameter.
         self._originals = [p.data for p in self._params]
         try:
             for p, tensor in zip(self._params, self._tensors, strict=True):

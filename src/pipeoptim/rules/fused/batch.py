@@ -51,7 +51,7 @@ class StepperBatch:
         ]
         self.kernel = calls.MultiTensorStep(tensors, over_gradients)
         self._groups = [entry.group_number for entry in entries]
-        first_of = {group: n for n, group in reversed(list(enumerate(self._groups)))}
+        first_of = {group: n for n, group in reversed(list(enumerate(self._groups)))}  # reversed: the first one wins
         rank = {group: n for n, group in enumerate(first_of)}
         self._group_ranks, self._firsts = [rank[group] for group in self._groups], list(first_of.values())
         self._options = [(entries[n].group, stepper.state_names(entries[n].group)) for n in self._firsts]
@@ -64,6 +64,7 @@ class StepperBatch:
             horizon: what to predict from.
         """
         own = [grads[n] for n in self.places]
+        # Counted before the rule is asked, which then reads the t of this step.
         set_of, samples = self._coefficient_sets(self._counters.add(1.0))
         sets = []  # one per param group and step count
         for first, t in samples:

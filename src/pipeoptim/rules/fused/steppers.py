@@ -62,7 +62,7 @@ class AdamStepper(Stepper):
         return calls.AdamCoefficients(
             b1=beta1,
             b2=beta2,
-            rate=lr / (1 - beta1**t),
+            rate=lr / (1 - beta1**t),  # the bias correction of m; that of v is in `inverse`
             inverse=1.0 / _number(square_root(1 - beta2**t)),
             eps=_number(group["eps"]),
             sign=-1.0 if group["maximize"] else 1.0,
@@ -145,6 +145,7 @@ class SgdStepper(Stepper):
 
     def prediction_factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
         assert all(t.root is None for t in move.terms)
+        # The kernel forms one factor of g and one of the buffer, so terms of the same tensor are added up.
         from_g = [_number(t.scale) for t in move.terms if t.value is grad]
         from_b = [_number(t.scale) for t in move.terms if t.value is not grad]
         return ((sum(from_g), sum(from_b)),)
