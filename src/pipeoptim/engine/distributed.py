@@ -8,7 +8,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.process_pipeline import ProcessPipeline, StageParts, check_started
+from pipeoptim.engine.process_pipeline import ProcessPipeline, StageArguments, check_started
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.methods import Method
 from pipeoptim.options import PROCESS_OPTIONS, ProcessKeywords, takes_options
@@ -53,4 +53,4 @@ class Schedule(ProcessPipeline):
         **options: Unpack[ProcessKeywords],
     ) -> None:
         check_started()
-        self._set_up([StageParts(stage, optimizer, scheduler)], loss_fn, method, microbatches, options)
+        self._set_up([StageArguments(stage, optimizer, scheduler)], loss_fn, method, microbatches, options)

@@ -53,7 +53,7 @@ class Emulator(Pipeline):
         options: see :class:`~pipeoptim.PipelineOptions`.
 
     Raises:
-        ConfigError: no stages, wrong number of optimizers, unknown method, or parts that do not fit together.
+        ConfigError: no stages, wrong number of optimizers, unknown method, or arguments that do not fit together.
 
     Example:
         >>> import torch, pipeoptim as po
@@ -86,10 +86,10 @@ class Emulator(Pipeline):
         chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in stages])
         rates = one_each("schedulers", self.depth, schedulers, chosen)
         _check_optimizers(chosen)
-        board = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
+        norms = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
         ties = read_tied(read.tied, self.program, self.method, read.clip, scaled)
-        sums = [LocalGradientSum(tie.holders) for tie in ties]
+        exchanges = [LocalGradientSum(tie.holders) for tie in ties]
         self._activations, self._gradients, ports = memory_links(self.depth)
         for k, module in enumerate(stages):
             row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
@@ -102,8 +102,12 @@ class Emulator(Pipeline):
                 loss_fn,
                 scheduler=rates[k],
                 options=replace(read, scaler=scalers[k]),
-                norms=None if board is None else board.end(k),
-                ties=[TieOnStage(tie, k, own.end(k)) for tie, own in zip(ties, sums, strict=True) if k in tie.holders],
+                norms=None if norms is None else norms.end(k),
+                ties=[
+                    TieOnStage(tie, k, exchange.end(k))
+                    for tie, exchange in zip(ties, exchanges, strict=True)
+                    if k in tie.holders
+                ],
             )
             self._runners[k] = StageRunner(worker, self._splitter, ports[k])
         for tie in ties:

@@ -10,7 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.per_stage import scalers_of
-from pipeoptim.engine.process_pipeline import ProcessPipeline, StageParts, check_started
+from pipeoptim.engine.process_pipeline import ProcessPipeline, StageArguments, check_started
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.torch_stage import read_stage
 from pipeoptim.errors import ConfigError
@@ -68,8 +68,8 @@ class InterleavedSchedule(ProcessPipeline):
         check_started()
         _check_places(stages)
         scalers = scalers_of(len(stages), options.pop("scaler", None))
-        parts = [StageParts(*given) for given in zip(stages, optimizers, rates, scalers, strict=True)]
-        self._set_up(parts, loss_fn, method, microbatches, options)
+        given = [StageArguments(*each) for each in zip(stages, optimizers, rates, scalers, strict=True)]
+        self._set_up(given, loss_fn, method, microbatches, options)
 
 
 def _check_places(stages: Sequence[PipelineStage]) -> None:

@@ -51,7 +51,7 @@ def check_started() -> None:
         raise ConfigError("no process group; start with torchrun and call torch.distributed.init_process_group() first")
 
 
-class StageParts(NamedTuple):
+class StageArguments(NamedTuple):
     """What a user gives for each stage."""
 
     stage: PipelineStage
@@ -67,36 +67,41 @@ class ProcessPipeline(Pipeline):
     ranks: tuple[int, ...]
     _failed = False
     _norms: ProcessNorms | None = None  # of gradients, where clipping needs those of all stages
-    _sums: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
+    _tied_exchanges: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
     _connections: Connections | None = None
     _training: bool  # whether the newest call was step(), not drain() or an evaluation
     _evaluated: int  # batches of the evaluation in progress
     _evaluations: int  # complete ones, at this rendezvous
 
     def _set_up(
-        self, parts: Sequence[StageParts], loss_fn: LossFn, method: str | Method, microbatches: int, options: Mapping[str, Any]
+        self,
+        given: Sequence[StageArguments],
+        loss_fn: LossFn,
+        method: str | Method,
+        microbatches: int,
+        options: Mapping[str, Any],
     ) -> None:
         """Create the stages and connect them; where one process cannot, all of them fail with its reason."""
-        places = [read_stage(part.stage, len(parts)) for part in parts]
+        places = [read_stage(arguments.stage, len(given)) for arguments in given]
         self.ranks = places[0].ranks
         self._runners = {}  # until there are some: close() ends what a failed set-up has begun
         self._reductions: list[Reduction] = []
         self._replica_sets: dict[int, ReplicaSet] = {}
         self._endpoints: dict[int, Endpoint] = {}
-        members = self.ranks[: len(self.ranks) // len(parts)]
+        members = self.ranks[: len(self.ranks) // len(given)]
         self._meet(Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}"))
         with self._closed_on_error():
             read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
             super().__init__(read, len(self.ranks), len(members))
             self._processes = (self.rendezvous.index,)
-            self._make_exchanges(places, parts)
-            for place, part in zip(places, parts, strict=True):
-                self._runners[place.k] = self._make_runner(place, part, loss_fn)
+            self._make_exchanges(places, given)
+            for place, arguments in zip(places, given, strict=True):
+                self._runners[place.k] = self._make_runner(place, arguments, loss_fn)
             self._connect()
-            for tie, sums in self._sums.items():
+            for tie, exchange in self._tied_exchanges.items():
                 weight = self._tied_weight(tie)
                 if weight is not None:
-                    broadcast_values(weight.values, sums.group, self.ranks[tie.holders[0]])
+                    broadcast_values(weight.values, exchange.group, self.ranks[tie.holders[0]])
 
     def _meet(self, rendezvous: Rendezvous) -> None:
         """Meet the other processes at ``rendezvous``; what was counted for the one before it begins anew with all of them."""
@@ -114,43 +119,45 @@ class ProcessPipeline(Pipeline):
             self.close()
             raise
 
-    def _make_exchanges(self, places: Sequence[StagePlace], parts: Sequence[StageParts]) -> None:
+    def _make_exchanges(self, places: Sequence[StagePlace], given: Sequence[StageArguments]) -> None:
         """What stages tell each other once per update; what all processes must have been given alike."""
         options, (place, *_) = self.options, places
         if options.clip is not None and options.clip.exchanges:
             self._norms = ProcessNorms()
-        scalers = [part.scaler or options.scaler for part in parts]
+        scalers = [arguments.scaler or options.scaler for arguments in given]
         scaled = any(scaler is not None and scaler.is_enabled() for scaler in scalers)
         tied = read_tied(options.tied, self.program, self.method, options.clip, scaled)
-        self._sums = {tie: AllReducedGradients(options.timeout) for tie in tied if place.k in tie.holders}
+        self._tied_exchanges = {tie: AllReducedGradients(options.timeout) for tie in tied if place.k in tie.holders}
         self._replicas = read_replicas(options.replicas, place.module)
         agreed = options.describe(replicas=self._replicas.count, tied=tied, scaler=scalers[0])
         self._settings = SharedSettings(f"stages={self.depth} {agreed}", place.cut)
 
-    def _make_runner(self, place: StagePlace, part: StageParts, loss_fn: LossFn) -> StageRunner:
+    def _make_runner(self, place: StagePlace, arguments: StageArguments, loss_fn: LossFn) -> StageRunner:
         """The stage ``place``, not connected yet."""
-        options = replace(self.options, scaler=part.scaler or self.options.scaler)
+        options = replace(self.options, scaler=arguments.scaler or self.options.scaler)
         reduction: Reduction = NO_REPLICAS
         if self._replicas.count > 1:
             replicas = ReplicaSet(self._replicas, place.k, place.depth, options.timeout, self._settings)
             self._replica_sets[place.k] = replicas
-            reduction = replicas.reduction(place.module, part.optimizer, options.uneven)
+            reduction = replicas.reduction(place.module, arguments.optimizer, options.uneven)
             self._reductions.append(reduction)
         row = self._row(place.k, place.device) if self._replicas.index == 0 else None
         self._endpoints[place.k] = Endpoint(place.device, traced.link_recorder(row))
         worker = traced.noted_worker(row)(
             place.module,
-            part.optimizer,
+            arguments.optimizer,
             self.method,
             self.program,
             place.k,
             loss_fn,
-            scheduler=part.scheduler,
+            scheduler=arguments.scheduler,
             device=place.device,
             options=options,
             norms=None if self._norms is None else traced.noted_exchange(row, self._norms),
             reduction=reduction,
-            ties=[TieOnStage(tie, place.k, traced.noted_exchange(row, sums)) for tie, sums in self._sums.items()],
+            ties=[
+                TieOnStage(tie, place.k, traced.noted_exchange(row, exchange)) for tie, exchange in self._tied_exchanges.items()
+            ],
         )
         return StageRunner(worker, self._splitter, Ports())
 
@@ -158,8 +165,8 @@ class ProcessPipeline(Pipeline):
         """Check that all processes agree, and connect the stages of this one."""
         options = self.options
         check_agreement(self.rendezvous, self._settings)
-        for tie, sums in self._sums.items():
-            sums.connect(self._meet_holders(tie))
+        for tie, exchange in self._tied_exchanges.items():
+            exchange.connect(self._meet_holders(tie))
         self._connections = connect(
             self.rendezvous,
             self.ranks,
@@ -167,7 +174,7 @@ class ProcessPipeline(Pipeline):
             self._norms,
             options.transport,
             options.liveness_timeout,
-            (*self._sums.values(), *self._replica_sets.values()),
+            (*self._tied_exchanges.values(), *self._replica_sets.values()),
         )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():
@@ -330,8 +337,8 @@ class ProcessPipeline(Pipeline):
         if self._connections is not None:
             self._connections.close(wait)
             self._connections = None
-        for sums in self._sums.values():
-            sums.close(wait)
+        for exchange in self._tied_exchanges.values():
+            exchange.close(wait)
         self.rendezvous.close(wait)
 
     def _finish_messages(self, connections: Connections) -> None:
@@ -339,7 +346,7 @@ class ProcessPipeline(Pipeline):
         for sender in connections.senders:
             if not self._failed:
                 self._flush(sender)
-        for exchange in (self._norms, *self._sums.values()):
+        for exchange in (self._norms, *self._tied_exchanges.values()):
             if exchange is not None and not self._failed and not self._steps:
                 with self._guard():
                     exchange.receive_pending()

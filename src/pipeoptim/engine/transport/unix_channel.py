@@ -61,10 +61,10 @@ def _closed(error: OSError | None = None) -> RuntimeError:
     return RuntimeError("connection closed by peer" + (f" ({error.strerror})" if error else ""))
 
 
-def _rest(parts: list[Any], count: int) -> Iterator[memoryview]:
-    """What remains of ``parts`` after the first ``count`` bytes."""
-    for part in parts:
-        view = memoryview(part).cast("B")
+def _rest(buffers: list[Any], count: int) -> Iterator[memoryview]:
+    """What remains of ``buffers`` after the first ``count`` bytes."""
+    for buffer in buffers:
+        view = memoryview(buffer).cast("B")
         if count < view.nbytes:
             yield view[count:]
         count = max(0, count - view.nbytes)
@@ -89,35 +89,35 @@ class UnixChannel:
         self._numbers = 0
         self._size = 0  # of the last block; when it changes both ends forget those of the old size
 
-    def put(self, parts: list[Any]) -> None:
+    def put(self, buffers: list[Any]) -> None:
         """Send a small message that consists of these buffers. It is copied before the call returns.
 
         Raises:
             RuntimeError: the peer has closed its end.
         """
         try:
-            count = self._socket.sendmsg(parts)
-            for part in _rest(parts, count):  # a signal interrupted the call
-                self._socket.sendall(part)
+            count = self._socket.sendmsg(buffers)
+            for buffer in _rest(buffers, count):  # a signal interrupted the call
+                self._socket.sendall(buffer)
         except BlockingIOError:
             raise RuntimeError("timed out") from None
         except OSError as error:
             raise _closed(error) from error
 
-    def get(self, parts: list[Any]) -> None:
+    def get(self, buffers: list[Any]) -> None:
         """Wait for a message of the size of these buffers and fill them.
 
         Raises:
             RuntimeError: none came in time, or the peer has closed its end.
         """
         try:
-            count, *_ = self._socket.recvmsg_into(parts, 0, socket.MSG_WAITALL)
-            for part in _rest(parts, count) if count else ():
-                while part:
-                    count = self._socket.recv_into(part)
+            count, *_ = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)
+            for buffer in _rest(buffers, count) if count else ():
+                while buffer:
+                    count = self._socket.recv_into(buffer)
                     if not count:
                         break
-                    part = part[count:]
+                    buffer = buffer[count:]
         except BlockingIOError:
             raise RuntimeError("timed out") from None
         except OSError as error:
