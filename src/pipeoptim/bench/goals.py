@@ -138,5 +138,5 @@ def _predict(record: Record) -> Iterator[Goal]:
             apart[name] = min(ways)
     if apart:
         worst = max(apart, key=lambda name: apart[name])
-        what = f"optimizers without a fused step, by rule or last displacement, the dearest ({worst})"
+        what = f"optimizers without a fused step, by rule or last displacement, the most expensive ({worst})"
         yield Goal(f"{what}, over torch's step", apart[worst], most=1.6)

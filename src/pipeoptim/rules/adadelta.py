@@ -19,7 +19,7 @@ class AdadeltaRule(Rule):
 
     exact = (
         "Equal to the last displacement at a constant learning rate without weight decay. Under a constant "
-        "gradient exact once both averages have settled (after several 1/(1-rho) updates)."
+        "gradient exact once both averages have converged (after several 1/(1-rho) updates)."
     )
     source = "torch.optim.Adadelta; Zeiler, arXiv 1212.5701; prediction form of arXiv 2312.00839"
     no_decayed = "Adadelta keeps no momentum that could decay"

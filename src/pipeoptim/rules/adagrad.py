@@ -24,8 +24,8 @@ class AdagradRule(Rule):
 
     exact = (
         "Equal to the last displacement at a constant learning rate without weight decay and lr_decay. "
-        "Under a constant gradient it overshoots by a relative s g^2 / (2 sum) at most, for the sum grows "
-        "and is taken as it is."
+        "Under a constant gradient it overshoots by a relative s g^2 / (2 sum) at most, because the sum grows "
+        "and the prediction holds it constant."
     )
     source = "torch.optim.Adagrad; Duchi et al. 2011; prediction form of arXiv 2312.00839"
     no_decayed = "Adagrad keeps no momentum that could decay"

@@ -40,30 +40,30 @@ class PredictionKind:
 KINDS: dict[str, PredictionKind] = {
     "refined": PredictionKind(
         "W_t - (sum of the next s learning rates) * dW_t, with weight decay and every flag of the optimizer",
-        "a direction that stays: a constant gradient, once moments have settled; any schedule that the scheduler knows",
+        "a constant direction: a constant gradient, once the moments have converged; any schedule that the scheduler knows",
         2,
         2,
     ),
     "paper": PredictionKind(
         "W_t - lr * s * dW_t exactly as in arXiv 2312.00839: no decoupled weight decay, no amsgrad, no schedule",
-        "a direction and a learning rate that stay, no decoupled decay; with either of those of order 1 in lr",
+        "a constant direction and learning rate, without decoupled decay; with a schedule or decoupled decay of order 1 in lr",
         2,
         2,
     ),
     "decayed": PredictionKind(
-        "the next s updates if every further gradient were zero: momentum fades",
-        "gradients that are zero from now on; for others it stops short by what they would add",
+        "the next s updates if all further gradients were zero: momentum decays",
+        "gradients that are zero from now on; otherwise it falls short by their contribution",
         1,
         1,
     ),
     "displacement": PredictionKind(
-        "W_t + s * (W_t - W_{t-1}): knows nothing of the optimizer",
-        "a last displacement that repeats itself",
+        "W_t + s * (W_t - W_{t-1}), for any optimizer",
+        "a constant displacement",
         2,
         2,
         asks_rule=False,
     ),
-    "none": PredictionKind("W_t: the weights as they are, unpredicted", "weights that stay", 1, 1, asks_rule=False),
+    "none": PredictionKind("W_t: the latest weights, no prediction", "constant weights", 1, 1, asks_rule=False),
 }
 """The kinds of prediction. A param group may choose its own: ``group["prediction"] = "paper"``."""
 
