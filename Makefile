@@ -12,7 +12,7 @@ help:
 	@echo "make test    everything that CI checks: lint, types, tests"
 	@echo "make lint | types | unit   its three parts"
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,third-party,data]'
 	@touch $@

@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import socket
 import statistics
 import subprocess
 import sys
@@ -68,10 +67,10 @@ def ideal() -> list[ResultRow]:
 
 def measured(depth: int, microbatches: list[int]) -> list[ResultRow]:
     """One row per scope and M; samples are ratios to no clipping in the same turn."""
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": str(depth), "OMP_NUM_THREADS": "1"}
+    from pipeoptim.engine.processes.loopback import loopback_environment, loopback_store
+
+    store = loopback_store()
+    base = {**os.environ, **loopback_environment(store), "WORLD_SIZE": str(depth), "OMP_NUM_THREADS": "1"}
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
         command = [sys.executable, __file__, "--found", str(found), "--worker", *map(str, microbatches)]

@@ -6,7 +6,6 @@ python benchmarks/trace_cost.py     writes benchmarks/results/trace_cost.json, w
 from __future__ import annotations
 
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -18,10 +17,10 @@ RESULT = Path(__file__).parent / "results" / "trace_cost.json"
 
 
 def main() -> None:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        port = str(s.getsockname()[1])
-    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
+    from pipeoptim.engine.processes.loopback import loopback_environment, loopback_store
+
+    store = loopback_store()
+    base = {**os.environ, **loopback_environment(store), "WORLD_SIZE": "2", "OMP_NUM_THREADS": "1"}
     started = [subprocess.Popen([sys.executable, __file__, "--worker"], env={**base, "RANK": str(k)}) for k in range(2)]
     sys.exit(max(p.wait() for p in started))
 
