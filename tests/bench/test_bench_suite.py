@@ -187,9 +187,40 @@ def test_compare_command_and_bad_files(tmp_path: Path, capsys: pytest.CaptureFix
     for bad in ("c.json", "missing.json"):
         assert _run(["bench", "compare", str(a), str(tmp_path / bad)]) == 2
         assert "is not a result file" in capsys.readouterr().err
-    assert _run(["bench", "throughput", "--method", "none"]) == 2
-    assert _run(["bench", "efficiency", "--depth", "0"]) == 2
-    assert _run(["bench", "scaling", "--updates", "7"]) == 2
+
+
+WRONG = {
+    "throughput --method none": "unknown method 'none'",
+    "throughput --window nan": "window is nan, must be above 0",
+    "throughput --batch 8 --batch 0": "batch is 0, must be at least 1",
+    "throughput --microbatches 0": "microbatches is 0, must be at least 1",
+    "throughput --batch 8 --torch-microbatches 3": "torch_microbatches is 3, which does not divide a mini-batch of 8",
+    "efficiency --depth 0": "depth is 0, must be at least 1",
+    "efficiency --torch-microbatches 0": "torch_microbatches is 0, must be at least 1",
+    "efficiency --torch-microbatches 5": "torch_microbatches is 5, which does not divide",
+    "efficiency --microbatches -1": "microbatches is -1, must be at least 1",
+    "efficiency --milliseconds inf": "milliseconds is inf, must be above 0",
+    "efficiency --jitter -1": "jitter is -1, must be at least 0",
+    "efficiency --method pipedream_2bw --depth 4": "needs at least as many micro-batches as stages",
+    "transfer --method none": "unknown method 'none'",
+    "transfer --megabits 0": "megabits is 0, must be above 0",
+    "scaling --updates 7": "must be a multiple of 10",
+    "scaling --method none": "unknown method 'none'",
+    "memory --depth 0": "depth is 0, must be at least 1",
+    "predict --weights nan": "weights is nan, must be at least 1e+06",
+    "predict --threads 0": "threads is 0, must be at least 1",
+}
+
+
+@pytest.mark.parametrize("command", WRONG)
+def test_an_impossible_measurement_is_refused_before_any_process_starts(
+    command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("subprocess.Popen", None)
+    assert _run(["bench", *command.split()]) == 2
+    assert WRONG[command] in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_best_m_is_chosen_and_goals_say_by_how_much(tmp_path: Path) -> None:

@@ -31,6 +31,13 @@ CASES = {
     "report of another folder": (["report", "."], ["holds no comparison", "no run"]),
     "methods unknown": (["methods", "pipdream"], ["'pipdream'", "did you mean 'pipedream'?"]),
     "methods depth": (["methods", "--stages", "0"], ["depth is 0"]),
+    "methods of a million micro-batches": (
+        ["methods", "--microbatches", "1000000"],
+        ["more than can be counted", "20000 or fewer"],
+    ),
+    "methods of many stages": (["methods", "--stages", "140"], ["140 stages", "would take minutes", "--stages"]),
+    "method of many micro-batches": (["methods", "gpipe", "--microbatches", "9000"], ["would take minutes"]),
+    "a million seeds": (["compare", "--seeds", "1000000"], ["seeds is '1000000'", "at most 1000"]),
     "methods refused": (["methods", "pipedream_2bw"], ["microbatches is 1", "set microbatches to 4"]),
     "drawing of all": (["methods", "--svg", "x.svg"], ["--svg draws one method"]),
     "drawing nowhere": (["methods", "gpipe", "--svg", "no/where.svg"], ["no/where.svg", "cannot be written"]),

@@ -147,6 +147,8 @@ def test_a_deadlock_is_found():
 def test_bad_programs_are_refused_with_the_value():
     with pytest.raises(ConfigError, match="depth is 0"):
         Program("gpipe", 0)
+    with pytest.raises(ConfigError, match="depth 3 with 1000000000 micro-batches .* set microbatches to 25000 or fewer"):
+        Program("async_1f1b", 3, 10**9)
     with pytest.raises(ConfigError, match="microbatches is 1.5"):
         Program("gpipe", 2, 1.5)
     with pytest.raises(ConfigError, match="known: async_1f1b"):

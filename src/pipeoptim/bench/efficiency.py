@@ -25,6 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import PipelineStage
 
+from pipeoptim.bench.checks import divide, runnable
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, possible, rival_step
@@ -150,7 +151,12 @@ def measure(
             methods are measured.
         width: numbers per sample that travel between stages.
         repeats, steps: windows per contender, and mini-batches per window.
+
+    Raises:
+        ConfigError: a method is unknown or not defined for a depth and M, or an M does not divide the mini-batch.
     """
+    divide([BATCH], microbatches=microbatches, torch_microbatches=torch_microbatches)
+    runnable(methods or [], depths, microbatches or [1])
     options = {
         "methods": methods or ["pipeoptim", "naive"],
         "microbatches": microbatches or [1],

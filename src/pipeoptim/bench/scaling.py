@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
+from pipeoptim.bench.checks import runnable
 from pipeoptim.bench.live import resident_bytes, tensors_alive
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
@@ -57,6 +58,7 @@ def measure(method: str = "pipeoptim", updates: int = 10_000, repeats: int = 5, 
     """
     if updates < 0 or updates % WINDOWS:
         raise ConfigError(f"updates is {updates}, must be a multiple of {WINDOWS}")
+    runnable([method], [2], [1])
     rows = []
     for what, sizes in GROWTH.items():
         for size in sizes:

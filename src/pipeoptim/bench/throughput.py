@@ -17,13 +17,14 @@ from torch import nn
 from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 
+from pipeoptim.bench.checks import divide, runnable
 from pipeoptim.bench.models import Workload, build, cuts, short_name
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, depth_of, possible, rival_step
 from pipeoptim.engine import Schedule
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import METHODS
+from pipeoptim.methods import METHODS, get_method
 
 
 def measure(
@@ -69,9 +70,10 @@ def measure(
         "window": window,
         "fused": fused,
     }
-    for name in shared["methods"]:  # type: ignore[attr-defined]
-        if name not in METHODS:
-            raise ConfigError(f"method {name!r} is not known; methods: {', '.join(METHODS)}")
+    runnable(
+        [name for name in methods or () if not get_method(name).at_least_depth_microbatches], [processes], microbatches or [1]
+    )
+    divide(batches or [64], microbatches=microbatches, torch_microbatches=torch_microbatches)
     build(model, 1)  # refused here, and not by every process
     count = len(shared["methods"]) * (1 + len(shared["microbatches"])) + len(TORCH) * len(shared["torch_microbatches"])  # type: ignore[arg-type]
     timeout = 120 + 10 * count * (repeats + 2) * window

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch.distributed.pipelining import PipelineStage
 
 from pipeoptim.bench import slow
+from pipeoptim.bench.checks import runnable
 from pipeoptim.bench.models import build, cuts, short_name
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
@@ -40,6 +41,7 @@ def measure(
     Returns:
         One row per model, link and contender, in samples per second.
     """
+    runnable([method], [PROCESSES], [1])
     rows: list[ResultRow] = []
     for model, batch in models.items():
         build(model, 1)  # a wrong name is refused here, and not by every process

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, gap, get_method
@@ -57,13 +58,14 @@ def facts(name: str, depth: int, microbatches: int) -> Facts:
     )
 
 
+@lru_cache(maxsize=64)
 def steady_bubble(program: Program) -> float:
     """Idle share of one mini-batch's time once the pipeline is full.
 
     >>> steady_bubble(Program("async_1f1b", 4)), round(steady_bubble(Program("gpipe", 4, 4)), 3)
     (0.0, 0.429)
     """
-    n = 2 * program.depth + 4
+    n = 2 * -(-program.depth // program.microbatches) + 4  # the pipeline is full after 2 D micro-batches
     spans = timeline(program, n)
     end = {mini: max(s.end for s in spans if s.action.number == mini and s.action.kind == "U") for mini in (n - 4, n - 2)}
     window = end[n - 2] - end[n - 4]

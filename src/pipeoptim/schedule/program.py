@@ -15,6 +15,9 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.orders import ORDERS, Order
 
+MOST_MICROBATCHES = 100_000
+"""In D + 1 mini-batches: some seconds of counting for each stage."""
+
 
 @dataclass(frozen=True)
 class Program:
@@ -30,7 +33,7 @@ class Program:
             runs. That F then sees one update less, which :meth:`gap` counts like any other.
 
     Raises:
-        ConfigError: unknown order, a depth or micro-batch count below 1, or an order that does not work in this way.
+        ConfigError: unknown order, a depth or micro-batch count below 1 or beyond counting, or an order that does not work in this way.
 
     Example:
         >>> p = Program("async_1f1b", depth=3)
@@ -52,6 +55,11 @@ class Program:
         for what, value in (("depth", self.depth), ("microbatches", self.microbatches)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{what} is {value!r}, must be an integer of at least 1")
+        if (self.depth + 1) * self.microbatches > MOST_MICROBATCHES:
+            raise ConfigError(
+                f"depth {self.depth} with {self.microbatches} micro-batches is more than can be counted: gaps are counted over "
+                f"2 (depth + 1) mini-batches; set microbatches to {max(1, MOST_MICROBATCHES // (self.depth + 1))} or fewer"
+            )
         if self.processes is not None:
             self._check_processes(self.processes)
         if self.overlap and self.flushes:

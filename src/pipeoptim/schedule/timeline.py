@@ -5,6 +5,7 @@ This is what the drawings show and what a measured run is held against. Transfer
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -74,18 +75,21 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
     clock = [0.0] * len(plans)
     done: dict[tuple[int, Action], float] = {}
     spans: list[Span] = []
-    while any(todo):
-        progressed = False
-        for p, queue in enumerate(todo):
-            while queue and (ready := _ready(*queue[-1], depth, done, planned)) is not None:
-                k, action = queue.pop()
-                start = max(clock[p], ready)
-                clock[p] = done[k, action] = start + lasts(k, action.kind)
-                spans.append(Span(k, action, start, clock[p]))
-                progressed = True
-        if not progressed:  # every process waits for another one
-            waiting = ", ".join(f"stage {queue[-1][0]} at {queue[-1][1]}" for queue in todo if queue)
-            raise PipeOptimError(f"the program deadlocks: {waiting}")
+    process_of = {k: p for p, plan in enumerate(plans) for k, _ in plan}
+    awake = deque(range(len(plans)))  # processes that may be able to go on: one that waits is woken by its neighbours' progress
+    while awake:
+        p = awake.popleft()
+        queue, neighbours = todo[p], set[int]()
+        while queue and (ready := _ready(*queue[-1], depth, done, planned)) is not None:
+            k, action = queue.pop()
+            start = max(clock[p], ready)
+            clock[p] = done[k, action] = start + lasts(k, action.kind)
+            spans.append(Span(k, action, start, clock[p]))
+            neighbours |= {k - 1, k + 1}
+        awake += {process_of[k] for k in neighbours if k in process_of} - {p, *awake}
+    if any(todo):  # every process waits for another one
+        waiting = ", ".join(f"stage {queue[-1][0]} at {queue[-1][1]}" for queue in todo if queue)
+        raise PipeOptimError(f"the program deadlocks: {waiting}")
     return sorted(spans, key=lambda s: (s.start, s.k))
 
 

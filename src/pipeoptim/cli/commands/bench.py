@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
+from pipeoptim.bench.checks import above_zero, at_least
+
 if TYPE_CHECKING:
     from pipeoptim.bench.record import Record
 
@@ -59,7 +61,8 @@ def throughput(
     """
     from pipeoptim.bench.throughput import measure
 
-    _positive(repeats=repeats, window=window)
+    at_least(1, batch=batch, microbatches=microbatches, torch_microbatches=torch_microbatches, repeats=repeats)
+    above_zero(window=window)
     _report(measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window, fused), out, add)
 
 
@@ -95,7 +98,9 @@ def efficiency(
     from pipeoptim.engine.transport.unix_channel import check_transport
 
     check_transport(transport)
-    _positive(repeats=repeats, steps=steps, depth=min(depth or [1]), milliseconds=min(milliseconds or [1]))
+    at_least(1, depth=depth, microbatches=microbatches, torch_microbatches=torch_microbatches, repeats=repeats, steps=steps)
+    at_least(0, jitter=jitter, uneven=uneven, delay=delay, bandwidth=bandwidth)
+    above_zero(milliseconds=milliseconds)
     record = measure(
         depth or [2, 4, 8],
         milliseconds or [10.0],
@@ -139,7 +144,8 @@ def transfer(
     """
     from pipeoptim.bench.transfer import measure
 
-    _positive(repeats=repeats, window=window, megabits=min(megabits or [1]))
+    at_least(1, repeats=repeats)
+    above_zero(window=window, megabits=megabits)
     models = dict(_sized(text) for text in model or ["mlp=64"])
     _report(measure(models, megabits or [1000.0, 100.0, 10.0], method, repeats, window), out, add)
 
@@ -157,7 +163,7 @@ def memory(
     """
     from pipeoptim.bench.memory import measure
 
-    _positive(depth=min(depth or [1]))
+    at_least(1, depth=depth)
     _report(measure(depth, method), out, add)
 
 
@@ -171,7 +177,7 @@ def scaling(
     """What a mini-batch costs as stages, tensors, weights, M and the length of the run grow. About two minutes."""
     from pipeoptim.bench.scaling import measure
 
-    _positive(repeats=repeats)
+    at_least(1, repeats=repeats)
     _report(measure(method, updates, repeats), out)
 
 
@@ -236,13 +242,11 @@ def predict(
     """
     from pipeoptim.bench.predict import measure, merged
     from pipeoptim.bench.record import Record
-    from pipeoptim.errors import ConfigError
     from pipeoptim.kernels.allocation import keep_freed_memory
 
-    if weights < 1e6 or min(threads or [1]) < 1 or repeats < 1:
-        raise ConfigError(
-            f"weights={weights:g}, threads={threads}, repeats={repeats}: at least a million weights, 1 thread and 1 repeat"
-        )
+    at_least(1e6, weights=weights)
+    at_least(1, threads=threads, repeats=repeats)
+    at_least(0, budget=budget)
     keep_freed_memory()  # as a training run does, where one backward leaves its gradients where those of another were
     record = measure(weights, threads, repeats, budget, optimizer, device)
     out = out or Path("benchmarks/results") / ("predict.json" if device == "cpu" else "predict_cuda.json")
@@ -256,14 +260,6 @@ def _sized(text: str) -> tuple[str, int]:
     if not name or not batch.isdecimal() or int(batch) < 1:
         raise ConfigError(f"model is {text!r}, must be a model and its mini-batch, for example mlp=64")
     return name, int(batch)
-
-
-def _positive(**values: float) -> None:
-    from pipeoptim.errors import ConfigError
-
-    for name, value in values.items():
-        if value <= 0:
-            raise ConfigError(f"{name} is {value:g}, must be above 0")
 
 
 def _report(record: Record, out: Path, add: bool = False) -> None:

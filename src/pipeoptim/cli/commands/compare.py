@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 #: Validations per run where neither the recipe nor --eval-every says otherwise: enough points for a curve.
 VALIDATIONS = 10
 
+#: Seeds that --seeds N may stand for.
+MOST_SEEDS = 1000
+
 #: Columns of text where the table does not go to a terminal.
 WIDTH_OF_FILES = 160
 
@@ -148,6 +151,10 @@ def _seeds(text: str) -> tuple[int, ...]:
         numbers = []
     if not numbers or min(numbers) < 0:
         raise ConfigError(f"seeds is {text!r}, must be how many (3) or which ones (0,1,2)")
+    if "," not in text and numbers[0] > MOST_SEEDS:
+        raise ConfigError(
+            f"seeds is {text!r}, but at most {MOST_SEEDS} are trained; to train with this one, set --seeds {text},"
+        )
     return tuple(range(max(1, numbers[0]))) if "," not in text else tuple(dict.fromkeys(numbers))
 
 

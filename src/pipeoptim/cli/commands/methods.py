@@ -15,6 +15,9 @@ if TYPE_CHECKING:
 #: Columns of the table whose words may stand below one another.
 MAY_WRAP = ("F uses", "B uses")
 
+#: Actions that are walked through in about five seconds; one method alone is drawn as well, which takes as long as four do.
+MOST_ACTIONS = 600_000
+
 #: Columns that the widest terminal line of a drawing gets.
 WIDEST = 200
 
@@ -44,9 +47,11 @@ def methods(
 
     from rich.console import Console
 
+    from pipeoptim.methods import METHODS
     from pipeoptim.schedule import Program
 
     Program("async_1f1b", stages, microbatches)  # says what is wrong with the two numbers
+    _check_size(stages, microbatches, 4 if name is not None else len(METHODS))
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = WIDEST
@@ -56,6 +61,16 @@ def methods(
         raise ConfigError("--svg draws one method; name it, for example: pipeoptim methods pipeoptim --svg schedule.svg")
     else:
         _all(console, stages, microbatches)
+
+
+def _check_size(stages: int, microbatches: int, methods: int) -> None:
+    """Everything that is shown is counted action by action, which must not take minutes."""
+    actions = 2 * stages * (2 * stages + 2) * microbatches * methods
+    if actions > MOST_ACTIONS:
+        raise ConfigError(
+            f"{stages} stages with {microbatches} micro-batches would take minutes to count ({actions:,} actions, at most "
+            f"{MOST_ACTIONS:,} are counted); set --stages or --microbatches to less"
+        )
 
 
 def _all(console: Console, stages: int, microbatches: int) -> None:
