@@ -22,7 +22,7 @@ import compare_models
 
 from pipeoptim.bench.record import machine
 from pipeoptim.compare.api import compare
-from pipeoptim.compare.settings import Settings
+from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.compare.statistics import Spread
 from pipeoptim.compare.summary import Comparison
 from pipeoptim.config import Component, TrainConfig
@@ -70,18 +70,21 @@ def best_rate(base: TrainConfig, choice: Choice, jobs: int, work: Path) -> tuple
     losses: dict[str, float | None] = {}
     for rate in choice.rates:
         config = replace(base, optimizer=choice.component.with_options(lr=rate), microbatches=1)
-        done = compare(Settings(config, (SYNCHRONOUS,)), work / f"lr-{rate:g}", jobs, progress=False)
+        done = compare(ComparisonSettings(config, (SYNCHRONOUS,)), work / f"lr-{rate:g}", jobs, progress=False)
         losses[f"{rate:g}"] = done.outcomes[0].val_loss
     best = min((loss, rate) for rate, loss in losses.items() if loss is not None)[1]
     return float(best), losses
 
 
-def settings(base: TrainConfig, seeds: int) -> Iterator[tuple[str, Settings]]:
+def settings(base: TrainConfig, seeds: int) -> Iterator[tuple[str, ComparisonSettings]]:
     """Depth by depth and regime by regime."""
     for depth in DEPTHS:
         for m in (1, depth):
             config = replace(base, stages=depth, microbatches=m)
-            yield f"D{depth}-M{m}", Settings(config, methods(base.optimizer.target, m > 1, base.steps), tuple(range(seeds)))
+            yield (
+                f"D{depth}-M{m}",
+                ComparisonSettings(config, methods(base.optimizer.target, m > 1, base.steps), tuple(range(seeds))),
+            )
 
 
 def record(done: Comparison, rates: dict[str, float | None]) -> dict[str, Any]:

@@ -4,6 +4,8 @@ Imports inside functions and for annotations count as well: who names a type kno
 """
 
 import ast
+import importlib
+import importlib.util
 import re
 from collections import defaultdict
 from graphlib import CycleError, TopologicalSorter
@@ -137,3 +139,14 @@ def test_the_map_of_contributing_says_the_same():
     folders = {own for own in MAY_IMPORT if (SOURCE / "pipeoptim" / own / "__init__.py").exists()}
     assert set(shown) == folders
     assert all(f"`{own}`" in page for own in set(MAY_IMPORT) - folders)
+
+
+@pytest.mark.parametrize("script", sorted(SOURCE.parent.glob("benchmarks/*.py")), ids=lambda path: path.name)
+def test_what_benchmarks_import_exists(script):
+    """They run for hours, so no test runs them."""
+    for node in ast.walk(ast.parse(script.read_text())):
+        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("pipeoptim"):
+            module = importlib.import_module(node.module)
+            for name in (alias.name for alias in node.names):
+                found = hasattr(module, name) or importlib.util.find_spec(f"{node.module}.{name}") is not None
+                assert found, f"{node.module} has no {name}"
