@@ -131,7 +131,7 @@ def test_processes_of_one_machine_share_a_page_and_give_it_back():
     for end in ends:
         end.close()
     assert descriptors() == before
-    assert "pipeoptim-board" not in Path("/proc/self/maps").read_text()
+    assert "pipeoptim-norms" not in Path("/proc/self/maps").read_text()
 
 
 @pytest.mark.parametrize(
