@@ -29,6 +29,7 @@ from pipeoptim.train.layout import Layout, layout_of
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError
+from pipeoptim.train.stopped_workers import stopped_workers_end
 
 #: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
 STOP_SECONDS = "120"
@@ -92,7 +93,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
     inherited = {"OMP_NUM_THREADS": str(config.threads), **gloo_on_loopback()}
     if not available():  # this process has said so; the workers say it only to their logs
         inherited["PIPEOPTIM_KERNELS"] = "0"
-    with _environment(**inherited), _silent_agent(), _signals_restored():
+    with _environment(**inherited), _silent_agent(), _signals_restored(), stopped_workers_end():
         try:
             elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
         except ChildFailedError as error:
@@ -118,7 +119,10 @@ def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDi
     kind, colon, text = told[rank].partition(": ")
     if kind == "ConfigError":
         return ConfigError(text)
-    reason = text if colon and kind in ("StageFailure", "DivergedError", "PipeOptimError") else told[rank]
+    if kind == "StageFailure":  # it names another stage, which failed first
+        cause = text.removeprefix("first failure: ")
+        return StageFailure(f"{cause} (seen by {logs.layout.name(rank)}, log: {logs.err(rank)}); {run.how_to_resume()}")
+    reason = text if colon and kind in ("DivergedError", "PipeOptimError") else told[rank]
     return StageFailure(f"{logs.layout.name(rank)} failed: {reason} (log: {logs.err(rank)}); {run.how_to_resume()}")
 
 
