@@ -32,6 +32,8 @@ from pipeoptim.engine.stage.master_weights import MasterWeights
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
 from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.tied_weights import TiedWeight
+from pipeoptim.engine.stage.weight_writes import versions_of
+from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Program
 from pipeoptim.weights import StageWeights
@@ -237,7 +239,22 @@ class StageUpdate:
         if self.monitor is not None:
             self.monitor.updated(version, self.weights.params)
         if self.on_update is not None:
-            self.on_update(self.k, version)
+            self._call_hook(self.on_update, version)
+
+    def _call_hook(self, on_update: Callable[[int, int], None], version: int) -> None:
+        """The hook may write into the weights, as for a projection: as with the step itself, backwards in flight see the new values."""
+        params = tuple(self.weights.params)
+        with _unsafe_preserve_version_counter(params):
+            before = versions_of(params)
+            on_update(self.k, version)
+            written = versions_of(params) != before
+        if written:
+            self.weights.forget_predictions()  # those that the step has made along are of the old values
+            if self.master_weights.pairs:
+                raise ConfigError(
+                    f"on_update wrote into weights of stage {self.k} that follow float32 masters, so the next update would undo it; write "
+                    "into the masters, which the optimizer's param_groups hold"
+                )
 
 
 def _zero_grad(optimizer: Optimizer | None) -> None:

@@ -44,6 +44,7 @@ from pipeoptim.engine.stage.rng import StageRandom
 from pipeoptim.engine.stage.state import restore, state_of
 from pipeoptim.engine.stage.tied_weights import Tied, TiedWeight, TieOnStage
 from pipeoptim.engine.stage.update import StageUpdate, UpdateState
+from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -145,6 +146,10 @@ class StageWorker:
             check_recompute(options.recompute, module, reduction.replaces_saved)
         copies = (tie.on(reduction.unwrapped(module), self.parameters, params, program) for tie in ties)
         self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
+        elsewhere = {weight.parameter: "the other stages that tie it" for weight in self.tied}
+        elsewhere |= {p: "its float32 master" for _, p in self.master_weights.pairs}
+        whole = () if reduction.shards else self.weights.params  # a forward writes into what was gathered from shards
+        self._writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
         self.clipper: Clipper | None = None
         if options.clip is not None:
             twice = [weight.optimized for weight in self.tied if not weight.counted]
@@ -250,6 +255,8 @@ class StageWorker:
         backward = self.method.backward
         if not self.reduction.replaces_saved:
             return None
+        if self._writes.possible:  # autograd would refuse weights that another forward has written into since
+            return SavedWeights(self.weights.buffers(weight_set).table)
         moved = self.program.gap(self.k, i) > 0  # in place, the latest weights of the backward are right by themselves
         if in_place and type(backward) is Latest and not (moved and self._keeps):  # a subclass may acquire others
             return None
@@ -263,10 +270,12 @@ class StageWorker:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with self.reduction.forward_on(self.weights.params, self.weights.tensors(weight_set)):
             with autocast_to(self.device.type, self.options.autocast), hooks:
+                versions = self._writes.versions()
                 output = self._call(self.module, args, kwargs)
                 if self.is_last:
                     output, parts = read_loss(call_loss(self.loss_fn, output, target))
                     self.losses.add(parts, share)
+                self._writes.check(versions)
         return output
 
     # -- backward and update -----------------------------------------------------------------------------------------
