@@ -1,0 +1,107 @@
+"""The stages of a pipeline that live in this process, and what users can ask of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeoptim.engine.effects import check_effects
+from pipeoptim.engine.runner import StageRunner
+from pipeoptim.engine.stage.prediction_monitor import PredictionError
+from pipeoptim.engine.stage.worker import StageWorker
+from pipeoptim.engine.trace import TraceRow
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import copies, get_method
+from pipeoptim.options import PipelineOptions
+
+
+class LocalStages:
+    """The part of a pipeline that only answers: nothing here carries out an action.
+
+    Attributes:
+        method: what runs.
+        options: all that it was given, by keyword or not.
+        depth, microbatches: D and M.
+        program: the action program of all stages.
+        trace: records what the stages do; None where none was given.
+    """
+
+    def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
+        self.options = options
+        self.method = get_method(options.method)
+        check_effects(options, self.method)
+        self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
+        self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
+        self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
+
+    @property
+    def local_stages(self) -> list[int]:
+        """The stages that live in this process."""
+        return sorted(self._runners)
+
+    def stage_module(self, k: int) -> nn.Module:
+        """The module of stage ``k``, with the latest weights."""
+        return self._worker(k).module
+
+    def stage_worker(self, k: int) -> StageWorker:
+        """All of stage ``k``, for code that saves or observes it from outside."""
+        return self._worker(k)
+
+    def version(self, k: int) -> int:
+        """Updates that stage ``k`` has applied."""
+        return self._worker(k).weights.version
+
+    def version_gap(self, k: int, microbatch: int = 0) -> int:
+        """Updates of stage ``k`` between F and B of micro-batch ``microbatch`` of a mini-batch, in steady state."""
+        return self.program.steady_gap(k, microbatch)
+
+    def weight_copies(self, k: int) -> int:
+        """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
+        return copies(self.method, self.depth, self.microbatches, k, self.options.recompute == "forward", self.program)
+
+    def weight_bytes(self, k: int) -> int:
+        """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""
+        return self._worker(k).weight_bytes()
+
+    @property
+    def loss_parts(self) -> dict[str, Tensor]:
+        """Means over the mini-batch trained on last, or else the batch evaluated last, by name: what ``loss_fn`` returned besides the
+        loss (last stage), and what the stages that live here raised by :func:`pipeoptim.add_loss` in training."""
+        found: dict[str, Tensor] = {}
+        for runner in self._runners.values():
+            for name, value in runner.worker.losses.means().items():
+                found[name] = found[name] + value if name in found else value
+        return found
+
+    def grad_norm(self, k: int) -> float | None:
+        """The norm by which the newest update of stage ``k`` was clipped; None before the first, and without ``clip``."""
+        clipper = self._worker(k).clipper
+        return None if clipper is None or clipper.used is None else float(clipper.used)
+
+    def prediction_error(self, k: int) -> list[PredictionError]:
+        """The newest measurement of each parameter group of stage ``k``.
+
+        Empty without ``monitor``, before the first, and where nothing is predicted (``pipeoptim``'s last stage).
+        """
+        monitor = self._worker(k).monitor
+        return [] if monitor is None else monitor.figures()
+
+    def stage_state_dict(self, k: int) -> dict[str, Any]:
+        """Everything that stage ``k`` needs to continue bit for bit: tensors (not copied) and plain data.
+
+        Raises:
+            PipeOptimError: micro-batches are in flight; call :meth:`drain` first.
+        """
+        return self._worker(k).state_dict()
+
+    def _row(self, k: int, device: torch.device) -> TraceRow | None:
+        """Where the trace records stage ``k``."""
+        return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
+
+    def _worker(self, k: int) -> StageWorker:
+        if k not in self._runners:
+            where = f"stages 0 .. {self.depth - 1} exist" if not 0 <= k < self.depth else f"here live {self.local_stages}"
+            raise ConfigError(f"stage {k} does not live in this process; {where}")
+        return self._runners[k].worker
