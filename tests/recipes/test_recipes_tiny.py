@@ -62,7 +62,7 @@ def test_command_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert _run([*options, "--steps", "4", "--eval-every", "0"]) == 0
     assert "finished at step 4 of 4" in capsys.readouterr().out
     assert (tmp_path / "runs/vgg16_cifar100-tiny-pipeoptim/result.json").exists()
-    assert _run([*options, "--resume"]) == 2
+    assert _run([*options, "--resume"]) == 0
     assert "is finished (4 of 4 steps)" in capsys.readouterr().err
     assert _run(["train", "--recipe", "vgg16-cifar100", "--resume", "--name", "vgg16_cifar100-tiny-pipeoptim"]) == 2
     assert "--recipe is vgg16_cifar100, but run" in capsys.readouterr().err

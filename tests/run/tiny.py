@@ -162,3 +162,53 @@ def misfit() -> TrainConfig:
 def not_a_config() -> str:
     """Not a recipe at all."""
     return "chars"
+
+
+class Poison(torch.autograd.Function):
+    """The identity; the gradient of one call is not a number."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, poisoned: bool) -> Tensor:
+        ctx.poisoned = poisoned
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return (gradient * float("nan") if ctx.poisoned else gradient), None
+
+
+class Poisoned(nn.Module):
+    """A side branch with weights of its own, which add nothing to the output. They get a gradient that is not finite in the backward of
+    training forward number ``at``, so that the loss never tells."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.side, self.at, self.seen = nn.Parameter(torch.zeros(3)), at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += self.training
+        return x + 0.0 * Poison.apply(self.side.nan_to_num().clone(), self.training and self.seen == self.at).nan_to_num().sum()
+
+
+def poisoned_model(at: int = 10) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), Poisoned(at), nn.Linear(8, 8), nn.Linear(8, 3))
+
+
+def poisoned() -> TrainConfig:
+    """Weights of stage 0 become NaN between two checkpoints (those of steps 8 and 16), and no loss shows it."""
+    return replace(recipe(), model=Component("tiny:poisoned_model"), method="1f1b")
+
+
+class Masked(nn.Module):
+    """A mask with infinities, saved with the weights as such masks often are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("mask", torch.full((8, 8), -torch.inf).triu(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.mask.softmax(1).sum() * 0.0
+
+
+def masked() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), Masked(), nn.Linear(8, 3))

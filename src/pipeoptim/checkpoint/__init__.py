@@ -8,7 +8,8 @@ another number of stages can resume from.
 """
 
 from pipeoptim.checkpoint.find_checkpoint import Found, find, load_stage
-from pipeoptim.checkpoint.manifest import Meta, TornError, folder_name, read_meta, verify
+from pipeoptim.checkpoint.health import sick_entry, sick_weight
+from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, folder_name, read_meta, verify
 from pipeoptim.checkpoint.sharded import load_sharded, save_sharded
 from pipeoptim.checkpoint.weights import full_state_dict, load_weights, save_weights
 from pipeoptim.checkpoint.write_checkpoint import save
@@ -16,6 +17,7 @@ from pipeoptim.checkpoint.write_checkpoint import save
 __all__ = [
     "Found",
     "Meta",
+    "OtherFormatError",
     "TornError",
     "find",
     "folder_name",
@@ -27,5 +29,7 @@ __all__ = [
     "save",
     "save_sharded",
     "save_weights",
+    "sick_entry",
+    "sick_weight",
     "verify",
 ]

@@ -18,6 +18,18 @@ class TornError(Exception):
     """This folder is not a complete checkpoint; the message says why."""
 
 
+class OtherFormatError(TornError):
+    """This folder was written by another version: complete perhaps, but not to be read, and not to be passed over either.
+
+    Attributes:
+        age: of that version, ``"a later"`` or ``"an earlier"``.
+    """
+
+    def __init__(self, found: int) -> None:
+        super().__init__(f"{META} has format {found}, this version reads {FORMAT}")
+        self.age = "a later" if found > FORMAT else "an earlier"
+
+
 @dataclass(frozen=True)
 class Meta:
     """Contents of ``meta.json``.
@@ -68,14 +80,14 @@ def read_meta(folder: Path) -> Meta:
     try:
         data = json.loads((folder / META).read_text())
         if data["format"] != FORMAT:
-            raise TornError(f"{META} has format {data['format']}, this version reads {FORMAT}")
+            raise OtherFormatError(data["format"])
         if data.pop("sha256") != _own_sum(data):
             raise TornError(f"{META} has another SHA-256 than what was written")
         files = {name: (int(size), str(sums)) for name, (size, sums) in data.pop("files").items()}
         meta = Meta(files=files, **data)
         if sorted(files) != sorted(stage_file(k) for k in range(meta.stages)):
             raise TornError(f"{META} lists {', '.join(files) or 'no files'} for {meta.stages} stages")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise TornError(f"{META} cannot be read ({type(error).__name__}: {error})") from error
     return meta
 

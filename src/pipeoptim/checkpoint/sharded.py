@@ -19,7 +19,7 @@ from pipeoptim.checkpoint.named_state import NamedState, check_covered, collect_
 from pipeoptim.checkpoint.parameter_names import Names, saved_name, unique_names
 from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
 from pipeoptim.checkpoint.shard_files import read_tensors, shapes_of, write_shard
-from pipeoptim.checkpoint.weights import begin_folder
+from pipeoptim.checkpoint.weights import begin_folder, finish_folder
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
 
     def write() -> None:
         write_shard(part, processes.index, len(everywhere), tensors)
-        _finish(part, folder, processes)
+        finish_folder(part, folder, processes)
 
     if background:  # training goes on to change what was collected
         tensors = {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
@@ -205,13 +205,6 @@ def _read_state_json(folder: Path) -> tuple[NamedState, int]:
         raise ConfigError(
             f"{folder} holds no complete sharded checkpoint ({STATE}: {type(error).__name__}: {error}); choose another one"
         ) from error
-
-
-def _finish(part: Path, folder: Path, processes: SavingGroup) -> None:
-    processes.barrier()
-    if processes.is_first:
-        part.rename(folder)
-    processes.barrier()
 
 
 def _in_background(write: Callable[[], None]) -> Future[None]:

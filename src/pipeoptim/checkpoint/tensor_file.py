@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,12 +20,17 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import sync_path
 
 _REORDERED = "reordered"
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write them and ``metadata``; when this returns they are on the disk."""
+    """Write them and ``metadata``; when this returns they are on the disk.
+
+    Raises:
+        OSError: no space, no permission.
+    """
     stored: dict[str, Tensor] = {}
     reordered: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
     taken: set[int] = set()
@@ -37,9 +43,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         start = dense.untyped_storage().data_ptr()
         stored[name] = dense.clone() if start in taken else dense  # safetensors refuses two names for one memory
         taken.add(start)
-    save_file(stored, path, metadata={"format": "pt", **(metadata or {}), _REORDERED: json.dumps(reordered)})
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    try:
+        save_file(stored, path, metadata={"format": "pt", **(metadata or {}), _REORDERED: json.dumps(reordered)})
+    except SafetensorError as error:  # it has the system's reason in its words only
+        number = re.search(r"os error (\d+)", str(error))
+        if number is None:
+            raise
+        raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
+    sync_path(path)
 
 
 class TensorFile:

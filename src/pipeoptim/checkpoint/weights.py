@@ -17,8 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.checkpoint.parameter_names import Names, inverted, merge, original_names
-from pipeoptim.checkpoint.saving_group import checked, refuse_sharded, saving_group
+from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import make_folder, sync_folder, sync_tree, write_durably
 
 if TYPE_CHECKING:
     from pipeoptim.engine.pipeline import Pipeline
@@ -104,9 +105,8 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
             "metadata": {"total_size": sum(size for _, size in found.values())},
             "weight_map": {name: file for name, (file, _) in found.items()},
         }
-        (part / INDEX).write_text(json.dumps(index, indent=1) + "\n")
-        part.rename(folder)
-    processes.barrier()
+        write_durably(part / INDEX, json.dumps(index, indent=1) + "\n")
+    finish_folder(part, folder, processes)
 
 
 def load_weights(
@@ -159,7 +159,7 @@ def load_weights(
         module._apply(lambda t: torch.empty_like(t, device=device or "cpu") if t.is_meta else t)  # type: ignore[no-untyped-call]
 
 
-def begin_folder(folder: Path, processes: Any) -> Path:
+def begin_folder(folder: Path, processes: SavingGroup) -> Path:
     """The folder beside ``folder`` that is renamed when complete; every process gets the error if there is one.
 
     Raises:
@@ -169,10 +169,20 @@ def begin_folder(folder: Path, processes: Any) -> Path:
     taken = folder.exists() if processes.is_first else False
     if processes.is_first and not taken:
         shutil.rmtree(part, ignore_errors=True)
-        part.mkdir(parents=True)
+        make_folder(part)
     if any(processes.gather(taken)):
         raise ConfigError(f"{folder} exists already; choose another folder, or remove it")
     return part
+
+
+def finish_folder(part: Path, folder: Path, processes: SavingGroup) -> None:
+    """Give a complete folder its name; it is on the disk, under that name, when this returns in any process."""
+    processes.barrier()
+    if processes.is_first:
+        sync_tree(part)  # before the name: it must never stand for files that a power cut has emptied
+        part.rename(folder)
+        sync_folder(folder.parent)
+    processes.barrier()
 
 
 def _first_stages(parts: Sequence[Mapping[int, Mapping[str, Sequence[str]]]]) -> dict[str, int]:

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from pipeoptim.checkpoint.manifest import META, Meta, TornError, digest, folder_name, read_meta
 from pipeoptim.checkpoint.stage_files import stage_file, write_stage
+from pipeoptim.errors import PipeOptimError
+from pipeoptim.files import cause_of, make_folder, sync_folder, write_durably
+
+T = TypeVar("T")
+
+
+class CheckpointWriteError(PipeOptimError, OSError):
+    """A checkpoint could not be written: no space, no permission. The ones before it are as they were."""
 
 
 class CheckpointGroup(Protocol):
@@ -41,50 +48,54 @@ def save(
 
     Returns:
         Its folder. When this returns on any process, it is complete, and on the disk.
+
+    Raises:
+        CheckpointWriteError: in all processes, with the cause of the first that could not write.
     """
     final, temporary = root / folder_name(step), root / f".{folder_name(step)}.tmp"
-    if group.is_first:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-    group.barrier()
-    written: dict[str, tuple[int, str]] = {}
-    for k, state in states.items():
-        written[stage_file(k)] = _write_stage(temporary / stage_file(k), state)
-    files = {name: entry for part in group.gather(written) for name, entry in part.items()}
-    if group.is_first:
-        meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
-        _write_text(temporary / META, meta.to_json())
-        _sync(temporary)
-        _put_in_place(temporary, final)
-        _prune(root, step, keep)
-    group.barrier()
+
+    def begin() -> None:
+        if group.is_first:
+            shutil.rmtree(temporary, ignore_errors=True)
+            make_folder(temporary)
+
+    def complete(files: dict[str, tuple[int, str]]) -> None:
+        if group.is_first:
+            meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
+            write_durably(temporary / META, meta.to_json())
+            _put_in_place(temporary, final)
+            _prune(root, step, keep)
+
+    _together(group, final, begin)
+    written = _together(
+        group, final, lambda: {stage_file(k): _write_stage(temporary / stage_file(k), state) for k, state in states.items()}
+    )
+    files = {name: entry for part in written for name, entry in part.items()}
+    _together(group, final, lambda: complete(files))
     return final
+
+
+def _together(group: CheckpointGroup, final: Path, work: Callable[[], T]) -> list[T]:
+    """What ``work`` returned in every process, after all have done it. Where it fails in one, all of them raise with its reason: the
+    others would otherwise wait for that one, and end with a reason of their own."""
+    done, cause, failure = None, None, None
+    try:
+        done = work()
+    except OSError as error:
+        cause, failure = cause_of(error), error
+    answers = group.gather((done, cause))
+    for _, reason in answers:
+        if reason is not None:
+            raise CheckpointWriteError(
+                f"checkpoint {final} cannot be written ({reason}); the checkpoints before it are kept, so make room or give permission "
+                "and resume"
+            ) from failure
+    return [value for value, _ in answers]
 
 
 def _write_stage(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
     write_stage(path, state)
     return digest(path)
-
-
-def _write_text(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable (where the system can)."""
-    try:
-        descriptor = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(descriptor)
-    except OSError:
-        pass
-    finally:
-        os.close(descriptor)
 
 
 def _put_in_place(temporary: Path, final: Path) -> None:
@@ -94,7 +105,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(aside)
     temporary.rename(final)
-    _sync(final.parent)
+    sync_folder(final.parent)
     shutil.rmtree(aside, ignore_errors=True)
 
 

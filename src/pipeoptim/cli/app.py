@@ -80,6 +80,10 @@ def _run(arguments: list[str] | None) -> int:
         return _fail(str(error), EXIT_INTERRUPTED if isinstance(error, AbortedError) else EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted before anything was saved", EXIT_INTERRUPTED)
+    except OSError as error:
+        from pipeoptim.files import cause_of
+
+        return _fail(cause_of(error), EXIT_FAILED)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
             print(error)

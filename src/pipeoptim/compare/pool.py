@@ -20,6 +20,7 @@ from pipeoptim.compare.folder import ComparisonFolder, write_text
 from pipeoptim.compare.plan import PlannedRun
 from pipeoptim.compare.progress import Progress
 from pipeoptim.compare.worker import OUTCOME, READY
+from pipeoptim.train.parent import LAUNCHER
 
 #: Seconds that a worker gets to end before it is killed.
 PATIENCE = 10.0
@@ -119,7 +120,12 @@ class _Server(threading.Thread):
                         stdout=subprocess.PIPE,
                         stderr=log,
                         text=True,
-                        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+                        env={
+                            **os.environ,
+                            "OMP_NUM_THREADS": "1",
+                            LAUNCHER: str(os.getpid()),
+                            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+                        },
                         start_new_session=True,  # Ctrl-C in the terminal reaches the command only
                     )
             return self.worker

@@ -22,14 +22,14 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 OUTCOME = "outcome.json"
 READY = "run ended: "
 
-#: How the trainer says that a loss is not a number any more; with one process per stage only the words arrive.
-_DIVERGED = re.compile(r"the loss is (?:nan|-?inf) at step (\d+)")
+#: How the trainer says that a loss or a weight is not a number any more; with one process per stage only the words arrive.
+_DIVERGED = re.compile(r"(?:the loss is (?:nan|-?inf)|the weights of stage \d+ are not finite) at step (\d+)")
 
 
 def main() -> None:
     """Serve until stdin ends."""
     from pipeoptim.kernels.allocation import keep_freed_memory
-    from pipeoptim.train.worker import end_with_parent
+    from pipeoptim.train.parent import end_with_parent
 
     keep_freed_memory()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the command, which ends its workers

@@ -9,11 +9,12 @@ Prediction rows: step and prediction, a list with one entry per stage and parame
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+from pipeoptim.files import sync_file, sync_folder
 
 Row = dict[str, Any]
 
@@ -32,6 +33,10 @@ class MetricsFile:
         """
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
         self._file.flush()
+
+    def sync(self) -> None:
+        """All rows so far reach the disk, not only the file."""
+        sync_file(self._file.fileno())
 
     def __enter__(self) -> MetricsFile:
         return self
@@ -54,17 +59,18 @@ def truncate_after(path: Path, step: int) -> None:
     with temporary.open("w", encoding="utf-8") as file:
         file.writelines(line + "\n" for line in kept)
         file.flush()
-        os.fsync(file.fileno())
+        sync_file(file.fileno())
     temporary.replace(path)
+    sync_folder(path.parent)
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
     if not path.exists():
         return
-    for line in path.read_text(encoding="utf-8").splitlines():
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
-        if isinstance(row, dict):
+        if isinstance(row, dict) and isinstance(row.get("step", 0), int):
             yield line, row

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 __all__ = ["recut", "run"]
 
 
-def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress: bool = True) -> RunResult:
+def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, progress: bool = True) -> RunResult:
     """Train as ``config`` says and leave everything in ``run_dir``.
 
     Args:
@@ -24,13 +24,15 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress
         run_dir: must not exist, unless ``resume``: ``config.json``, ``metrics.jsonl``, ``checkpoints/``, ``loss.png``,
             ``result.json``, and ``logs/`` of the processes.
         resume: continue from the newest complete checkpoint, bit for bit as a run that never stopped. ``config`` must be the
-            run's own; only engine, steps and how often it validates may differ.
+            run's own; only engine, steps and how often it validates may differ. None: whatever is to be done; a run that does
+            not exist begins, another one is continued, from its beginning where it has no checkpoint yet.
         progress: show a progress bar (a terminal) or lines (elsewhere) on stdout.
 
     Raises:
-        ConfigError: the run is impossible; nothing was written.
+        ConfigError: the run is impossible, finished, or in use by another process; nothing was written.
         StageFailure: a process failed; the message names its stage and how to resume.
-        PipeOptimError: the loss became NaN, or the run was aborted.
+        PipeOptimError: the loss or a weight became NaN or infinite, or the run was aborted. Weights that are not finite are never
+            saved, and checkpoints that hold such weights are passed over with a warning.
 
     Example:
         >>> from pipeoptim.config import Component, TrainConfig

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import sys
+from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
 from pipeoptim.config import TrainConfig
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, PipeOptimError
+from pipeoptim.files import cause_of
+from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.telemetry.plots import loss_curve
 from pipeoptim.train import rundir
 from pipeoptim.train.checks import check
@@ -16,67 +21,114 @@ from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import SingleProcessGroup
 from pipeoptim.train.launcher import launch
 from pipeoptim.train.layout import layout_of
+from pipeoptim.train.lock import locked
+from pipeoptim.train.recorder import DivergedError
 from pipeoptim.train.result import RunResult
-from pipeoptim.train.rundir import RunDir, Start
+from pipeoptim.train.rundir import FinishedError, RunDir, Start
 from pipeoptim.train.session import run_session
-from pipeoptim.train.setup import build_setup, cpu_threads, probe_setup
+from pipeoptim.train.setup import RunSetup, build_setup, cpu_threads, probe_setup
 from pipeoptim.train.signals import AbortedError, StopOnInterrupt
 from pipeoptim.train.worker import join, reports, under_torchrun
 
 
-def run(config: TrainConfig, run_dir: Path | str, resume: bool = False, progress: bool = True) -> RunResult:
+def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, progress: bool = True) -> RunResult:
     """Train as ``config`` says, in ``run_dir``; see :func:`pipeoptim.train.run`."""
     check(config)
     directory = RunDir(Path(run_dir))
     train = _joined if under_torchrun() else _emulated if config.engine == "emulator" else _launched
-    result = train(config, directory, resume, quiet=not progress)
-    if reports(config):
-        title = f"{directory.path.name}: {config.method}, {layout_of(config).describe()}"
-        loss_curve(result.rows(), directory.curve, title)
+    with ExitStack() as held:
+        result = train(config, _Beginning(directory, resume, held), quiet=not progress)
+        if reports(config):
+            _draw_curve(directory, config)
     return result
 
 
-def _start(config: TrainConfig, directory: RunDir, resume: bool) -> Start:
-    """The last thing before work starts, and the first that writes."""
-    if not resume:
-        return rundir.begin(directory, config)
-    return rundir.resume(directory, config, say=lambda text: print(text, file=sys.stderr))
+def _draw_curve(directory: RunDir, config: TrainConfig) -> None:
+    loss_curve(
+        read_rows(directory.metrics), directory.curve, f"{directory.path.name}: {config.method}, {layout_of(config).describe()}"
+    )
 
 
-def _emulated(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool) -> RunResult:
+class FileFailure(PipeOptimError, OSError):
+    """A file of a run, or of its data, could not be read or written: the disk is full, say."""
+
+
+@dataclass(frozen=True)
+class _Beginning:
+    """How a session comes to own its directory.
+
+    Args:
+        resume: True to continue a run, False to begin one; None to begin it or continue it, whichever there is to do.
+        held: keeps the directory's lock until the session ends.
+    """
+
+    directory: RunDir
+    resume: bool | None
+    held: ExitStack
+
+    def look(self) -> None:
+        """Before anything is built: what can be refused already."""
+        if self.resume is False:
+            self.directory.check_new()
+
+    def start(self, setup: RunSetup) -> Start:
+        """The last thing before work starts, and the first that writes."""
+        directory, config = self.directory, setup.config
+        if self.resume is False or (self.resume is None and not directory.path.exists()):
+            begun = rundir.begin(directory, config)
+            self.held.enter_context(locked(directory.path))
+            return begun
+        directory.read_config()  # where there is no run, no lock is left behind
+        self.held.enter_context(locked(directory.path))
+        say = partial(print, file=sys.stderr)
+        try:
+            return rundir.resume(directory, config, say, setup.stages, anew=self.resume is None)
+        except FinishedError:
+            if not directory.curve.exists():
+                _draw_curve(directory, config)
+            raise
+
+
+def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
+    directory = beginning.directory
     with cpu_threads(config.threads):
-        if not resume:
-            directory.check_new()
+        beginning.look()
         setup = build_setup(config)
         probe_setup(setup)
         loss = ObservedLoss(setup.task)
         pipe, optimizers = make_emulator(setup, loss)
-        start = _start(setup.config, directory, resume)
+        start = beginning.start(setup)
+        directory.result.unlink(missing_ok=True)
         try:
             with StopOnInterrupt() as stop:
                 return run_session(directory, setup, pipe, optimizers, loss, SingleProcessGroup(), start, stop, quiet)
         except KeyboardInterrupt as error:
             raise AbortedError(f"aborted by Ctrl-C; {directory.how_to_resume()}") from error
+        except CheckpointWriteError:
+            raise
+        except OSError as error:
+            raise FileFailure(f"run {directory.path} failed: {cause_of(error)}; {directory.how_to_resume()}") from error
+        except DivergedError as error:
+            raise DivergedError(f"{error}; {directory.how_to_resume()}") from error
 
 
-def _checked_start(config: TrainConfig, directory: RunDir, resume: bool) -> Start:
+def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:
     """As above for a run that is set up in other processes: it is set up here too, once, to see that its parts fit together."""
     with cpu_threads(config.threads):
-        if not resume:
-            directory.check_new()
+        beginning.look()
         setup = build_setup(config)
         probe_setup(setup)
         make_emulator(setup, setup.task.loss)
-        return _start(setup.config, directory, resume)
+        return beginning.start(setup)
 
 
-def _launched(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool) -> RunResult:
-    return launch(directory, config, _checked_start(config, directory, resume), quiet)
+def _launched(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
+    return launch(beginning.directory, config, _checked_start(config, beginning), quiet)
 
 
-def _joined(config: TrainConfig, directory: RunDir, resume: bool, quiet: bool) -> RunResult:
+def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     if config.engine != "processes":
         raise ConfigError(
             "torchrun started several processes, but engine is 'emulator'; use --engine processes, or leave torchrun out"
         )
-    return join(config, directory, partial(_checked_start, config, directory, resume), quiet)
+    return join(config, beginning.directory, partial(_checked_start, config, beginning), quiet)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import uuid
@@ -26,6 +27,8 @@ from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
 from pipeoptim.train.layout import Layout, layout_of
+from pipeoptim.train.parent import LAUNCHER
+from pipeoptim.train.recorder import DivergedError
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError
@@ -89,8 +92,9 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
         local_addr="localhost",
     )
     arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
+    arguments += ["--config-sha256", run.config_digest()]
     run.result.unlink(missing_ok=True)
-    inherited = {"OMP_NUM_THREADS": str(config.threads), **gloo_on_loopback()}
+    inherited = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
     if not available():  # this process has said so; the workers say it only to their logs
         inherited["PIPEOPTIM_KERNELS"] = "0"
     with _environment(**inherited), _silent_agent(), _signals_restored(), stopped_workers_end():
@@ -122,7 +126,9 @@ def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDi
     if kind == "StageFailure":  # it names another stage, which failed first
         cause = text.removeprefix("first failure: ")
         return StageFailure(f"{cause} (seen by {logs.layout.name(rank)}, log: {logs.err(rank)}); {run.how_to_resume()}")
-    reason = text if colon and kind in ("DivergedError", "PipeOptimError") else told[rank]
+    if kind == "DivergedError" and text.startswith("the weights"):  # found by all together, and it names the stage itself
+        return DivergedError(f"{text}; {run.how_to_resume()}")
+    reason = text if colon and kind in ("DivergedError", "CheckpointWriteError", "PipeOptimError") else told[rank]
     return StageFailure(f"{logs.layout.name(rank)} failed: {reason} (log: {logs.err(rank)}); {run.how_to_resume()}")
 
 
@@ -137,6 +143,8 @@ def _reason(failure: ProcessFailure, log: str) -> str:
         last = Path(log).read_text(errors="replace").strip().splitlines()[-1]
     except (OSError, IndexError):
         last = ""
+    if not last and not shutil.disk_usage(Path(log).parent).free:
+        return "no space left on device"  # not even for its log
     return last or f"exit code {failure.exitcode}"
 
 

@@ -32,7 +32,8 @@ class Loop:
         optimizers: of the stages here.
         loss: what ``pipe`` was given as its loss.
         recorder: where the last stage is; None elsewhere.
-        save: writes a checkpoint of a drained pipeline, given the number of mini-batches done.
+        check: raises where the weights of a drained pipeline are not finite, in all processes; given the number of mini-batches done.
+        save: writes a checkpoint of a drained pipeline, given the same number.
         stop: set by Ctrl-C; counts where stage 0 is.
         weight_bytes: filled with the bytes of weights that each stage held.
         mean_loss: of the losses of all replicas.
@@ -45,6 +46,7 @@ class Loop:
     optimizers: dict[int, Optimizer]
     loss: ObservedLoss
     recorder: Recorder | None
+    check: Callable[[int], None]
     save: Callable[[int], None]
     stop: StopOnInterrupt
     weight_bytes: dict[int, int]
@@ -52,10 +54,17 @@ class Loop:
     measurements: StageMeasurements
     errors: prediction.StageErrors
 
-    def run(self, start: int) -> int:
-        """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all."""
+    def run(self, start: int, validate: bool = False) -> int:
+        """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all.
+
+        ``validate``: where nothing is left to train, since the run ended before its validation was told.
+        """
         config = self.setup.config
         done = start
+        if start >= config.steps:  # all trained and saved, but not all told
+            self._measure()
+            if validate:
+                self._validate(start)
         while done < config.steps:
             self._step(done)
             done += 1
@@ -68,6 +77,7 @@ class Loop:
             if saves:
                 self._measure()
                 self.pipe.drain()
+                self.check(done)  # before anything is told or kept of them
             if last or _due(done, config.eval_every):
                 self._validate(done)
             if saves:

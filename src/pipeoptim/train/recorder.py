@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections import deque
+from collections.abc import Sequence
 from typing import Any
 
 from pipeoptim.errors import PipeOptimError
-from pipeoptim.telemetry.metrics import MetricsFile
+from pipeoptim.telemetry.metrics import MetricsFile, Row
 from pipeoptim.telemetry.prediction import Changes, scalars
 from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.tensorboard import TensorBoardLog
@@ -17,7 +18,7 @@ WINDOW = 20
 
 
 class DivergedError(PipeOptimError):
-    """The loss is not a finite number any more."""
+    """The loss, or a weight, is not a finite number any more."""
 
 
 class Recorder:
@@ -57,6 +58,19 @@ class Recorder:
         self._view.validation(step, loss)
         self.val_loss, self.val_metrics = (loss if math.isfinite(loss) else None), named
         self._show(step, {"validation/loss": loss, **{f"validation/{k.removeprefix('val_')}": v for k, v in named.items()}})
+
+    def recall(self, rows: Sequence[Row], step: int) -> bool:
+        """Take the figures of a run that has been trained to its end from what it has written. Returns whether it validated there."""
+        self._losses.extend(row["loss"] for row in rows if "loss" in row)
+        validations = [row for row in rows if row.get("step") == step and any(name.startswith("val_") for name in row)]
+        for row in validations:
+            self.val_loss = row.get("val_loss")
+            self.val_metrics = {name: value for name, value in row.items() if name.startswith("val_") and name != "val_loss"}
+        return bool(validations)
+
+    def sync(self) -> None:
+        """What was written is on the disk when this returns: before a checkpoint after which it will not be written again."""
+        self._file.sync()
 
     def prediction(self, step: int, measured: list[dict[str, Any]]) -> None:
         """The prediction errors of all stages, as they were after mini-batch ``step``; no row where there are none."""

@@ -15,6 +15,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from torch import nn
+
 from pipeoptim.checkpoint import load_sharded, load_stage, save, save_sharded
 from pipeoptim.config import TrainConfig
 from pipeoptim.engine.stage.tied_weights import Tied
@@ -26,6 +28,7 @@ from pipeoptim.train.layout import layout_of
 from pipeoptim.train.result import versions
 from pipeoptim.train.rundir import RunDir, newest
 from pipeoptim.train.setup import build_setup, cpu_threads, probe_setup
+from pipeoptim.train.trust import COMPONENTS
 from pipeoptim.train.worker import under_torchrun
 
 
@@ -35,7 +38,13 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
     if under_torchrun():
         raise ConfigError("a run cannot be cut anew under torchrun; do so without it, Ctrl-C, then resume under it")
     before = run.read_config()
-    folder, meta = newest(run, before, say=_say)
+    for what in COMPONENTS:  # what the file names is called below: only what the caller has named
+        if getattr(before, what) != getattr(config, what):
+            raise ConfigError(
+                f"{run.config} has {what} {getattr(before, what).target!r}, not {getattr(config, what).target!r}; a run can be cut anew "
+                "with other stages, chunks and replicas only"
+            )
+    folder, meta = newest(run, before, _say, _modules(before))
     new = RunDir(run.path.with_name(f"{run.path.name}-{_label(config)}"))
     new.check_new()
     states = _moved(folder, before, config)
@@ -80,6 +89,11 @@ def _pipe(config: TrainConfig) -> tuple[Any, Sequence[Tied]]:
     setup = build_setup(config)
     probe_setup(setup)
     return make_emulator(setup, setup.task.loss)[0], setup.tied
+
+
+def _modules(config: TrainConfig) -> Sequence[nn.Module]:
+    with cpu_threads(config.threads):
+        return build_setup(config).stages
 
 
 def _numbered(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:

@@ -51,9 +51,9 @@ class RunResult:
         run_dir: its directory.
         status: ``"finished"``, or ``"stopped"`` by Ctrl-C (saved, can be resumed).
         step: mini-batches done in all.
-        train_loss: mean over the last (at most 20) mini-batches; None if this session did none.
-        val_loss, val_metrics: of the last validation of this session; None and {} if there was none.
-        samples_per_second: training only, without validations and checkpoints; None as train_loss.
+        train_loss: mean over the last (at most 20) mini-batches of this session, or of the run where only its result was missing.
+        val_loss, val_metrics: of the last validation, likewise; None and {} if there was none.
+        samples_per_second: training only, without validations and checkpoints; None if this session did no mini-batch.
         seconds: of this session, validations and checkpoints included.
         stages: what each held.
         data: what it was trained on.

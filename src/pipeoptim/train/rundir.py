@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
 import shlex
 import shutil
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeoptim.config import TrainConfig
+from pipeoptim.config import NOT_COMPUTED, Component, TrainConfig
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import cause_of, make_folder, sync_folder, write_durably
+from pipeoptim.train import trust
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from pipeoptim.checkpoint import Meta
 
 DEFAULT_OUT = Path("runs")
@@ -74,8 +81,16 @@ class RunDir:
         """Raises ConfigError if the directory exists."""
         if self.path.exists():
             raise ConfigError(
-                f"run directory {self.path} exists; continue that run with --resume, or choose another name with --name"
+                f"run directory {self.path} exists; continue that run with --resume, or start another one with --new or --name"
             )
+
+    def beside(self) -> RunDir:
+        """The first of ``<name>-2``, ``<name>-3``, ... that does not exist; this one if it does not."""
+        found, n = self, 1
+        while found.path.exists():
+            n += 1
+            found = RunDir(self.path.with_name(f"{self.path.name}-{n}"))
+        return found
 
     def create(self, config: TrainConfig) -> None:
         """Make the directory and write the configuration.
@@ -85,35 +100,60 @@ class RunDir:
         """
         self.check_new()
         text = config.to_json()
+        part = self.path.with_name(f".{self.path.name}.{os.getpid()}.part")
         try:
-            self.path.mkdir(parents=True)
-        except FileExistsError:
-            self.check_new()
-            raise
+            shutil.rmtree(part, ignore_errors=True)
+            make_folder(part)
+            write_durably(part / self.config.name, text)
+            trust.sign(part, config)
+            part.rename(
+                self.path
+            )  # whole or not at all: a directory without its configuration could be neither resumed nor begun
+            sync_folder(self.path.parent)
         except OSError as error:
+            shutil.rmtree(part, ignore_errors=True)
+            self.check_new()
             raise ConfigError(
-                f"run directory {self.path} cannot be made ({error.strerror}); choose another place with --out"
+                f"run directory {self.path} cannot be made ({cause_of(error)}); choose another place with --out"
             ) from error
-        self.config.write_text(text)
 
     def write_config(self, config: TrainConfig) -> None:
-        """Replace the configuration of a run that is taken up with more steps, or on another engine."""
-        temporary = self.config.with_name(self.config.name + ".tmp")
-        temporary.write_text(config.to_json())
-        temporary.replace(self.config)
+        """Replace the configuration of a run that is resumed with more steps, or on another engine."""
+        write_durably(self.config, config.to_json())
 
     def read_config(self) -> TrainConfig:
-        """The configuration of an existing run.
+        """The configuration of an existing run. Nothing that it names has been imported yet (see :mod:`.trust`).
 
         Raises:
-            ConfigError: there is no such run.
+            ConfigError: there is no such run, or its configuration cannot be read.
         """
         try:
-            return TrainConfig.from_json(self.config.read_text())
-        except OSError as error:
+            return TrainConfig.from_json(self.config.read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 f"no run to resume in {self.path} (no {self.config.name}); check --name and --out, or leave out --resume"
             ) from error
+        except OSError as error:
+            raise ConfigError(
+                f"the configuration of run {self.path} cannot be read ({cause_of(error)}); make it readable"
+            ) from error
+        except (UnicodeDecodeError, RecursionError) as error:
+            what = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "is nested too deeply"
+            raise ConfigError(f"{self.config} {what}; restore it, or start a new run with another --name") from error
+        except ConfigError as error:
+            raise ConfigError(f"{self.config}: {error}") from error
+
+    def config_digest(self) -> str:
+        """SHA-256 of the file of the configuration."""
+        return hashlib.sha256(self.config.read_bytes()).hexdigest()
+
+    def finished_at(self) -> int | None:
+        """The step at which the run says it has finished; None where it does not, or not in readable words."""
+        try:
+            result = json.loads(self.result.read_text(encoding="utf-8"))
+            return int(result["step"]) if result["status"] == "finished" else None
+        except (OSError, ValueError, TypeError, KeyError, RecursionError):
+            return None
 
     def how_to_resume(self) -> str:
         """What is saved and what to type, as the end of a sentence about a failure."""
@@ -125,6 +165,10 @@ class RunDir:
         return f"resume from step {meta.step} with: {self.resume_command()}"
 
 
+class FinishedError(ConfigError):
+    """There is nothing left to train."""
+
+
 @dataclass(frozen=True)
 class Start:
     """Where a session begins: at step 0, or at a checkpoint."""
@@ -133,17 +177,29 @@ class Start:
     checkpoint: Path | None = None
 
 
-def newest(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> tuple[Path, Meta]:
-    """The newest complete checkpoint of ``run``; torn ones are mentioned to ``say`` and passed over.
+def newest(run: RunDir, config: TrainConfig, say: Callable[[str], None], stages: Sequence[nn.Module] = ()) -> tuple[Path, Meta]:
+    """The newest checkpoint of ``run`` to resume from; torn ones, and those whose weights are not finite, are mentioned to ``say`` and
+    passed over.
+
+    Args:
+        stages: modules of the run's stages, for the names of their parameters.
 
     Raises:
         ConfigError: there is none, or it is of another configuration.
     """
-    from pipeoptim.checkpoint import find
+    from pipeoptim.checkpoint import find, load_stage, sick_entry
 
-    found = find(run.checkpoints)
+    def sickness(folder: Path, meta: Meta) -> str | None:
+        for k, module in enumerate(stages if len(stages) == meta.stages else ()):
+            name = sick_entry(load_stage(folder, k), module)
+            if name is not None:
+                return f"stage {k}: {name!r}"
+        return None
+
+    found = find(run.checkpoints, sickness)
     if found.folder is None or found.meta is None:
-        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in found.torn)
+        passed = [*found.torn, *((folder, f"weights that are not finite, {what}") for folder, what in found.sick)]
+        reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in passed)
         what = f"no complete checkpoint in {run.checkpoints} ({reasons})" if reasons else f"no checkpoint in {run.checkpoints}"
         raise ConfigError(f"{what}; start a new run with another --name")
     if found.meta.config != config.fingerprint() or found.meta.stages != config.stages:
@@ -153,6 +209,8 @@ def newest(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> tupl
         )
     for folder, reason in found.torn:
         say(f"checkpoint {folder} is torn ({reason}); resuming from {found.folder.name}")
+    for folder, reason in found.sick:
+        say(f"checkpoint {folder} has weights that are not finite ({reason}); resuming from {found.folder.name}")
     return found.folder, found.meta
 
 
@@ -162,28 +220,72 @@ def begin(run: RunDir, config: TrainConfig) -> Start:
     return Start()
 
 
-def resume(run: RunDir, config: TrainConfig, say: Callable[[str], None]) -> Start:
-    """Take up ``run`` at its newest complete checkpoint; torn ones are mentioned to ``say`` and passed over.
+def resume(
+    run: RunDir, config: TrainConfig, say: Callable[[str], None], stages: Sequence[nn.Module] = (), anew: bool = False
+) -> Start:
+    """Resume ``run`` at its newest checkpoint; see :func:`newest`. A run that ended behind its last checkpoint and before its result
+    was written starts there with no step left: it is finished then.
+
+    Args:
+        anew: begin at step 0 where no checkpoint has been written yet.
 
     Raises:
-        ConfigError: there is none, it is of another configuration, or the run is finished.
+        FinishedError: the run is finished.
+        ConfigError: there is no checkpoint, or it is of another configuration.
     """
-    folder, meta = newest(run, config, say)
-    if meta.step >= config.steps:
-        raise ConfigError(f"run {run.path} is finished ({meta.step} of {config.steps} steps); {_what_else(config)}")
+    if anew and not any(run.checkpoints.glob("step-*")):
+        if run.finished_at() == config.steps:
+            raise _finished(run, config, config.steps)
+        say(f"run {run.path} has no checkpoint yet; it begins again at step 0")
+        start = Start()
+    else:
+        folder, meta = newest(run, config, say, stages)
+        if meta.step >= config.steps and run.finished_at() == meta.step:
+            raise _finished(run, config, meta.step)
+        start = Start(meta.step, folder)
+        if anew:
+            say(f"run {run.path} exists; it continues from step {meta.step} of {config.steps}")
     if config != run.read_config():
         _check_longer(config, run.read_config())
         run.write_config(config)
-    if config.trace:  # the new one may be of fewer stages
+    if config.trace and start.step < config.steps:  # the new one may be of fewer stages
         shutil.rmtree(run.trace, ignore_errors=True)
-    return Start(meta.step, folder)
+    return start
+
+
+def _finished(run: RunDir, config: TrainConfig, step: int) -> FinishedError:
+    return FinishedError(f"run {run.path} is finished ({step} of {config.steps} steps); {_what_else(config)}")
+
+
+def same_run(run: RunDir, config: TrainConfig) -> TrainConfig:
+    """``config``, as the command that began ``run`` gives it again; with its steps, where they were counted from epochs.
+
+    Raises:
+        ConfigError: the run was begun with other settings; the message names the first one.
+    """
+    if not run.config.exists():
+        run.check_new()
+    before = run.read_config()
+    config = replace(config, epochs=0, steps=config.steps or before.steps)
+    for f in fields(config) if config.fingerprint() != before.fingerprint() else ():
+        old, new = getattr(before, f.name), getattr(config, f.name)
+        if old != new and f.name not in NOT_COMPUTED:
+            raise ConfigError(
+                f"run directory {run.path} exists and was begun with {f.name} {_words(old)}, not {_words(new)}; start another run with "
+                "--new or --name, or continue that one with --resume"
+            )
+    return config
+
+
+def _words(value: object) -> str:
+    return f"{value.target} {value.options}" if isinstance(value, Component) else repr(value)
 
 
 def _what_else(config: TrainConfig) -> str:
     from pipeoptim.train.lr_schedules import depends_on_length
 
     if depends_on_length(config.lr_schedule):  # more steps would be another schedule from the beginning
-        return "start a new run with another --name, with more --steps if it shall train longer"
+        return "start a new run with --new or another --name, with more --steps if it shall train longer"
     return "raise --steps to train it further"
 
 

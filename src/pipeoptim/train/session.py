@@ -10,10 +10,11 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from pipeoptim.checkpoint import load_stage, save
+from pipeoptim.checkpoint import load_stage, save, sick_weight
 from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
-from pipeoptim.telemetry.metrics import MetricsFile, truncate_after
+from pipeoptim.files import write_durably
+from pipeoptim.telemetry.metrics import MetricsFile, read_rows, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.tensorboard import TensorBoardLog
@@ -21,7 +22,7 @@ from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
-from pipeoptim.train.recorder import Recorder
+from pipeoptim.train.recorder import DivergedError, Recorder
 from pipeoptim.train.result import RunResult, StageFacts, traced_shares, versions
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.setup import RunSetup
@@ -39,7 +40,11 @@ def run_session(
     stop: StopOnInterrupt,
     quiet: bool,
 ) -> RunResult:
-    """Train from ``start`` to the end or to a stop. Every process of ``group`` returns the same result."""
+    """Train from ``start`` to the end or to a stop. Every process of ``group`` returns the same result.
+
+    Raises:
+        DivergedError: the loss or a weight is not finite; what was saved before is kept.
+    """
     config = setup.config
     if start.checkpoint is not None:
         for k in pipe.local_stages:
@@ -56,7 +61,17 @@ def run_session(
             tensorboard_log = stack.enter_context(TensorBoardLog(run.tensorboard, start.step)) if config.tensorboard else None
             recorder = Recorder(file, view, config.batch_size, tensorboard_log)
 
+        def check(step: int) -> None:
+            sick = next(filter(None, group.gather(sick_weight(pipe))), None)
+            if sick is not None:
+                raise DivergedError(
+                    f"the weights of stage {sick[0]} are not finite at step {step} (first: {sick[1]!r}), and were not saved; "
+                    "lower --lr, or choose another method"
+                )
+
         def save_all(step: int) -> None:
+            if recorder is not None:
+                recorder.sync()
             states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}  # with what differs between replicas
             save(
                 run.checkpoints,
@@ -69,19 +84,38 @@ def run_session(
             )
 
         loop = Loop(
-            pipe, setup, optimizers, loss, recorder, save_all, stop, {}, group.mean_loss, group.measurements(), StageErrors()
+            pipe,
+            setup,
+            optimizers,
+            loss,
+            recorder,
+            check,
+            save_all,
+            stop,
+            {},
+            group.mean_loss,
+            group.measurements(),
+            StageErrors(),
         )
-        done = loop.run(start.step)
-    if pipe.trace is not None:
+        done = loop.run(start.step, validate=start.step >= config.steps and not _validated(recorder, run, group, start.step))
+    if pipe.trace is not None and done > start.step:
         pipe.trace.save(run.trace)
-    result = _result(run, setup, pipe, loop, group, done, time.monotonic() - began)
+    traced = setup.config.trace and done > start.step
+    result = _result(run, setup, pipe, loop, group, done, time.monotonic() - began, traced)
     if recorder is not None:
-        run.result.write_text(result.to_json())
+        write_durably(run.result, result.to_json())
     group.barrier()
     return result
 
 
-def _result(run: RunDir, setup: RunSetup, pipe: Pipeline, loop: Loop, group: RunGroup, done: int, seconds: float) -> RunResult:
+def _validated(recorder: Recorder | None, run: RunDir, group: RunGroup, step: int) -> bool:
+    """Whether a run whose last checkpoint is that of its last ``step`` has told its validation, too; its figures are recalled."""
+    return any(group.gather(recorder is not None and recorder.recall(read_rows(run.metrics), step)))
+
+
+def _result(
+    run: RunDir, setup: RunSetup, pipe: Pipeline, loop: Loop, group: RunGroup, done: int, seconds: float, traced: bool
+) -> RunResult:
     figures: dict[str, Any] = {}
     if loop.recorder is not None:
         recorder = loop.recorder
@@ -95,7 +129,7 @@ def _result(run: RunDir, setup: RunSetup, pipe: Pipeline, loop: Loop, group: Run
     facts = [_facts(setup, pipe, k, loop) for k in pipe.local_stages] if setup.replica == 0 else []
     gathered = group.gather(([asdict(one) for one in facts], figures))
     found = sorted((one for part, _ in gathered for one in part), key=lambda one: one["stage"])
-    if setup.config.trace:  # all have saved theirs before the gathering
+    if traced:  # all have saved theirs before the gathering
         shares = group.gather(traced_shares(merge_trace(run.trace)) if loop.recorder is not None else None)[group.reporter]
         found = [one | shares[one["stage"]] for one in found]
     return RunResult(

@@ -9,13 +9,12 @@ import argparse
 import os
 import signal
 import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeoptim.train.parent import end_with_parent
 from pipeoptim.train.signals import StopOnInterrupt
 
 if TYPE_CHECKING:
@@ -35,11 +34,16 @@ def main(arguments: list[str], stop: StopOnInterrupt) -> None:
     parser = argparse.ArgumentParser(prog="pipeoptim.train.worker")
     parser.add_argument("run_dir", type=Path)
     parser.add_argument("--from", dest="checkpoint", default="")
+    parser.add_argument("--config-sha256", required=True)
     parser.add_argument("--quiet", action="store_true")
     options = parser.parse_args(arguments)
     run = RunDir(options.run_dir)
 
     def work() -> None:
+        from pipeoptim.errors import ConfigError
+
+        if run.config_digest() != options.config_sha256:  # the launcher has looked at what it names
+            raise ConfigError(f"{run.config} was changed while the run was starting; start again")
         with process_group():
             train_stage(run, run.read_config(), start_at(options.checkpoint), stop, options.quiet)
 
@@ -114,7 +118,7 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
     from pipeoptim.engine.processes.collectives import broadcast_plain
     from pipeoptim.errors import ConfigError
     from pipeoptim.train.layout import layout_of
-    from pipeoptim.train.rundir import Start
+    from pipeoptim.train.rundir import FinishedError, Start
 
     world, layout = int(os.environ["WORLD_SIZE"]), layout_of(config)
     if world != layout.processes:
@@ -122,15 +126,17 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
             f"torchrun started {world} processes, but the run has {layout.describe()}; start {layout.processes} processes"
         )
     with interruptible(StopOnInterrupt()) as stop, process_group():
-        start, refusal = Start(), ""
+        start, refusal, finished = Start(), "", False
         if dist.get_rank() == 0:
             try:
                 start = prepare()
             except ConfigError as error:
-                refusal = str(error)
-        refusal, step, checkpoint = broadcast_plain((refusal, start.step, str(start.checkpoint or "")), source=0)
+                refusal, finished = str(error), isinstance(error, FinishedError)
+        refusal, finished, step, checkpoint = broadcast_plain(
+            (refusal, finished, start.step, str(start.checkpoint or "")), source=0
+        )
         if refusal:
-            raise ConfigError(refusal)
+            raise FinishedError(refusal) if finished else ConfigError(refusal)
         return train_stage(run, config, Start(step, Path(checkpoint) if checkpoint else None), stop, quiet)
 
 
@@ -146,20 +152,8 @@ def interruptible(stop: StopOnInterrupt) -> Iterator[StopOnInterrupt]:
         signal.signal(signal.SIGINT, before)
 
 
-def end_with_parent() -> None:
-    """Do not outlive the launcher, even where it is killed without a chance to end its workers."""
-    parent = os.getppid()
-
-    def watch() -> None:
-        while os.getppid() == parent:
-            time.sleep(1)
-        os._exit(1)
-
-    threading.Thread(target=watch, name="pipeoptim-parent", daemon=True).start()
-
-
 if __name__ == "__main__":
+    end_with_parent()
     with interruptible(StopOnInterrupt()) as asked:
-        end_with_parent()
         print(f"rank {os.environ.get('RANK')}: process {os.getpid()}", file=sys.stderr, flush=True)
         main(sys.argv[1:], asked)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -46,7 +47,17 @@ def train(
     lr: Annotated[float | None, Option(help="Learning rate.")] = None,
     name: Annotated[str | None, Option(help="Name of the run; by default <recipe>-<method>.")] = None,
     out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
-    resume: Annotated[bool, Option("--resume", help="Continue the run of that name from its newest checkpoint.")] = False,
+    new: Annotated[
+        bool, Option("--new", help="If there is a run of that name already, start another one: <name>-2, ...")
+    ] = False,
+    resume: Annotated[
+        bool,
+        Option(
+            "--resume",
+            help="Continue the run of that name from its newest checkpoint, with its own settings. (The same command again, without "
+            "--resume, does so as well, and begins the run if there is none.)",
+        ),
+    ] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress and no summary.")] = False,
     **settings: Any,
 ) -> None:
@@ -86,8 +97,9 @@ def train(
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train import recut, run
     from pipeoptim.train.recipes import full_name, get_recipe
-    from pipeoptim.train.rundir import RunDir
+    from pipeoptim.train.rundir import FinishedError, RunDir, same_run
     from pipeoptim.train.shorten import shortened, warmup_note
+    from pipeoptim.train.trust import check_trusted, named_targets
 
     keep_freed_memory()
     changed = given(settings)
@@ -96,11 +108,13 @@ def train(
     wanted = DEFAULT_RECIPE if recipe is None else recipe
     note = ""
     if resume:
-        if group:
-            raise ConfigError("--group belongs to a new run, and --resume takes the run's own groups; leave --group out")
-        default = f"{full_name(wanted, tiny)}-{changed.get('method', 'pipeoptim')}"
-        directory = RunDir(out / _checked(default if name is None else name))
-        config = _resumed(directory, changed, full_name(recipe, tiny) if recipe else None, optimizer, lr)
+        if group or new:
+            option = "--group" if group else "--new"
+            raise ConfigError(f"{option} belongs to a new run, and --resume continues one as it was begun; leave {option} out")
+        own = full_name(wanted, tiny) if ":" not in wanted else get_recipe(wanted, tiny).recipe
+        directory = RunDir(out / _checked(f"{own}-{changed.get('method', 'pipeoptim')}" if name is None else name))
+        config = _resumed(directory, changed, own if recipe else None, optimizer, lr)
+        check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer))
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
             directory = recut(directory, config)
     else:
@@ -108,7 +122,17 @@ def train(
         if "steps" in changed:
             config, note = shortened(config), warmup_note(config)
         directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
-    result = run(config, directory.path, resume=resume, progress=not quiet)
+        if new:
+            directory = directory.beside()
+        elif directory.path.exists():
+            config = same_run(directory, config)
+    try:
+        result = run(config, directory.path, resume=resume or None, progress=not quiet)
+    except (
+        FinishedError
+    ) as finished:  # what was asked for is there: whoever repeats a command is told so, and that nothing is wrong
+        print(finished, file=sys.stderr)
+        return
     _report(result, config, directory, quiet, note)
 
 
