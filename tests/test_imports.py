@@ -21,6 +21,7 @@ SOURCE = Path(pipeoptim.__path__[0]).parent
 MAY_IMPORT = {
     "errors": "",
     "version": "",
+    "files": "",
     "schedule": "errors",
     "kernels": "errors",
     "rules": "errors kernels",
@@ -32,17 +33,17 @@ MAY_IMPORT = {
     "engine/replicas": "errors weights engine/transport engine/processes engine/stage",
     "engine": "errors schedule methods options engine/transport engine/processes engine/stage engine/replicas",
     "options": "errors methods",
-    "checkpoint": "errors rules engine engine/processes engine/stage",
-    "telemetry": "errors schedule engine",
+    "checkpoint": "errors files rules engine engine/processes engine/stage",
+    "telemetry": "errors files schedule engine",
     "partitioning": "errors schedule methods checkpoint engine engine/processes engine/stage engine/transport",
     "config": "errors options",
     "testing": "rules",
     "diagnosis": "errors version kernels rules",
-    "train": "errors version config options schedule kernels rules methods engine engine/processes engine/stage partitioning "
+    "train": "errors files version config options schedule kernels rules methods engine engine/processes engine/stage partitioning "
     "checkpoint telemetry",
     "bench": "errors version kernels rules weights methods engine engine/processes engine/stage partitioning train",
     "compare": "errors version config schedule kernels weights methods checkpoint telemetry train bench",
-    "cli": "errors version config options diagnosis schedule kernels methods engine engine/transport partitioning telemetry train "
+    "cli": "errors files version config options diagnosis schedule kernels methods engine engine/transport partitioning telemetry train "
     "bench compare",
 }
 

@@ -100,6 +100,7 @@ def train(
     from pipeoptim.train.rundir import FinishedError, RunDir, same_run
     from pipeoptim.train.shorten import shortened, warmup_note
     from pipeoptim.train.trust import check_trusted, named_targets
+    from pipeoptim.train.worker import reports
 
     keep_freed_memory()
     changed = given(settings)
@@ -131,7 +132,8 @@ def train(
     except (
         FinishedError
     ) as finished:  # what was asked for is there: whoever repeats a command is told so, and that nothing is wrong
-        print(finished, file=sys.stderr)
+        if reports(config):
+            print(finished, file=sys.stderr)
         return
     _report(result, config, directory, quiet, note)
 
