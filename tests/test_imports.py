@@ -136,7 +136,9 @@ def test_the_map_of_contributing_says_the_same():
     page = (SOURCE.parent / "CONTRIBUTING.md").read_text()
     rows = re.findall(r"^\| `([a-z/]+)` \|[^|]*\|([^|]*)\|[^|]*\|$", page, re.MULTILINE)
     shown = {own: set(re.findall(r"`([a-z/]+)`", allowed)) for own, allowed in rows}
-    assert shown == {own: set(allowed.split()) - {"errors", "files", "version"} for own, allowed in MAY_IMPORT.items() if own in shown}
+    assert shown == {
+        own: set(allowed.split()) - {"errors", "files", "version"} for own, allowed in MAY_IMPORT.items() if own in shown
+    }
     folders = {own for own in MAY_IMPORT if (SOURCE / "pipeoptim" / own / "__init__.py").exists()}
     assert set(shown) == folders
     assert all(f"`{own}`" in page for own in set(MAY_IMPORT) - folders)
