@@ -20,6 +20,7 @@ from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
 from pipeoptim.engine.runner import CountedLoss, StageRunner
+from pipeoptim.engine.stage.checks import check_optimizer
 from pipeoptim.engine.stage.tied_weights import Tied, TieOnStage, check_tied_equal, describe_tied, read_tied
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.transport.memory_link import memory_links
@@ -85,7 +86,8 @@ class Emulator(Pipeline):
         self._processes = range(self.program.processes or self.depth)
         chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in stages])
         rates = one_each("schedulers", self.depth, schedulers, chosen)
-        _check_optimizers(chosen)
+        for k, optimizer in enumerate(chosen):
+            check_optimizer(optimizer, k)
         norms = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
         ties = read_tied(read.tied, self.program, self.method, read.clip, scaled)
@@ -211,18 +213,13 @@ def _modules(given: Any) -> list[nn.Module]:
         raise ConfigError(
             f"stages is a {type(given).__name__}, must be a list of modules; po.partition(model, ...).stages cuts one"
         )
-    stages = list(given)
+    if not isinstance(given, Iterable):
+        raise ConfigError(f"stages is {given!r}, must be a list of modules, the stages in order")
+    stages: list[nn.Module] = []
+    for module in given:  # not list(given), which may have no end
+        if not isinstance(module, nn.Module):
+            raise ConfigError(f"stage {len(stages)} is a {type(module).__name__}, must be a torch.nn.Module")
+        stages.append(module)
     if not stages:
         raise ConfigError("stages is empty; give at least one module")
-    for k, module in enumerate(stages):
-        if not isinstance(module, nn.Module):
-            raise ConfigError(f"stage {k} is a {type(module).__name__}, must be a torch.nn.Module")
     return stages
-
-
-def _check_optimizers(chosen: list[Any]) -> None:
-    for k, optimizer in enumerate(chosen):
-        if optimizer is not None and not hasattr(optimizer, "param_groups"):
-            raise ConfigError(
-                f"the optimizer of stage {k} is a {type(optimizer).__name__}, must be a torch.optim.Optimizer, or None for none"
-            )

@@ -59,6 +59,9 @@ class InterleavedSchedule(ProcessPipeline):
         schedulers: Sequence[LRScheduler | None] | None = None,
         **options: Unpack[ProcessKeywords],
     ) -> None:
+        for name, each in (("stages", stages), ("optimizers", optimizers), ("schedulers", schedulers)):
+            if not isinstance(each, list | tuple) and not (each is None and name == "schedulers"):
+                raise ConfigError(f"{name} is {each!r}, must be a list of one for each stage of this process")
         rates = [None] * len(stages) if schedulers is None else list(schedulers)
         if len(stages) < 2 or len(optimizers) != len(stages) or len(rates) != len(stages):
             raise ConfigError(

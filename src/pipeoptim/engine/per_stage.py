@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
@@ -19,12 +19,15 @@ def one_each(what: str, count: int, given: Any, arguments: Sequence[Any]) -> lis
         arguments: of the function, per stage; where it is None or empty there is nothing to make.
 
     Raises:
-        ConfigError: neither, or not as many as stages.
+        ConfigError: neither, not as many as stages, or the function failed.
     """
     if given is None:
         return [None] * count
     if callable(given):
-        return [None if argument is None or argument == [] else given(argument) for argument in arguments]
+        return [
+            None if argument is None or argument == [] else _made(what, k, given, argument)
+            for k, argument in enumerate(arguments)
+        ]
     if not isinstance(given, (list, tuple)):
         raise ConfigError(
             f"{what} is one {type(given).__name__} for {count} stages; give a list of one per stage, or a function that makes one"
@@ -44,4 +47,15 @@ def scalers_of(count: int, given: Any) -> list[GradScaler | None]:
         raise ConfigError(
             'scaler is one GradScaler, but each stage needs its own; pass scaler=lambda: torch.amp.GradScaler("cuda")'
         )
-    return [given() for _ in range(count)] if callable(given) else one_each("scaler", count, given, [])
+    return [_made("scaler", k, given) for k in range(count)] if callable(given) else one_each("scaler", count, given, [])
+
+
+def _made(what: str, k: int, make: Callable[..., Any], *arguments: Any) -> Any:
+    """What the user's function makes for stage ``k``; why it failed is the cause of the error."""
+    try:
+        return make(*arguments)
+    except ConfigError:
+        raise
+    except Exception as error:
+        reason = " ".join(str(error).split()) or "no reason given"
+        raise ConfigError(f"{what} is a function that failed for stage {k}: {type(error).__name__}: {reason}") from error

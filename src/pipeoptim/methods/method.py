@@ -92,6 +92,10 @@ class Method:
         Raises:
             ConfigError: the method is not defined for this number of micro-batches, or only for its own order.
         """
+        if processes is not None and not isinstance(processes, int):
+            raise ConfigError(
+                f"processes is a {type(processes).__name__}, must be an integer that divides the depth of {depth}"
+            )
         interleaved = processes is not None and processes != depth
         if (interleaved or overlap) and not (self.forward.any_order and self.backward.any_order):
             raise ConfigError(

@@ -54,6 +54,14 @@ def kernel_choice(ties: Sequence[TieOnStage]) -> Literal["auto", False]:
     return False if ties else "auto"
 
 
+def check_optimizer(optimizer: Any, k: int) -> None:
+    """Raises ConfigError for what is no optimizer."""
+    if optimizer is not None and not hasattr(optimizer, "param_groups"):
+        raise ConfigError(
+            f"the optimizer of stage {k} is a {type(optimizer).__name__}, must be a torch.optim.Optimizer, or None for none"
+        )
+
+
 def optimizer_parameters(
     module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
 ) -> tuple[list[Tensor], list[Tensor]]:
@@ -64,6 +72,7 @@ def optimizer_parameters(
         if scheduler is not None:
             raise ConfigError(f"stage {k} has a scheduler but no optimizer whose learning rate it could set; leave it out")
         return [], []
+    check_optimizer(optimizer, k)
     if isinstance(optimizer, torch.optim.LBFGS):
         raise ConfigError("LBFGS calls the model again inside its step, which a pipeline cannot do; use another optimizer")
     if scheduler is not None:
