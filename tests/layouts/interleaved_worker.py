@@ -56,6 +56,11 @@ for option, value in cases.DIFFERENT.items():
         setup("pipeoptim", 1, "adamw", **({option: value} if p else {}))
     except po.ConfigError as error:
         print("refused", option, error)
+setup("pipeoptim", 1, "adamw", scaler=lambda: torch.amp.GradScaler("cpu")).close()
+try:
+    setup("pipeoptim", 1, "adamw", scaler=torch.amp.GradScaler("cpu"))
+except po.ConfigError as error:
+    print(error)
 stage = PipelineStage(torch.nn.Linear(1, 1), 1 - p, 4, torch.device("cpu"))
 for stages in ([stage, stage], [stage]):
     try:

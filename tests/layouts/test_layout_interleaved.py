@@ -51,6 +51,7 @@ def test_a_stop_reaches_all_processes_and_misuse_is_said(written):
         assert "fed 3" in output
         assert f"stage {1 - p} belongs on process {1 - p} of its group's 2, not on process {p}" in output
         assert "give at least two stages" in output
+        assert "scaler is one GradScaler, but each stage needs its own" in output
 
 
 @pytest.mark.parametrize("option", cases.DIFFERENT)

@@ -121,7 +121,8 @@ class PipelineOptions:
     )
     scaler: GradScaler | None = option(
         None,
-        "loss scaling for float16: a torch.amp.GradScaler for each stage. An emulator takes a list of them, or a function that makes one.",
+        "loss scaling for float16: a torch.amp.GradScaler for each stage. Where several stages live in one process, a list of them, or a "
+        "function that makes one.",
         instance(
             "torch.amp.grad_scaler:GradScaler",
             'a torch.amp.GradScaler; the emulator takes one per stage: scaler=lambda: torch.amp.GradScaler("cuda")',

@@ -135,12 +135,15 @@ def connect(
         if liveness_timeout is not None and processes > 1:
             connections.heartbeat = rendezvous.heartbeat(liveness_timeout, connections.interrupt)
             note_wait = connections.heartbeat.note_wait
-        waiting: Waiting = lambda peer: note_wait(None if peer is None else peer % processes)  # noqa: E731
+
+        def waiting(peer: int | None) -> None:
+            """Links wait for stages, the heartbeat watches processes."""
+            note_wait(None if peer is None else peer % processes)
+
         for round_ in range(len(ranks) // processes):
             for direction in (ACTIVATIONS, GRADIENTS):
-                _group(
-                    rendezvous, direction, round_ * processes
-                )  # all processes make all groups in the same order, even those that they do not use
+                # All processes make all groups in the same order, even those that they do not use.
+                _group(rendezvous, direction, round_ * processes)
         for k, endpoint in endpoints.items():
             _connect_stage(connections, k, ranks, endpoint, transport, waiting)
         if norms is not None:
@@ -188,7 +191,7 @@ def _connect_stage(
             sender, receiver = LocalSender, LocalReceiver
         rest = peer, ranks[peer], device, rendezvous.timeout.total_seconds(), waiting
         carriers = [channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back)]
-        # ahead: a receive that is never matched would keep a GPU's stream busy
+        # Not ahead in a device's own memory: a receive that is never matched would keep its stream busy.
         sends, receives = sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
         pair(sends, receives)
         connections.senders.append(sends)
