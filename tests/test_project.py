@@ -29,11 +29,19 @@ def test_python_in_documents_runs(path):
         exec(compile(block, str(path), "exec"), {})
 
 
+def anchors(path):
+    """What a link to a heading of this page may name, as GitHub makes it from the heading."""
+    headings = re.findall(r"^#+ (.*)$", re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
 def test_links_in_documents_lead_somewhere():
     for path in [*DOCUMENTS, ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]:
         prose = re.sub(r"```.*?```", "", path.read_text(), flags=re.DOTALL)  # code may index and call: blocks[0](x)
-        for link in re.findall(r"\]\((?!http)([^)#]+)\)", prose):
-            assert (path.parent / link).exists(), f"{path.name} links to {link}"
+        for link, _, anchor in re.findall(r"\]\((?!http)([^)#]*)(#([^)]*))?\)", prose):
+            target = path.parent / link if link else path
+            assert target.exists(), f"{path.name} links to {link}"
+            assert not anchor or anchor in anchors(target), f"{path.name} links to {anchor} in {target.name}"
 
 
 def test_rendered_tables_and_drawings_are_current():
