@@ -34,7 +34,7 @@ for name, (method, m, _, options, _, _) in cases.CASES.items():
         **own,
     )
     shares = isinstance(options.get("clip"), po.Clip) and options["clip"].exchanges and name not in THROUGH_GROUP
-    assert ("pipeoptim-board" in Path("/proc/self/maps").read_text()) == shares
+    assert ("pipeoptim-norms" in Path("/proc/self/maps").read_text()) == shares
     result = cases.train(name, pipe, averages)[k]
     pipe.close()
     torch.save(result, f"{out}/{name}-{k}.pt")
