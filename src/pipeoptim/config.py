@@ -1,4 +1,4 @@
-"""What a run is: one frozen, complete, JSON round-trippable configuration, and the recipes that return one.
+"""The configuration of a run, one frozen, complete value that survives a JSON round trip, and the recipes that return one.
 
 Nothing here imports torch, so that the command line answers at once. Checks are in ``pipeoptim.train.checks``.
 """
@@ -97,7 +97,7 @@ def pipeline_option(name: str) -> Any:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """Everything that determines a training run. Each field is told once, here: the command line takes its options from it.
+    """Everything that determines a training run. Each field is described once, here; the command line derives its options from it.
 
     Args:
         recipe: name of the recipe that it came from; information only.

@@ -1,4 +1,4 @@
-"""What a benchmark was asked for is possible: told in one sentence here, not by each of its processes."""
+"""Checks that a benchmark is possible, so that one sentence refuses it here instead of every process failing."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ Numbers = float | Sequence[float] | None
 
 
 def at_least(least: float, **values: Numbers) -> None:
-    """Raises ConfigError for a number below ``least``, or that is none."""
+    """Raises ConfigError for a number below ``least``, infinite or NaN."""
     for name, value in _each(values):
         if not (math.isfinite(value) and value >= least):
             raise ConfigError(f"{name} is {value:g}, must be at least {least:g}")

@@ -1,4 +1,4 @@
-"""The goals of this library's speed and memory, each set beside what the result files say: reached, or missed by how much."""
+"""The goals for this library's speed and memory, each compared with the result files: reached, or missed by how much."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Goal:
     value: float
     least: float | None = None
     most: float | None = None
-    beside: str = ""  # what else was measured that says how much of a miss is whose
+    beside: str = ""  # another measurement that explains part of a miss
 
     @property
     def missing(self) -> float:

@@ -1,4 +1,4 @@
-"""Which memory is alive: storages noted when an operation makes them, without keeping them."""
+"""Tracks live memory: storages are noted when an operation creates them, without being kept alive."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Memory of every stage under every method, measured beside what is promised: weights, and activations between F and B.
+"""Memory of every stage under every method, measured and compared with what is promised: weights, and activations between F and B.
 
 All stages run in this process on the engine's own per-stage code. Activations of a stage are the storages that its forwards
 received or made and that are still alive when an action is over, whoever holds them: they are found by watching every operation,

@@ -1,6 +1,6 @@
-"""What a prediction costs beside the step of its optimizer, for every rule: measured, and in passes over memory.
+"""The cost of a prediction relative to the step of its optimizer, for every rule: measured, and in passes over memory.
 
-Both move memory and compute next to nothing, so the figures are set against the speed of a plain copy measured in the same
+Both are bound by memory, so the figures are compared with the speed of a plain copy measured in the same
 run. One pass reads or writes every weight once. The contenders take turns, repeat after repeat, on the same tensors; the
 step that all are compared with is the fastest that torch has for this optimizer (fused, foreach or one by one). Each finds the same
 in the caches, numbers that nobody needs and that are in memory already: else it would have to write back what the one before it left.
@@ -42,7 +42,7 @@ DISPLACEMENT_PASSES = 5  # copy W before the step: 2; W_hat from both afterwards
 
 @dataclass(frozen=True)
 class OptimizerSetting:
-    """One optimizer as people use it.
+    """One optimizer with the options that are common in practice.
 
     Attributes:
         step: passes that its step needs at least: weights, gradient and states read, weights and states written.

@@ -1,4 +1,4 @@
-"""What a benchmark writes: raw samples with the hardware and versions they were taken on, as one JSON file."""
+"""The result file of a benchmark: raw samples with the hardware and versions they were taken on, as JSON."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class ResultRow:
     Attributes:
         name: what was measured.
         samples: one figure per repeat.
-        settings: what tells it from the others.
+        settings: what distinguishes it from the others.
     """
 
     name: str
@@ -59,7 +59,7 @@ class Record:
         return next(row for row in self.rows if row.name == name)
 
     def write(self, path: Path) -> Path:
-        """Write it as JSON, beside and renamed, so that no reader sees half of it."""
+        """Write it as JSON, by renaming a temporary file, so that no reader sees half of it."""
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(asdict(self), indent=1) + "\n")

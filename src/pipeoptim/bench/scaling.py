@@ -1,4 +1,4 @@
-"""What a mini-batch costs as depth, tensors, weights, M and the length of the run grow, beside training without a pipeline.
+"""How the cost of a mini-batch grows with depth, tensors, weights, M and the length of the run, compared with training without a pipeline.
 
 All stages run in this process, so that nothing but the engine's own work is added to that of torch. The plain loop trains the
 same modules with as many micro-batches and the same optimizers; both take turns. The long run is one of two processes.

@@ -1,4 +1,4 @@
-"""A slow network between processes of one machine: gloo, whose messages arrive late, under every contender alike.
+"""A slow network between processes of one machine: gloo with messages that arrive late, the same for every contender.
 
 A process group like any other to torch: ``register()`` makes ``init_process_group("slow")`` possible, and groups made later are
 slow as well. A message from one process to another arrives ``delay`` after its last byte left, and bytes leave at ``bandwidth``,
@@ -23,7 +23,7 @@ SENT: list[int] = []
 
 
 class _DelayedSend(dist.Work):
-    """A send that waits for its time."""
+    """A send that is held back until its message would have arrived."""
 
     def __init__(self) -> None:
         super().__init__()

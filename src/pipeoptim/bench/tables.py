@@ -1,4 +1,4 @@
-"""The tables of a benchmark: for the terminal, and as Markdown that documents carry between two marks.
+"""The tables of a benchmark: for the terminal, and as Markdown between two marks in documents.
 
 A document never holds a figure typed by hand. It holds a mark that names a result file, and :func:`render_document` writes the
 table of that file behind it.

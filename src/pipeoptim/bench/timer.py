@@ -1,7 +1,7 @@
-"""How long work takes: by the host's clock on a CPU, by the device's own events on a GPU.
+"""Times work: by the host's clock on a CPU, by the device's own events on a GPU.
 
 On a GPU a call returns long before its work is done, and a device that waits for Python would be measured as slow. So it is kept busy
-first, until everything has been queued, and its events then tell what the work itself took.
+first, until everything has been queued, and its events then measure the work itself.
 """
 
 from __future__ import annotations
@@ -83,7 +83,7 @@ class GpuTimer(WorkTimer):
 
 
 def timer_of(device: str) -> WorkTimer:
-    """The clock for a device by its name.
+    """The timer for a device by its name.
 
     Raises:
         ConfigError: it is neither "cpu" nor a GPU that torch finds here.

@@ -1,7 +1,7 @@
-"""What compressed transfer gains on slow links: samples per second with activations and gradients as they are, as bf16, as int8.
+"""The gain of compressed transfer on slow links: samples per second with activations and gradients uncompressed, as bf16 and as int8.
 
 Two processes train a model over links of a given bandwidth (see :mod:`.slow`: each direction has a link of its own, which holds
-messages back for as long as their bytes take). What a message has in bytes is counted where it leaves. The contenders take turns in
+messages back for as long as their bytes take). The bytes of a message are counted where it is sent. The contenders take turns in
 the same processes, window after window.
 """
 

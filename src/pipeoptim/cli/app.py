@@ -1,4 +1,4 @@
-"""Putting the command line together, and turning errors into one line and an exit code.
+"""Assembles the command line and turns errors into one line and an exit code.
 
 Every module ``commands/<name>.py`` with a function ``<name>`` is a command: its docstring is the help, its parameters are
 the options. A ``typer.Typer`` of that name is a group of commands. Nothing here, and nothing at the top of a command's file,
@@ -102,7 +102,7 @@ def _with_value(message: str, arguments: list[str]) -> str:
 
 
 def _fail(message: str, code: int) -> int:
-    """One line on stderr. Under torchrun only the first process says it."""
+    """Print one line on stderr; under torchrun only the first process does."""
     if os.environ.get("RANK", "0") == "0" or code != EXIT_BAD_INPUT:
         print(f"pipeoptim: {' '.join(message.split())}", file=sys.stderr)
     return code

@@ -1,4 +1,4 @@
-"""Options of the command line that are fields of ``TrainConfig``: name, type and help are told there, once."""
+"""Options of the command line that are fields of ``TrainConfig``: their names, types and help are written there, once."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
-"""Comparing methods: the same recipe, optimizer and seeds under each of them, and what came out.
+"""Compares methods: the same recipe, optimizer and seeds under each of them.
 
-``plan`` says which runs there are, ``pool`` does them in worker processes, ``outcome`` reads what each left behind,
-``figures`` are the sums over them, ``summary`` and ``report`` write them down. Nothing here imports torch when imported.
+``plan`` lists the runs, ``pool`` executes them in worker processes, ``outcome`` reads what each left behind,
+``statistics`` summarizes the seeds, ``summary`` and ``report`` write the results down. Nothing here imports torch when imported.
 """
 
 from pipeoptim.compare.settings import ComparisonSettings

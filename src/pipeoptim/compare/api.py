@@ -1,4 +1,4 @@
-"""``compare``: settings and a folder in, a comparison out. What ``pipeoptim compare`` calls, and scripts may."""
+"""``compare`` takes settings and a folder and returns a comparison; ``pipeoptim compare`` and scripts call it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipeoptim.errors import ConfigError
 
 
 def compare(settings: ComparisonSettings, out: Path, jobs: int = 1, progress: bool = True, command: str = "") -> Comparison:
-    """Do the runs of ``settings`` that ``out`` does not hold yet, ``jobs`` at a time; write the summaries.
+    """Execute the runs of ``settings`` that ``out`` does not hold yet, ``jobs`` at a time; write the summaries.
 
     Raises:
         ConfigError: the comparison is impossible, or ``out`` holds another one; nothing was written.
@@ -63,7 +63,7 @@ def write_summaries(folder: ComparisonFolder) -> Comparison:
 
 
 def _check(plan: ComparisonPlan) -> None:
-    """Build the model once and make every optimizer, so that what cannot work is said before anything is written."""
+    """Build the model once and make every optimizer, so that what cannot work is refused before anything is written."""
     from pipeoptim.train import optimizers
     from pipeoptim.train.checks import check
     from pipeoptim.train.setup import build_setup, cpu_threads, probe_setup

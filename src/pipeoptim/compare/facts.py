@@ -1,4 +1,4 @@
-"""What follows from a method's table and its action program, for tables and pages. Nothing here is typed by hand."""
+"""Facts derived from a method's table and its action program, for tables and pages; none is typed by hand."""
 
 from __future__ import annotations
 
@@ -94,7 +94,7 @@ def order_name(order: str) -> str:
 
 
 def weights_in_words(source: Source) -> str:
-    """Where weights come from, in one or two words, from the kind of source.
+    """Where weights come from in one or two words, derived from the kind of source.
 
     >>> weights_in_words(get_method("pipeoptim").forward), weights_in_words(get_method("pipedream").backward)
     ('predicted', 'stashed')

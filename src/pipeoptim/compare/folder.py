@@ -1,4 +1,4 @@
-"""The folder of a comparison: what is where. It is taken up by the same command, never overwritten by another."""
+"""The folder of a comparison and its files. The same command continues it; another one never overwrites it."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ class ComparisonFolder:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write beside and rename, so that no reader sees half of it."""
+    """Write to a temporary file and rename it, so that no reader sees half of it."""
     part = path.with_name(path.name + ".part")
     part.write_text(text, encoding="utf-8")
     part.replace(path)

@@ -1,4 +1,4 @@
-"""What one run left behind, read from its folder: how it ended, its curves, and its figures."""
+"""Reads what one run left in its folder: how it ended, its curves, and its figures."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method
 from pipeoptim.telemetry.metrics import Row, read_rows
 
-#: A run that ends above so many times the loss of its first step has lost what it knew, though its loss is a number.
+#: A run whose final loss is above this many times that of its first step has diverged, although its loss is finite.
 LOST = 2.0
 
 

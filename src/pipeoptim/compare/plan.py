@@ -1,4 +1,4 @@
-"""From settings to runs: which methods take part, with which optimizer, and why others do not."""
+"""Turns settings into runs: which methods take part, with which optimizer, and why others do not."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def planned(settings: ComparisonSettings, name: str, seed: int) -> PlannedRun:
 
 
 def _as_folder(name: str) -> str:
-    """``name`` without what a folder's name must not hold.
+    """``name`` without characters that a folder's name must not contain.
 
     >>> _as_folder("pipemare(anneal_updates=100)")
     'pipemare_anneal_updates_100'

@@ -1,4 +1,4 @@
-"""Doing the runs of a comparison in parallel worker processes, with one progress bar for all; Ctrl-C ends them at once.
+"""Executes the runs of a comparison in parallel worker processes, with one progress bar for all; Ctrl-C ends them at once.
 
 Each worker is served by a thread that hands it one run at a time. A worker that dies (memory, a bug in torch) costs its run,
 not the comparison: the next run gets a new one.

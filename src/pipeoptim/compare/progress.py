@@ -1,4 +1,4 @@
-"""What one sees while a comparison runs: one bar for all runs in a terminal, a line per finished run elsewhere."""
+"""Progress of a comparison: one bar for all runs in a terminal, a line per finished run elsewhere."""
 
 from __future__ import annotations
 

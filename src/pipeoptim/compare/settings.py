@@ -1,4 +1,4 @@
-"""What a comparison is: one frozen, JSON round-trippable value. Its folder refuses another one."""
+"""The settings of a comparison: one frozen value that survives a JSON round trip. Its folder refuses any other."""
 
 from __future__ import annotations
 

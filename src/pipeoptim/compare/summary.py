@@ -1,4 +1,4 @@
-"""A comparison read as a whole: the entry of every run, the line of every method, and what must be said honestly with it."""
+"""A comparison as a whole: an entry per run, a summary per method, and the reservations that must accompany them."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ class Comparison:
 
     @property
     def synchronous(self) -> str | None:
-        """The method that the others are held against."""
+        """The method that the others are compared with."""
         return next((name for name in SYNCHRONOUS if name in self.methods), None)
 
     @property
     def uncorrected(self) -> str | None:
-        """The method that shows what asynchrony costs where nothing is done about it."""
+        """The method that shows what asynchrony costs without any correction."""
         return next((name for name in UNCORRECTED if name in self.methods), None)
 
     @property
@@ -52,7 +52,7 @@ class Comparison:
         return default_target(o.val_loss for o in self.of(self.synchronous or ""))
 
     def _val(self, method: str | None) -> Spread | None:
-        """Over all seeds; None where one has no loss, because those that are left would flatter."""
+        """Over all seeds; None where one has no loss, since a mean over the others would be biased."""
         outcomes = self.of(method or "")
         return Spread.of(o.val_loss for o in outcomes) if all(o.finished for o in outcomes) else None
 

@@ -22,7 +22,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 OUTCOME = "outcome.json"
 READY = "run ended: "
 
-#: How the trainer says that a loss or a weight is not a number any more; with one process per stage only the words arrive.
+#: The trainer's message that a loss or a weight is no longer finite; from several processes only the text arrives.
 _DIVERGED = re.compile(r"(?:the loss is (?:nan|-?inf)|the weights of stage \d+ are not finite) at step (\d+)")
 
 
@@ -43,7 +43,7 @@ def main() -> None:
 
 
 def carry_out(config: TrainConfig, folder: Path) -> dict[str, Any]:
-    """Do the run; how it ended: ``finished``, ``diverged`` (at a step), ``refused`` or ``failed`` (and why)."""
+    """Execute the run and return how it ended: ``finished``, ``diverged`` (at a step), ``refused`` or ``failed`` (and why)."""
     from pipeoptim.train import run
 
     try:

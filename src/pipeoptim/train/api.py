@@ -1,4 +1,4 @@
-"""``run``: a configuration and a directory in, a result out. What ``pipeoptim train`` calls, and scripts may."""
+"""``run`` takes a configuration and a directory and returns a result; ``pipeoptim train`` and scripts call it."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def _draw_curve(directory: RunDir, config: TrainConfig) -> None:
 
 
 class FileFailure(PipeOptimError, OSError):
-    """A file of a run, or of its data, could not be read or written: the disk is full, say."""
+    """A file of a run or of its data could not be read or written, for instance because the disk is full."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class _Beginning:
     held: ExitStack
 
     def look(self) -> None:
-        """Before anything is built: what can be refused already."""
+        """Refuse what can be refused before anything is built."""
         if self.resume is False:
             self.directory.check_new()
 

@@ -1,4 +1,4 @@
-"""Is this run possible? Checked before any work, in the order in which a user would want to hear it."""
+"""Checks whether a run is possible, before any work starts, the most fundamental problems first."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def check(config: TrainConfig) -> None:
-    """Everything that can be told without building the model.
+    """Check everything that does not need the model to be built.
 
     Raises:
         ConfigError: one sentence with the value, the reason and the remedy.
@@ -57,10 +57,10 @@ def _check_microbatches(config: TrainConfig) -> None:
 
 
 def program(config: TrainConfig) -> Program:
-    """What the stages will do.
+    """The action program of the run.
 
     Raises:
-        ConfigError: the method cannot do it with so many stages, micro-batches, stages per process, or with overlap.
+        ConfigError: the method does not support this number of stages or micro-batches, interleaving, or overlap.
     """
     from pipeoptim.methods import get_method
 

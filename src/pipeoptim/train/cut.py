@@ -1,4 +1,4 @@
-"""Cutting a model into contiguous stages, as even as its blocks allow."""
+"""Cuts a model into contiguous stages that are as even as its blocks allow."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from pipeoptim.partitioning.balance import best_cut
 
 
 def balance(costs: Sequence[int], parts: int) -> list[int]:
-    """Lengths of ``parts`` contiguous, non-empty pieces of ``costs`` with the least largest sum.
+    """Lengths of ``parts`` contiguous, non-empty pieces of ``costs`` that minimize the largest sum.
 
-    Among those cuts, the one with the least sum of squares. Every piece has a cost above 0 (a stage without
+    Ties are broken by the smallest sum of squares. Every piece has a cost above 0 (a stage without
     parameters has nothing to optimize). Exact.
 
     Raises:

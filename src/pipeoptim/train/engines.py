@@ -20,7 +20,7 @@ LossFn = Callable[[Any, Any], Tensor]
 
 
 def _options(setup: RunSetup) -> dict[str, Any]:
-    """What both engines are told alike."""
+    """The options that both engines share."""
     import torch
 
     from pipeoptim.engine import Clip, Compression, Trace

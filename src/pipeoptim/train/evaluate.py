@@ -1,4 +1,4 @@
-"""Validation through the pipeline itself: the loss comes back from it, the metrics are taken where the loss is computed."""
+"""Validation through the pipeline itself, which returns the loss; metrics are computed where the loss is."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def evaluate(pipe: Pipeline, setup: RunSetup, loss: ObservedLoss, drain: bool) -
     """Mean loss and metrics over the validation batches; None where the last stage is not in this process.
 
     With ``drain=False`` mini-batches stay in flight, so that validating does not change what is trained; each stage then
-    answers with the latest weights it has. Every process of the run must call it at the same step.
+    uses the latest weights it has. Every process of the run must call it at the same step.
     """
     first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
     loss.observed = []

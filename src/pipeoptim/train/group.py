@@ -1,4 +1,4 @@
-"""The few things that the processes of a run do together, with a version for a run that is one process."""
+"""What the processes of a run do collectively; a run in one process has a trivial version."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class RunGroup(Protocol):
 
     @property
     def is_first(self) -> bool:
-        """Whether this process is the one that does what must be done once."""
+        """Whether this process does what must be done exactly once."""
         ...
 
     def barrier(self) -> None:
@@ -28,7 +28,7 @@ class RunGroup(Protocol):
 
     @property
     def reporter(self) -> int:
-        """Which process has the figures: that of the last stage, in the first replica."""
+        """The rank that reports the figures: that of the last stage in the first replica."""
         ...
 
     def gather(self, value: Any) -> list[Any]:
@@ -40,7 +40,7 @@ class RunGroup(Protocol):
         ...
 
     def measurements(self) -> StageMeasurements:
-        """A way for figures to come to the last stage's process."""
+        """The channel that brings measurements to the process of the last stage."""
         ...
 
 
@@ -51,18 +51,18 @@ class SingleProcessGroup:
     reporter = 0
 
     def barrier(self) -> None:
-        """Nobody to wait for."""
+        """There is no other process."""
 
     def gather(self, value: Any) -> list[Any]:
-        """Just its own."""
+        """Only its own."""
         return [value]
 
     def mean_loss(self, loss: Tensor) -> Tensor:
-        """Itself."""
+        """There is one replica."""
         return loss
 
     def measurements(self) -> StageMeasurements:
-        """They are there."""
+        """They are in this process already."""
         return LocalMeasurements()
 
 
@@ -70,7 +70,7 @@ class DistributedGroup:
     """The default process group of ``torch.distributed``.
 
     Args:
-        layout: who is what in it.
+        layout: which rank holds which stages.
         replicas: the processes that hold the same stages as this one, if there are others.
     """
 

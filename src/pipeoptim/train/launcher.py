@@ -1,4 +1,4 @@
-"""Starting the processes of the stages with torch's elastic agent (what torchrun runs), and telling how they ended.
+"""Starts the processes of the stages with torch's elastic agent (which torchrun runs as well) and reports how they ended.
 
 Ctrl-C reaches the agent, which passes it on to the workers and waits for them: they stop cleanly and save. A second
 Ctrl-C makes it terminate them.
@@ -95,7 +95,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
     arguments += ["--config-sha256", run.config_digest()]
     run.result.unlink(missing_ok=True)
     inherited = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
-    if not available():  # this process has said so; the workers say it only to their logs
+    if not available():  # this process has warned already; the workers would only repeat it in their logs
         inherited["PIPEOPTIM_KERNELS"] = "0"
     with _environment(**inherited), _silent_agent(), _signals_restored(), stopped_workers_end():
         try:
@@ -113,7 +113,7 @@ def _next_folder(logs: Path) -> Path:
 
 
 def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir) -> PipeOptimError:
-    """The error of the stage that failed first: not of those that the agent ended, or that failed because a peer had."""
+    """The error of the stage that failed first, rather than of those that the agent ended or that failed because of a peer."""
     told = {k: _reason(failure, logs.err(k)) for k, failure in failures.items()}
 
     def order(k: int) -> tuple[bool, bool, int]:
@@ -133,7 +133,7 @@ def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDi
 
 
 def _reason(failure: ProcessFailure, log: str) -> str:
-    """One line. An exception left a file; a signal is in the exit code; the rest wrote a last line to its log."""
+    """The reason in one line: an exception leaves a file, a signal is in the exit code, anything else is the last line of the log."""
     message: Any = failure.message
     if isinstance(message, dict):
         return _first_line(str(message.get("message", "")))
@@ -170,7 +170,7 @@ def _environment(**values: str) -> Iterator[None]:
 
 @contextmanager
 def _silent_agent() -> Iterator[None]:
-    """The agent logs what it does to its workers; users get one sentence from us instead."""
+    """Mute the agent's own log: users get one sentence from us instead."""
 
     loggers = [
         logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")

@@ -42,13 +42,13 @@ class Layout:
         return replica, tuple(range(first, self.stages, self.width))
 
     def name(self, rank: int) -> str:
-        """What messages call process ``rank``."""
+        """The name of process ``rank`` in messages."""
         replica, stages = self.place(rank)
         name = f"stage{'s' if len(stages) > 1 else ''} {' and '.join(map(str, stages))}"
         return f"{name} of replica {replica}" if self.replicas > 1 else name
 
     def describe(self) -> str:
-        """In words, for titles."""
+        """The layout in words, for titles."""
         parts = [f"{self.stages} stages"]
         parts += [f"{self.chunks} per process"] if self.chunks > 1 else []
         parts += [f"{self.replicas} replicas"] if self.replicas > 1 else []

@@ -1,6 +1,6 @@
 """The training loop: the same for both engines, and on every process of a run.
 
-At a step where a checkpoint is due the pipeline drains, validates and saves, in this order; all processes decide alike,
+At a step where a checkpoint is due the pipeline drains, validates and saves, in this order; all processes take the same decision
 from the step number and from the stop flag that travels with the activations.
 """
 
@@ -57,11 +57,11 @@ class Loop:
     def run(self, start: int, validate: bool = False) -> int:
         """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all.
 
-        ``validate``: where nothing is left to train, since the run ended before its validation was told.
+        ``validate``: where nothing is left to train, since the run ended before its validation was reported.
         """
         config = self.setup.config
         done = start
-        if start >= config.steps:  # all trained and saved, but not all told
+        if start >= config.steps:  # trained and saved, but not all reported
             self._measure()
             if validate:
                 self._validate(start)
@@ -77,7 +77,7 @@ class Loop:
             if saves:
                 self._measure()
                 self.pipe.drain()
-                self.check(done)  # before anything is told or kept of them
+                self.check(done)  # before anything is reported or saved of them
             if last or _due(done, config.eval_every):
                 self._validate(done)
             if saves:
@@ -112,7 +112,7 @@ class Loop:
             self.recorder.validation(step, *figures)
 
     def _monitor(self, step: int) -> None:
-        """Tell how good the stages' newest predictions were."""
+        """Report the errors of the stages' newest predictions."""
         measured = [row for k in self.pipe.local_stages for row in prediction.rows(self.pipe.prediction_error(k))]
         self.errors.note(measured)
         if self.setup.replica == 0:

@@ -104,7 +104,7 @@ def factory(component: Component, steps: int) -> Callable[[Optimizer], LRSchedul
 
 
 def depends_on_length(component: Component) -> bool:
-    """Whether the schedule would be another one if the run were longer."""
+    """Whether the schedule depends on the length of the run."""
     shape = SCHEDULES.get(component.target)
     return shape is not None and accepts(shape, "steps") and "steps" not in component.options
 

@@ -1,7 +1,7 @@
-"""How the figures that each stage measures come to the one process that writes them down, without anybody waiting.
+"""Brings what each stage measures to the one process that writes it down, without making any stage wait.
 
 Each process leaves its rows in the store of the process group; the last stage's process collects the steps that are complete.
-A gather would stop the pipeline: the last stage is several mini-batches behind the first.
+A gather would stall the pipeline, since the last stage is several mini-batches behind the first.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class StageMeasurements(Protocol):
 
 
 class LocalMeasurements:
-    """Of a run that is one process."""
+    """Those of a run in one process."""
 
     def __init__(self) -> None:
         self._posted: list[tuple[int, MeasurementRows]] = []

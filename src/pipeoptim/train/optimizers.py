@@ -15,14 +15,14 @@ from pipeoptim.rules import muon_adamw
 from pipeoptim.train.parameter_groups import check_group, split_parameters
 from pipeoptim.train.targets import accepts, call, load
 
-#: name -> class name in torch.optim and the options that make the name true.
+#: name -> class name in torch.optim, and the options that the name implies.
 ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "momentum": ("SGD", {"momentum": 0.9}),
     "nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
     "amsgrad": ("Adam", {"amsgrad": True}),
 }
 
-#: They need what a pipeline cannot give: a closure that evaluates the loss again, sparse gradients.
+#: They need what a pipeline cannot provide: a closure that evaluates the loss again, or sparse gradients.
 _IMPOSSIBLE = {"LBFGS": "calls the loss several times per update", "SparseAdam": "needs sparse gradients"}
 
 

@@ -46,12 +46,12 @@ def _value(text: str) -> Any:
 
 
 def check_group(group: Any, each: Sequence[tuple[str, Callable[..., Optimizer], dict[str, Any]]]) -> None:
-    """Each option of a parameter group is one that the optimizers (name, class, options) have, with a value that they take.
+    """Check that the optimizers (name, class, options) have every option of a parameter group and accept its value.
 
-    torch looks at the options of the whole optimizer only: it takes any value in a group, and ignores names that it does not know.
+    torch itself validates only the options of the whole optimizer: in a group it accepts any value and ignores unknown names.
 
     Raises:
-        ConfigError: it is not.
+        ConfigError: they do not.
     """
     if not isinstance(group, dict):
         raise ConfigError(f'a parameter group is {group!r}, must be like {{"ndim": 2, "prediction": "displacement"}}')
@@ -75,10 +75,10 @@ def check_group(group: Any, each: Sequence[tuple[str, Callable[..., Optimizer], 
 
 
 def check_rate(name: str, value: Any) -> None:
-    """A learning rate is a number above 0.
+    """Check that a learning rate is a finite number above 0.
 
     Raises:
-        ConfigError: this one is not.
+        ConfigError: it is not.
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 0.001")
@@ -88,8 +88,8 @@ def split_parameters(parameters: list[Parameter], groups: Any) -> list[Parameter
     """``parameters`` in groups, for instance to predict matrices in another way than the rest.
 
     Args:
-        groups: each a dictionary of options of ``torch.optim``, with ``prediction`` among them if wished, and perhaps ``ndim``: then
-            the group takes only parameters with so many dimensions. A parameter goes to the first group that takes it, or to a
+        groups: each a dictionary of options of ``torch.optim``, optionally with ``prediction``, and with ``ndim``, which
+            restricts the group to parameters with that many dimensions. A parameter goes to the first group that takes it, or to a
             last one without options of its own.
 
     >>> w, b = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2))
@@ -108,7 +108,7 @@ def split_parameters(parameters: list[Parameter], groups: Any) -> list[Parameter
 
 
 def check_all_used(parameters: Iterable[Parameter], groups: Sequence[dict[str, Any]]) -> None:
-    """Every group takes some of the ``parameters`` of a model.
+    """Check that every group takes some of the ``parameters`` of a model.
 
     Raises:
         ConfigError: one takes none, so that its options would be ignored.
@@ -122,7 +122,7 @@ def check_all_used(parameters: Iterable[Parameter], groups: Sequence[dict[str, A
 
 
 def _taken(parameters: list[Parameter], groups: Sequence[dict[str, Any]]) -> list[list[Parameter]]:
-    """The parameters of each group; the last list are those that no group takes."""
+    """The parameters of each group, then those that no group takes."""
     found = []
     left = parameters
     for group in groups:

@@ -1,4 +1,4 @@
-"""Finding recipes: by entry point, so that the library never imports a zoo, and a new recipe is one new file."""
+"""Finds recipes by entry point, so that the library never imports a zoo and a new recipe is one new file."""
 
 from __future__ import annotations
 

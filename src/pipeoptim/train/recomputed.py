@@ -1,4 +1,4 @@
-"""Activation checkpointing of a model that knows nothing of it: every block keeps its input and runs again in the backward."""
+"""Activation checkpointing without changes to the model: every block keeps only its input and runs again in the backward."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 
 def checkpoint_blocks(stage: nn.Module) -> None:
-    """Let the blocks of ``stage``, which can be indexed, forget what they computed. Names in its ``state_dict`` stay.
+    """Checkpoint the blocks of ``stage``, which can be indexed. Names in its ``state_dict`` do not change.
 
     A block with BatchNorm stays as it is, since its statistics would count every batch twice.
 

@@ -1,4 +1,4 @@
-"""The figures of a session, kept where the last stage is: rows to the metrics file, the same to the screen."""
+"""Records the figures of a session in the process of the last stage: rows of the metrics file, and the same on the screen."""
 
 from __future__ import annotations
 

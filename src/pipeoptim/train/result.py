@@ -1,4 +1,4 @@
-"""What a run gives back: final figures, and what each stage held. Written to ``result.json`` by the run itself."""
+"""The result of a run: final figures and what each stage held, written to ``result.json`` by the run itself."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ from pipeoptim.train.targets import build
 
 
 class Task(Protocol):
-    """What a run needs of a data set. A batch is a function of (seed, step) alone: processes agree on it without talking."""
+    """What a run needs of a data set. A batch is a function of (seed, step) alone: processes agree on it without communication."""
 
     def train_batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]: ...
     def validation_batches(self, batch_size: int) -> Iterable[tuple[Tensor, Tensor]]: ...
@@ -54,7 +54,7 @@ class RunSetup:
     replica: int = 0
 
     def local_to(self, replica: int, stages: Sequence[int]) -> RunSetup:
-        """Those of some stages of a replica, without the weights of the others."""
+        """The setup of some stages of a replica, without the weights of the others."""
         mine = [stage if k in stages else nn.Identity() for k, stage in enumerate(self.stages)]
         return replace(self, stages=mine, replica=replica)
 
@@ -88,7 +88,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
         program(config),
         get_method(config.method),
         Clip(config.clip, config.clip_scope) if config.clip else None,
-        scaled=False,  # copies of a weight that several stages use would move apart under some settings
+        scaled=False,  # copies of a weight that several stages use would diverge under some settings
     )
     if config.recompute:
         for stage in stages:
@@ -109,7 +109,7 @@ def read_data(config: TrainConfig) -> Task:
 def with_steps(config: TrainConfig, task: Task | None = None) -> TrainConfig:
     """``config`` with its epochs counted in steps, ``steps = epochs * task.steps_per_epoch(batch_size)``, and ``epochs`` 0.
 
-    As it is where it has steps. A run does so itself; who needs ``config.steps`` before the run calls this.
+    Unchanged where it has steps. A run does this itself; call it to know ``config.steps`` before the run.
 
     Args:
         task: its data; read where None and needed.
@@ -129,7 +129,7 @@ def with_steps(config: TrainConfig, task: Task | None = None) -> TrainConfig:
 
 
 def _check_sizes(config: TrainConfig, task: Task) -> None:
-    """A vocabulary or set of classes larger than the model's may show late, as an index error in the middle of a run."""
+    """A vocabulary or set of classes larger than the model's might show only late, as an index error in the middle of a run."""
     for name in ("vocab_size", "classes"):
         has, needed = config.model.options.get(name), getattr(task, name, 0)
         if isinstance(has, int) and has < needed:
@@ -158,7 +158,7 @@ def _validation(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
 
 
 def probe_setup(setup: RunSetup) -> None:
-    """One micro-batch through the whole model as in training, so that what does not fit is said before anything is written.
+    """One micro-batch through the whole model as in training, so that a mismatch is reported before anything is written.
 
     Raises:
         ConfigError: model and data do not fit, the loss is not a scalar or has no gradient, or an optimizer or schedule

@@ -1,4 +1,4 @@
-"""Fitting a learning-rate schedule to a run that is shorter than its recipe: its warm-up must not outlast it."""
+"""Fits a learning-rate schedule to a run that is shorter than its recipe: the warm-up must not outlast the run."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def shortened(config: TrainConfig) -> TrainConfig:
 
 
 def warmup_note(config: TrainConfig) -> str:
-    """What to tell about :func:`shortened`; empty where that changes nothing."""
+    """A note on what :func:`shortened` changes; empty where it changes nothing."""
     was, now = (c.lr_schedule.options.get("warmup") for c in (config, shortened(config)))
     return (
         "" if was == now else f"warm-up: {now} updates, a quarter of the {config.steps} steps, in place of the recipe's {was}"

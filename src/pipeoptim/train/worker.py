@@ -1,6 +1,6 @@
 """One process of a run, with its stages: ``python -m pipeoptim.train.worker RUN_DIR``, started by the launcher.
 
-Under a torchrun of the user's own, every process is ``pipeoptim train`` itself and comes in through :func:`join`.
+Under the user's own torchrun, every process is ``pipeoptim train`` itself and enters through :func:`join`.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ def main(arguments: list[str], stop: StopOnInterrupt) -> None:
 
 
 def start_at(checkpoint: str) -> Start:
-    """The start that a checkpoint's folder (or an empty string) means."""
+    """The start that a checkpoint's folder (or an empty string) stands for."""
     from pipeoptim.checkpoint import read_meta
     from pipeoptim.train.rundir import Start
 
@@ -64,7 +64,7 @@ def process_group() -> Iterator[None]:
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    yield  # not destroyed after a failure: that could wait for a peer that is gone
+    yield  # not destroyed after a failure, which could wait for a dead peer
     dist.destroy_process_group()
 
 
@@ -142,7 +142,7 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
 
 @contextmanager
 def interruptible(stop: StopOnInterrupt) -> Iterator[StopOnInterrupt]:
-    """Stage 0 turns Ctrl-C into ``stop.wanted``; the others ignore it, since they hear it from stage 0."""
+    """Stage 0 turns Ctrl-C into ``stop.wanted``; the others ignore it, since stage 0 passes the request on."""
     if os.environ.get("RANK") == "0":
         with stop:
             yield stop

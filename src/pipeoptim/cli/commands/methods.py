@@ -1,4 +1,4 @@
-"""``pipeoptim methods``: what there is to choose from, and what follows from each choice."""
+"""``pipeoptim methods``: the methods to choose from, and what follows from each choice."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def methods(
     from pipeoptim.methods import METHODS
     from pipeoptim.schedule import Program
 
-    Program("async_1f1b", stages, microbatches)  # says what is wrong with the two numbers
+    Program("async_1f1b", stages, microbatches)  # refuses impossible numbers
     _check_size(stages, microbatches, 4 if name is not None else len(METHODS))
     console = Console(highlight=False)
     if not console.is_terminal and "COLUMNS" not in os.environ:

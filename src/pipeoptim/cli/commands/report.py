@@ -1,4 +1,4 @@
-"""``pipeoptim report``: render the page of a comparison, or of one run, anew."""
+"""``pipeoptim report``: render the page of a comparison or of one run again."""
 
 from __future__ import annotations
 

@@ -129,9 +129,7 @@ def train(
             config = same_run(directory, config)
     try:
         result = run(config, directory.path, resume=resume or None, progress=not quiet)
-    except (
-        FinishedError
-    ) as finished:  # what was asked for is there: whoever repeats a command is told so, and that nothing is wrong
+    except FinishedError as finished:  # the result exists already: repeating a command is no error, and says so
         if reports(config):
             print(finished, file=sys.stderr)
         return

@@ -1,4 +1,4 @@
-"""Putting a page together: the parts, the style, the script and plotly.js, all in one file."""
+"""Assembles a page: sections, style, script and plotly.js in one file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The parts of a page, each a function that returns HTML. Everything in them is read or computed; texts are escaped here."""
+"""The sections of a page, each a function that returns HTML. Every figure is read or computed; texts are escaped here."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def table(comparison: Comparison) -> str:
 
 
 def notes(comparison: Comparison) -> str:
-    """What must be said with the figures."""
+    """The reservations that must accompany the figures."""
     items = "".join(f"<li>{escape(note)}</li>" for note in table_notes(comparison))
     return f"<section><h2>Notes</h2><ul class=notes>{items}</ul></section>" if items else ""
 
@@ -238,7 +238,7 @@ def setup(
     versions: Mapping[str, str] | None = None,
     data: str = "",
 ) -> str:
-    """Everything that is needed to do it again."""
+    """Everything that is needed to reproduce it."""
     outcomes = comparison.outcomes if comparison else []
     data = data or next((o.data for o in outcomes if o.data), "")
     pairs = {
