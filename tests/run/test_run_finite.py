@@ -78,6 +78,23 @@ def test_a_checkpoint_of_weights_that_are_not_finite_is_passed_over(
         assert all(torch.equal(one["module"][name], t) for name, t in other["module"].items())
 
 
+def test_one_that_was_passed_over_does_not_stand_in_for_a_healthy_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two are kept. One of step 13, as an interrupted run left it, is sick: it does not count."""
+    config, where = tiny.recipe(), tmp_path / "tiny"
+
+    def crash(at: int, resume: bool) -> None:
+        monkeypatch.setenv("TINY_CRASH_AT", str(at))
+        with pytest.raises(OSError, match="the disk of the data is gone"):
+            run(config, where, resume=resume, progress=False)
+
+    crash(10, resume=False)
+    states = {k: load_stage(where / "checkpoints/step-000008", k) for k in range(2)}
+    states[0]["module"]["0.0.weight"].view(-1)[0] = float("nan")
+    save(where / "checkpoints", 13, states, config=config.fingerprint(), group=SingleProcessGroup(), keep=9, versions={})
+    crash(20, resume=True)
+    assert steps_saved(where) == ["step-000008", "step-000013", "step-000016"]
+
+
 def test_without_a_healthy_checkpoint_nothing_is_resumed(tmp_path: Path) -> None:
     config, where = tiny.recipe(), tmp_path / "tiny"
     run(config, where, progress=False)

@@ -19,9 +19,9 @@ def main() -> None:
     dist.init_process_group("gloo", timeout=timedelta(seconds=60))
     k, depth = dist.get_rank(), dist.get_world_size()
 
-    def build():
+    def build(kind="adamw"):
         stages = state_case.cut(depth, dropout=0.1)
-        optimizer = state_case.OPTIMIZERS["adamw"](stages[k].parameters())
+        optimizer = state_case.OPTIMIZERS[kind](stages[k].parameters())
         pipe = po.Schedule(
             PipelineStage(stages[k], k, depth, torch.device("cpu")),
             optimizer,
@@ -56,7 +56,14 @@ def main() -> None:
     train(again, range(9, 12))
     equal = all(torch.equal(a, b) for a, b in zip(module.state_dict().values(), module2.state_dict().values(), strict=True))
     again.close()
-    print(json.dumps({"equal": equal}))
+    wrong, _ = build("sgd" if k == 1 else "adamw")
+    try:
+        po.load_sharded(wrong, folder / "nine")
+        refused = ""
+    except po.ConfigError as error:
+        refused = str(error)
+    wrong.close()
+    print(json.dumps({"equal": equal, "refused": refused}))
     dist.destroy_process_group()
 
 

@@ -14,7 +14,9 @@ from torch import nn
 import pipeoptim as po
 import stage_processes
 import state_case
+from pipeoptim.checkpoint import save
 from pipeoptim.rules import CombinedOptimizer
+from pipeoptim.train.group import SingleProcessGroup
 
 WORKER = Path(__file__).with_name("state_worker.py")
 
@@ -220,6 +222,52 @@ def test_bad_checkpoints_are_refused_with_a_sentence(tmp_path):
         po.load_sharded(pipe, tmp_path / "c")
 
 
+def test_damaged_weights_are_one_sentence(tmp_path):
+    pipe = pipeline(2)
+    po.save_weights(pipe, tmp_path / "w")
+    index = tmp_path / "w" / "model.safetensors.index.json"
+    whole = index.read_bytes()
+    for text in (whole[:50], b"\xff\xfe", b"[" * 100_000, b"{}", b'{"weight_map": 3}'):
+        index.write_bytes(text)
+        with pytest.raises(po.ConfigError, match=r"index\.json is no index of weights"):
+            po.load_weights(state_case.model(), tmp_path / "w")
+    index.write_bytes(whole)
+    file = sorted((tmp_path / "w").glob("*.safetensors"))[0]
+    file.write_bytes(file.read_bytes()[:40])
+    with pytest.raises(po.ConfigError, match=r"\.safetensors cannot be read as safetensors"):
+        po.load_weights(state_case.model(), tmp_path / "w")
+    file.unlink()
+    with pytest.raises(po.ConfigError, match=r"\.safetensors cannot be read as safetensors"):
+        po.load_weights(state_case.model(), tmp_path / "w")
+
+
+def test_what_is_saved_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    synced, named = set(), []
+
+    def fsync(descriptor, real=os.fsync):
+        path = os.readlink(f"/proc/self/fd/{descriptor}")
+        synced.update({path, path.removesuffix(".part")})  # a file may be written beside its place, and renamed
+        real(descriptor)
+
+    def rename(self, target, real=Path.rename):
+        if self.is_dir():
+            named.append(Path(target).name)
+            files = {str(path) for path in self.rglob("*") if path.is_file()}
+            assert files <= synced, f"not on the disk: {files - synced}"
+            assert str(self) in synced
+        return real(self, target)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(Path, "rename", rename)
+    pipe = pipeline(2)
+    po.save_sharded(pipe, tmp_path / "a" / "sharded")
+    po.save_weights(pipe, tmp_path / "a" / "weights")
+    states = {k: pipe.stage_state_dict(k) for k in range(2)}
+    save(tmp_path / "a" / "run", 7, states, config="c", group=SingleProcessGroup(), keep=1, versions={})
+    assert named == ["sharded", "weights", "step-000007"]
+    assert {str(tmp_path), str(tmp_path / "a"), str(tmp_path / "a" / "run")} <= synced, "names are in the folder above"
+
+
 def test_processes_resume_save_and_export_as_the_emulator_does(tmp_path, monkeypatch):
     before = 3
     pipe = pipeline(before, dropout=0.1)
@@ -228,6 +276,9 @@ def test_processes_resume_save_and_export_as_the_emulator_does(tmp_path, monkeyp
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(WORKER.parent), os.environ.get("PYTHONPATH", "")]))
     outputs = stage_processes.run(WORKER, 2, str(tmp_path), str(tmp_path / "six"))
     assert [json.loads(out)["equal"] for out in outputs] == [True, True]
+    refusals = {json.loads(out)["refused"] for out in outputs}
+    assert len(refusals) == 1, "what one process refuses, all do"
+    assert "the state of AdamW for" in refusals.pop()
     twin = pipeline(2, dropout=0.1)
     po.load_sharded(twin, tmp_path / "six")
     train(twin, range(6, 9))

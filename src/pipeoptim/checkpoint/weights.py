@@ -218,19 +218,22 @@ def _files_of(source: Path) -> dict[str, Path]:
     if source.is_file():
         return {"": source}
     if (source / INDEX).is_file():
-        index = json.loads((source / INDEX).read_text())["weight_map"]
-        return {name: source / file for name, file in index.items()}
+        try:
+            index = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
+            return {name: source / file for name, file in index.items()}
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ConfigError(
+                f"{source / INDEX} is no index of weights ({type(error).__name__}: {error}); restore it, or load the files one by one"
+            ) from error
     if (source / SINGLE).is_file():
         return {"": source / SINGLE}
     raise ConfigError(f"there are no weights in {source}; expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
 
 
 def _read(files: dict[str, Path], where: Mapping[str, list[str]], own: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
     loaded: dict[str, Tensor] = {}
     for file in dict.fromkeys(files.values()):
-        with safe_open(str(file), framework="pt") as opened:
+        with _opened(file) as opened:
             there = set(opened.keys())
             for name, originals in where.items():
                 original = next((o for o in originals if o in there and files.get(o, files.get("")) == file), None)
@@ -243,6 +246,15 @@ def _read(files: dict[str, Path], where: Mapping[str, list[str]], own: Mapping[s
                     )
                 loaded[name] = opened.get_tensor(original)
     return loaded
+
+
+def _opened(file: Path) -> Any:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        return safe_open(str(file), framework="pt")
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(f"{file} cannot be read as safetensors ({' '.join(str(error).split())}); restore it") from error
 
 
 def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mapping[str, list[str]], source: Path) -> None:

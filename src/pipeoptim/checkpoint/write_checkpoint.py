@@ -37,6 +37,7 @@ def save(
     group: CheckpointGroup,
     keep: int,
     versions: Mapping[str, str],
+    counts: Callable[[int], bool] = lambda _step: True,
 ) -> Path:
     """Write the checkpoint of ``step`` below ``root``; every process of ``group`` calls it with its own stages.
 
@@ -45,6 +46,7 @@ def save(
         states: stage -> ``stage_state_dict(stage)``.
         config: fingerprint of the configuration.
         keep: complete checkpoints to keep, this one included; older ones are removed.
+        counts: whether the checkpoint of a step is one of those; others are neither counted nor removed.
 
     Returns:
         Its folder. When this returns on any process, it is complete, and on the disk.
@@ -64,7 +66,7 @@ def save(
             meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
             write_durably(temporary / META, meta.to_json())
             _put_in_place(temporary, final)
-            _prune(root, step, keep)
+            _prune(root, step, keep, counts)
 
     _together(group, final, begin)
     written = _together(
@@ -109,7 +111,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
 
 
-def _prune(root: Path, step: int, keep: int) -> None:
+def _prune(root: Path, step: int, keep: int, counts: Callable[[int], bool]) -> None:
     """Remove the oldest ones: folders without readable meta data are not counted, and those of later steps not touched."""
     complete = []
     for folder in sorted(root.glob("step-*")):
@@ -117,7 +119,7 @@ def _prune(root: Path, step: int, keep: int) -> None:
             found = read_meta(folder).step
         except TornError:
             continue
-        if found <= step:
+        if found == step or (found < step and counts(found)):
             complete.append((found, folder))
     for _, folder in sorted(complete)[:-keep]:
         shutil.rmtree(folder, ignore_errors=True)

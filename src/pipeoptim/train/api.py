@@ -98,7 +98,6 @@ def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunRes
         loss = ObservedLoss(setup.task)
         pipe, optimizers = make_emulator(setup, loss)
         start = beginning.start(setup)
-        directory.result.unlink(missing_ok=True)
         try:
             with StopOnInterrupt() as stop:
                 return run_session(directory, setup, pipe, optimizers, loss, SingleProcessGroup(), start, stop, quiet)

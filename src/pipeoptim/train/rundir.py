@@ -248,6 +248,7 @@ def resume(
     if config != run.read_config():
         _check_longer(config, run.read_config())
         run.write_config(config)
+    run.result.unlink(missing_ok=True)  # from here on the run is neither finished nor stopped
     if config.trace and start.step < config.steps:  # the new one may be of fewer stages
         shutil.rmtree(run.trace, ignore_errors=True)
     return start

@@ -69,7 +69,10 @@ def run_session(
                     "lower --lr, or choose another method"
                 )
 
+        saved: set[int] = set()
+
         def save_all(step: int) -> None:
+            saved.add(step)
             if recorder is not None:
                 recorder.sync()
             states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}  # with what differs between replicas
@@ -81,6 +84,8 @@ def run_session(
                 group=group,
                 keep=config.keep_checkpoints,
                 versions=versions(),
+                # One that lies behind our start was passed over: it must not stand in for a healthy one.
+                counts=lambda other: other <= start.step or other in saved,
             )
 
         loop = Loop(
