@@ -57,7 +57,7 @@ def test_options_reach_the_configuration(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     given = {"stages": 3, "microbatches": 2, "batch_size": 4, "steps": 9, "seed": 3, "eval_every": 0, "checkpoint_every": 5}
-    given |= {"method": "pipedream", "prediction": "paper", "engine": "emulator"}
+    given |= {"method": "pipeoptim_stash", "prediction": "paper", "engine": "emulator"}
     options = [part for key, value in given.items() for part in ("--" + key.replace("_", "-"), str(value))]
     arguments = ["--recipe", "tiny:recipe", "--optimizer", "sgd", "--lr", "0.5", "--out", "there", "--name", "mine", *options]
     assert _run(["train", *arguments]) == 0
