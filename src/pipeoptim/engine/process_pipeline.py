@@ -139,6 +139,7 @@ class ProcessPipeline(Pipeline):
         if self._replicas.count > 1:
             replicas = ReplicaSet(self._replicas, place.k, place.depth, options.timeout, self._settings)
             self._replica_sets[place.k] = replicas
+            self._progress.join(replicas.rendezvous)
             reduction = replicas.reduction(place.module, arguments.optimizer, options.uneven)
             self._reductions.append(reduction)
         row = self._row(place.k, place.device) if self._replicas.index == 0 else None

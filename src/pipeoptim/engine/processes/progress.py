@@ -7,7 +7,7 @@ is written. When a wait fails, the failed process says where it is and looks whe
 from __future__ import annotations
 
 import time
-from contextlib import suppress
+from collections.abc import Mapping
 
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 
@@ -18,11 +18,20 @@ Place = tuple[int, int]
 
 
 class TrainingProgress:
-    """Of this process, in the store of ``rendezvous``."""
+    """Of this process.
+
+    Args:
+        rendezvous: of the processes that must be given equally many mini-batches.
+    """
 
     def __init__(self, rendezvous: Rendezvous) -> None:
-        self.rendezvous = rendezvous
+        self._meetings = [rendezvous]
         self._noted = ""
+        self._store_lost = False
+
+    def join(self, rendezvous: Rendezvous) -> None:
+        """Also compare with others, such as the replicas of a stage."""
+        self._meetings.append(rendezvous)
 
     def note_training(self) -> None:
         """A mini-batch begins."""
@@ -34,52 +43,58 @@ class TrainingProgress:
         self._note(f"end {place[0]} {place[1]}")
 
     def difference(self, training: bool, place: Place) -> str:
-        """A sentence about processes that were fed different numbers; empty where none is known.
+        """A sentence about processes that were given different numbers; empty where none is known.
 
         ``training``: whether this process waited inside a mini-batch, the last one in ``place``.
         """
         own = f"{'wait' if training else 'end'} {place[0]} {place[1]}"
         self._note(own)
         until = time.monotonic() + _PATIENCE
-        while not (found := self._compared(own)) and time.monotonic() < until:
+        while not self._store_lost and time.monotonic() < until:
+            for rendezvous in self._meetings:
+                if found := _compared(rendezvous.name, {rendezvous.index: own, **self._others(rendezvous)}):
+                    return found
             time.sleep(0.03)
-        return found
+        return ""
 
     def _note(self, text: str) -> None:
-        if text != self._noted:
+        if text != self._noted and not self._store_lost:
             self._noted = text
-            with suppress(RuntimeError):  # the store is gone with its process: whoever can tell is asked no more
-                self.rendezvous.store.set(f"progress/{self.rendezvous.index}", text)
+            try:
+                for rendezvous in self._meetings:
+                    rendezvous.store.set(f"progress/{rendezvous.index}", text)
+            except RuntimeError:  # it is gone with its process
+                self._store_lost = True
 
-    def _compared(self, own: str) -> str:
-        notes = {self.rendezvous.index: own, **self._others()}
-        ended, reached = {}, {}
-        for j, note in notes.items():
-            kind, *numbers = note.split()
-            place = (int(numbers[0]), int(numbers[1]))
-            reached[j] = place
-            if kind == "end":
-                ended[j] = place
-        if not ended:
-            return ""
-        short, far = min(ended, key=lambda j: ended[j]), max(reached, key=lambda j: reached[j])
-        return self._told(short, ended[short], far, reached[far]) if reached[far] > ended[short] else ""
-
-    def _told(self, short: int, ended: Place, far: int, reached: Place) -> str:
-        trained = ended[0] != reached[0]
-        what, n, m = ("mini-batches", ended[0], reached[0]) if trained else ("batches to evaluate", ended[1], reached[1])
-        name = self.rendezvous.name
-        return (
-            f"{name.format(short)} ended after {n} {what}, but {name.format(far)} was given {m}; give all processes equally many, from "
-            "loaders of one length"
-        )
-
-    def _others(self) -> dict[int, str]:
+    def _others(self, rendezvous: Rendezvous) -> dict[int, str]:
         found: dict[int, str] = {}
-        with suppress(RuntimeError):
-            for j in range(len(self.rendezvous.ranks)):
+        try:
+            for j in range(len(rendezvous.ranks)):
                 key = f"progress/{j}"
-                if j != self.rendezvous.index and self.rendezvous.store.check([key]):
-                    note = self.rendezvous.store.get(key).decode()
+                if j != rendezvous.index and rendezvous.store.check([key]):
+                    note = rendezvous.store.get(key).decode()
                     found |= {j: note} if note else {}
+        except RuntimeError:
+            self._store_lost = True
         return found
+
+
+def _compared(name: str, notes: Mapping[int, str]) -> str:
+    """Who has ended before another; ``notes`` by the number that goes into ``name``."""
+    ended: dict[int, Place] = {}
+    reached: dict[int, Place] = {}
+    for j, note in notes.items():
+        kind, *numbers = note.split()
+        reached[j] = (int(numbers[0]), int(numbers[1]))
+        if kind == "end":
+            ended[j] = reached[j]
+    if not ended:
+        return ""
+    short, far = min(ended, key=lambda j: ended[j]), max(reached, key=lambda j: reached[j])
+    if reached[far] <= ended[short]:
+        return ""
+    part, what = (0, "mini-batches") if reached[far][0] != ended[short][0] else (1, "batches to evaluate")
+    return (
+        f"{name.format(short)} ended after {ended[short][part]} {what}, but {name.format(far)} was given {reached[far][part]}; give all "
+        "processes equally many, from loaders of one length"
+    )

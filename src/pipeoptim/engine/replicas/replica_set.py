@@ -97,25 +97,25 @@ class ReplicaSet:
 
     def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, settings: SharedSettings) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
-        self._rendezvous = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
+        self.rendezvous = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
         self._heartbeat: Heartbeat | None = None
         place = f"stage {k} of {depth}"
-        for rank, text in zip(replicas.ranks, self._rendezvous.exchange_settings(f"{place}\n{settings.write()}"), strict=True):
+        for rank, text in zip(replicas.ranks, self.rendezvous.exchange_settings(f"{place}\n{settings.write()}"), strict=True):
             theirs, given = text.split("\n", 1)
             if theirs != place:
                 raise ConfigError(f"replicas holds {place} and, on rank {rank}, {theirs}; give the group of one stage")
             settings.compare(SharedSettings.read(given), place, f"its replica on rank {rank}")
-        self._rendezvous.group("control", "gloo")  # made while all are here
+        self.rendezvous.group("control", "gloo")  # made while all are here
 
     @property
     def control(self) -> dist.ProcessGroup:
         """A group on the CPU, for everything but gradients."""
-        return self._rendezvous.group("control", "gloo")
+        return self.rendezvous.group("control", "gloo")
 
     def start_heartbeat(self, liveness: float, on_dead: Callable[[str], None]) -> None:
         """Call ``on_dead`` when another replica gives no sign of life for ``liveness`` seconds."""
-        self._heartbeat = self._rendezvous.heartbeat(liveness, on_dead)
+        self._heartbeat = self.rendezvous.heartbeat(liveness, on_dead)
 
     def gather(self, value: Any) -> list[Any]:
         """The values of all replicas, in their order: tensors and plain data. All of them call this."""
@@ -140,7 +140,7 @@ class ReplicaSet:
                 return ShardedReduction(module, mesh, self.replicas.index)
             return DDPReduction(module, self.replicas.index)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
-        group = self._rendezvous.group("gradients")
+        group = self.rendezvous.group("gradients")
         broadcast_values([*module.parameters(), *module.buffers(), *(parameters if mastered else [])], group, ranks[0])
         return BucketedReduction(parameters, group, self.replicas.index, self.timeout, during_backward=not mastered)
 
@@ -159,7 +159,7 @@ class ReplicaSet:
 
     def interrupt(self) -> None:
         """End a wait of this process for its replicas, from another thread, and all later ones."""
-        self._rendezvous.interrupt()
+        self.rendezvous.interrupt()
 
     def close(self, wait: bool) -> None:
         """Stop the watch and give back the groups."""
@@ -167,7 +167,7 @@ class ReplicaSet:
             self._heartbeat.close()
             self._heartbeat = None
         self._votes.clear()
-        self._rendezvous.close(wait)
+        self.rendezvous.close(wait)
 
 
 def broadcast_values(tensors: Sequence[Tensor], group: dist.ProcessGroup, source: int) -> None:
