@@ -11,10 +11,10 @@ from datetime import timedelta
 import pytest
 import torch.distributed as dist
 
-from pipeoptim.bench.processes import free_port
 from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import StageFailure
+from stage_processes import free_port
 
 
 class Calls:
