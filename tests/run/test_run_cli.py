@@ -74,6 +74,18 @@ def test_options_reach_the_configuration(
     assert result.to_json() == (tmp_path / "there/mine/result.json").read_text()
 
 
+def test_a_recipe_that_chooses_its_prediction_also_trains_under_methods_that_make_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    recipe = ["train", "--recipe", "tiny:paper_prediction", "--steps", "2", "--quiet"]
+    for method, prediction in (("gpipe", "refined"), ("spectrain", "paper")):
+        assert _run([*recipe, "--method", method, "--name", method]) == 0
+        assert TrainConfig.from_json((tmp_path / f"runs/{method}/config.json").read_text()).prediction == prediction
+    assert _run([*recipe, "--method", "gpipe", "--prediction", "paper", "--name", "asked"]) == 2
+    assert "predicts no weights" in capsys.readouterr().err
+
+
 def test_a_run_shorter_than_the_recipes_warm_up_has_a_shorter_one_and_says_so(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

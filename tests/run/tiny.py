@@ -114,6 +114,11 @@ def steady() -> TrainConfig:
     return replace(recipe(), lr_schedule=Component("constant"))
 
 
+def paper_prediction() -> TrainConfig:
+    """Predictions by the paper's formula, as the recipes of the paper's settings ask for."""
+    return replace(recipe(), prediction="paper")
+
+
 def slow() -> TrainConfig:
     """As long as it takes to send it a signal: 20 ms per step, on each of two stages."""
     return replace(recipe(), data=Component("tiny:Task", {"seconds": 0.02}), steps=120, eval_every=0, checkpoint_every=40)

@@ -11,6 +11,7 @@ from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
+from pipeoptim.train.change_method import with_method
 
 #: Optimizers whose learning rates are on the same scale as NAdam's.
 ADAMS = ("adam", "adamw", "nadam", "radam", "amsgrad")
@@ -56,11 +57,7 @@ def plan_comparison(settings: ComparisonSettings) -> ComparisonPlan:
 
 def planned(settings: ComparisonSettings, name: str, seed: int) -> PlannedRun:
     """The run of the method called ``name`` (which may carry options) with ``seed``."""
-    method, config = get_method(name), replace(settings.config, method=name, seed=seed)
-    if not method.predicts:  # what is asked of the predictions is asked of those methods that make some
-        config = replace(config, prediction=TrainConfig.prediction)
-    if not method.forward.predicts:
-        config = replace(config, monitor_every=0)
+    method, config = get_method(name), replace(with_method(settings.config, name), seed=seed)
     if method.optimizer is not None and not settings.same_optimizer:
         config = replace(config, optimizer=own_optimizer(method, settings))
     return PlannedRun(f"{_as_folder(name)}-seed{seed}", config)

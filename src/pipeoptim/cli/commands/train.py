@@ -140,6 +140,10 @@ def _new(
     config: TrainConfig, changed: dict[str, Any], optimizer: str | None, lr: float | None, groups: list[str] | None = None
 ) -> TrainConfig:
     """The recipe's configuration with what was given on the command line."""
+    if "method" in changed:
+        from pipeoptim.train.change_method import with_method
+
+        config = with_method(config, changed["method"])
     config = replace(config, **changed)
     if optimizer is not None:
         from pipeoptim.train.optimizers import switch
