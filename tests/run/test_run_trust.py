@@ -34,7 +34,7 @@ def stopped(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 def change(what: str, target: str, options: dict[str, object]) -> None:
     data = json.loads((RUN / "config.json").read_text())
-    data[what] = {"target": target, "options": options}
+    data[what] = target if what == "method" else {"target": target, "options": options}
     (RUN / "config.json").write_text(json.dumps(data))
 
 
@@ -48,6 +48,8 @@ def change(what: str, target: str, options: dict[str, object]) -> None:
         ("optimizer", "adamw, os:system", {"command": "touch called"}),
         ("model", "this_module_writes:something", {}),
         ("model", "tiny:plain", {}),
+        ("method", "this_module_writes:METHOD", {}),
+        ("method", "this_module_writes.py:METHOD", {}),
     ],
 )
 def test_what_nobody_named_is_not_called(

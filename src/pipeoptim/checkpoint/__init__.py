@@ -1,4 +1,4 @@
-"""Surviving: checkpoints that are complete or absent, never half. Taken where the pipeline is drained.
+"""Checkpoints that are complete or absent, never half. They are taken while the pipeline is drained.
 
 ``checkpoints/step-000200/`` holds one ``stage-<k>.safetensors`` per stage and ``meta.json`` with sizes and SHA-256 sums. It is
 written beside its place and renamed when complete; what a crash leaves half-written is never taken for a checkpoint.

@@ -1,4 +1,4 @@
-"""Optimizer state on its way to other stages: every parameter takes its own state and the options of its own param group along.
+"""Optimizer state that moves to other stages: every parameter keeps its own state and the options of its own param group.
 
 Stages may have different learning rates, several param groups, or other groups than before. So options are saved with the names of
 the parameters that they belong to, and a group of the new stage gets those of its parameters. Where these disagree there is no group

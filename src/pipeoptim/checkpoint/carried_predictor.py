@@ -1,4 +1,4 @@
-"""What predictors and loss scales remember, on its way to other stages.
+"""State of predictors and loss scales that moves to other stages.
 
 A predictor's lists with one tensor per parameter (gradients, averages, points on the line of the last displacement) are kept by the
 names of these parameters. The loss scale in force is that of the last stage, wherever the cuts are.
@@ -51,6 +51,7 @@ def joined_predictor(
     for key in entries:
         own = fresh.get(key) or [None] * len(names)
         state[key] = [found[name][1].get(key, mine) if name in found else mine for name, mine in zip(names, own, strict=True)]
+    # A stage predicts for its own gap, so parameters of several stages come with points at several distances.
     if _POINTS in entries:
         positions = [saved[found[name][0]]["shared"][_POSITION] if name in found else None for name in names]
         state[_POSITION], state[_POINTS] = _at_one_position(state[_POINTS], positions, weights)

@@ -1,4 +1,4 @@
-"""The state of learning-rate schedulers on its way to other stages: entries per param group follow their group.
+"""State of learning-rate schedulers that moves to other stages: entries per param group follow their group.
 
 A scheduler has entries of its own (``last_epoch``, ``T_max``), which all stages that give parameters to a new stage must agree on,
 and lists with one entry per param group of its optimizer (``base_lrs``), which are put together anew.

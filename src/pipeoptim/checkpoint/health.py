@@ -1,4 +1,4 @@
-"""Weights that are finite numbers: from others no run recovers, so they are neither saved nor resumed from."""
+"""Weights that are not finite: no run recovers from them, so they are neither saved nor resumed from."""
 
 from __future__ import annotations
 

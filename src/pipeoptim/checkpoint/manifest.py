@@ -1,4 +1,4 @@
-"""What makes a folder a checkpoint: ``meta.json``, and files that are as long as it says and have the sums it says."""
+"""What makes a folder a checkpoint: ``meta.json``, and files whose lengths and checksums are those that it lists."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class TornError(Exception):
 
 
 class OtherFormatError(TornError):
-    """This folder was written by another version: complete perhaps, but not to be read, and not to be passed over either.
+    """This folder was written by another version. It may be complete, so it is neither read nor passed over.
 
     Attributes:
         age: of that version, ``"a later"`` or ``"an earlier"``.
@@ -35,7 +35,7 @@ class Meta:
     """Contents of ``meta.json``.
 
     Args:
-        step: mini-batches that the run had done.
+        step: mini-batches done.
         config: fingerprint of the configuration; another one cannot continue from here.
         stages: depth.
         files: name -> (bytes, SHA-256).
@@ -50,7 +50,7 @@ class Meta:
     format: int = FORMAT
 
     def to_json(self) -> str:
-        """One JSON object, with a sum of its own."""
+        """One JSON object with a checksum of its own."""
         data = asdict(self)
         return json.dumps({**data, "sha256": _own_sum(data)}, indent=2) + "\n"
 

@@ -1,4 +1,4 @@
-"""What a weight of a stage is called in the model that the stages were cut from."""
+"""Names of a stage's weights in the model that the stages were cut from."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def _one_name_per_parameter(module: nn.Module, named: dict[str, str]) -> dict[st
 
 
 def saved_name(name: str, known: Collection[str]) -> str:
-    """Under which name a copy of a tied weight is in a checkpoint: that of the weight itself, where it was saved with fewer copies.
+    """The name under which a checkpoint holds a copy of a tied weight: that of the weight itself, if it was saved with fewer copies.
 
     Example:
         >>> saved_name("wte.weight@1", {"wte.weight"})

@@ -1,4 +1,4 @@
-"""Nested state as JSON and a flat set of tensors: nothing of it is ever pickled.
+"""Nested state as JSON and a flat set of tensors. Nothing is ever pickled.
 
 Tensors become ``{"$tensor": name}``; what JSON does not have is spelled out (tuples, dictionaries whose keys are no strings,
 numbers that are not finite).

@@ -1,4 +1,4 @@
-"""What the processes of a pipeline do together when they save: a group of their own, so that nothing meets training's messages."""
+"""Collectives of the processes of a pipeline while they save, in a process group of their own: training's messages may be in flight."""
 
 from __future__ import annotations
 

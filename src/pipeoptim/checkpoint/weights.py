@@ -204,7 +204,7 @@ def _copied_to_cpu(tensor: Tensor) -> Tensor:
 
 
 def _without_aliases(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[str, Tensor]]:
-    """Without those that are another one's memory."""
+    """Without tensors that share their memory with an earlier one."""
     seen: set[tuple[Any, ...]] = set()
     for name, t in tensors:
         key = (t.untyped_storage().data_ptr(), t.storage_offset(), t.shape, t.stride()) if t.numel() else (name,)
@@ -258,7 +258,7 @@ def _opened(file: Path) -> Any:
 
 
 def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mapping[str, list[str]], source: Path) -> None:
-    """Names of a tensor that has been loaded under another name need none of their own."""
+    """Raises ConfigError for entries that were not loaded; a tensor that was loaded under another of its names is not missing."""
     tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
     there = {id(tensors[name]) for name in loaded}
     missing = [name for name in where if id(tensors[name]) not in there]

@@ -1,4 +1,4 @@
-"""Writing a checkpoint: every process its own stages, the first one the meta data and the rename that makes it real."""
+"""Writing a checkpoint: every process writes its stages, the first one the metadata; its rename of the folder makes it valid."""
 
 from __future__ import annotations
 
@@ -104,7 +104,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     """Rename; a torn checkpoint of the same step that was in the way is moved aside first, then removed."""
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():
+    if final.exists():  # a folder that is not empty cannot be replaced by a rename
         final.rename(aside)
     temporary.rename(final)
     sync_folder(final.parent)

@@ -1,4 +1,4 @@
-"""Where to cut a model: what its blocks cost on the real device, and the best contiguous cut for those costs."""
+"""Cutting a model into stages: measured costs of its blocks, and the best contiguous cut for these costs."""
 
 from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.partitioning.api import partition

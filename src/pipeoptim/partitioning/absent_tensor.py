@@ -1,4 +1,4 @@
-"""A tensor that lives on another stage: its form is known here, its values are not.
+"""A tensor of another stage: its shape and type are known here, its values are not.
 
 A stage of an ordinary model runs the model's own forward. What comes before its layers belongs to other stages, but also makes
 what the stage needs itself, such as masks and rotary embeddings. So that code runs here too, with weights of other stages
@@ -81,6 +81,7 @@ class AbsentTensor(Tensor):
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
         absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, AbsentTensor)]
+        # The result is wherever the real one would be, although it is computed on the meta device.
         device = torch.device(kwargs.get("device") or absents[0].device)
         if name in _FORM_ONLY:
             return func(*tree_map(_template, args), **tree_map(_template, kwargs))

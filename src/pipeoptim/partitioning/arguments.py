@@ -1,4 +1,4 @@
-"""The arguments of a model on their way through the stages: by name, and some as their form only."""
+"""The arguments of a model as they travel through the stages: by name, and some as their shape only."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def parameters(model: nn.Module) -> Parameters:
     return inspect.signature(model.forward).parameters
 
 
-def bound(parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+def bind_arguments(parameters: Parameters, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
     """Positional and keyword arguments, as many as possible by name, without those that are None.
 
     Example:
-        >>> bound(parameters(torch.nn.Linear(2, 2)), (1,), {})
+        >>> bind_arguments(parameters(torch.nn.Linear(2, 2)), (1,), {})
         ([], {'input': 1})
     """
     plain = [name for name, p in parameters.items() if p.kind is p.POSITIONAL_OR_KEYWORD]
@@ -72,7 +72,7 @@ def tensor_names(inputs: Inputs) -> list[str]:
     return [keystr(path) for path, leaf in tree_leaves_with_path(inputs) if isinstance(leaf, Tensor)]
 
 
-def closed(inputs: Inputs, form_only: set[str]) -> Any:
+def pack_inputs(inputs: Inputs, form_only: set[str]) -> Any:
     """``inputs`` as they travel: tensors named in ``form_only`` as a few numbers."""
 
     def leaf(path: Any, value: Any) -> Any:
@@ -83,8 +83,8 @@ def closed(inputs: Inputs, form_only: set[str]) -> Any:
     return tree_map_with_path(leaf, inputs)
 
 
-def opened(travelled: Any, device: torch.device) -> Inputs:
-    """The inputs that :func:`closed` made into ``travelled``."""
+def unpack_inputs(travelled: Any, device: torch.device) -> Inputs:
+    """The inputs that :func:`pack_inputs` made into ``travelled``."""
 
     def leaf(value: Any) -> Any:
         if isinstance(value, tuple) and value and value[0] == _FORM:

@@ -119,7 +119,7 @@ def _round(
 
 @contextmanager
 def undisturbed(module: nn.Module) -> Iterator[None]:
-    """Afterwards buffers, gradients and the random state are as before, whatever ran."""
+    """Restore buffers, gradients and the random state afterwards."""
     buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
     gradients = {p: p.grad for p in module.parameters()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
@@ -153,7 +153,7 @@ def _timed(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tu
 
 def _counted(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, tuple[int, int]]:
     """The output of ``block``; its bytes, and those that autograd keeps."""
-    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}
+    weights = {p.untyped_storage().data_ptr() for p in block.parameters()}  # they are there anyway, so they do not count
     kept: dict[int, int] = {}
 
     def note(t: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""From the costs of blocks and what is request to the best plan: which blocks each stage has, on how many devices."""
+"""The best plan for given block costs and a request: which blocks each stage has, and on how many devices."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.arguments import bound, microbatch, parameters, tensor_names, whole
+from pipeoptim.partitioning.arguments import bind_arguments, microbatch, parameters, tensor_names, whole
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.changing_forward import check_same_layers
 from pipeoptim.partitioning.find_layers import find_layers
@@ -40,7 +40,7 @@ class LayerSplitter:
         layers: str | Sequence[str] | None,
         microbatches: int = 1,
     ) -> None:
-        given = bound(parameters(model), args, kwargs)
+        given = bind_arguments(parameters(model), args, kwargs)
         self.model, self.m, self.inputs = model, microbatches, whole(given)
         self._microbatch = microbatch(given, microbatches)
         self.measurable = not is_meta(model)
@@ -51,9 +51,9 @@ class LayerSplitter:
         numbered = tensor_names(self.inputs)
         self.by_value = [{numbered[j] for j in needed} for needed in self.cuts.needed]
         self.names = [*self.layers, f"after {self.layers[-1]}"]
-        self._uses = self._settled()
+        self._uses = self._phases_by_slot()
 
-    def _settled(self) -> dict[str, set[int]]:
+    def _phases_by_slot(self) -> dict[str, set[int]]:
         """Slot -> phases that use it; what nothing uses goes with its other slots, or with what is before it in the model."""
         uses: dict[str, set[int]] = {}
         elsewhere: dict[int, set[int]] = {}
@@ -115,7 +115,7 @@ class LayerSplitter:
             used = self._uses[slot.names[0]]
             if slot.buffer and not used & phases and (id(slot.module) in elsewhere or 0 not in used):
                 absent.append(slot)
-        stage.let_go(absent)
+        stage.keep_forms_only(absent)
         return stage
 
     @torch.no_grad()

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.partitioning.absent_tensor import AbsentTensor
-from pipeoptim.partitioning.arguments import bound, closed, first_device, opened, parameters
+from pipeoptim.partitioning.arguments import bind_arguments, first_device, pack_inputs, parameters, unpack_inputs
 from pipeoptim.partitioning.weight_slots import WeightSlot
 
 
@@ -50,29 +50,29 @@ class LayerStage(nn.Module):
         self._absent: list[WeightSlot] = []
         for i, name in enumerate(layers):
             if not start <= i < end:
-                _hollow(model.get_submodule(name), self._resumed if i == start - 1 else self._skipped)
+                _remove_contents(model.get_submodule(name), self._resumed if i == start - 1 else self._skipped)
         if not last:
             model.get_submodule(layers[end - 1]).register_forward_hook(_stop)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.start == 0:
-            inputs = bound(parameters(self.model), args, kwargs)
+            inputs = bind_arguments(parameters(self.model), args, kwargs)
         else:
             self._received, travelled = args
             self._entered = False
-            inputs = opened(travelled, first_device(self._received))
+            inputs = unpack_inputs(travelled, first_device(self._received))
             inputs[1].update(kwargs)
         try:
             output = self.model(*inputs[0], **inputs[1])
         except _Reached as reached:
-            return self._checked(reached.value), closed(inputs, self._form_only)
+            return self._checked(reached.value), pack_inputs(inputs, self._form_only)
         finally:
             self._received = None
         if not self.last:
             raise PipeOptimError(f"the model returned without running layer {self.end - 1}; a stage must run all its layers")
         return self._checked(output)
 
-    def let_go(self, absent: list[WeightSlot]) -> None:
+    def keep_forms_only(self, absent: list[WeightSlot]) -> None:
         """Keep only the form of the parameters and buffers in these slots."""
         for slot in absent:
             slot.clear()
@@ -96,7 +96,7 @@ class LayerStage(nn.Module):
         return output
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> LayerStage:
-        """Also what is absent is on the device, and of the type, that the stage is moved to."""
+        """Absent tensors, too, follow the stage to its device and type."""
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for slot in self._absent:
             old = slot.tensor
@@ -109,8 +109,8 @@ def _stop(_module: nn.Module, _args: Any, output: Any) -> None:
     raise _Reached(output)
 
 
-def _hollow(layer: nn.Module, forward: Callable[..., Any]) -> None:
-    """Take out everything that computes; plain attributes, which the model may read in its loop, stay."""
+def _remove_contents(layer: nn.Module, forward: Callable[..., Any]) -> None:
+    """Remove everything that computes; plain attributes, which the model may read in its loop, stay."""
     layer._modules.clear()
     layer._parameters.clear()
     layer._buffers.clear()

@@ -1,4 +1,4 @@
-"""One run of a model, watched: which modules ran in which order, which weights each step used, what lived across each cut.
+"""A record of one run of a model: which modules ran in which order, which weights each operation used, and what is live across each cut.
 
 The run is on a copy in which every place for a weight has a tensor object of its own, so that tied weights are told apart, and
 under ``no_grad``. Of a model on the ``meta`` device only forms are computed; inputs are real, so masks come out as they should.
@@ -25,7 +25,7 @@ FROM_WEIGHTS = -1
 
 @dataclass(frozen=True)
 class Operation:
-    """One operation: keys of its inputs and outputs, the slots it used, whether it told Python a value, and drew random numbers."""
+    """One operation: keys of its inputs and outputs, the slots it used, and whether it gave Python a value or drew random numbers."""
 
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]
@@ -135,11 +135,11 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.uniform = uniform
         self.slots: dict[int, str] = {}
         self.log = OperationLog()
-        self._kept: list[Any] = []  # so that no key is used twice
+        self._kept: list[Any] = []
 
     def key(self, tensor: Tensor) -> int:
         """Equal for tensors on the same memory."""
-        self._kept.append(tensor)
+        self._kept.append(tensor)  # an id is unique only as long as its object lives
         return id(tensor) if isinstance(tensor, AbsentTensor) else tensor.untyped_storage()._cdata
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

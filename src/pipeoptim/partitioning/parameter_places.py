@@ -1,4 +1,4 @@
-"""Where each parameter of a model has gone: its names in the stages, and the weights that several stages share."""
+"""The places of a model's parameters in its stages: their names there, and the weights that several stages share."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ def full_state_dict(names: Sequence[Mapping[str, str]], states: Sequence[Mapping
 
 def find_parameter_places(model: nn.Module, stages: Sequence[nn.Module]) -> tuple[list[dict[str, str]], list[Tied]]:
     """Names and tied parameters of stages that hold the very tensors of ``model``, before any is copied."""
+    # Parameters are matched by identity, so this must come before any of them is copied.
     originals: dict[int, list[str]] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if isinstance(tensor, Tensor):

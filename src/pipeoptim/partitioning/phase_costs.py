@@ -27,7 +27,7 @@ class _Clock:
 
     def layer_ends(self, i: int) -> Callable[[Any, Any, Any], None]:
         def hook(_module: Any, _args: Any, output: Any) -> None:
-            wait()
+            wait()  # a device computes asynchronously: without this, the time of a layer would count for a later one
             self.forward.append(time.perf_counter())
             self.outputs[i] = nbytes(output)
             first = next(iter(differentiable(output)), None)

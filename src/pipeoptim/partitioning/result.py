@@ -1,4 +1,4 @@
-"""What a partition is: stages, what they cost, and where every parameter of the model has gone."""
+"""The result of a partition: stages, their costs, and the place of every parameter of the model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One of several processes measures, for all: each by itself would find other times, and might cut elsewhere."""
+"""One process measures for all: if each measured by itself, their times would differ, and so might their cuts."""
 
 from __future__ import annotations
 

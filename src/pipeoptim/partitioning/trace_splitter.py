@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_leaves, tree_unflatten
 
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import ConfigError
-from pipeoptim.partitioning.arguments import Inputs, Parameters, bound, microbatch, parameters
+from pipeoptim.partitioning.arguments import Inputs, Parameters, bind_arguments, microbatch, parameters
 from pipeoptim.partitioning.block_costs import BlockCost, profile
 from pipeoptim.partitioning.block_splitter import BlockRun
 from pipeoptim.partitioning.changing_forward import check_same_layers
@@ -62,7 +62,7 @@ class FirstTracedBlock(nn.Module):
         self.forms = [_form(leaf) for leaf in tree_leaves(inputs)]
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        leaves = tree_leaves(bound(self.signature, args, kwargs))
+        leaves = tree_leaves(bind_arguments(self.signature, args, kwargs))
         forms = [_form(leaf) for leaf in leaves]
         if forms != self.forms:
             raise ConfigError(
@@ -73,7 +73,7 @@ class FirstTracedBlock(nn.Module):
 
 
 class LastTracedBlock(nn.Module):
-    """Gives what it is handed the structure that the model returns."""
+    """Restores the structure of the model's output."""
 
     def __init__(self, block: nn.Module, output: Any) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class TraceSplitter:
         if is_meta(model):
             raise ConfigError('the model is on the meta device, where it cannot be traced; partition with how="layers"')
         self.model, self.m, signature = model, microbatches, parameters(model)
-        self.inputs: Inputs = microbatch(bound(signature, args, kwargs), microbatches)
+        self.inputs: Inputs = microbatch(bind_arguments(signature, args, kwargs), microbatches)
         log = record_operations(model, tuple(self.inputs[0]), self.inputs[1])
         found = find_layers(model, log, layers)
         check_same_layers(model, self.inputs, log, found)
@@ -194,7 +194,7 @@ def _traced_blocks(gm: fx.GraphModule) -> list[TracedBlock]:
 
 
 def _use_model_weights(part: nn.Module, model: nn.Module) -> None:
-    """Tied weights become the model's own again, of which a trace makes copies; what the graph of ``part`` does not use goes."""
+    """Replace the copies that tracing made of tied weights by the model's own; remove what the graph of ``part`` does not use."""
     _drop_unused(part)
     own = dict(model.named_parameters(remove_duplicate=False))
     for slot in weight_slots(part):

@@ -1,4 +1,4 @@
-"""Copies of a model's structure that share its tensors, and the places in it where tensors hang."""
+"""Copies of a model's structure that share its tensors, and the slots of its modules that hold tensors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class WeightSlot:
     """One place for a parameter or buffer. Tied weights are one tensor in several slots.
 
     Attributes:
-        module: that it hangs on.
+        module: that holds it.
         attribute: under which name.
         names: in the whole model; several where the module itself is reached by several paths.
         buffer: not a parameter.
@@ -31,7 +31,7 @@ class WeightSlot:
 
     @property
     def tensor(self) -> Tensor:
-        """What hangs there."""
+        """The tensor in this slot."""
         held: Tensor = getattr(self.module, self.attribute)
         return held
 

@@ -1,1 +1,1 @@
-"""Seeing a run: ``metrics.jsonl``, a progress bar, a loss curve, a summary."""
+"""Observing a run: ``metrics.jsonl``, a progress bar, a loss curve, a summary."""

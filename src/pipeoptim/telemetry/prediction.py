@@ -53,7 +53,7 @@ class StageErrors:
         self._version: dict[tuple[int, int], int] = {}
 
     def note(self, measured: Iterable[dict[str, Any]]) -> None:
-        """Take in rows; one that was seen before counts once."""
+        """Add rows; a measurement that is repeated counts once."""
         for row in measured:
             key = row["stage"], row["group"]
             if row["relative_error"] is not None and self._version.get(key) != row["version"]:

@@ -1,4 +1,4 @@
-"""What one sees while it trains: a bar in a terminal, plain lines elsewhere, nothing when quiet."""
+"""Progress on the screen: a bar in a terminal, plain lines elsewhere, nothing when quiet."""
 
 from __future__ import annotations
 

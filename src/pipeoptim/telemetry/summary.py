@@ -94,7 +94,7 @@ def _stages(stages: tuple[_Stage, ...]) -> Table:
 
 
 def _times(stages: tuple[_Stage, ...]) -> Table:
-    """What the traced time went to."""
+    """How the traced time was spent."""
     table = Table(box=None, pad_edge=False)
     for name in ("stage", "idle", "of it waiting", "messages", "idle in the ideal schedule"):
         table.add_column(name, justify="right")

@@ -1,4 +1,4 @@
-"""Going on with another number of stages: a run's newest checkpoint, cut anew, is the beginning of a run of its own.
+"""Resuming with another number of stages: a run's newest checkpoint is cut anew, as the beginning of a run of its own.
 
 The model is built twice in this process, as it was cut and as it will be, and the state goes through a sharded checkpoint
 (:mod:`pipeoptim.checkpoint.sharded`). Weights, optimizer states, options of param groups, schedules and versions are the same
@@ -38,11 +38,13 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
     if under_torchrun():
         raise ConfigError("a run cannot be cut anew under torchrun; do so without it, Ctrl-C, then resume under it")
     before = run.read_config()
-    for what in COMPONENTS:  # what the file names is called below: only what the caller has named
-        if getattr(before, what) != getattr(config, what):
+    for what in (*COMPONENTS, "method"):  # what the file names is called below: only what the caller has named
+        found, given = getattr(before, what), getattr(config, what)
+        if found != given:
+            shown = [getattr(value, "target", value) for value in (found, given)]
             raise ConfigError(
-                f"{run.config} has {what} {getattr(before, what).target!r}, not {getattr(config, what).target!r}; a run can be cut anew "
-                "with other stages, chunks and replicas only"
+                f"{run.config} has {what} {shown[0]!r}, not {shown[1]!r}; a run can be cut anew with other stages, chunks and replicas "
+                "only"
             )
     folder, meta = newest(run, before, _say, _modules(before))
     new = RunDir(run.path.with_name(f"{run.path.name}-{_label(config)}"))

@@ -1,4 +1,4 @@
-"""The directory of a run: what is where, how it begins, how it is taken up again. Nothing is ever overwritten silently."""
+"""The directory of a run: its files, how a run begins in it, and how it is resumed. Nothing is overwritten silently."""
 
 from __future__ import annotations
 

@@ -21,20 +21,22 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.files import write_durably
 
 COMPONENTS = ("model", "data", "optimizer", "lr_schedule")
+"""Fields of a configuration that are a function and its options. Besides these, a method may be one of the user's own."""
+
 SIGNATURE = "config.sig"
 
 
 def targets_of(config: TrainConfig) -> dict[str, list[str]]:
-    """Component -> the ``module:function`` in it; short names are looked up in lists of this library and need no trust."""
-    found = {what: getattr(config, what).target.split(",") for what in COMPONENTS}
+    """Field -> the ``module:name`` and ``file.py:name`` in it. Short names are looked up in lists of this library and need no trust."""
+    found = {what: getattr(config, what).target.split(",") for what in COMPONENTS} | {"method": [config.method]}
     return {what: [t.strip() for t in targets if ":" in t] for what, targets in found.items()}
 
 
-def named_targets(recipe: str | None, tiny: bool, optimizer: str | None) -> set[str]:
-    """The functions that a command line names: those of ``--recipe``, and those in ``--optimizer``."""
+def named_targets(recipe: str | None, tiny: bool, optimizer: str | None, method: str | None) -> set[str]:
+    """What a command line names: the functions of ``--recipe``, those in ``--optimizer``, and ``--method``."""
     from pipeoptim.train.recipes import get_recipe
 
-    named = {part.strip() for part in (optimizer or "").split(",")}
+    named = {part.strip() for part in [*(optimizer or "").split(","), method or ""]}
     if recipe is not None:
         named |= {target for targets in targets_of(get_recipe(recipe, tiny)).values() for target in targets}
     return named
@@ -58,7 +60,7 @@ def check_trusted(folder: Path, config: TrainConfig, named: Collection[str] = ()
                 raise ConfigError(
                     f"{folder / 'config.json'} has {what} {target!r}, which neither this command line nor a registered recipe names; the "
                     "run was begun elsewhere, or the file was changed. If you trust it, give --recipe module:function (and "
-                    "--optimizer) as when it was begun"
+                    "--optimizer, --method) as when it was begun"
                 )
 
 
@@ -80,7 +82,8 @@ def _signed(folder: Path, config: TrainConfig) -> bool:
 
 def _signature(key: bytes, config: TrainConfig) -> str:
     """Of all that says what is called, and with what."""
-    text = json.dumps({what: asdict(getattr(config, what)) for what in COMPONENTS}, sort_keys=True)
+    parts = {what: asdict(getattr(config, what)) for what in COMPONENTS}
+    text = json.dumps({**parts, "method": config.method}, sort_keys=True)
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 

@@ -115,7 +115,7 @@ def train(
         own = full_name(wanted, tiny) if ":" not in wanted else get_recipe(wanted, tiny).recipe
         directory = RunDir(out / _checked(f"{own}-{changed.get('method', 'pipeoptim')}" if name is None else name))
         config = _resumed(directory, changed, own if recipe else None, optimizer, lr)
-        check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer))
+        check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method")))
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
             directory = recut(directory, config)
     else:

@@ -1,4 +1,4 @@
-"""A recorded run as something to look at: a Chrome/Perfetto trace, a picture, and what each stage's time went to."""
+"""A recorded run as something to look at: a Chrome/Perfetto trace, a picture, and how each stage spent its time."""
 
 from pipeoptim.telemetry.trace.merge import MergedTrace, merge_trace
 from pipeoptim.telemetry.trace.shares import StageShares

@@ -1,4 +1,4 @@
-"""What the time of a stage went to, and the ideal: the same actions where neither messages nor anything else cost time."""
+"""How a stage spent its time, and the ideal: the same actions where neither messages nor anything else cost time."""
 
 from __future__ import annotations
 
