@@ -78,6 +78,7 @@ def optimizer_parameters(
     if scheduler is not None:
         check_scheduler(scheduler, optimizer, k)
     own = {id(p) for p in module.parameters()}
+    # In the order of the groups, which is also the order of state_dict(): everything per parameter is kept in it.
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     params = [module_parameter(p) for p in parameters]
     foreign = [tuple(p.shape) for p in params if id(p) not in own]
@@ -117,6 +118,7 @@ def _needs_metric(scheduler: Any) -> Any:
         return scheduler
     except ValueError:  # no signature to look at
         return None
+    # SequentialLR and ChainedScheduler step their members themselves, and pass no metric on.
     inner = getattr(scheduler, "_schedulers", ())
     return next(filter(None, map(_needs_metric, inner)), None) if isinstance(inner, (list, tuple)) else None
 

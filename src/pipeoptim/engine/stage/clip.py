@@ -131,6 +131,7 @@ class Clipper:
         self._counted = [p for p in self.params if id(p) not in others]
         self.delay, self._whole = clip.delay(program), whole
         self.used: Tensor | float | None = None
+        # A stage without gradients still takes part in every exchange, with norm 0.
         self._zero = torch.zeros((), dtype=self.params[0].dtype if self.params else None)
         self._own_norm: Tensor = self._zero
         self._sent: deque[int] = deque()  # versions whose global norm was not received yet
@@ -141,6 +142,7 @@ class Clipper:
         grads = [p.grad for p in self._counted if p.grad is not None]
         self._own_norm = self._whole(get_total_norm(grads) if grads else self._zero)
         if self.norms is not None:
+            # float() waits for a device, but only where norms are exchanged; scope "stage" stays asynchronous.
             self.norms.send(version, float(self._own_norm))
             self._sent.append(version)
 
@@ -153,10 +155,12 @@ class Clipper:
         self._receive_up_to(version - self.delay)
         if self.norms is None:
             return self._own_norm
+        # NaN for the first updates, which have no global norm to be late: max() below must not see it.
         known = self._global_norms.pop(version - self.delay, math.nan)
         if self.rule.waits:
             return known
         own = float(self._own_norm)
+        # Compared in float64; apply() rounds the larger one to the type of the gradients' norm.
         return max(own, known) if math.isfinite(known) else own
 
     def apply(self, norm: Tensor | float) -> None:
@@ -165,6 +169,7 @@ class Clipper:
         if not isinstance(norm, Tensor):
             norm = torch.tensor(norm, dtype=self._own_norm.dtype)
         if norm.device.type != "cpu" or not self.rule.max_norm / (norm + 1e-6) >= 1:  # nor where it is not a number
+            # All of params, not only those counted: a copy of a tied weight is scaled like its counterpart on the first holder.
             clip_grads_with_norm_(self.params, self.rule.max_norm, norm.to(self._own_norm.device))
 
     def _receive_up_to(self, newest: int) -> None:
@@ -183,6 +188,7 @@ class Clipper:
     def state_dict(self) -> dict[str, Any]:
         """Norms that coming updates use."""
         if self._sent:
+            # Sent ones are all received first: after a resume, nobody sends them again.
             self._receive_up_to(self._sent[-1])
         return {"versions": list(self._global_norms), "norms": list(self._global_norms.values())}
 

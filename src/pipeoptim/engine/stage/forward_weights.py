@@ -31,6 +31,7 @@ class ForwardWeights:
         if self.chosen is None:
             self.chosen = found = self.source.acquire(self.weights, i)
             self._chosen_for = i
+            # key[1] is the number of steps predicted, 0 for a plain copy, of which there is nothing to measure.
             if self.monitor is not None and found.copy is not None and found.key[1]:
                 self.monitor.predicted(*found.key, self.weights.params, found.copy.tensors)
 
@@ -54,14 +55,18 @@ class ForwardWeights:
     def steps_ahead(self) -> int:
         """The steps that the first predicting forward after the present update will ask for; 0 if none does."""
         program, k = self.weights.program, self.weights.k
+        # No further than one mini-batch: the next update drops predictions that nobody has used.
         coming = range(self.next_forward, self.next_forward + program.microbatches)
         return next(filter(None, (self.source.steps_ahead(program, k, i) for i in coming)), 0)
 
     def restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""
         if self.chosen is not None:
+            # prepare() may have acquired a set for a forward that never came.
             self.weights.release(self.chosen)
         self.chosen, self.next_forward = None, 0
+        # Nothing older than the next version is needed: this releases all that was retained.
         self.weights.retain(self.weights.version + 1)
         self.weights.restart = self.weights.version
+        # They were made for another place in the order, with another number of steps ahead.
         self.weights.forget_predictions()

@@ -41,20 +41,23 @@ class LossScale:
 
     def scale(self, i: int, loss: Tensor) -> Tensor:
         """The loss of micro-batch ``i``, times the scale of its mini-batch. Last stage only."""
+        # setdefault: the scale may move between two forwards of one mini-batch, whose gradients must all have the same factor.
         scale = self._scales.setdefault(i // self.microbatches, self.scaler.get_scale())
         return loss * scale
 
     def begin_backward(self, i: int, received: float) -> None:
         """Before B of micro-batch ``i``: its gradients came with the scale ``received``; the last stage knows it by itself."""
         if not self.is_last:
+            # The same for all micro-batches of a mini-batch, so that summed gradients have one scale.
             self.current = received
             return
         self.current = self._scales[i // self.microbatches]
-        if (i + 1) % self.microbatches == 0:
+        if (i + 1) % self.microbatches == 0:  # the mini-batch's last backward
             del self._scales[i // self.microbatches]
 
     def unscale(self, params: Sequence[Tensor]) -> None:
         """Divide the gradients by their scale, and check whether they are finite."""
+        # One kernel per device and type, as torch's GradScaler does: the foreach kernel takes no mixed lists.
         places: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for p in params:
             if p.grad is not None:
@@ -65,6 +68,7 @@ class LossScale:
             inverse = torch.full((1,), 1.0 / self.current, device=device)
             torch._amp_foreach_non_finite_check_and_unscale_(grads, infinite, inverse)
             found.append(infinite)
+        # The only wait for the device: whether to step must be known to the program.
         self.finite = not any(float(infinite) for infinite in found)
         if not self.finite:
             self.note_overflow(self.current)
@@ -72,10 +76,12 @@ class LossScale:
     def note_overflow(self, overflowed: float) -> None:
         """A scale was too large, here or on an earlier stage; 0: none was."""
         if overflowed:
+            # The smallest: backing off from it covers the larger ones.
             self.overflowed = min(overflowed, self.overflowed or overflowed)
 
     def overflow_to_send(self) -> float:
         """What goes to the next stage with the next activation."""
+        # Sent once: each stage hands it on, so that the last stage hears of an overflow through every stage between.
         overflowed, self.overflowed = self.overflowed, 0.0
         return overflowed
 
@@ -85,6 +91,7 @@ class LossScale:
             self.scaler.load_state_dict({**self.scaler.state_dict(), "scale": self.current})
             return
         overflowed, state = self.overflow_to_send(), self.scaler.state_dict()
+        # A smaller scale in force means that the last stage has backed off since then: one overflow counts once.
         if overflowed and state["scale"] >= overflowed:
             state["scale"] *= state["backoff_factor"]
             state["_growth_tracker"] = 0

@@ -15,6 +15,7 @@ from pipeoptim.errors import ConfigError
 
 Losses = dict[str, Tensor]
 
+# Per context, not global: pipelines in threads of their own do not collect each other's losses.
 _open: ContextVar[tuple[Losses, bool] | None] = ContextVar("pipeoptim_losses", default=None)
 
 
@@ -55,6 +56,7 @@ def add_loss(name: str, value: Tensor) -> None:
             f"add_loss({name!r}) was called without gradients, so it would be lost; with activation checkpointing use "
             "use_reentrant=False"
         )
+    # The same name in several layers adds up, as the losses themselves do.
     found[name] = found[name] + value if name in found else value
 
 
@@ -87,6 +89,7 @@ def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> Any:
     """
     try:
         return loss_fn(output, target)
+    # What None as a target raises in the loss functions of torch.
     except (TypeError, AttributeError) as error:
         if target is not None:
             raise
@@ -157,6 +160,7 @@ class CutOffCheck:
 
     def note(self, i: int, found: bool, sent: bool) -> bool:
         """Whether a gradient was ``found`` in B of micro-batch ``i``, whose output could be ``sent`` one. Returns whether it is done."""
+        # Over the whole mini-batch: one micro-batch may have nothing to learn from, for instance none of the rows that count.
         self._reached = self._reached or found
         done = (i + 1) % self.microbatches == 0
         if done and not self._reached and any(p.requires_grad for p in self.parameters):
@@ -201,6 +205,7 @@ class LossLog:
     def add(self, parts: Losses, share: float | None) -> None:
         """Those of a micro-batch that is ``share`` of the mini-batch; None for 1/M."""
         for name, value in parts.items():
+            # Detached and not read: item() would wait for the device in every forward.
             part = value.detach() * (1 / self.microbatches if share is None else share)
             self._sums[name] = self._sums[name] + part if name in self._sums else part
 

@@ -46,6 +46,7 @@ def _master(p: nn.Parameter) -> nn.Parameter:
     if not p.is_floating_point() or p.element_size() >= 4:
         return p
     master = nn.Parameter(p.detach().to(torch.float32, copy=True))
+    # On the tensor itself, since users build the optimizer in between: nothing else connects it with the module.
     setattr(master, _LINK, p)
     return master
 
@@ -76,8 +77,10 @@ class MasterWeights:
         """After each B: add the module's gradients to the masters', in float32, and clear them."""
         for master, p in self.pairs:
             if p.grad is not None:
+                # After each micro-batch, since summing in the low precision would lose what small gradients add.
                 gradient = p.grad.to(master.dtype)
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+                # Its memory is free at once, and the next backward writes a gradient instead of adding to one.
                 p.grad = None
 
     def write_back(self) -> None:
@@ -117,6 +120,7 @@ class MasterWeightPredictor:
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
         """As :class:`pipeoptim.rules.Predictor`."""
+        # `spare` has the module's type; what a predictor keeps of the previous weights must be exact.
         self.inner.before_step(self.previous)
 
     def after_step(self) -> None:
@@ -128,6 +132,7 @@ class MasterWeightPredictor:
         if self.previous is None:
             self.inner.predict_into(out, steps)
             return
+        # In place: the predictor may overwrite the previous weights with the prediction, since they are kept anew before each step.
         self.inner.predict_into(self.previous, steps)
         for low, exact in zip(out, self.previous, strict=True):
             low.copy_(exact)

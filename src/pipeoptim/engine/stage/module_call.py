@@ -21,10 +21,12 @@ class ModuleCall:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if self._copies_inputs is False:
             return module(*args, **kwargs)
+        # clone() under autograd, so that gradients still reach the leaves.
         args, kwargs = tree_map_only(Tensor, torch.clone, (args, kwargs))
         copies = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
         versions = [copy._version for copy in copies]
         output = module(*args, **kwargs)
+        # Only a training forward decides: in evaluation the module may take another path.
         if self._copies_inputs is None and torch.is_grad_enabled():
             self._copies_inputs = versions != [copy._version for copy in copies]
         return output

@@ -74,6 +74,7 @@ class PredictionMonitor:
     ) -> None:
         weights = sum(p.numel() for group in groups for p in group)
         self.k, self.every = k, every or min(SELDOM, math.ceil(LARGE / max(1, weights)))
+        # Of its own: drawing the sample must not move the user's random numbers, nor differ from run to run.
         generator = torch.Generator().manual_seed(1_000_003 * (k + 1))
         self._samples: list[list[tuple[int, Tensor]]] = []  # of a group: which tensor, which of its elements
         self._parts: list[slice] = []  # of a group: its part of a sample
@@ -96,6 +97,7 @@ class PredictionMonitor:
 
     def predicted(self, version: int, steps: int, params: Sequence[Tensor], predicted: Sequence[Tensor]) -> None:
         """At ``version``, ``predicted`` was made for ``steps`` updates later; ``params`` are the latest weights now."""
+        # Micro-batches of one version share a prediction, which is then measured once.
         if version % self.every == 0 and (version + steps, steps) not in self._pending:
             self._pending[version + steps, steps] = self._at(version, params), self._sample(predicted)
 
@@ -196,6 +198,7 @@ def _wide(values: Tensor) -> Tensor:
 
 def _products(before: Tensor, predicted: Tensor, now: Tensor, parts: Sequence[slice]) -> Tensor:
     """For each part the products of the predicted and the real displacement with each other: all that the figures need."""
+    # Differences in the sample's type, products in float64: sums of thousands of squares of tiny numbers.
     expected, real = torch.stack([predicted, now]).sub_(before).double()
     return torch.stack(
         [x[part] @ y[part] for part in parts for x, y in ((expected, expected), (expected, real), (real, real))]
@@ -211,6 +214,7 @@ def _figures(products: list[float]) -> tuple[float | None, float | None, float |
     expected, together, real = products
     if not math.isfinite(expected + real):
         return None, None, None
+    # |e - r|^2 from the three products; max(), since rounding may leave a tiny negative number.
     error = math.sqrt(max(0.0, expected - 2 * together + real) / real) if real else None
     if not expected:
         return error, None, None

@@ -48,6 +48,7 @@ def recomputing(weights: StageWeights, again: WeightSet, weight_set: WeightSet) 
     Where the two differ, what the second forward saves of its weights is replaced by the same view of ``weight_set``.
     """
     with ExitStack() as stack:
+        # The module really holds the forward's weights while it runs again; only what is saved is exchanged.
         stack.enter_context(swapped(weights.params, weights.tensors(again)))
         table, bases = weights.buffers(again).table, weights.buffers(weight_set).bases
         if weights.buffers(again) is not weights.buffers(weight_set):
@@ -77,9 +78,11 @@ def _substituting(table: Mapping[int, int], bases: Sequence[Tensor]) -> type:
             collect: Callable[[Tensor], object] = self.pack_hook  # type: ignore[has-type]
 
             def pack(tensor: Tensor) -> object:
+                # By storage, as in SavedWeights: a view of a weight counts as the weight.
                 number = table.get(tensor.untyped_storage().data_ptr())
                 if number is not None:
                     place = Place(number, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
+                    # torch's hook then keeps this tensor, so that the backward formula reads the backward's weights.
                     tensor = view(bases, place)
                 return collect(tensor)
 

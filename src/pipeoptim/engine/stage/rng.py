@@ -33,11 +33,13 @@ class StageRandom:
 
     def __init__(self, seed: int, k: int, device: torch.device, replica: int = 0) -> None:
         try:
+            # index(), not int(): 1.5 and "1" are refused, NumPy's integers are taken.
             seed = operator.index(seed)
         except TypeError:
             raise ConfigError(f"seed is {seed!r}, must be an integer, or None for torch's initial seed") from None
         self.device = device if device.type == "cuda" else None
         own = (seed + _STRIDE * (k + 1) + _REPLICA_STRIDE * replica) % 2**63
+        # As a state and not as a generator: dropout knows no generator= argument, it draws from torch's default one.
         self.cpu = torch.Generator().manual_seed(own).get_state()
         self.cuda = torch.Generator(device).manual_seed(own).get_state() if self.device is not None else None
         self._outer = self.cpu
@@ -49,6 +51,7 @@ class StageRandom:
 
     def __enter__(self) -> None:
         self._outer = _cpu.get_state()
+        # The default generator is shared by all threads: what the user draws in another one meanwhile is not separated.
         _cpu.set_state(self.cpu)
         if self.device is not None and self.cuda is not None:
             self._outer_cuda = torch.cuda.get_rng_state(self.device)

@@ -46,6 +46,7 @@ def state_of(stage: SavedStage) -> dict[str, Any]:
         "scheduler": None if stage.scheduler is None else stage.scheduler.state_dict(),
         "random": stage.random.state_dict(),
         "version": stage.weights.version,
+        # Decides whether an update may predict in the same pass, which rounds differently (see StageWeights).
         "most_copies": stage.weights.most_copies,
         "predictor": None if stage.predictor is None else stage.predictor.state_dict(),
     }
@@ -74,6 +75,7 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
     stage.weights.most_copies = state.get("most_copies", stage.weights.most_copies)
     if stage.predictor is not None and state["predictor"] is not None:
         stage.predictor.load_state_dict(state["predictor"])
+    # After the module: without saved masters they begin as the module's weights, which have just been loaded.
     stage.master_weights.load_state_dict(state.get("masters"))
     if stage.clipper is not None and "clip" in state:
         stage.clipper.load_state_dict(state["clip"])
@@ -81,6 +83,7 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
         weight.load_state_dict(state.get("tied", {}).get(weight.name))
     if stage.scaling is not None and "scaling" in state:
         stage.scaling.load_state_dict(state["scaling"])
+    # An empty state forgets what the compressor has lost in the run before: the residuals of other messages.
     stage.compressor.load_state_dict(state.get("compress", {}))
     if stage.monitor is not None:
         stage.monitor.forget()

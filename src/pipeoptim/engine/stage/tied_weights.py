@@ -86,6 +86,7 @@ def read_tied(given: TiedWeights | None, program: Program, method: Method, clip:
 def _read(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
     places = tie.places if isinstance(tie, Tied) else tie
     try:
+        # In the order of stages, for it is the order of summation on every engine.
         found = tuple(sorted((int(k), str(name)) for k, name in places))
     except (TypeError, ValueError):
         raise ConfigError(
@@ -115,6 +116,7 @@ def _check(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | 
             "without a scaler, or untie the weights"
         )
     for tie in ties:
+        # The two phases that a method may have: a synchronous warm-up, and what comes after it.
         for version in (0, method.synchronous_updates):
             rates = [method.lr_scale(program, k, version) if method.lr_scale else 1.0 for k in tie.holders]
             if len(set(rates)) > 1:
@@ -150,11 +152,14 @@ class TiedWeight:
 
     def send_gradient(self, version: int) -> None:
         """Send this stage's own gradient of the update after ``version``; zeros if it has none."""
+        # Handed over, not copied: the exchange sums into it. None until the sum arrives.
         gradient, self.optimized.grad = self.optimized.grad, None
         if gradient is None:
+            # Every holder sends for every version; the others would wait for one that leaves out a turn.
             gradient = torch.zeros_like(self.optimized, requires_grad=False)
         if gradient.is_sparse:
             raise ConfigError(f"the tied weight {self.name!r} has a sparse gradient; make its Embedding with sparse=False")
+        # Collectives want contiguous memory; a gradient that already is costs nothing here.
         self.exchange.send(version, gradient.contiguous())
         self._sent.append(version)
 
@@ -166,6 +171,7 @@ class TiedWeight:
     def receive_sum(self, version: int) -> None:
         """Set the gradient of the update after ``version`` to the sum for version - d; None where there is none."""
         due = version - self.delay
+        # In the order of sending, as every exchange requires; sums that are not due yet stay on their way.
         while self._sent and self._sent[0] <= due:
             self._receive_oldest()
         self.optimized.grad = self._sums.pop(due, None)
@@ -182,6 +188,7 @@ class TiedWeight:
 
     def state_dict(self) -> dict[str, Any]:
         """Sums that coming updates use."""
+        # What is on its way is received now: after a resume, nobody sends it again.
         while self._sent:
             self._receive_oldest()
         return {"versions": list(self._sums), "sums": list(self._sums.values())}
@@ -211,6 +218,7 @@ class TieOnStage:
             ConfigError: the module has no such parameter.
         """
         name = self.tie.name_on(self.k)
+        # With duplicates: a weight that is also tied inside the stage may be named by either of its names.
         parameter = dict(module.named_parameters(remove_duplicate=False)).get(name)
         if parameter is None:
             raise ConfigError(
@@ -228,6 +236,7 @@ def describe_tied(weight: TiedWeight | None, optimizer: Optimizer | None, schedu
     if weight is None or optimizer is None:
         return "nothing that moves it"
     optimized, found = weight.optimized, "nothing"
+    # An optimizer that combines others: the settings that count are those of the one that moves the weight.
     for member in members(optimizer):
         for group in member.param_groups:
             if any(p is optimized for p in group["params"]):

@@ -94,6 +94,7 @@ class StageUpdate:
         self.program, self.k, self.lr_scale = program, k, method.lr_scale
         self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
         self.monitor, self.on_update = monitor, on_update
+        # A single stage's norm is the global one: there is nobody to wait for, and U can go all the way.
         self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
         self.state = UpdateState.IDLE
 
@@ -140,7 +141,9 @@ class StageUpdate:
         if self.state is not _COMPLETE:
             self._complete_gradients()
         skipped = not self._clip()
+        # All waits are above this line, all writes into weights below: an interrupted wait leaves the weights of one version.
         self.state = UpdateState.IDLE
+        # Before before_update(): a version that coming forwards will ask for by number is held here, and copied there.
         self.forward_weights.retain()
         self.weights.before_update()  # versions that a micro-batch in flight will ask for are copied now or lost
         if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
@@ -149,8 +152,10 @@ class StageUpdate:
         else:
             self._step()
             self.weights.after_update()
+        # Let go of the gradients' memory, in which a fused step may just have written the prediction.
         _zero_grad(self.optimizer)
         if self.scheduler is not None and not skipped:
+            # Not after a skipped update: the rate must not run ahead of the optimizer's steps.
             self.scheduler.step()
         self._note_version(self.weights.version)
 
@@ -171,10 +176,12 @@ class StageUpdate:
 
     def _finish_own_gradients(self) -> None:
         """Gradients become the mean over the replicas, without loss scale; those of tied weights go to the other holders."""
+        # First the mean, then the check for overflows: one replica's infinity is then in the mean of all, and all skip alike.
         self.reduction.finish()
         if self.scaling is not None:
             self.scaling.unscale(self.parameters)
         for weight in self.tied:
+            # After the mean over replicas, so that the holders of each replica sum what all replicas agree on.
             weight.send_gradient(self.weights.version)
         self.state = _GRADIENTS_FINAL
 
@@ -188,6 +195,7 @@ class StageUpdate:
         for weight in self.tied:
             weight.receive_sum(self.weights.version)
         if self.clipper is not None:
+            # The norm is measured with the summed gradient of tied weights in place: that is what will be applied.
             self.clipper.send_norm(self.weights.version)
         self.state = _COMPLETE
 
@@ -196,6 +204,7 @@ class StageUpdate:
         finite = self.scaling is None or self.scaling.finite
         if self.clipper is None:
             return finite
+        # Received even where the update is skipped: every norm that was sent is received once, in order.
         norm = self.clipper.norm(self.weights.version)
         if self.scaling is not None and self.clipper.rule.waits and not math.isfinite(norm):
             self.scaling.note_overflow(self.scaling.current)  # all stages see the same norm, so all of them skip
@@ -245,6 +254,7 @@ class StageUpdate:
         """The hook may write into the weights, as for a projection: as with the step itself, backwards in flight see the new values."""
         params = tuple(self.weights.params)
         with _unsafe_preserve_version_counter(params):
+            # The counters are put back after the hook, so that they must be compared inside this block.
             before = versions_of(params)
             on_update(self.k, version)
             written = versions_of(params) != before

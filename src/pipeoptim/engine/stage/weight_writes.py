@@ -63,6 +63,7 @@ class WeightWrites:
         """
         after = self.versions()
         if after == before:
+            # The first forward decides that there are none; one that writes later is still found, and sets it again.
             self.possible = self.possible and self._found
             return
         self._found = self.possible = True

@@ -115,6 +115,7 @@ class StageWorker:
     ) -> None:
         if k == program.depth - 1 and not callable(loss_fn):
             raise ConfigError(f"loss_fn is {loss_fn!r}, must be a function of output and target on the last stage")
+        # Two lists in one order: what the optimizer moves (perhaps float32 masters), and the module's own parameters.
         parameters, params = optimizer_parameters(module, optimizer, scheduler, k)
         check_sharded(reduction, method, options, ties)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
@@ -138,12 +139,14 @@ class StageWorker:
         self.master_weights = MasterWeights(self.parameters, params)
         if self.predictor is not None and self.master_weights.pairs:
             self.predictor = MasterWeightPredictor(self.predictor, self.parameters)
+        # Versions are kept of the module's parameters, not of the masters: that is what a forward runs on.
         self.weights = StageWeights(params, program, k, self.predictor)
         self.forward_weights = ForwardWeights(method, self.weights, self.monitor)
         self._stashes = method.backward.reuses_forward
         self._keeps = self._stashes or options.recompute == "forward"  # the weights of a forward until its backward
         if not (self._stashes and options.recompute == "forward"):  # there, forward and backward have the same weights
             check_recompute(options.recompute, module, reduction.replaces_saved)
+        # A tied weight that this stage's optimizer does not move has no gradient to exchange, hence the None that is dropped.
         copies = (tie.on(reduction.unwrapped(module), self.parameters, params, program) for tie in ties)
         self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
         elsewhere = {weight.parameter: "the other stages that tie it" for weight in self.tied}
@@ -152,6 +155,7 @@ class StageWorker:
         self._writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
         self.clipper: Clipper | None = None
         if options.clip is not None:
+            # The norm over all stages counts a tied weight once, on its first holder, though every holder scales its copy.
             twice = [weight.optimized for weight in self.tied if not weight.counted]
             self.clipper = Clipper(options.clip, self.parameters, program, norms, reduction.whole_norm, twice)
         scaler = options.scaler
@@ -176,7 +180,7 @@ class StageWorker:
         )
         self.compressor = Compressor(options.compress, program.microbatches)
         self.losses = LossLog(program.microbatches)
-        self._in_flight: dict[int, InFlight] = {}
+        self._in_flight: dict[int, InFlight] = {}  # by number of the micro-batch, counted from the last restart
         self._call = ModuleCall()
         # The last stage looks at its loss in the forward; None once the first mini-batch has shown that all is well.
         self._cut_off = None if self.is_last else CutOffCheck(k, program.microbatches, self.parameters)
@@ -207,26 +211,32 @@ class StageWorker:
         ``share``: how much of the mini-batch's loss this is; None for 1/M.
         """
         self.prepare(i)
+        # Usually chosen already: a runner calls prepare() before the input is there, so that a prediction overlaps with the transfer.
         weight_set = self.forward_weights.take(i)
         saved = self._saved_weights(i, weight_set)
         inputs = differentiable(args) if self.k > 0 else []  # nobody waits for gradients of the user's own inputs
         try:
+            # strict: a loss added under no_grad, as in a reentrant checkpoint's first forward, would be lost in silence.
             with self.random.seeded_draws(), collect_losses(strict=True) as added:
                 result = self._run(weight_set, saved, args, kwargs, target, share)
             if self.is_last and not result.requires_grad:
                 check_graph(self.k, share, [*inputs, *self.weights.params], added.values())
+        # A module or loss that raises must not keep a copy of the weights in use: the user may catch the error and go on.
         except BaseException:
             self.weights.release(weight_set)
             raise
         self.losses.add(added, share)
+        # Added losses are roots of this stage's own backward; nothing of them travels to other stages.
         own = [self._weighted(loss, share) for loss in added.values() if loss.requires_grad]
         outputs = self._roots(i, result, share) if self.is_last else differentiable(as_args(result))
         self._keep(i, InFlight(inputs, outputs, saved, weight_set, own))
+        # Without detach, the caller's loss would keep the graph of the whole stage alive.
         return result.detach() if self.is_last else result
 
     def skip(self, i: int) -> None:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""
         self.prepare(i)
+        # The weights are chosen and released all the same, so that copies and predictions are those of a full micro-batch.
         self._keep(i, InFlight([], [], None, self.forward_weights.take(i)))
 
     def _keep(self, i: int, flight: InFlight) -> None:
@@ -247,12 +257,14 @@ class StageWorker:
     def _weighted(self, loss: Tensor, share: float | None) -> Tensor:
         if share is not None:
             return loss * share
+        # A division by 1 would cost a kernel and a node of the graph for nothing.
         return loss if self.program.microbatches == 1 else loss / self.program.microbatches
 
     def _saved_weights(self, i: int, weight_set: WeightSet) -> SavedWeights | None:
         """None where autograd's own saved tensors will hold the right weights when the backward runs."""
         in_place = weight_set.copy is None
         backward = self.method.backward
+        # Sharded: whole weights are gathered again for the backward, into the memory that autograd saved.
         if not self.reduction.replaces_saved:
             return None
         if self._writes.possible:  # autograd would refuse weights that another forward has written into since
@@ -260,6 +272,7 @@ class StageWorker:
         moved = self.program.gap(self.k, i) > 0  # in place, the latest weights of the backward are right by themselves
         if in_place and type(backward) is Latest and not (moved and self._keeps):  # a subclass may acquire others
             return None
+        # No update comes between F and B: the saved tensors are the latest weights, and those are what B wants.
         if in_place and self._stashes and not moved:
             return None
         return SavedWeights(self.weights.buffers(weight_set).table)
@@ -294,36 +307,44 @@ class StageWorker:
             self.finish_update()
         if self.scaling is not None:
             self.scaling.begin_backward(i, loss_scale)
+        # Removed first: whatever fails below, the graph of this micro-batch dies with this call.
         flight = self._in_flight.pop(i)
         weight_set = (
             self.method.backward.acquire(self.weights, i)
             if not self._stashes or flight.weight_set is None
             else flight.weight_set
         )
+        # Recomputation runs on the forward's weights where they were kept (recompute="forward"), else on those of the backward.
         again = flight.weight_set or weight_set
         try:
             if flight.saved is not None:
+                # From now on what autograd saved by place is read from these weights.
                 flight.saved.target = self.weights.buffers(weight_set).bases
             pairs = (
                 [(out, None) for out in flight.outputs] if self.is_last else list(zip(flight.outputs, gradients, strict=True))
             )
             roots = [(out, grad) for out, grad in pairs if self.is_last or grad is not None]
+            # Only the last micro-batch's gradients are final; averaging them earlier would send sums that still grow.
             self.reduction.before_backward((i + 1) % self.program.microbatches == 0, flight.outputs)
             roots += [(loss, self._scale_of(loss)) for loss in flight.added_losses]
+            # Nothing may be left (share 0, all frozen, a cut graph), which is no error: the previous stage then gets None for each input.
             roots = [(out, grad) for out, grad in roots if out.requires_grad]
             if self._cut_off is not None and self._cut_off.note(i, bool(roots), bool(flight.outputs)):
                 self._cut_off = None
             if roots:
                 # autocast_to: recomputation runs the module again
                 with self._backward_on(again, weight_set), autocast_to(self.device.type, None):
+                    # One call for all roots: the shared part of the graph is walked, and freed, once.
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.master_weights.collect()
             if (i + 1) % self.program.microbatches == 0:
+                # Begun here and not in U, so that the averages travel while the gradients go back to the previous stage.
                 self.reduction.start()
         finally:
             self.weights.release(weight_set)
             if flight.weight_set is not None and not self._stashes:
                 self.weights.release(flight.weight_set)
+        # The leaves die with the flight, so the receiver of these tensors is their only owner.
         return [x.grad for x in flight.inputs]
 
     def _backward_on(self, again: WeightSet, weight_set: WeightSet) -> AbstractContextManager[Any]:
@@ -349,6 +370,7 @@ class StageWorker:
 
     def restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""
+        # Gaps and version numbers are counted from the restart: a micro-batch in flight would get weights of the wrong number.
         assert not self._in_flight, f"stage {self.k} restarts with micro-batches {sorted(self._in_flight)} in flight"
         self.forward_weights.restart()
 
@@ -363,6 +385,7 @@ class StageWorker:
         for p in self.module.parameters():
             p.grad = None
         self.weights.abandon()
+        # Not released: the weights have forgotten all their sets already.
         self.forward_weights.chosen = None
         self.losses.begin()
 
@@ -390,6 +413,7 @@ class StageWorker:
             self.clipper is None or not self.clipper.rule.waits
         ):  # else it may wait for stages that are not there yet
             self.finish_update()
+        # By module, not one flag: a user may have frozen a BatchNorm with eval() inside a training module.
         training = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:
@@ -407,6 +431,7 @@ class StageWorker:
 
     def weight_bytes(self) -> int:
         """Bytes of memory that hold weights of this stage: its parameters and every copy of them, each storage once."""
+        # By storage: tied or flattened parameters share one, which must count once.
         parts = [self.reduction.shards.get(p, p) for p in self.module.parameters()]
         storages = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in parts}
         extra = self.predictor.nbytes() if isinstance(self.predictor, MasterWeightPredictor) else 0
@@ -420,6 +445,7 @@ class StageWorker:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from :meth:`state_dict`. Only with nothing in flight."""
         self._only_at_rest("loaded")
+        # Before restart(), which counts micro-batches from the version restored here, and drops predictions of older weights.
         restore(self, state)
         self.restart()
 
