@@ -80,6 +80,7 @@ class Emulator(Pipeline):
     ) -> None:
         stages = _modules(stages)
         _refuse_shared(stages)
+        # Taken out first: the other options are the same for all stages, a scaler is not.
         scalers = scalers_of(len(stages), options.pop("scaler", None))
         read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
         super().__init__(read, len(stages), processes)
@@ -159,6 +160,7 @@ class Emulator(Pipeline):
 
         The order of turns changes no number: links keep the order of messages, and each stage has random numbers of its own.
         """
+        # One per process, since interleaved stages of one process share one order.
         queues = [deque(actions) for actions in todo]
         while any(queues):
             before = sum(map(len, queues))
@@ -166,6 +168,7 @@ class Emulator(Pipeline):
                 while queue and self._can_run(*queue[0]):
                     k, action = queue.popleft()
                     self._runners[k].run(action, micro_batches, losses)
+            # Nobody has moved: the program itself is wrong, for nothing else can arrive.
             if sum(map(len, queues)) == before:
                 waiting = [f"{action} of stage {k}" for k, action in (queue[0] for queue in queues if queue)]
                 raise PipeOptimError(f"the program deadlocks: {', '.join(waiting)} wait for one another")

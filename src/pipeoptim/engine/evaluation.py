@@ -107,5 +107,6 @@ def evaluation_of(result: Mapping[str, Any]) -> Evaluation:
 
 
 def _sum(before: Tensor | None, value: Tensor, weight: float) -> Tensor:
+    # float64, since thousands of batches are summed, and rows of different sizes weigh differently.
     product = value.detach().to(torch.float64) * weight
     return product if before is None else before + product

@@ -72,6 +72,7 @@ class LocalStages:
         found: dict[str, Tensor] = {}
         for runner in self._runners.values():
             for name, value in runner.worker.losses.means().items():
+                # The same name on several stages adds up, as within a stage.
                 found[name] = found[name] + value if name in found else value
         return found
 

@@ -97,6 +97,7 @@ class BatchSplitter:
         if self.m == 1:
             return [[as_fed(name, value)] for name, value in named.items()], ()
         found = {name: split(name, value, self.m) for name, value in named.items()}
+        # Reversed, so that of several values with the same rows the first one given names them in messages.
         sizes = {rows: name for name, slices in reversed(found.items()) for rows in reversed(slices.rows)}
         if len(sizes) > 1:
             raise ConfigError(_disagreement(sizes))
@@ -120,8 +121,10 @@ class BatchSplitter:
         weights = self._weights(targets, target_rows)
         made = []
         for i in range(self.m):
+            # In the order in which cut() has named them: inputs first, then the keywords of each stage.
             values = iter([column[i] for column in columns])
             positional = tuple(itertools.islice(values, args))
+            # zip asks `own` first, so that at its end no value of the next stage is lost.
             keywords = {k: dict(zip(own, values, strict=False)) for k, own in kwargs.items()}
             own, theirs = (RowShare(found[i], sum(found)) if found else NO_ROWS for found in (rows, target_rows))
             made.append(MicroBatch(positional, keywords, targets[i], own, theirs, weights[i]))
@@ -153,6 +156,7 @@ class BatchSplitter:
                 raise ConfigError(_row_mismatch(name, theirs, row_share))
         if of_target and micro_batch.loss_share is not None:
             return micro_batch.loss_share
+        # None, not 1/M as a number: equal slices then take the same path, and the same bits, as without uneven=True.
         return None if row_share.of == row_share.rows * self.m else row_share.rows / row_share.of
 
 

@@ -54,6 +54,7 @@ def _made(what: str, k: int, make: Callable[..., Any], *arguments: Any) -> Any:
     """What the user's function makes for stage ``k``; why it failed is the cause of the error."""
     try:
         return make(*arguments)
+    # It says what is wrong already.
     except ConfigError:
         raise
     except Exception as error:

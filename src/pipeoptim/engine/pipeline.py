@@ -66,6 +66,7 @@ class Pipeline(LocalStages):
             ConfigError: arguments on the wrong stage, a batch that M does not divide, or a loss that is no scalar.
             StageFailure: another stage died or does not answer.
         """
+        # Everything that can be refused is refused before anything moves, on this process at least.
         micro_batches = self._cut(self._splitter, args, kwargs, stage_kwargs, target)
         self._note_training()
         if 0 in self._runners:
@@ -76,6 +77,7 @@ class Pipeline(LocalStages):
             runner.worker.begin_mini_batch()
         with self._guard():
             self._advance(micro_batches, found)
+        # After the actions: they are those of step number _steps, counted from 0.
         self._steps += 1
         if self._synchronous():
             self._drain()
@@ -164,11 +166,13 @@ class Pipeline(LocalStages):
     def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         """The actions of the next mini-batch."""
         self._run([self.program.process_step(p, self._steps) for p in self._processes], micro_batches, losses)
+        # Nothing follows in this step that would finish updates waiting for other stages.
         if self.program.flushes:
             self._finish_updates()
 
     def _finish(self) -> None:
         """The actions still in flight."""
+        # Only backwards and updates are left: there is nothing to feed, and no loss to come.
         self._run([self.program.process_drain(p, self._steps) for p in self._processes], [], [])
         self._finish_updates()
 
@@ -186,6 +190,7 @@ class Pipeline(LocalStages):
     def _evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor | None, RowShare]:
         """Forward through the stages that live here, on the latest weights: the loss if it is here, and the rows."""
         outputs = [runner.evaluate(micro_batch) for runner in self._runners.values()]
+        # In the order of stages: where the last one lives here, its loss is at the end.
         return outputs[-1]
 
     def _evaluate_batch(self, batch: Batch, means: WeightedMeans) -> None:
@@ -195,6 +200,7 @@ class Pipeline(LocalStages):
         if last:
             check_weighable(self.options.loss_weight, target)
         (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, batch.stage_kwargs, target)
+        # Counted here and sent along: the last stage, which weights the batch, may not have the inputs.
         rows = count_rows(*args, *kwargs.values()) or 0
         with self._guard():
             loss, share = self._evaluate(micro_batch._replace(row_share=RowShare(rows, rows)))
@@ -235,6 +241,7 @@ class Pipeline(LocalStages):
 
     def _synchronous(self) -> bool:
         """Whether the method still wants training to be synchronous; the same on every stage."""
+        # Counted from the beginning of training, not from the last drain: a warm-up ends once.
         self._fed += 1
         return self._fed <= self.method.synchronous_updates
 
@@ -247,12 +254,15 @@ class Pipeline(LocalStages):
     def _mean(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:
         """The loss of a mini-batch from those of its micro-batches, which the caller's list also receives."""
         if losses is not None:
+            # In place: the list is the caller's, who may pass the same one to every step.
             losses[:] = [loss for loss, _ in found]
         if len(found) < 2:
             return found[0][0] if found else None
         if all(share is None for _, share in found):
+            # On the device of the loss, without reading it: the caller decides when to wait.
             return torch.stack([loss for loss, _ in found]).mean()
         shares = [1 / len(found) if share is None else share for _, share in found]
+        # A share of 0 is left out, for the loss of no rows is NaN and 0 times NaN as well.
         return torch.stack([loss * share for (loss, _), share in zip(found, shares, strict=True) if share]).sum()
 
     def _drain(self) -> None:

@@ -88,12 +88,15 @@ class ProcessPipeline(Pipeline):
         self._reductions: list[Reduction] = []
         self._replica_sets: dict[int, ReplicaSet] = {}
         self._endpoints: dict[int, Endpoint] = {}
+        # Each process once: with several stages per process, the ranks repeat from the second round on.
         members = self.ranks[: len(self.ranks) // len(given)]
+        # Before anything that may be refused: from here on a process that fails can tell the others so.
         self._meet(Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}"))
         with self._closed_on_error():
             read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
             super().__init__(read, len(self.ranks), len(members))
             self._processes = (self.rendezvous.index,)
+            # Before the workers, which hold their ends; connected later, when all processes have agreed.
             self._make_exchanges(places, given)
             for place, arguments in zip(places, given, strict=True):
                 self._runners[place.k] = self._make_runner(place, arguments, loss_fn)
@@ -101,6 +104,7 @@ class ProcessPipeline(Pipeline):
             for tie, exchange in self._tied_exchanges.items():
                 weight = self._tied_weight(tie)
                 if weight is not None:
+                    # From the first holder, as the emulator does: copies must begin equal, masters included.
                     broadcast_values(weight.values, exchange.group, self.ranks[tie.holders[0]])
 
     def _meet(self, rendezvous: Rendezvous) -> None:
@@ -142,6 +146,7 @@ class ProcessPipeline(Pipeline):
             self._progress.join(replicas.rendezvous)
             reduction = replicas.reduction(place.module, arguments.optimizer, options.uneven)
             self._reductions.append(reduction)
+        # Replicas do the same at the same time: the first one's trace stands for all.
         row = self._row(place.k, place.device) if self._replicas.index == 0 else None
         self._endpoints[place.k] = Endpoint(place.device, traced.link_recorder(row))
         worker = traced.noted_worker(row)(
@@ -165,6 +170,7 @@ class ProcessPipeline(Pipeline):
     def _connect(self) -> None:
         """Check that all processes agree, and connect the stages of this one."""
         options = self.options
+        # Before the groups of the pipeline are made: processes with other settings might make others, and wait in vain.
         check_agreement(self.rendezvous, self._settings)
         for tie, exchange in self._tied_exchanges.items():
             exchange.connect(self._meet_holders(tie))
@@ -179,8 +185,10 @@ class ProcessPipeline(Pipeline):
         )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():
+                # After the connections, whose interrupt() it calls.
                 replicas.start_heartbeat(options.liveness_timeout, self._connections.interrupt)
         for k, runner in self._runners.items():
+            # Ports are replaced and runners kept, so that worker, weights and optimizer survive a reconnection.
             runner.ports = self._connections.ports[k]
 
     def _meet_holders(self, tie: Tied) -> Rendezvous:
@@ -202,6 +210,7 @@ class ProcessPipeline(Pipeline):
     def _finish(self) -> None:
         super()._finish()
         if self._connections is not None:
+            # After a drain a script may end without close(); what still lies on the device would be lost then.
             self._connections.hand_over()
 
     def _note_training(self) -> None:
@@ -217,6 +226,7 @@ class ProcessPipeline(Pipeline):
         self._progress.note_end((self._fed, self._evaluated))
         self._evaluations += 1
         own = json.dumps([self._evaluated, result])
+        # Through the store, which carries text and keeps the bits of a float64 in its shortest decimal form.
         everyone = self.rendezvous.all_gather(f"evaluation/{self._evaluations}", own, "to the end of evaluate()")
         counts, results = zip(*map(json.loads, everyone), strict=True)
         if len(set(counts)) > 1:  # what the longer ones sent is received by nobody
@@ -301,8 +311,10 @@ class ProcessPipeline(Pipeline):
             # The others may be waiting for this process, and must come here, too.
             self._connections.interrupt("another stage connects anew")
         for runner in self._runners.values():
+            # Before the groups end: its exchanges and averages hold tensors and work handles of theirs.
             runner.worker.abandon()
         self._disconnect(wait=False)
+        # Under new keys: nothing that the failed attempt left in the store can be mistaken for an answer.
         self._meet(self.rendezvous.next_generation())
         self._failed = self._closed = False
         self._steps = 0
@@ -325,6 +337,7 @@ class ProcessPipeline(Pipeline):
         finally:
             self._closed = True
             at_rest = at_rest and not self._failed
+            # Hooks and references first: a group whose last reference lives elsewhere would not end with its rendezvous.
             for reduction in self._reductions:
                 reduction.close()
             for replicas in self._replica_sets.values():
@@ -334,6 +347,7 @@ class ProcessPipeline(Pipeline):
     def _disconnect(self, wait: bool) -> None:
         """Give back all that :meth:`_connect` has made; ``wait`` for its end, which comes at once where nothing is in flight."""
         for runner in self._runners.values():
+            # Runners let go of their links, so that groups and sockets end here and not with the pipeline object.
             runner.ports = Ports()
         if self._connections is not None:
             self._connections.close(wait)

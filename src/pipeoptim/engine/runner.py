@@ -58,14 +58,17 @@ class StageRunner:
         worker, source, target = self.worker, self.ports.from_previous, self.ports.to_next
         args, row_share = micro_batch.args, micro_batch.row_share
         if source is not None:
+            # Before the work of prepare(): a large message needs a posted receive to move while this stage computes.
             source.post_receive()
             worker.prepare(i)  # before the receive: an update and a prediction while the input is on its way
             message = source.receive()
             self._note_flags(message.flags, 0)
+            # Before the send below, which passes the report on to the next stage.
             worker.note_overflow(message.loss_scale)
             args, row_share = as_args(worker.compressor.unpack(message.tree)), RowShare(*message.share)
         output: Any = None
         share: float | None = 0.0
+        # Decided by the rows that stage 0 counted, so that all stages skip the same micro-batch.
         if row_share.empty:
             worker.skip(i)
         else:
@@ -73,6 +76,7 @@ class StageRunner:
             output = worker.forward(i, args, micro_batch.kwargs.get(worker.k, {}), micro_batch.target, share)
         if target is not None:
             packed = worker.compressor.pack_activations(i, output)
+            # An empty micro-batch is sent as well (None): the next stage counts messages, and flags travel with them.
             target.send(packed, STOP if self.stop else 0, worker.overflow_to_send(), row_share)
         elif not row_share.empty:
             losses.append((output, share))
@@ -97,10 +101,12 @@ class StageRunner:
             message = source.receive()
             self._note_flags(message.flags, EVALUATION)
             args, row_share = as_args(message.tree), RowShare(*message.share)
+        # The parts of the evaluation take the place of the last mini-batch's, as loss_parts promises.
         worker.losses.begin()
         output = worker.evaluate(args, micro_batch.kwargs.get(worker.k, {}), micro_batch.target)
         if target is None:
             return output, row_share
+        # Uncompressed: the loss of an evaluation is that of the weights, not that of the transport.
         target.send(output, EVALUATION | (STOP if self.stop else 0), share=row_share)
         return None, row_share
 

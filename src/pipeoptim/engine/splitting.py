@@ -59,6 +59,7 @@ def split(name: str, value: Any, m: int) -> Slices:
 
 
 def _together(columns: list[Slices], spec: TreeSpec, m: int) -> Slices:
+    # Column by column in, micro-batch by micro-batch out.
     values = [tree_unflatten([column.values[i] for column in columns], spec) for i in range(m)]
     return Slices(values, tuple(dict.fromkeys(rows for column in columns for rows in column.rows)))
 
@@ -140,6 +141,7 @@ def _cut_tensor(name: str, tensor: Tensor, m: int, dim: int) -> Slices:
             f"a tensor in {name} has {lacks}; it cannot be split into {m} micro-batches. "
             "Wrap it in pipeoptim.Whole if all of them shall get it"
         )
+    # Views: nothing is copied, and uneven sizes are those of row_counts().
     return Slices(tensor.tensor_split(m, dim), (row_counts(tensor.shape[dim], m),))
 
 

@@ -21,6 +21,7 @@ _CUT = "_pipeoptim_cut"
 def mark_cut(stages: Sequence[nn.Module], lengths: Sequence[int]) -> None:
     """Note on each of ``stages`` how the whole model was cut, so that processes that cut it themselves can compare."""
     for stage in stages:
+        # A plain attribute: it enters no state_dict, and is found again inside wrappers.
         setattr(stage, _CUT, tuple(lengths))
 
 
@@ -49,6 +50,7 @@ class StagePlace:
     @property
     def cut(self) -> tuple[int, ...]:
         """How many blocks each stage of this pipeline has, where ``partition`` made it."""
+        # A module cut for another number of stages may be part of a new pipeline: then nothing is compared.
         lengths = read_cut(self.module)
         return lengths if len(lengths) == self.depth else ()
 

@@ -70,6 +70,7 @@ class TraceRow:
     def __init__(self, k: int, program: Program, method: str, device: torch.device, first: int, end: int) -> None:
         self.k, self.program, self.method = k, program, method
         self.clock: TraceClock = HostTraceClock() if device.type == "cpu" else DeviceTraceClock(device)
+        # In micro-batches: a stage knows which of them comes, not which mini-batch the user is at.
         self._first, self._end = first * program.microbatches, end * program.microbatches
         self._fed = -1
         self.on = False

@@ -38,12 +38,14 @@ class TracedWorker(StageWorker):
     def __init__(self, row: TraceRow, *args: Any, **kwargs: Any) -> None:
         self.row = row
         super().__init__(*args, **kwargs)
+        # Wrapped after the construction: the plain object is complete, and only its methods are exchanged.
         self.update = TracedUpdate(row, self.update)
         if self.compressor.compression is not None:
             self.compressor = TracedCompressor(row, self.compressor)
 
     def prepare(self, i: int) -> None:
         self.finish_update()
+        # prepare() is called twice, by the runner and by forward(); the second call chooses nothing.
         if self.forward_weights.chosen is not None:
             return
         self.row.begin_micro_batch()
@@ -74,6 +76,7 @@ class TracedWorker(StageWorker):
         return result
 
     def _number(self, i: int) -> int:
+        # i counts from the last drain; the version of that moment says how many mini-batches came before.
         return self.weights.restart * self.program.microbatches + i
 
 

@@ -18,6 +18,7 @@ class SharedSettings:
 
     def write(self) -> str:
         """As text that :meth:`read` takes."""
+        # Plain text: nothing that another process sends is ever unpickled or evaluated.
         return json.dumps([self.settings, self.cut])
 
     @classmethod
@@ -32,6 +33,7 @@ class SharedSettings:
             raise ConfigError(
                 f"{own_name} was set up with {self.settings}, {other_name} with {other.settings}; give all the same"
             )
+        # A stage that partition() did not make has no cut to compare.
         if self.cut and other.cut and self.cut != other.cut:
             raise ConfigError(
                 f"{own_name} cut the model into {_blocks(self.cut)}, {other_name} into {_blocks(other.cut)}: each measured it by itself; "

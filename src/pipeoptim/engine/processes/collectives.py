@@ -25,6 +25,7 @@ def all_gather_plain(value: Any, group: dist.ProcessGroup | None = None) -> list
         ConfigError: ``value`` holds something that is neither a tensor nor plain data.
     """
     packed = pack(value)
+    # Sizes first: a collective needs buffers of one size, and every process packs another number of bytes.
     sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(dist.get_world_size(group))]
     dist.all_gather(sizes, torch.tensor([packed.numel()]), group=group)
     blocks = [torch.empty(_longest(sizes), dtype=torch.uint8) for _ in sizes]
@@ -55,6 +56,7 @@ def broadcast_plain(value: Any, source: int, group: dist.ProcessGroup | None = N
         ConfigError: ``value`` holds something that is neither a tensor nor plain data.
     """
     packed = pack(value) if dist.get_rank() == source else torch.empty(0, dtype=torch.uint8)
+    # Only the source's size counts; the others send nothing and learn from it how much memory to provide.
     size = torch.tensor([packed.numel()])
     dist.broadcast(size, source, group=group)
     block = packed if packed.numel() else torch.empty(int(size), dtype=torch.uint8)
@@ -72,6 +74,7 @@ def pack(tree: Any) -> Tensor:
     form, tensors = message.format_of(tree_map(_plain_leaf, tree))
     text = form.describe()
     start = _aligned(_LENGTH + len(text))
+    # Zeros, so that the padding between the tensors carries no old memory to other processes.
     block = torch.zeros(start + form.payload, dtype=torch.uint8)
     block[:_LENGTH].view(torch.int64).fill_(len(text))
     block[_LENGTH : _LENGTH + len(text)] = torch.frombuffer(bytearray(text), dtype=torch.uint8)

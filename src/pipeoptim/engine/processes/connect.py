@@ -133,6 +133,7 @@ def connect(
         processes = len(rendezvous.ranks)
         note_wait = _nobody_watches
         if liveness_timeout is not None and processes > 1:
+            # Before the groups: connecting is a wait for others, too, and one of them may die in it.
             connections.heartbeat = rendezvous.heartbeat(liveness_timeout, connections.interrupt)
             note_wait = connections.heartbeat.note_wait
 
@@ -193,7 +194,9 @@ def _connect_stage(
         carriers = [channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back)]
         # Not ahead in a device's own memory: a receive that is never matched would keep its stream busy.
         sends, receives = sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
+        # Activations acknowledge gradients and the other way round, without a message of their own.
         pair(sends, receives)
+        # The links themselves and not their traced forms: closing and interrupting is no business of a trace.
         connections.senders.append(sends)
         connections.receivers.append(receives)
         return (receives, sends) if observer is None else (observer.incoming(receives), observer.outgoing(sends))

@@ -32,7 +32,9 @@ class LocalGradientSum:
         gradients = self._gradients.setdefault(version, {})
         gradients[k] = gradient
         if len(gradients) == len(self.holders):
+            # In the order of the stages, not of arrival: which stage comes last depends on the emulator's turns.
             found = in_order([gradients[j] for j in self.holders])
+            # A copy for each: clipping scales the gradient in place.
             self._sums[version] = [found, *(found.clone() for _ in self.holders[1:])]
             del self._gradients[version]
 
@@ -102,14 +104,17 @@ class AllReducedGradients:
     def send(self, version: int, gradient: Tensor) -> None:
         count = self.group.size()
         try:
+            # a + b = b + a bit for bit, so that the cheaper collective is exact here.
             if count == 2:
                 every = [gradient]
+                # In place: the gradient was handed over, and becomes the sum.
                 work = dist.all_reduce(gradient, group=self.group, async_op=True)
             else:
                 every = [torch.empty_like(gradient) for _ in range(count)]
                 work = dist.all_gather(every, gradient, group=self.group, async_op=True)
         except RuntimeError as error:
             raise _failure(error) from error
+        # The tensors are held with the work: the transport uses them until it is done.
         self._works[version] = work, every
 
     def can_receive(self, version: int) -> bool:

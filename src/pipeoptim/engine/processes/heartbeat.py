@@ -43,6 +43,7 @@ class _Peer:
 
     def look(self, waited: float | None, elapsed: float) -> None:
         """``elapsed`` seconds after the last look."""
+        # An ended stage counts as silent for as long as one and the same wait for it goes on.
         silent = waited is not None and waited == self.waited if self.heard in _ENDED else self.heard == self.beat
         self.silence = self.silence + elapsed if silent else 0.0
         self.beat, self.waited = self.heard, waited
@@ -79,12 +80,14 @@ class Heartbeat:
         self.failure: str | None = None
         self.waiting_for: int | None = None
         self.waiting_since = 0.0
+        # Twenty beats or more in a time-out of a second or more: a late one means nothing. At most 20 a second: one store serves all.
         self.interval = max(0.05, min(0.5, timeout / 20))
         self._peers = {j: _Peer(f"beat/{j}") for j in range(depth) if j != k}
         self._rounds = self._judged = 0  # times that all beats were read, and up to which of them they were judged
         self._unjudged = self._store_silence = 0.0  # seconds of looking since the last round
         self._store_lost = False
         self._to_record: str | None = None
+        # _stop ends both threads, _wake cuts the pause between beats short, _known says that the first failure is known.
         self._stop, self._wake, self._known = threading.Event(), threading.Event(), threading.Event()
         self._talker, self._judge = (
             threading.Thread(target=run, name=f"pipeoptim-{what}-{k}", daemon=True)
@@ -92,6 +95,7 @@ class Heartbeat:
         )
         self._talker.start()
         self._judge.start()
+        # A script that ends without close() must say "gone", or the others would wait for its beats until the time-out.
         atexit.register(self.close)
 
     def note_wait(self, peer: int | None) -> None:
@@ -117,6 +121,7 @@ class Heartbeat:
     def _first_failure(self, own: str) -> str:
         self._to_record = own
         self._wake.set()
+        # Bounded: a process that has failed must end, also where the store hangs.
         self._known.wait(0.0 if self._store_lost else max(_LINGER, 4 * self.interval))
         return self.failure or f"{own}; {self._store_holder} does not answer: look there first"
 
@@ -126,6 +131,7 @@ class Heartbeat:
         count = 0
         while not self._stop.is_set():
             try:
+                # After a failure no number any more, so that the others do not take the silence to come for another failure.
                 self.store.set(f"beat/{self.k}", str(count) if self.failure is None else "failed")
                 self._hear()
                 self._rounds += 1
@@ -140,6 +146,7 @@ class Heartbeat:
 
     def _hear(self) -> None:
         for peer in self._peers.values():
+            # check() before get(), which would wait for a key of a process that has not come yet.
             if self.store.check([peer.key]):
                 peer.heard = self.store.get(peer.key).decode()
         own = self._to_record

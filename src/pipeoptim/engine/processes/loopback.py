@@ -27,6 +27,7 @@ def loopback_store(timeout: float = 300.0) -> TCPStore:
         >>> store.host, store.get("loss")
         ('127.0.0.1', b'0.5')
     """
+    # Port 0: the system chooses a free one, and it is ours from this line on, with no gap for another process to take it.
     listener = socket.create_server((ADDRESS, 0), backlog=128)
     port = listener.getsockname()[1]
     # Detached: from now on the store owns the descriptor, and closes it.

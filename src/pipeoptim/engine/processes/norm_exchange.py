@@ -19,7 +19,7 @@ class LocalNormExchange:
     def __init__(self, depth: int) -> None:
         self.depth = depth
         self._norms: dict[int, dict[int, float]] = {}
-        self._takes: dict[int, int] = {}
+        self._takes: dict[int, int] = {}  # version -> stages that have received its norms
 
     def end(self, k: int) -> NormExchange:
         """The end of stage ``k``."""
@@ -40,6 +40,7 @@ class LocalNormExchange:
         self._takes[version] = self._takes.get(version, 0) + 1
         if self._takes[version] == self.depth:
             del self._norms[version], self._takes[version]
+        # In the order of stages, since total() adds them up in this order, and float64 sums depend on it.
         return [norms[k] for k in range(self.depth)]
 
     def abandon(self) -> None:
@@ -83,6 +84,7 @@ class ProcessNorms:
 
     def receive_pending(self) -> None:
         """Wait for what has been sent; :meth:`receive` returns it later."""
+        # The list is made before: receive() takes versions out while this goes through them.
         self._received |= {version: self.receive(version) for version in list(self._turns)}
 
     def abandon(self) -> None:
@@ -104,6 +106,7 @@ class ProcessNorms:
     def send(self, version: int, norm: float) -> None:
         assert self._transport is not None
         self._transport.send(self._turn, norm)
+        # By turn and not by version: a resumed run begins with any version, a new transport with turn 0.
         self._turns[version] = self._turn
         self._turn += 1
 
@@ -132,6 +135,7 @@ class GatheredNorms:
 
     def send(self, turn: int, number: float) -> None:
         assert self._group is not None
+        # float64, as the emulator's own norms: the bits must not depend on the way.
         mine = torch.tensor([number], dtype=torch.float64)
         every = [torch.empty(1, dtype=torch.float64) for _ in range(self._group.size())]
         try:

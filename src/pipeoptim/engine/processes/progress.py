@@ -35,6 +35,7 @@ class TrainingProgress:
 
     def note_training(self) -> None:
         """A mini-batch begins."""
+        # Nothing is written in the middle of training: this is the only look that a step costs.
         if self._noted:
             self._note("")
 

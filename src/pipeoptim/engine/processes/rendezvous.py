@@ -52,6 +52,7 @@ class Rendezvous:
     ) -> None:
         self.role, self.ranks, self.timeout, self.name = role, list(ranks), timedelta(seconds=timeout), name
         self.index = self.ranks.index(dist.get_rank())
+        # By global ranks, which all members know alike; two pipelines of the same processes differ by number.
         self._members = f"pipeoptim/{role}/{'_'.join(map(str, self.ranks))}"
         self.generation, self.number = generation, _made[self._members] if number is None else number
         self._prefix = f"{self._members}/{self.number}.{generation}"
@@ -65,6 +66,7 @@ class Rendezvous:
 
     def next_generation(self) -> Rendezvous:
         """Where the same processes meet again, for the same pipeline, after this one was interrupted or closed."""
+        # The same number: the count of rendezvous in this process has gone on since, perhaps not equally far in all of them.
         seconds = self.timeout.total_seconds()
         return Rendezvous(self.role, self.ranks, seconds, self.name, generation=self.generation + 1, number=self.number)
 
@@ -75,6 +77,7 @@ class Rendezvous:
             StageFailure: one did not come within the time-out, or called :meth:`abort`.
         """
         found = self.all_gather("settings", text, "to be set up")
+        # Before looking for failures: whoever has met has used up this number, also where the set-up fails.
         self._note_exchanged()
         for j, theirs in enumerate(found):
             if theirs.startswith(_ABORTED):
@@ -122,6 +125,7 @@ class Rendezvous:
 
     def heartbeat(self, timeout: float, on_dead: Callable[[str], None]) -> Heartbeat:
         """Of this process among them, from now on; ``timeout`` and ``on_dead`` as in :class:`~.heartbeat.Heartbeat`."""
+        # torchrun's agent then serves the store, in a process that outlives the workers.
         by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         holder = None if by_agent or 0 not in self.ranks else self.ranks.index(0)
         store = _clone(self.store)  # through another connection: its requests must not wait behind the main thread's
@@ -134,6 +138,7 @@ class Rendezvous:
             StageFailure: one did not come within the time-out.
         """
         if name not in self._groups:
+            # Counted, since a name may be asked for again after close(), and the store still holds its old addresses.
             full = f"{self._count}-{name}"
             try:
                 with self._sockets:

@@ -68,6 +68,7 @@ class SharedMemoryNorms:
         Raises:
             StageFailure: a stage has ended without it, or did not write it within the time-out.
         """
+        # All are read before any is waited for: usually all are there, and no wait is reported to the heartbeat.
         found = [self._read(j, turn) for j in range(self.depth)]
         return [self._wait(j, turn) if number is None else number for j, number in enumerate(found)]
 
@@ -77,6 +78,7 @@ class SharedMemoryNorms:
 
     def close(self) -> None:
         """Mark this stage as closed, which ends the waits for it, and release the page."""
+        # Before the page goes: the others keep their own mappings, and see it there.
         self._words[self._closed(self.k)] = 1
         self._words.release()
         self._page.close()
@@ -144,6 +146,7 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
         StageFailure: a process did not come within the time-out.
     """
     k, depth, size = rendezvous.index, len(rendezvous.ranks), SharedMemoryNorms.size(len(rendezvous.ranks))
+    # Before the first exchange, which tells the others its name; they may look for it at once.
     made = _make(size) if wanted and k == 0 else None
     page, processes = None, dict[int, int]()
     try:
@@ -152,9 +155,11 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
             page = _find(told[0], size)
             processes = _processes({j: int(pid) for j, (pid, *_) in enumerate(told) if j != k})
         ready = page is not None and len(processes) == depth - 1
+        # A second exchange: all use the page or none does, and nobody closes the descriptor before all have mapped it.
         agreed = set(rendezvous.all_gather("norms/found", "yes" if ready else "no", "to share memory")) == {"yes"}
     finally:
         if made is not None:
+            # The mappings keep the memory; without a descriptor no other process finds it by its name.
             os.close(int(made.split()[0]))
     if agreed and page is not None:
         return SharedMemoryNorms(page, k, depth, rendezvous.timeout.total_seconds(), waiting, processes)
@@ -179,6 +184,7 @@ def _find(told: Sequence[str], size: int) -> mmap.mmap | None:
     pid, fd, name = told
     path = f"/proc/{pid}/fd/{fd}"
     with suppress(OSError):
+        # The random name shows that this is the process that told it, not one of this machine with the same number.
         if os.readlink(path) == f"/memfd:{name} (deleted)":
             found = os.open(path, os.O_RDWR)
             try:
@@ -194,5 +200,6 @@ def _processes(pids: Mapping[int, int]) -> dict[int, int]:
     if sys.platform == "linux":
         for j, pid in pids.items():
             with suppress(OSError):
+                # A descriptor, since a number may be given to another process after the first has ended.
                 found[j] = os.pidfd_open(pid)
     return found

@@ -55,6 +55,7 @@ class BucketedReduction(NoReplicas):
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
         """From now on each gradient that arrives is final, if ``last``."""
+        # In earlier micro-batches gradients still grow: their arrivals count for nothing.
         self._counting = last
         if last:
             self._missing = [set(bucket.params) for bucket in self.buckets]
@@ -69,6 +70,7 @@ class BucketedReduction(NoReplicas):
                 "checkpoint(..., use_reentrant=False), or use each weight in one checkpointed part only"
             )
         self._missing[self._place[p]].discard(p)
+        # Strictly in order: collectives are matched by order, and replicas may finish their buckets in another one.
         while self._next < len(self.buckets) and not self._missing[self._next]:
             self._reduce(self._next)
 
@@ -158,6 +160,7 @@ class _Bucket:
         if found != self._there[0]:
             self._there = found, torch.tensor(found, dtype=first.dtype, device=first.device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
+        # Divided before the sum, not after: in low precision a sum overflows where a mean does not.
         self._sum = torch.cat([*(g.detach().reshape(-1) for g in grads), self._there[1]]).div_(group.size())
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
 
@@ -172,7 +175,9 @@ class _Bucket:
         *means, there = self._sum.split([*(p.numel() for p in self.params), len(self.params)])  # type: ignore[no-untyped-call]
         for n, (p, mean) in enumerate(zip(self.params, means, strict=True)):
             if p.grad is not None:
+                # Into the gradient's own memory: the optimizer, and hooks of the user, may hold it.
                 p.grad.copy_(mean.view_as(p))
+            # Some replica had a gradient: here it was zeros in the sum, and the mean is the gradient.
             elif there[n] > 0:
                 p.grad = mean.view_as(p).clone()
         self._work = self._sum = None

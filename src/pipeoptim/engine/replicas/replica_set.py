@@ -149,6 +149,7 @@ class ReplicaSet:
         vote = torch.tensor([int(wanted)])
         try:
             self._votes.append((dist.all_reduce(vote, dist.ReduceOp.MAX, group=self.control, async_op=True), vote))
+            # Read some mini-batches later, so that nobody waits: by then all replicas have voted.
             if len(self._votes) <= self.depth:
                 return False
             work, vote = self._votes.popleft()
@@ -174,6 +175,7 @@ def broadcast_values(tensors: Sequence[Tensor], group: dist.ProcessGroup, source
     """Give every replica the values of the process with global rank ``source``."""
     with torch.no_grad():
         for tensor in tensors:
+            # Collectives want contiguous memory; where it is a copy, the result must be copied back.
             value = tensor.detach().contiguous()
             dist.broadcast(value, source, group=group)
             tensor.copy_(value)

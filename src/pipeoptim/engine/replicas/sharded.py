@@ -77,6 +77,7 @@ class ShardedReduction(NoReplicas):
                 yield
             finally:
                 for module in self._modules:
+                    # Whole weights of this version must not be found again by the backward, which runs on another one.
                     module.reshard()
 
     @contextmanager
@@ -93,10 +94,12 @@ class ShardedReduction(NoReplicas):
     def finish(self) -> None:
         """The mean is there; let the shards have their part of it."""
         for p, part in self.shards.items():
+            # Both share memory: what clipping does to the shard is seen by the parameter, which the optimizer holds.
             part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The norm of the whole gradient from that of this process's shards."""
+        # In float64, since squares of float32 norms may overflow.
         square = norm.double().square()
         dist.all_reduce(square, group=self._group)
         return square.sqrt().to(norm.dtype)
@@ -124,6 +127,7 @@ def _exchanged(params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> It
 @torch.no_grad()
 def _exchange(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
     for a, b in zip(first, second, strict=True):
+        # One tensor at a time, so that the exchange costs the memory of the largest shard and not of all.
         kept = a.clone()
         a.copy_(b)
         b.copy_(kept)

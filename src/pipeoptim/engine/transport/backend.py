@@ -10,5 +10,6 @@ def uses_gloo(device: str = "cpu") -> bool:
 
     Gloo's point-to-point messages are in the host's memory, so it may have to carry those of any device that has no backend.
     """
+    # "cpu:gloo,cuda:nccl" becomes a dict; a device without an entry is carried by the backend of the CPU.
     backends = dict(pair.split(":") for pair in dist.get_backend_config().split(","))
     return backends.get(device, backends.get("cpu")) == dist.Backend.GLOO

@@ -113,12 +113,15 @@ class Packed(NamedTuple):
 
 def pack_tensor(tensor: Tensor, kind: str) -> Packed:
     """``tensor`` in fewer bytes."""
+    # Cut from the graph: the gradient comes back as a message and is given to the stage's own output.
     x = portable(tensor.detach())
     if kind == "bf16":
         return Packed(x.to(torch.bfloat16), None, tensor.dtype, tensor.requires_grad)
     x = x.float()
     row = _row(x)
+    # Symmetric, so that 0 stays 0. From amax and amin, since abs() would copy the whole tensor.
     scale = torch.maximum(x.amax(row, keepdim=True), -x.amin(row, keepdim=True)).div_(127).clamp_min_(_LEAST_SCALE)
+    # Not finite, a row becomes zeros with a scale of NaN or infinity: their product, NaN, shows at the receiver.
     return Packed((x / scale).round_().nan_to_num_(0.0).to(torch.int8), scale, tensor.dtype, tensor.requires_grad)
 
 
@@ -140,6 +143,7 @@ def _is_packed(value: Any) -> bool:
 def _row(x: Tensor) -> list[int]:
     """The dimensions that share a scale."""
     first, numbers = x.dim(), 1
+    # Ends, for tensors with fewer numbers than that were sent as they are.
     while numbers < ROW:
         first -= 1
         numbers *= x.shape[first]
@@ -167,6 +171,7 @@ class CompressedDirection:
         if self.kind is None:
             return tree
         leaves, spec = tree_flatten(tree)
+        # By position in the mini-batch: messages of one position have one shape, and neighbours are one mini-batch apart.
         place = i % self.positions
         return tree_unflatten([self._packed((place, n), leaf, loss_scale) for n, leaf in enumerate(leaves)], spec)
 
@@ -179,10 +184,14 @@ class CompressedDirection:
         wanted = portable(leaf.detach()).float()
         lost, of = self.lost.get(key, (None, 0.0))
         if lost is not None and lost.shape == wanted.shape:
+            # A loaded checkpoint may hold it on another device.
             share = lost.to(wanted.device)
+            # What is lost was measured with the scale of its time: the factor makes it part of today's gradients.
             wanted = wanted + (share * (loss_scale / of) if loss_scale and of and loss_scale != of else share)
         packed = pack_tensor(wanted, self.kind)._replace(dtype=leaf.dtype, requires_grad=leaf.requires_grad)
+        # Exactly the numbers that the receiver computes, rounding to the original type included.
         arrives = unpack_tensor(packed).detach().float()
+        # An infinity must not stay in the residual, or every later message of this position would be infinite as well.
         self.lost[key] = (wanted - arrives).nan_to_num_(0.0, 0.0, 0.0), loss_scale
         return packed
 

@@ -58,11 +58,14 @@ class LinkEnd:
         self.place = 0 if isinstance(group, UnixChannel) else dist.get_group_rank(group, rank)  # the peer's, in the group
         self.timeout = timedelta(seconds=timeout)
         self.waiting = waiting
+        # Until a format is known, a bare header is awaited, which announces the first one.
         self.size = message.HEADER
         self.format: message.Format | None = None
+        # Counted on both ends and compared: calls in another order on two processes show in the first message.
         self.sequence = 0
 
     def wait(self, work: Any) -> None:
+        # A heartbeat judges a neighbour that has ended only while somebody waits for it.
         self.waiting(self.peer)
         try:
             work.wait(self.timeout)
@@ -84,6 +87,7 @@ class LinkEnd:
 
     def _reason(self, error: RuntimeError) -> str:
         first = (str(error).splitlines() or ["no reason given"])[0][:160]
+        # Words of gloo and of our own channels: torch raises a plain RuntimeError for everything.
         if "imed out" in str(error):
             return f"stage {self.peer} did not answer within {self.timeout.total_seconds():g} s ({first})"
         return f"stage {self.peer} died or closed its connection ({first})"
@@ -136,6 +140,7 @@ class Sender(LinkEnd):
         text = form.describe()
         start = message.HEADER + -(-len(text) // 64) * 64
         block = self._block(start, form, None)
+        # In the old size, since that is what the peer's posted receive waits for.
         notice = MessageBuffer(self._memory(self.size), [])
         message.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
         self._start(notice, [])
@@ -143,11 +148,13 @@ class Sender(LinkEnd):
         message.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, share, taken)
         block.memory[message.HEADER : message.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self.format, self.size = form, form.size
+        # Of the old size: they would never be taken again. Those still on their way are dropped by _finish().
         self._free.clear()
         return block
 
     def delivered(self, count: int) -> None:
         """The peer has received ``count`` messages."""
+        # The peer has them, so that the waits in here end at once.
         while self._pending and self._pending[0][2] < count:
             self._finish()
 
@@ -184,6 +191,7 @@ class Sender(LinkEnd):
     def _finish(self) -> None:
         work, block, _ = self._pending.popleft()
         self.wait(work)
+        # By identity: an equal format that was announced again later has buffers of its own.
         if block.form is not None and block.form is self.format:
             self._free.append(block)
 
@@ -191,6 +199,7 @@ class Sender(LinkEnd):
         """Fill ``block`` with ``tensors`` and begin to send it."""
         message.fill(block.places, tensors)
         try:
+            # The buffer is held here until the send is complete: the transport reads from it after this call.
             self._pending.append((self.group.send([block.memory], self.place, 0), block, self.sequence))
         except RuntimeError as error:
             # Raised with the next message: a script that ends without a drain leaves gradients that nobody waits for.
@@ -251,6 +260,7 @@ class Receiver(LinkEnd):
             self.opposite.delivered(header.taken)
 
     def _receive(self, size: int) -> tuple[Any, Tensor]:
+        # New memory for every message: its tensors are views of it and live as long as the stage's graph wants them.
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
         try:
             return self.group.recv([block], self.place, 0), block

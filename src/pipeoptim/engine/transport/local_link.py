@@ -31,6 +31,7 @@ class LocalSender(Sender):
         if form is None or form.size > SMALL:
             super().send(tree, flags, loss_scale, share)
             return
+        # The usual case: no flattening, no new Format, since the tree looks like the last one.
         tensors = message.unchanged(tree, form)
         if tensors is None:
             found, tensors = message.format_of(tree)
@@ -42,6 +43,7 @@ class LocalSender(Sender):
         begin = message.header(self.sequence, flags, loss_scale, share, self._taken())
         try:
             self.channel.wait_at_most(self.timeout)
+            # The kernel copies before the call returns, so that the tensors need not be kept and may be overwritten.
             self.channel.put([begin, *_memory(tensors, form, _PADS)])
         except RuntimeError as error:  # raised by the next send, as by every sender
             self._broken = StageFailure(self._reason(error))
@@ -65,6 +67,7 @@ class LocalReceiver(Receiver):
         form = self.format
         if form is None or self.size > SMALL:
             return super().receive()
+        # Received straight into the tensors that the module gets: no buffer, no views, no copy.
         tensors = message.empty(form)
         self.waiting(self.peer)
         try:
@@ -75,6 +78,7 @@ class LocalReceiver(Receiver):
         finally:
             self.waiting(None)
         header = self._checked(message.header_in(self._begin))
+        # A notice has the size of the old format: what was read into the tensors means nothing.
         if header.following:
             return self._receive_described(header.following)
         self._note_taken(header)

@@ -43,6 +43,7 @@ def memory_links(depth: int) -> tuple[list[MemoryLink], list[MemoryLink], list[P
     """
     activations = [MemoryLink(copies=True) for _ in range(depth - 1)]
     gradients = [MemoryLink(copies=False) for _ in range(depth - 1)]
+    # Each entry is (from, to) of one neighbour: activations come from the previous stage, gradients from the next.
     before, after = (
         [(None, None), *zip(activations, gradients, strict=True)],
         [*zip(gradients, activations, strict=True), (None, None)],

@@ -27,6 +27,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 
 HEADER = 128  # bytes, of which 72 are used: tensors behind it begin at a multiple of 64, as vector instructions like it
 _MAGIC = 0x50697065_4F707431
+# "<": fixed byte order and sizes, without the gaps that a compiler would add.
 _HEADER = struct.Struct("<5qd3q")
 _PADDING = bytes(HEADER - _HEADER.size)
 
@@ -135,10 +136,12 @@ class Format:
             for entry in described:
                 slot = entry.get("slot") if isinstance(entry, dict) else None
                 leaves.append(parse_value(entry) if slot is None else _slot(offset, *slot))
+                # As format_of() counts, or the two ends would read different bytes.
                 offset += 0 if slot is None else _padded(leaves[-1].nbytes)
             spec = parse_spec(node)
             if spec.num_leaves != len(leaves):
                 raise ValueError(f"{len(leaves)} leaves for a structure of {spec.num_leaves}")
+        # Says more than "damaged": which class is missing here.
         except ConfigError:
             raise
         except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
@@ -158,6 +161,7 @@ def _slot(offset: int, shape: list[int], stride: list[int], dtype: str, requires
     """
     kind = parse_value({"dtype": dtype})
     count, dense = math.prod(shape), 1
+    # From the innermost dimension outwards, each stride must be the product of the lengths inside it.
     for length, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
         if (
             not isinstance(length, int)
@@ -207,6 +211,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
     for value in values:
         check_leaf(value)
         if isinstance(value, Tensor):
+            # The slot describes what is sent, so that a copy in another layout arrives with its own strides.
             sent = portable(value.detach())
             nbytes = sent.numel() * sent.element_size()
             slot = TensorSlot(offset, nbytes, tuple(sent.shape), sent.stride(), sent.dtype, value.requires_grad)
@@ -255,7 +260,9 @@ def header_in(memory: bytearray) -> Header:
 def empty(form: Format) -> list[Tensor]:
     """New tensors for a message, on the CPU."""
     return [
-        torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, requires_grad=slot.requires_grad) for slot in form.slots
+        # With the sender's strides: channels-last stays so, and the next stage picks the same kernels as in one process.
+        torch.empty_strided(slot.shape, slot.stride, dtype=slot.dtype, requires_grad=slot.requires_grad)
+        for slot in form.slots
     ]
 
 
@@ -288,6 +295,7 @@ def read(block: Tensor, start: int, form: Format) -> Any:
         if not isinstance(leaf, TensorSlot):
             values.append(leaf)
         elif leaf.nbytes:
+            # A view, not a copy: the block of the message lives as long as any of its tensors.
             values.append(_at(block, start, leaf).requires_grad_(leaf.requires_grad))
         else:
             empty = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=block.device)
@@ -314,6 +322,7 @@ def put_header(
     """Write the header of a message; on a GPU in the order of what is computed there, without waiting for it."""
     values = (_MAGIC, sequence, flags, following, described, loss_scale, *share, taken)
     if block.is_cpu:
+        # Through numpy, which shares the memory: a tensor of 9 numbers would cost several calls of torch.
         _HEADER.pack_into(cast(Any, block.numpy()), 0, *values)
     else:
         header = torch.frombuffer(bytearray(_HEADER.pack(*values)), dtype=torch.uint8).pin_memory()  # else the copy waits

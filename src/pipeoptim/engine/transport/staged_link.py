@@ -53,6 +53,7 @@ class SideStreams:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        # One stream per direction, so that a copy out that waits for the computation does not hold up one in.
         self._out, self._in = torch.Stream(device), torch.Stream(device)
 
     def pinned(self, size: int) -> Tensor:
@@ -69,6 +70,7 @@ class SideStreams:
 
     def now(self) -> torch.Event:
         """An event that is over when everything submitted until now has been computed."""
+        # Without timing, an event is cheaper to record.
         event = torch.Event(self.device, enable_timing=False)
         event.record(torch.accelerator.current_stream(self.device))
         return event
@@ -82,6 +84,7 @@ class SideStreams:
         return self._copy(self._in, block, host, after)
 
     def _copy(self, stream: torch.Stream, to: Tensor, source: Tensor, after: torch.Event) -> torch.Event:
+        # The stream waits on the device; the program goes on at once.
         stream.wait_event(after)
         with stream:
             to.copy_(source, non_blocking=True)
@@ -119,11 +122,13 @@ class StagedSender(Sender):
 
     def close(self) -> None:
         """Give back what only this link uses; a message that still waits for the device or for its peer is lost."""
+        # The thread looks at it before each message, so that none goes to a transport that is being closed.
         self._courier.closed = True
         self._thread.shutdown(wait=False, cancel_futures=True)
         super().close()
 
     def _block(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
+        # Only the payload is staged on the device: the header is written by the program, into the pinned part.
         copy = self._streams.empty(form.payload)
         return MessageBuffer(self._memory(start + form.payload), message.places(copy, 0, form), again, copy)
 
@@ -134,6 +139,7 @@ class StagedSender(Sender):
         copied = None
         if block.copy is not None and block.copy.numel():
             self._streams.fill(block.places, tensors)
+            # The tensors are the end of the message in every format, whether a description lies before them or not.
             payload = block.memory[-block.copy.numel() :]
             copied = self._streams.copy_out(payload, block.copy, self._streams.now())
         self._pending.append((_Leaving(self._thread.submit(self._courier.hand, block, copied)), block, self.sequence))
@@ -176,6 +182,7 @@ class _Courier:
             channel.send([memory], self.place, 0)
             return
         block = self._shared_block(channel, memory.numel())
+        # Host to host: by now the device has written the pinned memory, which is free again when this returns.
         block.copy_(memory)
         self._shared.append((channel.send([block], self.place, 0), block))
 
@@ -200,6 +207,7 @@ class _Leaving:
         future = self.handed.future
         if not future.done():
             return False
+        # After a failure the buffer is done with, too; the error itself is raised by wait().
         return future.exception() is not None or future.result() is None or bool(future.result().is_completed())
 
     def wait(self, timeout: timedelta) -> None:
@@ -242,6 +250,7 @@ class StagedReceiver(Receiver):
             work = self.group.recv([host], self.place, 0)
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
+        # Allocated now and marked with an event: what was computed in this memory before must be over when the copy begins.
         self._device_memory.append((self._streams.empty(size), self._streams.now()))
         return work, host
 
@@ -252,7 +261,9 @@ class StagedReceiver(Receiver):
     def _read(self, host: Tensor, start: int, form: message.Format) -> Any:
         memory, free = self._device_memory.popleft()
         copied = self._streams.copy_in(memory, host, free)
+        # On the device: the program goes on and queues the forward, which begins when the message is there.
         self._streams.compute_after(copied)
+        # Held until the copy is over; its memory then serves a later receive.
         self._read_from.append((copied, host))
         return message.read(memory, start, form)
 

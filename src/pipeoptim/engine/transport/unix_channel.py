@@ -96,6 +96,7 @@ class UnixChannel:
             RuntimeError: the peer has closed its end.
         """
         try:
+            # One system call for header, tensors and padding, wherever in memory they lie.
             count = self._socket.sendmsg(buffers)
             for buffer in _rest(buffers, count):  # a signal interrupted the call
                 self._socket.sendall(buffer)
@@ -111,6 +112,7 @@ class UnixChannel:
             RuntimeError: none came in time, or the peer has closed its end.
         """
         try:
+            # WAITALL: one call even where the message arrives in pieces.
             count, *_ = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)
             for buffer in _rest(buffers, count) if count else ():
                 while buffer:
@@ -149,6 +151,7 @@ class UnixChannel:
         if size <= SMALL:
             self.put([block.numpy()])
             return _PendingSend(self, 0)
+        # The descriptor travels with the first message in its block; later ones name the block by number.
         fd = self._unsent.pop(address, None)
         if size != self._size:
             self._size = size
@@ -159,6 +162,7 @@ class UnixChannel:
         try:
             self.put([_RECORD.pack(self._known[address], size, fd is not None)])
             if fd is not None:
+                # After the record, with a byte of its own: the receiver reads the record in one piece, then asks for the descriptor.
                 socket.send_fds(self._socket, [b"+"], [fd])
         except OSError as error:
             raise _closed(error) from error
@@ -171,6 +175,7 @@ class UnixChannel:
     def taken(self, wait: bool) -> int:
         """How many blocks the peer has copied out; with ``wait``, after at least one more."""
         try:
+            # One byte per block; a single call collects all that have come.
             answer = self._socket.recv(256, 0 if wait else socket.MSG_DONTWAIT)
         except BlockingIOError:
             if wait:
@@ -204,10 +209,13 @@ class UnixChannel:
             self._theirs.clear()
         if new:
             _, (fd,), _, _ = socket.recv_fds(self._socket, 1, 1)
+            # Mapped once and kept: later messages in this block cost one copy on either side, and no new memory.
             self._theirs[number] = torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
             os.close(fd)
+        # Checked before the copy, since number and size are the peer's word.
         if size != block.numel():
             raise RuntimeError(f"a message of {size} bytes came where one of {block.numel()} was awaited")
+        # Copied out, not used in place: the stage keeps a message until its backward, and the peer could not reuse the block until then.
         block.copy_(self._theirs[number])
         with suppress(OSError):  # the peer may have ended: what it sent still counts
             self._socket.send(b".")
