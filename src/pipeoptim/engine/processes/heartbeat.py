@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from torch.distributed.distributed_c10d import Store
 
 _ENDED = ("gone", "failed")  # beats that do not change any more
-_LINGER = 1.0  # seconds at least in which the others can read the first failure before the store's process may end
+_LINGER = 2.0  # seconds at least in which the others can read the first failure before the store's process may end
 
 
 @dataclass
@@ -104,7 +104,7 @@ class Heartbeat:
 
     def cause(self, own: str) -> str:
         """Why the pipeline failed: the failure that was recorded first, which is ``own`` where no stage came earlier."""
-        first = self._first_failure(own)
+        first = self._first_failure(own) or f"{own}; {self._store_holder} does not answer: look there first"
         self._linger()
         return first
 
@@ -118,12 +118,13 @@ class Heartbeat:
                 if threading.current_thread() is not thread:
                     thread.join(timeout=1.0)  # unless the store hangs it ends at once
 
-    def _first_failure(self, own: str) -> str:
+    def _first_failure(self, own: str) -> str | None:
+        """What the store holds, ``own`` if that is the first; None where the store does not answer."""
         self._to_record = own
         self._wake.set()
         # Bounded: a process that has failed must end, also where the store hangs.
         self._known.wait(0.0 if self._store_lost else max(_LINGER, 4 * self.interval))
-        return self.failure or f"{own}; {self._store_holder} does not answer: look there first"
+        return self.failure
 
     # -- the thread that talks to the store ----------------------------------------------------------------------------
 
@@ -166,9 +167,8 @@ class Heartbeat:
             elapsed, looked = min(now - looked, 2 * self.interval), now
             store, peer = self._judge_store(elapsed), self._judge_peers(elapsed)
             if self.failure is None:
-                self.failure = store or (
-                    peer and self._first_failure(peer)
-                )  # nothing can be recorded in a store that is silent
+                # Nothing can be recorded in a store that is silent; and what this process has seen for itself stands without one.
+                self.failure = store or (peer and (self._first_failure(peer) or peer))
             if self.failure is not None and not self._stop.is_set():
                 self.on_dead(self.failure)
                 return
@@ -204,6 +204,6 @@ class Heartbeat:
         """Let the others read the failure before this process, which may hold the store, ends: they would blame it instead."""
         end = time.monotonic() + max(_LINGER, 4 * self.interval)
         while self.holder == self.k and time.monotonic() < end and not self._stop.is_set():
-            if all(peer.heard in _ENDED for peer in self._peers.values()):
+            if all(peer.heard in _ENDED or peer.silence > self.timeout / 2 for peer in self._peers.values()):
                 return
             time.sleep(self.interval / 4)
