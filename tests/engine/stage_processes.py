@@ -21,6 +21,11 @@ def free_port() -> int:
             return port
 
 
+def slowness() -> float:
+    """How much longer than on an idle machine things may take now: processes that want a core, per core."""
+    return max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
+
+
 @contextmanager
 def stages(script: Path, depth: int, *args: str):
     """Start ``script`` on ``depth`` processes with the environment that torchrun would give; reap them at the end."""
