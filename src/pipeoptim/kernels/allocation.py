@@ -25,6 +25,7 @@ def empty_like(tensor: Tensor) -> Tensor:
     made = torch.empty_like(tensor)
     size = made.numel() * made.element_size()
     if made.is_cpu and size >= WORTH_IT and _madvise() is not None:
+        # madvise takes whole pages: rounded inwards, since the memory around is not ours to advise on.
         start = -(-made.data_ptr() // HUGE) * HUGE
         length = (made.data_ptr() + size - start) // HUGE * HUGE
         _madvise()(ctypes.c_void_p(start), ctypes.c_size_t(length), mmap.MADV_HUGEPAGE)  # advice: it may fail
@@ -40,6 +41,7 @@ def keep_freed_memory() -> None:
     Source: mallopt(3).
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if os.name == "posix" else None
+    # All but MALLOC_ARENA_*, which concern neither setting, end in an underscore.
     chosen = any((name.startswith("MALLOC_") and name.endswith("_")) or name == "GLIBC_TUNABLES" for name in os.environ)
     if mallopt is not None and not chosen:
         mallopt(_TRIM_THRESHOLD, -1)  # never shrink the heap

@@ -35,6 +35,7 @@ def built_library() -> Iterator[Path]:
     for folder in cache_folders():
         try:
             path = _cached(compiler, folder, name)
+        # Not writable or not safe: the next folder may be.
         except OSError:
             continue
         yield path
@@ -112,11 +113,13 @@ def _cached(compiler: str, folder: Path, name: str) -> Path:
         with _locked(folder / f"{name}.lock"):
             if not os.path.lexists(path):  # nobody else made it while we waited
                 compile_native(compiler, path)
+    # Also where it was there already: the folder is safe now, but may not have been when the file was put there.
     _check_file(path)
     return path
 
 
 def _key(compiler: str) -> str:
+    # Size and time stand for the compiler's version; asking it would start another process each time.
     binary = os.stat(os.path.realpath(compiler))
     parts = [compiler, str(binary.st_size), str(binary.st_mtime_ns), *FLAGS, *map(str, BEST_FIRST), platform.machine(), _cpu()]
     text = "\n".join(parts).encode() + b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))

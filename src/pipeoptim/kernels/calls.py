@@ -83,6 +83,7 @@ class AdamCoefficients:
         if self.prediction.steps is not None:
             return layout.BY_DISPLACEMENT
         factors = self.prediction.factors
+        # The same divisor as the step's: the kernel reuses the quotient that it has just computed.
         return layout.BY_RULE if len(factors) == 1 and factors[0][1] == self.inverse else layout.BY_TERMS
 
     def packed(self, into: int, factors: int) -> bytes:
@@ -154,6 +155,7 @@ class MultiTensorStep:
         self._entry, pack = (
             ("adam", layout.ADAM_TENSORS) if isinstance(tensors[0], AdamTensors) else ("sgd", layout.SGD_TENSORS)
         )
+        # Decided for all tensors together: together they either fit into the caches or do not.
         self._into = layout.OVER_GRADIENT if over_gradients else _into([one.out for one in tensors])
         self._count = len(tensors)
         self._tensors = b"".join(pack.pack(one.w.numel(), *map(_address, one)) for one in tensors)
@@ -181,6 +183,7 @@ class StepCounters:
 
     def __init__(self, steps: Sequence[Tensor | None]) -> None:
         self._addresses = Struct(f"@{len(steps)}P").pack(*map(_address, steps))
+        # Reused by every call; `add` returns a copy.
         self._now = (ctypes.c_float * len(steps))()
 
     def add(self, by: float) -> list[float]:
@@ -234,11 +237,13 @@ def run_moves(jobs: Sequence[KernelMove]) -> None:
         for job in jobs
         for value, scale, root, inverse, eps in job.terms
     ]
+    # Referenced until this function returns: the packed jobs point into it.
     table = _memory(terms)
     address = ctypes.addressof(table)
     packed = []
     for w, out, own, lose in jobs:
         packed.append(layout.MOVE.pack(w.numel(), w.data_ptr(), out.data_ptr(), address, len(own), into, lose, 0.0))
+        # The terms of all jobs lie one after the other in `table`.
         address += len(own) * layout.TERM.size
     if jobs:
         _done(library().move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))

@@ -63,6 +63,7 @@ def compile_native(compiler: str, path: Path) -> None:
     """
     said = ""
     for extra in BEST_FIRST:
+        # In the same folder, so that os.replace is a rename and hence atomic.
         handle, part = tempfile.mkstemp(prefix=path.name, suffix=".part", dir=path.parent)
         os.close(handle)
         try:
@@ -88,6 +89,7 @@ def compile_portable(compiler: str, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="pipeoptim-build-") as folder:
         objects = []
         for variant, extra in variants.items():
+            # The same source per variant; -DVARIANT makes the names of its functions differ.
             objects.append(f"{folder}/{variant}.o")
             _run(
                 compiler, *FLAGS, "-fopenmp", *extra, f"-DVARIANT={variant}", "-c", str(SOURCES / "optim.c"), "-o", objects[-1]
@@ -118,5 +120,6 @@ def _error_line(command: list[str]) -> str:
     except OSError as error:  # found, but not a program of this machine
         return str(error)
     lines = done.stderr.strip().splitlines()
+    # Compilers print warnings and notes first.
     telling = [line for line in lines if "error" in line.lower()] or lines or [f"exit code {done.returncode}"]
     return telling[0].strip() if done.returncode else ""

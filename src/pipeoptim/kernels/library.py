@@ -96,6 +96,7 @@ def _wanted() -> str:
 
 def tell_without(what: str, why: object, remedy: str) -> None:
     """Warn that it goes on without some kernel; one process tells it for all on this machine."""
+    # As torchrun numbers the processes of a machine.
     if os.environ.get("LOCAL_RANK", "0") == "0":
         warnings.warn(
             f"pipeoptim goes on without its {what}, and predictions take several passes over memory instead of one, "
@@ -119,12 +120,14 @@ def _load() -> LoadedLibrary:
     wanted = _wanted()
     reason = "PIPEOPTIM_KERNELS asks for it" if wanted == NATIVE else "no library came with the package, as in a checkout"
     broken = ""
+    # The wheel's library first: no compiler, no waiting at the first step.
     if PORTABLE.exists() and wanted != NATIVE:
         try:
             return load_portable(PORTABLE)
         except OSError as error:
             reason = broken = f"the library of the wheel cannot be loaded ({error})"
     try:
+        # Loaded inside the block: a private folder is deleted at its end, and a loaded library needs its file no more.
         with built_library() as path:
             return load_native(path, reason)
     except BuildError as error:
@@ -137,6 +140,7 @@ def load_portable(path: Path, variant: str | None = None) -> LoadedLibrary:
     Raises:
         OSError: it cannot be loaded.
     """
+    # Before the load, which resolves the library's OpenMP symbols.
     _share_openmp()
     loaded = ctypes.CDLL(str(path))
     loaded.pipeoptim_variant.restype = ctypes.c_char_p
@@ -183,6 +187,7 @@ def _entries(loaded: ctypes.CDLL, variant: str) -> Entries:
         raise OSError(str(error)) from error
     sizes = (ctypes.c_int64 * len(layout.SIZES))()
     found.pop("sizes")(sizes)
+    # A library from other sources would read our structures at wrong offsets.
     if list(sizes) != layout.SIZES:
         raise OSError(f"structures of {list(sizes)} bytes where {layout.SIZES} are packed")
     address, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int32
@@ -196,5 +201,6 @@ def _entries(loaded: ctypes.CDLL, variant: str) -> Entries:
         "products": (None, (address, address, address, number, address, address)),
     }
     for name, (result, arguments) in signatures.items():
+        # Without argtypes ctypes would pass addresses as C ints and cut them off.
         found[name].restype, found[name].argtypes = result, arguments
     return Entries(**found)

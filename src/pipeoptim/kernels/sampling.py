@@ -25,9 +25,11 @@ class TensorSampler:
         sizes = [where.numel() for _, where in places]
         self.size = sum(sizes)
         self._runs = [_runs(where) for _, where in places]  # kept alive: the kernel reads them by address
+        # Bytes: 4 per float32.
         begins = [4 * begin for begin in accumulate([0, *sizes[:-1]])]
         runs = [(table.data_ptr(), table.shape[0]) for table in self._runs]
         self._fixed = [(n, *run, begin) for (n, _), run, begin in zip(places, runs, begins, strict=False)]
+        # Four numbers per tensor: address, runs, destination, number of runs.
         self._jobs = Struct(f"@{4 * len(places)}q")
         ends = list(accumulate(sum(where.numel() for _, where in group) for group in groups))
         self._ends = (ctypes.c_int64 * len(ends))(*ends)

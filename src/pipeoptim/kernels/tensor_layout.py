@@ -46,6 +46,7 @@ def _dense(tensor: Tensor) -> bool:
     reach = 1
     # By increasing stride, every dimension must begin where the smaller ones end.
     for stride, size in sorted(zip(tensor.stride(), tensor.shape, strict=True)):
+        # torch gives dimensions of size 1 any stride.
         if size == 1:
             continue
         if stride != reach:

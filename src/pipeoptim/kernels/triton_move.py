@@ -127,6 +127,7 @@ def run_moves(jobs: Sequence[TritonMove]) -> bool:
 def _form(job: TritonMove) -> tuple[Form, list[int]]:
     """The form, and the row of the table of places: size, addresses of w, out, and value and root of each operand."""
     w, out, terms, _ = job
+    # "decayed" has s terms of the same m and v, which are then read once.
     shared = len(terms) > 1 and all(t.value is terms[0].value and t.root is terms[0].root for t in terms)
     row, roots, bits = [w.numel(), w.data_ptr(), out.data_ptr()], 0, w.data_ptr() | out.data_ptr()
     for n, (value, _, root, _, _) in enumerate(terms[:1] if shared else terms):
@@ -146,6 +147,7 @@ def _launch(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) -> bo
 def _launch_here(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) -> bool:
     where = (form.device, torch.cuda.current_stream().cuda_stream if form.device.type == "cuda" else 0)
     blocks = _blocks(tuple(job.w.numel() for job in jobs), BLOCK, *where)
+    # Nothing but empty parameters.
     if not len(blocks):
         return True
     table = _places(tuple(places), *where)

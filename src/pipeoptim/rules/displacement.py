@@ -70,6 +70,7 @@ class DisplacementMemory:
         if len(points) < len(displaced):
             copy_weights(weights, buffers)
             return
+        # Usual in an engine: its one buffer holds the point and takes the prediction.
         overwritten = _same_buffers(points, buffers)
         if distance == 0:
             if overwritten:  # the direction would be lost; an engine uses W_t itself for s = 0, so this copy is a rare one
@@ -77,8 +78,10 @@ class DisplacementMemory:
             copy_weights(weights, buffers)
             return
         for weight, point, buffer in zip(weights, points, buffers, strict=True):
+            # Element by element, so a point may be overwritten by its own prediction.
             extrapolate(weight, point, self.position, distance, buffer)
         if overwritten or self._private:
+            # The old points are gone (or are let go), the predictions are points on the same lines.
             self._replace(displaced, buffers)
             self.position, self._private = distance, False
 

@@ -36,6 +36,7 @@ def apply_plain(weight: Tensor, move: Move, out: Tensor) -> None:
         step = term.value
         if term.root is not None:
             step = step / (term.root.sqrt() / term.root_divisor + term.eps)
+        # Not addcdiv or alpha=: one rounding per operation, so that this reference is plain to compare with.
         result = result - step * term.scale
     out.copy_(result)
 
@@ -66,6 +67,7 @@ def _start(weight: Tensor, term: Term, out: Tensor) -> None:
         return
     torch.sqrt(term.root, out=out)  # `out` holds the denominator first: no temporary
     if isinstance(scale, Tensor) or isinstance(term.root_divisor, Tensor):
+        # alpha= and value= would read the scalar from the device, so every factor is an operation of its own.
         out.div_(term.root_divisor).add_(term.eps)
         torch.div(term.value, out, out=out)
         out.mul_(-scale).add_(weight)
@@ -97,6 +99,7 @@ def apply_foreach(weights: list[Tensor], moves: list[Move], outs: list[Tensor]) 
     for terms in zip(*(move.terms for move in moves), strict=True):
         values = [term.value for term in terms]
         if terms[0].root is None:
+            # One alpha for the whole list: `_signature` keeps moves of another scale out of the block.
             torch._foreach_add_(outs, values, alpha=-_number(terms[0].scale))
             continue
         denominators = list(torch._foreach_sqrt([term.root for term in terms if term.root is not None]))
@@ -160,6 +163,7 @@ class MoveBatch:
     def flush(self) -> None:
         """Write the predictions that are still collected."""
         block, signature = self._block, self._signature
+        # Emptied first: the retry at the end adds to the batch again.
         self._block, self._elements, self._signature = [], 0, None
         if not block:
             return
@@ -175,6 +179,7 @@ class MoveBatch:
 
 
 def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: ApplyMode) -> ApplyMode:
+    # Best first; what a mode cannot do falls through to the next, down to "plain", which can do everything.
     if wanted in ("auto", "kernel") and _kernel_can(weight, move, out):
         return "kernel"
     if wanted in ("auto", "triton") and _triton_can(weight, move, out, wanted):

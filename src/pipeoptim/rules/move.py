@@ -100,6 +100,7 @@ def scalar(value: Any) -> Scalar:
     """A hyperparameter as a float, or as a 0-dim tensor where reading it would wait for an accelerator."""
     if isinstance(value, Tensor):
         value = value.detach()
+        # On a CPU reading is free, and a float takes the faster paths of the interpreters.
         return float(value.item()) if value.device.type == "cpu" else value.reshape(())
     return float(value)
 
@@ -109,6 +110,7 @@ def total(values: Sequence[Scalar]) -> Scalar:
     floats = [v for v in values if not isinstance(v, Tensor)]
     if len(floats) == len(values):
         return math.fsum(floats)
+    # One tensor s times, as without a schedule: one multiplication, rounded once, as for floats.
     if all(v is values[0] for v in values):
         return values[0] * len(values)
     result: Scalar = 0.0
@@ -136,6 +138,7 @@ def steps_taken(state: State) -> Scalar | None:
 def gradient(weight: Tensor, grad: Tensor, group: Group, *, decay: bool) -> Tensor:
     """The gradient that enters the update: maximize sign, and ``weight_decay * W`` if `decay` (coupled decay)."""
     if group.get("maximize", False):
+        # A new tensor: the caller's gradient is not ours to change.
         grad = -grad
     weight_decay = scalar(group.get("weight_decay", 0.0)) if decay else 0.0
     if isinstance(weight_decay, Tensor):

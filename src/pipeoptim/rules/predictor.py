@@ -69,6 +69,7 @@ class Predictor:
     ) -> None:
         self.optimizer = optimizer
         self.scheduler = scheduler
+        # Kernels step whole parameters; the optimizer's own step knows how to treat shards.
         self.fused: Literal["auto", False] = False if shards else fused
         self.shards = shards
         self.scale = 1.0
@@ -113,6 +114,7 @@ class Predictor:
         check_steps(steps)
         if self.fused != "auto" or steps == 0:
             return False
+        # after=1: the present rate is that of this step; the prediction begins with the next.
         entries, horizon = self._table.current(), self._horizon(steps, after=1)
         if not self._fused_step(entries.all, horizon, out):
             return False
@@ -140,11 +142,13 @@ class Predictor:
 
     def _note_fused(self, entries: EntrySet, horizon: Horizon, out: Sequence[Tensor]) -> None:
         """What a fused step has predicted, into which buffers."""
+        # The buffers hold W_t + s d now: a point on the line from which other predictions can be made.
         self._displacements.remember(entries.displaced, out, horizon.displacements)
         self._fused_assumptions = _assumptions(entries, horizon)
 
     def step(self) -> None:
         """``optimizer.step()``, by the kernel of `fused_step` where it has one: for a stage that has nothing to predict."""
+        # No buffers, no horizon: the kernel steps only.
         if not (self.fuses and self._fused_step(self._table.current().all)):
             self.optimizer.step()
 
@@ -153,6 +157,7 @@ class Predictor:
 
         It is not if someone changed learning rates, scale, kinds or weights since: a callback between two mini-batches, say.
         """
+        # Compared instead of noted: nothing tells a predictor that a user changed a rate or a weight.
         return self._fused_assumptions == _assumptions(self._table.current(), self._horizon(steps))
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
@@ -160,6 +165,7 @@ class Predictor:
         entries = self._table.current()
         if not entries.displaced:
             return
+        # Known points belong to the displacement that this step replaces.
         self._displacements.forget()
         if spare is not None:
             _check_count(spare, len(entries.all))
@@ -170,6 +176,7 @@ class Predictor:
         """Call just after the step, with the gradients still in place."""
         entries = self._table.current()
         if entries.need_grad:
+            # References, not copies: the engine drops p.grad afterwards, so these tensors are not written again.
             self._grads = [entry.weight.grad if entry.needs_grad else None for entry in entries.all]
 
     # -- predictions ---------------------------------------------------------------------------------------------------
@@ -215,6 +222,7 @@ class Predictor:
             )
         self._grads = self._like_params(state["grads"])
         self._displacements.load(self._like_params(state["known"]), float(state["known_at"]))
+        # Whatever was predicted before the load belongs to other weights.
         self._fused_assumptions = None
 
     def _like_params(self, saved: Sequence[Tensor | None] | None) -> Buffers | None:
@@ -231,6 +239,7 @@ class Predictor:
 
 
 def _assumptions(entries: EntrySet, horizon: Horizon) -> FusedAssumptions:
+    # autograd counts in-place changes: a weight that was changed is noticed without reading it.
     return FusedAssumptions(horizon.rates, horizon.scale, entries.kinds, [entry.weight._version for entry in entries.all])
 
 

@@ -30,6 +30,7 @@ def to_text(program: Program, minibatches: int, width: int | None = None) -> str
     """
     spans = timeline(program, minibatches)
     cell = 2 + len(str(minibatches * program.microbatches - 1))
+    # Whole numbers: F lasts 1 and B 2 units here.
     length = int(max(s.end for s in spans))
     lines = []
     for k in range(program.depth):
@@ -44,6 +45,7 @@ def to_text(program: Program, minibatches: int, width: int | None = None) -> str
             for t in range(start + 1, int(span.end)):
                 cells[t] = ("=" * (cell - 1)).ljust(cell)
         row = "".join(("'" if t in updates else " ") + c for t, c in enumerate(cells))
+        # An update at the very end has no cell behind it.
         row += "'" if length in updates else ""
         line = f"{_label(program, k)} |{row}".rstrip()
         lines.append(line if width is None else line[:width])

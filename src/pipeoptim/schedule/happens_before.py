@@ -48,8 +48,10 @@ def _updates_before(spans: Sequence[Span], program: Program) -> list[tuple[Span,
     for span in spans:
         k, (kind, number) = span.k, span.action
         p = program.process_of(k)
+        # F of the first stage and B of the last have no such neighbour: they know what their process knows.
         needed = of_action.get((k - 1 if kind is ActionKind.F else k + 1, kind, number), of_process[p])
         known = list(map(max, of_process[p], of_process[p] if kind is ActionKind.U else needed))
+        # Vector clocks, with updates as the events that count.
         known[k] += kind is ActionKind.U
         of_process[p] = of_action[k, kind, number] = known
         result.append((span, known))

@@ -44,6 +44,7 @@ class Order(ABC):
     def in_flight(self, k: int, depth: int, m: int) -> int:
         """The most micro-batches whose forward is done and whose backward is not, on stage ``k``: counted, unless a formula is known."""
         flying = most = 0
+        # Long enough for the warm-up of the first stage, after which counts repeat.
         for n in range(2 * depth + 2):
             for action in self.step(k, depth, m, n):
                 flying += {ActionKind.F: 1, ActionKind.B: -1}.get(action.kind, 0)
@@ -89,6 +90,7 @@ class AsyncOneFOneB(Order):
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         ahead = depth - 1 - k
+        # Where fewer than `ahead` micro-batches were ever fed, all of them are still in flight.
         return [a for i in range(max(0, n * m - ahead), n * m) for a in _backward(i, m)]
 
     def in_flight(self, k: int, depth: int, m: int) -> int:
@@ -162,6 +164,7 @@ class AsyncInterleaved(Order):
     def process_step(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
         shape = _Slots(self.processes or depth, depth, m)
         slots = range(n * m * shape.v, (n + 1) * m * shape.v)
+        # F first: on the last stage the B of a slot is that of the same micro-batch.
         return [a for q in slots for a in [*shape.forward(p, q), *shape.backward(p, q)]]
 
     def process_drain(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
@@ -171,6 +174,7 @@ class AsyncInterleaved(Order):
         return [(k, a) for q in slots for k, a in shape.backward(p, q, before=n * m)]
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
+        # Derived from the process's list, so the two cannot disagree on the order.
         return [a for j, a in self.process_step(k % (self.processes or depth), depth, m, n) if j == k]
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
@@ -202,9 +206,11 @@ class _Slots:
 
     def backward(self, p: int, q: int, before: int | None = None) -> list[tuple[int, Action]]:
         """The B in slot ``q``, with its U; none in the warm-up, and none of micro-batches from ``before`` on."""
+        # At most one v matches, by the choice of c.
         for v in range(self.v):
             block, j = divmod(q - self.lag(v, p), self.g * self.v)
             i = block * self.g + j
+            # Negative blocks: the slot lies before the first backward of this stage.
             if block >= 0 and j < self.g and (before is None or i < before):
                 return [(v * self.processes + p, a) for a in _backward(i, self.m)]
         return []

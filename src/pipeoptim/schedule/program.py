@@ -97,11 +97,13 @@ class Program:
         """Actions of stage ``k`` when mini-batch ``n`` (from 0 since the last restart) is fed."""
         self._check_stage(k)
         actions = self.placed_order.step(k, self.depth, self.microbatches, n)
+        # What is left over here is what `_postponed` finds again for mini-batch n + 1.
         return _after_next_forward([*self._postponed(k, n), *actions])[0] if self.overlap else actions
 
     def drain(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` that finish all that is in flight after ``n`` mini-batches were fed."""
         self._check_stage(k)
+        # No forward comes any more, so the postponed update is due at once.
         left = self._postponed(k, n) if self.overlap else []
         return left + self.placed_order.drain(k, self.depth, self.microbatches, n)
 
@@ -115,6 +117,7 @@ class Program:
 
     def _merged(self, p: int, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:
         """The actions of all stages of process ``p``: F and B in the order of ``base``, each U right behind what it follows in ``own``."""
+        # The stages of process p: every P-th, beginning with p.
         left = {k: deque(own(k)) for k in range(p, self.depth, self.processes or self.depth)}
         merged: list[tuple[int, Action]] = []
         for k, action in base:
@@ -184,6 +187,7 @@ def count_gaps(actions: Iterable[Action]) -> dict[int, int]:
         if kind is ActionKind.U:
             updates += 1
         elif kind is ActionKind.F:
+            # The version that this forward sees, counted from the (re)start.
             at_forward[index] = updates
         elif kind is ActionKind.B:
             gaps[index] = updates - at_forward[index]
@@ -192,4 +196,5 @@ def count_gaps(actions: Iterable[Action]) -> dict[int, int]:
 
 @lru_cache(maxsize=1024)
 def _gap_table(program: Program, k: int) -> dict[int, int]:
+    # `gap` looks up mini-batches 0 .. D; those behind them keep the drain at the end away.
     return count_gaps(program.full(k, minibatches=2 * program.depth + 2))

@@ -73,6 +73,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
     todo = [list(plan)[::-1] for plan in plans]  # reversed: the next action is taken off the end
     planned = {step for plan in plans for step in plan}
     clock = [0.0] * len(plans)
+    # End of every F and B so far, which is when its result reaches the neighbour.
     done: dict[tuple[int, Action], float] = {}
     spans: list[Span] = []
     process_of = {k: p for p, plan in enumerate(plans) for k, _ in plan}
@@ -80,6 +81,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
     while awake:
         p = awake.popleft()
         queue, neighbours = todo[p], set[int]()
+        # As far as it gets: one wake-up may carry out a whole mini-batch.
         while queue and (ready := _ready(*queue[-1], depth, done, planned)) is not None:
             k, action = queue.pop()
             start = max(clock[p], ready)
@@ -121,4 +123,5 @@ def _ready(
     ):
         return 0.0
     needed = (k - 1 if action.kind is ActionKind.F else k + 1, action)
+    # Not planned: it lies before a list that was cut out of a longer run.
     return done.get(needed) if needed in planned else 0.0

@@ -41,6 +41,7 @@ def validate(program: Program, minibatches: int) -> None:
     Example:
         >>> validate(Program("async_1f1b", depth=4, microbatches=2), minibatches=5)
     """
+    # Per stage, not per process: stages that share a process still exchange messages one to one.
     plans = [program.full(k, minibatches) for k in range(program.depth)]
     for k, actions in enumerate(plans):
         _check_stage(k, actions, program.microbatches, minibatches)
@@ -69,6 +70,7 @@ def _check_stage(k: int, actions: list[Action], m: int, minibatches: int) -> Non
         seen.add(action)
     counts = {ActionKind.F: minibatches * m, ActionKind.B: minibatches * m, ActionKind.U: minibatches}
     for kind, expected in counts.items():
+        # `seen` has no duplicates by now.
         found = sum(a.kind is kind for a in seen)
         if found != expected:
             raise PipeOptimError(f"stage {k}: {found} {kind.value} where {expected} are due")

@@ -40,6 +40,7 @@ class BufferSet:
 
     def __init__(self, bases: Sequence[Tensor], places: Sequence[Place] | None) -> None:
         self.bases = list(bases)
+        # What SavedWeights looks up per saved tensor, so it is built once per copy.
         self.table = {base.untyped_storage().data_ptr(): n for n, base in enumerate(self.bases)}
         self.tensors = self.bases if places is None else [view(self.bases, place) for place in places]
         self.adopted = places is None
@@ -72,6 +73,7 @@ class StorageLayout:
     @property
     def one_storage_each(self) -> bool:
         """Whether every parameter fills a storage of its own, so that any tensor of the same layout can hold a copy of it."""
+        # Equal numbers: no two parameters share a storage.
         return len(self.places) == len(self.latest.bases) and all(
             place.offset == 0 and place.size.numel() == base.numel()
             for place, base in zip(self.places, self.latest.bases, strict=True)
@@ -79,6 +81,7 @@ class StorageLayout:
 
     def adopt(self, tensors: Sequence[Tensor]) -> BufferSet:
         """Foreign tensors with the layout of the parameters, as a copy; only where :attr:`one_storage_each`."""
+        # No places: each gradient is the base of its parameter, with the parameter's own strides.
         return BufferSet(tensors, None)
 
 
@@ -87,6 +90,7 @@ def view(bases: Sequence[Tensor], place: Place) -> Tensor:
     base = bases[place.storage]
     if base.dtype is place.dtype:  # as_strided counts in elements of the base's type
         return base.as_strided(place.size, place.stride, place.offset)
+    # Parameters of two types in one storage (a flat buffer reinterpreted): set_() counts in elements of the place's own type.
     other = torch.empty(0, dtype=place.dtype, device=base.device)
     return other.set_(base.untyped_storage(), place.offset, place.size, place.stride)  # type: ignore[no-any-return,call-overload]
 
@@ -94,5 +98,6 @@ def view(bases: Sequence[Tensor], place: Place) -> Tensor:
 def _whole(p: Tensor) -> Tensor:
     """The storage of ``p`` from end to end, as one detached flat tensor of its type."""
     storage = p.untyped_storage()
+    # set_() rather than view(): it reaches parts of the storage before and behind the parameter.
     flat = torch.empty(0, dtype=p.dtype, device=p.device)
     return flat.set_(storage, 0, (storage.nbytes() // p.element_size(),), (1,))  # type: ignore[no-any-return,call-overload]

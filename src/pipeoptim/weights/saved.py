@@ -49,6 +49,7 @@ class SavedWeights(torch.autograd.graph.saved_tensors_hooks):
                 if self.target is None:
                     raise PipeOptimError("a backward ran outside the pipeline: no weights were chosen for it")
                 return view(self.target, packed)
+            # An activation: kept by value, as without hooks.
             tensor, version = packed
             if tensor._version != version:
                 raise RuntimeError(
@@ -57,4 +58,5 @@ class SavedWeights(torch.autograd.graph.saved_tensors_hooks):
                 )
             return tensor  # type: ignore[no-any-return]
 
+        # Closures over `table`, not methods: autograd calls them once per saved tensor.
         super().__init__(pack, unpack)

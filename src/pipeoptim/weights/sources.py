@@ -72,6 +72,7 @@ def counted_gap(program: Program, k: int, i: int) -> int:
 class Predicted(Source):
     """W_hat(t+s), from the optimizer's update rule; s = ``steps(program, k, i)``, by default the counted version gap."""
 
+    # A named function: `any_order` recognizes it by identity.
     steps: Callable[[Program, int, int], int] = counted_gap
     predicts: ClassVar[bool] = True
 
@@ -95,6 +96,7 @@ class PredictedOnce(Predicted):
         if j == 0:  # the bellwether: its prediction is pinned until the last micro-batch has taken it
             weights.pin((self, n), weights.predicted(self.steps_ahead(weights.program, weights.k, i)))
         weight_set = weights.pinned((self, n))
+        # The caller's hold on the set outlives the pin.
         if j == weights.program.microbatches - 1:
             weights.unpin((self, n))
         return weight_set
@@ -114,6 +116,7 @@ class Numbered(Source):
         return False
 
     def acquire(self, weights: StageWeights, i: int) -> WeightSet:
+        # Programs count from the last restart, versions from the first update of all.
         return weights.numbered(weights.restart + self.number(weights.program, weights.k, i))
 
     def oldest_needed(self, weights: StageWeights, i: int) -> int | None:

@@ -122,11 +122,13 @@ class StageWeights:
             return self._acquire((self.version, 0))
         weight_set = self._sets.get(key)
         if weight_set is not None and (not weight_set.early or self._still_holds(steps)):
+            # Used from here on: a second forward of this version shares it without another check.
             weight_set.early = False
             return self._acquire(key)
         if any(s.key[0] == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values()):
             self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
         self._drop_stale_predictions()  # first, so that the new prediction may overwrite the old one
+        # Kept under its key with 0 users as well, until an update or another prediction needs the memory.
         weight_set = self._sets[key] = WeightSet(key, self._take())
         assert weight_set.copy is not None
         with torch.no_grad():
@@ -152,6 +154,7 @@ class StageWeights:
         """Hold the latest version if it is ``oldest`` or newer, and release older ones."""
         if self.version >= oldest and self.version not in self._retained:
             self._retained[self.version] = self.latest()
+        # Listed first: `release` deletes entries.
         for version in [v for v in self._retained if v < oldest]:
             self.release(self._retained.pop(version))
 
@@ -167,12 +170,14 @@ class StageWeights:
         self._sets.clear()
         self._pinned.clear()
         self._retained.clear()
+        # Adopted memory belongs to the gradients of an update that is over; own copies are reused.
         self._copies = [copy for copy in self._copies if not copy.adopted]
         self._free = list(self._copies)
 
     def before_update(self) -> None:
         """Copy the latest weights if they are in use; free unused predictions."""
         weight_set = self._sets.get((self.version, 0))
+        # Only if a micro-batch in flight still holds the latest set; else the update overwrites in place.
         if weight_set is not None and weight_set.copy is None:
             weight_set.copy = self._take()
             with torch.no_grad():
@@ -200,12 +205,14 @@ class StageWeights:
         room = len(self._copies) - len(self._free) < self.most_copies  # or it would be one copy more than ever needed
         if not room or self._fusing is None or not self._fusing.fuses:
             return False
+        # First choice: it allocates nothing and writes back the cache lines that the step has just read.
         copy = self._predicted_over_gradients(self._fusing, ahead)
         if copy is None:
             copy = self._take()
             if not self._fusing.fused_step(copy.tensors, ahead):  # nothing was done: torch's step has to run
                 self._free.append(copy)
                 return False
+        # For the coming version: `after_update` counts it right after the step.
         weight_set = self._sets[self.version + 1, ahead] = WeightSet((self.version + 1, ahead), copy)
         weight_set.early = True
         return True
@@ -265,6 +272,7 @@ class StageWeights:
 
     def _forget(self, weight_set: WeightSet) -> None:
         del self._sets[weight_set.key]
+        # Not reusable: the next update brings gradients of its own.
         if weight_set.copy is not None and weight_set.copy.adopted:
             self._copies.remove(weight_set.copy)
         elif weight_set.copy is not None:

@@ -27,6 +27,7 @@ class swapped:  # noqa: N801  # used like a function; as a generator it took thr
         0.0
     """
 
+    # Made once per forward and backward.
     __slots__ = ("_originals", "_params", "_tensors")
 
     def __init__(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> None:

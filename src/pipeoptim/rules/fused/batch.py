@@ -39,6 +39,7 @@ class StepperBatch:
     ) -> None:
         self.stepper, self.entries = stepper, entries
         self.places = [entry.number for entry in entries]
+        # None for optimizers that do not count (SGD).
         self._step_counts = [entry.state.get("step") for entry in entries]
         self._counters = calls.StepCounters(self._step_counts)
         tensors = [
@@ -54,6 +55,7 @@ class StepperBatch:
         first_of = {group: n for n, group in reversed(list(enumerate(self._groups)))}  # reversed: the first one wins
         rank = {group: n for n, group in enumerate(first_of)}
         self._group_ranks, self._firsts = [rank[group] for group in self._groups], list(first_of.values())
+        # Options are compared per group, not per parameter: parameters of a group share them.
         self._options = [(entries[n].group, stepper.state_names(entries[n].group)) for n in self._firsts]
 
     def job(self, grads: Sequence[Tensor | None], horizon: Horizon | None) -> tuple[list[int], list[int], list[Any]]:
@@ -63,6 +65,7 @@ class StepperBatch:
             grads: of every parameter of the optimizer.
             horizon: what to predict from.
         """
+        # Only the parameters of this stepper, in its order.
         own = [grads[n] for n in self.places]
         # Counted before the rule is asked, which then reads the t of this step.
         set_of, samples = self._coefficient_sets(self._counters.add(1.0))
@@ -70,6 +73,7 @@ class StepperBatch:
         for first, t in samples:
             entry, grad = self.entries[first], own[first]
             assert grad is not None
+            # One parameter stands for its set: the rule's numbers depend on group and t only.
             prediction = None if horizon is None else _kernel_prediction(entry, self.stepper, grad, horizon)
             sets.append(self.stepper.coefficients(entry.group, t, prediction))
         return [grad.data_ptr() for grad in own if grad is not None], set_of, sets
@@ -80,6 +84,7 @@ class StepperBatch:
 
     def supports_next_step(self) -> bool:
         """Whether the kernel can take the next step."""
+        # Adding 0 reads the counts in one call; nothing is counted before all batches are known to support it.
         now = self._counters.add(0.0)
         after = [0.0 if step is None else count + 1 for step, count in zip(self._step_counts, now, strict=True)]
         return all(self.stepper.supports_step(self.entries[n].group, t) for n, t in self._coefficient_sets(after)[1])

@@ -30,8 +30,10 @@ def exclusively_owned(grads: Sequence[Tensor]) -> bool:
         False
     """
     exclusive = _exclusive_counts()
+    # A view that begins further on shares its memory with others by construction.
     if exclusive is None or any(map(Tensor.storage_offset, grads)):
         return False
+    # Each storage object is one more user of the memory, here as in `_exclusive_counts`.
     memory = [grad.untyped_storage() for grad in grads]
     filled = [*map(UntypedStorage.nbytes, memory)] == [*map(_nbytes, grads)]  # nothing else lies in the same memory
     return filled and _counts(grads, memory) <= exclusive
@@ -51,6 +53,7 @@ def _exclusive_counts() -> set[tuple[int, int, int]] | None:
     """The counts of a gradient that nothing else refers to, as this version of torch counts; None where it does not count."""
     if not hasattr(Tensor, "_use_count") or not hasattr(torch._C, "_storage_Use_Count"):
         return None
+    # Measured on a gradient of autograd's own making rather than assumed: torch's versions count differently.
     with torch.enable_grad():
         p = torch.nn.Parameter(torch.ones(1))
         p.sum().backward()  # type: ignore[no-untyped-call]

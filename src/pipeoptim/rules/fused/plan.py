@@ -37,6 +37,7 @@ def _form(tensor: Tensor) -> _Form:
 
 def _ordinary(tensors: Sequence[Tensor]) -> bool:
     """Whether all are plain, dense tensors of float32 on a CPU."""
+    # Tensor subclasses (DTensor, functorch's wrappers) need not have their values at data_ptr().
     if not set(map(type, tensors)) <= _PLAIN or set(map(_layout, tensors)) != {torch.strided}:
         return False
     return set(map(_dtype, tensors)) == {torch.float32} and all(map(_is_cpu, tensors))
@@ -59,6 +60,7 @@ class WeightForms:
         """Whether the weights lie as before, and these new gradients as the weights do."""
         if _addresses(self.weights) != self.addresses:
             return False
+        # A lazily negated gradient (is_neg) has its values in memory with the opposite sign.
         if not _ordinary(grads) or set(map(_dtype, self.weights)) != {torch.float32} or any(map(Tensor.is_neg, grads)):
             return False
         if self.forms == [*map(_form, self.weights)] == [*map(_form, grads)]:
@@ -77,6 +79,7 @@ class StateSnapshot:
     """
 
     def __init__(self, entries: Sequence[ParameterEntry], moving: Sequence[ParameterEntry]) -> None:
+        # The members of a combined optimizer, each once, in the order of the entries.
         self.optimizers = list({id(entry.optimizer): entry.optimizer for entry in entries}.values())
         self.states = self._present_states()
         self._holders: list[Mapping[str, Any]] = []  # of each tensor: the state that holds it ...
@@ -85,6 +88,7 @@ class StateSnapshot:
         for entry in moving:
             stepper, state = stepper_of(entry.rule), entry.state
             assert stepper is not None
+            # The step count as well: the kernel adds to it by address.
             for name in (*stepper.state_names(entry.group), *(["step"] if "step" in state else [])):
                 self._holders.append(state)
                 self._names.append(name)
@@ -99,6 +103,7 @@ class StateSnapshot:
     def unchanged(self) -> bool:
         """Whether every state holds the same tensors at the same addresses."""
         states = self._present_states()
+        # By identity, which is enough: load_state_dict() replaces these dictionaries.
         if len(states) != len(self.states) or not all(map(is_, states, self.states)):
             return False
         try:
@@ -135,12 +140,14 @@ class FusedPlan:
         self, entries: Sequence[ParameterEntry], grads: Sequence[Tensor | None], out: Sequence[Tensor] | None
     ) -> bool:
         """Whether nothing has changed, and these gradients lie in memory as the weights do."""
+        # EntryTable returns the same list until a param group changes, so identity covers groups and kinds.
         if entries is not self.entries or [n for n, grad in enumerate(grads) if grad is None] != self.without_grad:
             return False
         if len(out or ()) != len(self.out) or not all(map(is_, out or (), self.out)):
             return False
         if not self.state.unchanged():
             return False
+        # Options are plain numbers in the groups, which anybody may change between two steps (amsgrad, momentum, ...).
         for batch in self.batches:
             if not batch.options_unchanged():
                 return False
@@ -168,6 +175,7 @@ def make_plan(
         if stepper is None or not _kernel_can(stepper, entry, grad, None if out is None else out[entry.number]):
             return None
         moving.append(entry)
+        # One kernel call per stepper; two families share a plan where a combined optimizer steps both.
         by_stepper.setdefault(stepper, []).append(entry)
     if not moving or not available():
         return None
@@ -176,6 +184,7 @@ def make_plan(
     present = [grad for grad in grads if grad is not None]
     return FusedPlan(
         entries=entries,
+        # A copy: the caller's list may change, while `still_fits` compares the buffers themselves.
         out=list(out or ()),
         batches=[StepperBatch(stepper, theirs, out, over_gradients) for stepper, theirs in by_stepper.items()],
         without_grad=[n for n, grad in enumerate(grads) if grad is None],

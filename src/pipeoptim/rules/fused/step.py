@@ -50,6 +50,7 @@ class FusedStep:
 
     def possible(self, entries: Sequence[ParameterEntry]) -> bool:
         """Whether there is a kernel for every parameter; hooks and states are looked at in each step."""
+        # Asked before every update, so the answer is kept for as long as the entries are the same object.
         if entries is not self._asked_for:
             self._asked_for, self._possible = entries, _have_kernels(entries)
         return self._possible
@@ -67,10 +68,12 @@ class FusedStep:
         """
         if not self._unpatched():
             return False
+        # An engine alternates between a few buffer sets; the first buffer identifies the set.
         plan, grads = self._plan(entries, out, _NO_BUFFERS if not out else id(out[0]))
         if plan is None:
             return False
         self._run(plan, grads, horizon)
+        # The kernel visits only parameters that move, but every buffer must hold a prediction.
         if horizon is not None and out is not None and plan.without_grad:
             _predict_unmoved([entries[n] for n in plan.without_grad], horizon, [out[n] for n in plan.without_grad])
         return True
@@ -87,6 +90,7 @@ class FusedStep:
         if not self._unpatched():
             return None
         plan, grads = self._plan(entries, None, _GRADIENTS)
+        # The gradients replace the whole buffer set, so all of them must exist.
         if plan is None or plan.without_grad:
             return None
         found = [grad for grad in grads if grad is not None]
@@ -101,10 +105,12 @@ class FusedStep:
 
     def _run(self, plan: FusedPlan, grads: Sequence[Tensor | None], horizon: Horizon | None) -> None:
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
+        # Under torch's profiler the step keeps the name under which users look for it; otherwise no overhead.
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             for batch in plan.batches:
                 batch.kernel.run(*batch.job(grads, horizon))
         for one in {self.optimizer, *members(self.optimizer)}:
+            # Or the scheduler would warn that it steps before its optimizer.
             if hasattr(one.step, "_wrapped_by_lr_sched"):
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
 
@@ -118,10 +124,12 @@ class FusedStep:
         grads = [entry.weight.grad for entry in entries]
         if plan is None or not plan.still_fits(entries, grads, out):
             plan = make_plan(entries, grads, out, over_gradients=key == _GRADIENTS)
+            # Emptied as a whole: a plan holds its tensors alive, and stale ones are of no use.
             if len(self._plans) >= MAX_PLANS or plan is None:
                 self._plans.clear()
             if plan is not None:
                 self._plans[key] = plan
+        # Asked last: RAdam's first steps are torch's, while the plan itself stays good.
         return (plan if plan is not None and plan.supports_next_step() else None), grads
 
 
@@ -135,6 +143,7 @@ def _predict_unmoved(entries: Sequence[ParameterEntry], horizon: Horizon, out: S
     """Parameters without a gradient: the step skips them, their prediction follows from their state."""
     for entry, buffer in zip(entries, out, strict=True):
         if entry.kind == "displacement":
+            # Without a gradient torch's step skips it: its last displacement is 0.
             buffer.copy_(entry.weight)
     predict_by_rule(entries, [None] * len(entries), horizon, out)
 
@@ -150,5 +159,6 @@ def _unpatched(optimizer: Optimizer) -> bool:
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
     )
+    # GradScaler sets these on torch's fused optimizers, whose step then unscales by itself.
     scaled = getattr(optimizer, "grad_scale", None) is not None or getattr(optimizer, "found_inf", None) is not None
     return not any(hooks) and not scaled

@@ -63,10 +63,12 @@ class AdamStepper(Stepper):
             b1=beta1,
             b2=beta2,
             rate=lr / (1 - beta1**t),  # the bias correction of m; that of v is in `inverse`
+            # A reciprocal: the kernel multiplies per element where torch divides.
             inverse=1.0 / _number(square_root(1 - beta2**t)),
             eps=_number(group["eps"]),
             sign=-1.0 if group["maximize"] else 1.0,
             coupled=0.0 if decoupled else decay,
+            # Decoupled decay shrinks the weight before the step, coupled decay enters the gradient.
             decay=lr * decay if decoupled else 0.0,
             prediction=prediction,
         )
@@ -76,6 +78,7 @@ class AdamStepper(Stepper):
         return calls.AdamTensors(weight, first, second, out)
 
     def prediction_factors(self, move: Move, grad: Tensor, state: State) -> tuple[tuple[float, float], ...]:
+        # The kernel has m and v in registers and reads no other tensors, so the terms must be of these.
         assert all(t.value is state["exp_avg"] and t.root is state["exp_avg_sq"] for t in move.terms)
         return tuple((_number(t.scale), 1.0 / _number(t.root_divisor)) for t in move.terms)
 
@@ -98,6 +101,7 @@ class RootStepper(Stepper):
 
     def supports(self, group: Group) -> bool:
         plain = not (group["differentiable"] or group.get("capturable", False))
+        # Decay is excluded here; see the class.
         return plain and _are_numbers((group["lr"], group["weight_decay"])) and _number(group["weight_decay"]) == 0
 
     def state_names(self, group: Group) -> tuple[str, ...]:
@@ -126,6 +130,7 @@ class SgdStepper(Stepper):
         return not group["differentiable"] and _are_numbers(numbers)
 
     def state_names(self, group: Group) -> tuple[str, ...]:
+        # torch makes no buffer without momentum.
         return () if _number(group["momentum"]) == 0 else ("momentum_buffer",)
 
     def coefficients(self, group: Group, t: float, prediction: calls.KernelPrediction | None) -> calls.SgdCoefficients:
@@ -134,6 +139,7 @@ class SgdStepper(Stepper):
             lr=_number(group["lr"]),
             mu=mu,
             damp=1.0 - _number(group["dampening"]),
+            # Factors of gradient and buffer in the step.
             along=(1.0, mu) if group["nesterov"] else (0.0, 1.0),
             sign=-1.0 if group["maximize"] else 1.0,
             coupled=_number(group["weight_decay"]),
