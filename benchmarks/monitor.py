@@ -67,7 +67,7 @@ def beside_updates(weights: float, blocks: int) -> list[ResultRow]:
 
 def _bytes(monitor: PredictionMonitor) -> int:
     """What a monitor keeps: its coordinates, and samples of all predictions that can wait for their version."""
-    own = [where for _, where in monitor._places] + monitor._take._runs
+    own = [where for _, where in monitor._places] + monitor._sampler._runs
     sample = 4 * sum(where.numel() for _, where in monitor._places)
     return sum(t.numel() * t.element_size() for t in own) + 2 * (STEPS + 1) * sample
 

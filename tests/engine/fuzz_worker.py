@@ -38,7 +38,7 @@ def reuse(ranks, name, *rest):
 def hand_back(pipe):
     """Match the receives that are posted ahead, so that the next pipeline finds its groups empty; channels are a pipeline's own."""
     for sender in (end for end in pipe._connections.senders if end.channel is None):
-        sender._start(link.MessageBuffer(sender._memory(sender.size), []), [])
+        sender._start_send(link.MessageBuffer(sender._memory(sender.size), []), [])
     for receiver in (end for end in pipe._connections.receivers if end.channel is None):
         receiver.post_receive()
         receiver.wait(receiver._posted[0])

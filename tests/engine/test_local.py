@@ -14,7 +14,7 @@ import torch
 from torch.distributed import HashStore
 
 import pipeoptim as po
-from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel, _rest, check_transport, connect_neighbours
+from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel, _remaining_views, check_transport, connect_neighbours
 from pipeoptim.errors import StageFailure
 
 SECOND = timedelta(seconds=1)
@@ -192,7 +192,7 @@ def test_a_message_arrives_though_signals_cut_it_up():
     sender, receiver = (UnixChannel(end) for end in socket.socketpair())
     parts, expected = [bytes(range(100)), bytearray(b"x" * 7), b"y" * 300], bytes(range(100)) + b"x" * 7 + b"y" * 300
     for count in (0, 1, 100, 103, 107, 406, 407):
-        assert b"".join(bytes(part) for part in _rest(parts, count)) == expected[count:]
+        assert b"".join(bytes(part) for part in _remaining_views(parts, count)) == expected[count:]
     threading.Timer(0.05, sender._socket.sendall, [expected[50:]]).start()
     sender._socket.sendall(expected[:50])
     receiver._socket.settimeout(5)  # so that a read returns what is there

@@ -75,7 +75,7 @@ def test_who_waits_gets_what_comes_later_and_hears_of_a_stage_that_has_closed():
         theirs.send(0, 2.0)
         assert later.result(20) == [1.0, 2.0]
         missing = pool.submit(mine.receive, 1)
-        theirs._words[theirs._closed(1)] = 1  # what close() writes; the page is one here, and stays open
+        theirs._words[theirs._closed_word(1)] = 1  # what close() writes; the page is one here, and stays open
         with pytest.raises(StageFailure, match="stage 1 ended and did not send"):
             missing.result(20)
     theirs.send(1, 3.0)

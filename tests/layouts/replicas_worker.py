@@ -130,8 +130,8 @@ def order_of_work(**options):
     """When the means were begun, and when the backward of the first layer ended."""
     log, module = [], cases.module(cases.Case(), k)
     pipe = schedule(module, torch.optim.AdamW(module.parameters()), replicas=mesh["data"], **options)
-    plain, finish = reduction.BucketedReduction._reduce, reduction.BucketedReduction.finish
-    reduction.BucketedReduction._reduce = lambda self, n: (log.append(f"mean {n}"), plain(self, n))[1]
+    plain, finish = reduction.BucketedReduction._reduce_bucket, reduction.BucketedReduction.finish
+    reduction.BucketedReduction._reduce_bucket = lambda self, n: (log.append(f"mean {n}"), plain(self, n))[1]
     reduction.BucketedReduction.finish = lambda self: (log.append("finish"), finish(self))[1]
     module[0].weight.register_post_accumulate_grad_hook(lambda _: log.append("first layer"))
     module.register_forward_pre_hook(lambda *_: log.append("forward"))
@@ -139,7 +139,7 @@ def order_of_work(**options):
         feed(pipe, x, y)
     pipe.drain()
     pipe.close()
-    reduction.BucketedReduction._reduce, reduction.BucketedReduction.finish = plain, finish
+    reduction.BucketedReduction._reduce_bucket, reduction.BucketedReduction.finish = plain, finish
     return log
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import pipeoptim as po
-from pipeoptim.engine.stage.prediction_monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor, _products
+from pipeoptim.engine.stage.prediction_monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor, _displacement_products
 from pipeoptim.kernels import available
 from pipeoptim.methods import Method
 from pipeoptim.weights import Latest, Predicted
@@ -128,14 +128,16 @@ def test_the_kernel_takes_what_torch_takes():
     halves = [w.bfloat16() for w in weights]
     monitor = PredictionMonitor([weights[:2], [], weights[3:]], 0)  # contiguous
     flat = [weights[0], weights[1], weights[3]]
-    assert monitor._take is not None and monitor._take([halves[0], *flat[1:]]) is None
+    assert monitor._sampler is not None and monitor._sampler([halves[0], *flat[1:]]) is None
     samples = [[w + n * torch.randn_like(w) for w in flat] for n in range(3)]
-    taken = [monitor._take(sample) for sample in samples]
+    taken = [monitor._sampler(sample) for sample in samples]
     for sample, found in zip(samples, taken, strict=True):
         assert torch.equal(found, torch.cat([sample[n].take(where) for n, where in monitor._places]))
-    torch.testing.assert_close(torch.tensor(monitor._take.products(*taken)), _products(*taken, monitor._parts).float())
+    torch.testing.assert_close(
+        torch.tensor(monitor._sampler.products(*taken)), _displacement_products(*taken, monitor._group_slices).float()
+    )
     strided = PredictionMonitor([weights], 0)
-    assert strided._take(weights) is None
+    assert strided._sampler(weights) is None
     expected = torch.cat([weights[n].take(where) for n, where in strided._places])
     assert torch.equal(strided._sample(weights), expected)
 

@@ -78,7 +78,7 @@ class Emulator(Pipeline):
         processes: int | None = None,
         **options: Unpack[OptionKeywords],
     ) -> None:
-        stages = _modules(stages)
+        stages = _checked_modules(stages)
         _refuse_shared(stages)
         # Taken out first: the other options are the same for all stages, a scaler is not.
         scalers = scalers_of(len(stages), options.pop("scaler", None))
@@ -95,7 +95,7 @@ class Emulator(Pipeline):
         exchanges = [LocalGradientSum(tie.holders) for tie in ties]
         self._activations, self._gradients, ports = memory_links(self.depth)
         for k, module in enumerate(stages):
-            row = self._row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
+            row = self._trace_row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
             worker = traced.noted_worker(row)(
                 module,
                 chosen[k],
@@ -114,7 +114,7 @@ class Emulator(Pipeline):
             )
             self._runners[k] = StageRunner(worker, self._splitter, ports[k])
         for tie in ties:
-            self._tie(tie)
+            self._equalize_copies(tie)
 
     def step(
         self,
@@ -147,7 +147,9 @@ class Emulator(Pipeline):
         assert loss is not None
         return loss
 
-    def _run(self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
+    def _run_actions(
+        self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]
+    ) -> None:
         """Let each process act as far as it can, in turn, until all are done. With "gpipe", two stages and two micro-batches::
 
             turn 1   stage 0:  F0 F1                  its B0 has no gradient yet
@@ -188,7 +190,7 @@ class Emulator(Pipeline):
             runner.worker.can_finish_update()  # sends what the others wait for
         super()._finish_updates()
 
-    def _tie(self, tie: Tied) -> None:
+    def _equalize_copies(self, tie: Tied) -> None:
         """Give all copies of a tied weight the values of the first."""
         workers = [self._worker(k) for k in tie.holders]
         check_tied_equal(tie, [describe_tied(w.tied_weight(tie), w.optimizer, w.scheduler) for w in workers])
@@ -211,7 +213,7 @@ def _refuse_shared(stages: list[nn.Module]) -> None:
                 )
 
 
-def _modules(given: Any) -> list[nn.Module]:
+def _checked_modules(given: Any) -> list[nn.Module]:
     if isinstance(given, nn.Module) and not isinstance(given, (nn.Sequential, nn.ModuleList)):
         raise ConfigError(
             f"stages is a {type(given).__name__}, must be a list of modules; po.partition(model, ...).stages cuts one"

@@ -78,9 +78,9 @@ class WeightedMeans:
         if not weight:
             return
         self._weight += weight
-        self._loss = _sum(self._loss, loss, weight)
+        self._loss = _add_weighted(self._loss, loss, weight)
         for name, value in parts.items():
-            self._sums[name] = _sum(self._sums.get(name), value, weight)
+            self._sums[name] = _add_weighted(self._sums.get(name), value, weight)
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def result(self) -> dict[str, Any]:
@@ -106,7 +106,7 @@ def evaluation_of(result: Mapping[str, Any]) -> Evaluation:
     return Evaluation(**result)
 
 
-def _sum(before: Tensor | None, value: Tensor, weight: float) -> Tensor:
+def _add_weighted(before: Tensor | None, value: Tensor, weight: float) -> Tensor:
     # float64, since thousands of batches are summed, and rows of different sizes weigh differently.
     product = value.detach().to(torch.float64) * weight
     return product if before is None else before + product

@@ -46,7 +46,7 @@ class InterleavedSchedule(ProcessPipeline):
         schedule.drain()
     """
 
-    _place = "process"
+    _place_name = "process"
 
     def __init__(
         self,

@@ -97,7 +97,7 @@ class LocalStages:
         """
         return self._worker(k).state_dict()
 
-    def _row(self, k: int, device: torch.device) -> TraceRow | None:
+    def _trace_row(self, k: int, device: torch.device) -> TraceRow | None:
         """Where the trace records stage ``k``."""
         return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
 

@@ -80,7 +80,8 @@ class BatchSplitter:
         if last:
             check_weighable(self.loss_weight, target)
         _check_rows(where, (args, kwargs.get(0)))
-        if self.m == 1 and self.loss_weight is None and not kwargs and _plain(args) and _plain((target,)):  # nothing to cut
+        # Nothing to cut or to unwrap, as in most pipelines that never flush: no need to look into the values.
+        if self.m == 1 and self.loss_weight is None and not kwargs and _all_plain(args) and _all_plain((target,)):
             return [MicroBatch(args, kwargs, target, NO_ROWS, NO_ROWS, None)]
         inputs = {f"input {n}{where}": value for n, value in enumerate(args)}
         for k, own in kwargs.items():
@@ -90,7 +91,7 @@ class BatchSplitter:
             raise ConfigError(_no_rows(where))
         targets, target_rows = self._columns({f"the target{where}": target})
         _check_alike(rows, target_rows)
-        return self._assembled(len(args), kwargs, columns, targets[0], rows, target_rows)
+        return self._assembled_batches(len(args), kwargs, columns, targets[0], rows, target_rows)
 
     def _columns(self, named: dict[str, Any]) -> tuple[list[Sequence[Any]], Rows]:
         """For each of the named values what the micro-batches get of it, and how many rows each of them has."""
@@ -109,7 +110,7 @@ class BatchSplitter:
             )
         return [slices.values for slices in found.values()], rows
 
-    def _assembled(
+    def _assembled_batches(
         self,
         args: int,
         kwargs: dict[int, dict[str, Any]],
@@ -118,7 +119,7 @@ class BatchSplitter:
         rows: Rows,
         target_rows: Rows,
     ) -> list[MicroBatch]:
-        weights = self._weights(targets, target_rows)
+        weights = self._loss_shares(targets, target_rows)
         made = []
         for i in range(self.m):
             # In the order in which cut() has named them: inputs first, then the keywords of each stage.
@@ -130,7 +131,7 @@ class BatchSplitter:
             made.append(MicroBatch(positional, keywords, targets[i], own, theirs, weights[i]))
         return made
 
-    def _weights(self, targets: Sequence[Any], rows: Rows) -> Sequence[float | None]:
+    def _loss_shares(self, targets: Sequence[Any], rows: Rows) -> Sequence[float | None]:
         if self.loss_weight is None or all(target is None for target in targets):  # no target here: not the last stage
             return [None] * self.m
         # an empty list has no entries to count, and a function of the user's need not expect one
@@ -169,7 +170,7 @@ def check_weighable(loss_weight: LossWeight | None, target: Any) -> None:
         )
 
 
-def _plain(values: Sequence[Any]) -> bool:
+def _all_plain(values: Sequence[Any]) -> bool:
     """Whether all are tensors or None, so that none is or holds a mark or an array."""
     return all(value is None or isinstance(value, Tensor) for value in values)
 
@@ -219,7 +220,9 @@ def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: Stage
     """
     given = {} if stage_kwargs is None else stage_kwargs
     if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
-        raise ConfigError(f'stage_kwargs is {_short(given)}, must map a stage to its keywords, as {{2: {{"mask": mask}}}}')
+        raise ConfigError(
+            f'stage_kwargs is {_short_description(given)}, must map a stage to its keywords, as {{2: {{"mask": mask}}}}'
+        )
     every = {stage: dict(own) for stage, own in given.items()}
     unknown = [stage for stage in every if not (isinstance(stage, int) and 0 <= stage < depth)]
     if unknown:
@@ -232,5 +235,5 @@ def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: Stage
     return every
 
 
-def _short(value: Any) -> str:
+def _short_description(value: Any) -> str:
     return f"a {type(value).__name__}" if not isinstance(value, Mapping) else "a dict with other values than dicts"

@@ -25,7 +25,7 @@ def one_each(what: str, count: int, given: Any, arguments: Sequence[Any]) -> lis
         return [None] * count
     if callable(given):
         return [
-            None if argument is None or argument == [] else _made(what, k, given, argument)
+            None if argument is None or argument == [] else _made_for_stage(what, k, given, argument)
             for k, argument in enumerate(arguments)
         ]
     if not isinstance(given, (list, tuple)):
@@ -47,10 +47,12 @@ def scalers_of(count: int, given: Any) -> list[GradScaler | None]:
         raise ConfigError(
             'scaler is one GradScaler, but each stage needs its own; pass scaler=lambda: torch.amp.GradScaler("cuda")'
         )
-    return [_made("scaler", k, given) for k in range(count)] if callable(given) else one_each("scaler", count, given, [])
+    return (
+        [_made_for_stage("scaler", k, given) for k in range(count)] if callable(given) else one_each("scaler", count, given, [])
+    )
 
 
-def _made(what: str, k: int, make: Callable[..., Any], *arguments: Any) -> Any:
+def _made_for_stage(what: str, k: int, make: Callable[..., Any], *arguments: Any) -> Any:
     """What the user's function makes for stage ``k``; why it failed is the cause of the error."""
     try:
         return make(*arguments)

@@ -30,7 +30,7 @@ class Pipeline(LocalStages):
 
     ranks: tuple[int, ...] | None = None
     rendezvous: Rendezvous | None = None
-    _place = "stage"  # what messages call this process: by this word and the number of its first stage
+    _place_name = "stage"  # what messages call this process: by this word and the number of its first stage
     _closed = False
     _processes: Sequence[int] = (0,)  # those of the program whose actions are carried out here
 
@@ -67,7 +67,7 @@ class Pipeline(LocalStages):
             StageFailure: another stage died or does not answer.
         """
         # Everything that can be refused is refused before anything moves, on this process at least.
-        micro_batches = self._cut(self._splitter, args, kwargs, stage_kwargs, target)
+        micro_batches = self._split_batch(self._splitter, args, kwargs, stage_kwargs, target)
         self._note_training()
         if 0 in self._runners:
             with self._guard():
@@ -76,12 +76,12 @@ class Pipeline(LocalStages):
         for runner in self._runners.values():
             runner.worker.begin_mini_batch()
         with self._guard():
-            self._advance(micro_batches, found)
+            self._run_step(micro_batches, found)
         # After the actions: they are those of step number _steps, counted from 0.
         self._steps += 1
-        if self._synchronous():
+        if self._still_synchronous():
             self._drain()
-        return self._mean(found, losses)
+        return self._mean_loss(found, losses)
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
@@ -100,7 +100,7 @@ class Pipeline(LocalStages):
         """
         if drain:
             self.drain()
-        (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, stage_kwargs, target)
+        (micro_batch,) = self._split_batch(BatchSplitter(1), args, kwargs, stage_kwargs, target)
         self._note_end()
         with self._guard():
             loss, _ = self._evaluate(micro_batch)
@@ -163,20 +163,22 @@ class Pipeline(LocalStages):
 
     # -- carrying actions out ----------------------------------------------------------------------------------------
 
-    def _advance(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
+    def _run_step(self, micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
         """The actions of the next mini-batch."""
-        self._run([self.program.process_step(p, self._steps) for p in self._processes], micro_batches, losses)
+        self._run_actions([self.program.process_step(p, self._steps) for p in self._processes], micro_batches, losses)
         # Nothing follows in this step that would finish updates waiting for other stages.
         if self.program.flushes:
             self._finish_updates()
 
-    def _finish(self) -> None:
+    def _run_drain(self) -> None:
         """The actions still in flight."""
         # Only backwards and updates are left: there is nothing to feed, and no loss to come.
-        self._run([self.program.process_drain(p, self._steps) for p in self._processes], [], [])
+        self._run_actions([self.program.process_drain(p, self._steps) for p in self._processes], [], [])
         self._finish_updates()
 
-    def _run(self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]) -> None:
+    def _run_actions(
+        self, todo: list[list[tuple[int, Action]]], micro_batches: list[MicroBatch], losses: list[CountedLoss]
+    ) -> None:
         """Carry out the actions of this process in their order; the stages they wait for act in other processes."""
         for actions in todo:
             for k, action in actions:
@@ -199,7 +201,7 @@ class Pipeline(LocalStages):
         target = batch.target if last else None
         if last:
             check_weighable(self.options.loss_weight, target)
-        (micro_batch,) = self._cut(BatchSplitter(1), args, kwargs, batch.stage_kwargs, target)
+        (micro_batch,) = self._split_batch(BatchSplitter(1), args, kwargs, batch.stage_kwargs, target)
         # Counted here and sent along: the last stage, which weights the batch, may not have the inputs.
         rows = count_rows(*args, *kwargs.values()) or 0
         with self._guard():
@@ -226,20 +228,22 @@ class Pipeline(LocalStages):
 
     # -- what they have in common ------------------------------------------------------------------------------------
 
-    def _cut(
+    def _split_batch(
         self, splitter: BatchSplitter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
     ) -> list[MicroBatch]:
         """What was given to the stages that live here, by micro-batches."""
         first = self.local_stages[0]
-        here = f"{self._place} {first}"
+        here = f"{self._place_name} {first}"
         if args and first > 0:
-            raise ConfigError(f"{here} was given {len(args)} inputs; only {self._place} 0 takes them, use keywords for others")
+            raise ConfigError(
+                f"{here} was given {len(args)} inputs; only {self._place_name} 0 takes them, use keywords for others"
+            )
         every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
         mine = {k: own for k, own in every.items() if k in self._runners and own}
         last = self.depth - 1 in self._runners
         return splitter.cut("" if self.ranks is None else f" of {here}", args, mine, target, last)
 
-    def _synchronous(self) -> bool:
+    def _still_synchronous(self) -> bool:
         """Whether the method still wants training to be synchronous; the same on every stage."""
         # Counted from the beginning of training, not from the last drain: a warm-up ends once.
         self._fed += 1
@@ -251,7 +255,7 @@ class Pipeline(LocalStages):
         first.stop = first.stop or self._stop_wanted
 
     @staticmethod
-    def _mean(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:
+    def _mean_loss(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:
         """The loss of a mini-batch from those of its micro-batches, which the caller's list also receives."""
         if losses is not None:
             # In place: the list is the caller's, who may pass the same one to every step.
@@ -267,7 +271,7 @@ class Pipeline(LocalStages):
 
     def _drain(self) -> None:
         with self._guard():
-            self._finish()
+            self._run_drain()
         self._restart()
 
     def _restart(self) -> None:

@@ -91,7 +91,7 @@ class ProcessPipeline(Pipeline):
         # Each process once: with several stages per process, the ranks repeat from the second round on.
         members = self.ranks[: len(self.ranks) // len(given)]
         # Before anything that may be refused: from here on a process that fails can tell the others so.
-        self._meet(Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place} {{}}"))
+        self._meet(Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place_name} {{}}"))
         with self._closed_on_error():
             read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
             super().__init__(read, len(self.ranks), len(members))
@@ -147,7 +147,7 @@ class ProcessPipeline(Pipeline):
             reduction = replicas.reduction(place.module, arguments.optimizer, options.uneven)
             self._reductions.append(reduction)
         # Replicas do the same at the same time: the first one's trace stands for all.
-        row = self._row(place.k, place.device) if self._replicas.index == 0 else None
+        row = self._trace_row(place.k, place.device) if self._replicas.index == 0 else None
         self._endpoints[place.k] = Endpoint(place.device, traced.link_recorder(row))
         worker = traced.noted_worker(row)(
             place.module,
@@ -207,8 +207,8 @@ class ProcessPipeline(Pipeline):
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 
-    def _finish(self) -> None:
-        super()._finish()
+    def _run_drain(self) -> None:
+        super()._run_drain()
         if self._connections is not None:
             # After a drain a script may end without close(); what still lies on the device would be lost then.
             self._connections.hand_over()

@@ -55,10 +55,10 @@ def split(name: str, value: Any, m: int) -> Slices:
         return _cut_tensor(name, value, m, 0)
     _check_tuples(name, value)
     leaves, spec = tree_flatten(value, is_leaf=_is_leaf)
-    return _together([_slices(name, leaf, m) for leaf in leaves], spec, m)
+    return _joined_slices([_slices_of_leaf(name, leaf, m) for leaf in leaves], spec, m)
 
 
-def _together(columns: list[Slices], spec: TreeSpec, m: int) -> Slices:
+def _joined_slices(columns: list[Slices], spec: TreeSpec, m: int) -> Slices:
     # Column by column in, micro-batch by micro-batch out.
     values = [tree_unflatten([column.values[i] for column in columns], spec) for i in range(m)]
     return Slices(values, tuple(dict.fromkeys(rows for column in columns for rows in column.rows)))
@@ -73,7 +73,7 @@ def as_fed(name: str, value: Any) -> Any:
 
     def leaf(found: Any) -> Any:
         if isinstance(found, MicroBatches):
-            return as_fed(name, _entries(name, found, 1)[0])
+            return as_fed(name, _checked_entries(name, found, 1)[0])
         if isinstance(found, Along):
             return as_fed(name, found.value)
         return found.value if isinstance(found, Whole) else as_tensor(name, found)
@@ -109,14 +109,14 @@ def row_counts(rows: int, m: int) -> Rows:
     return tuple((rows + m - 1 - i) // m for i in range(m))
 
 
-def _slices(name: str, leaf: Any, m: int) -> Slices:
+def _slices_of_leaf(name: str, leaf: Any, m: int) -> Slices:
     """``leaf`` is what :func:`_is_leaf` stops at, or what is no container."""
     if isinstance(leaf, Whole):
         return Slices([leaf.value] * m)
     if isinstance(leaf, MicroBatches):
-        return _given(name, leaf, m)
+        return _slices_given(name, leaf, m)
     if isinstance(leaf, Along):
-        return _along(name, leaf, m)
+        return _slices_along(name, leaf, m)
     if isinstance(leaf, Tensor) or _is_numpy(leaf):
         return _cut_tensor(name, as_tensor(name, leaf), m, 0)
     if isinstance(leaf, (list, tuple, deque)):
@@ -153,24 +153,24 @@ def _cut_list(entries: list[Any], m: int, kind: Callable[[list[Any]], Any]) -> S
     return Slices(slices, (rows,))
 
 
-def _along(name: str, mark: Along, m: int) -> Slices:
+def _slices_along(name: str, mark: Along, m: int) -> Slices:
     leaves, spec = tree_flatten(mark.value)
     columns = []
     for leaf in leaves:
         tensor = as_tensor(name, leaf)
         columns.append(_cut_tensor(name, tensor, m, mark.dim) if isinstance(tensor, Tensor) else Slices([leaf] * m))
-    return _together(columns, spec, m)
+    return _joined_slices(columns, spec, m)
 
 
-def _given(name: str, mark: MicroBatches, m: int) -> Slices:
+def _slices_given(name: str, mark: MicroBatches, m: int) -> Slices:
     """What the user cut: with rows only where all entries have some, for an entry may be packed in a way only the model knows."""
-    entries = _entries(name, mark, m)
+    entries = _checked_entries(name, mark, m)
     counts = [count_rows(entry) for entry in entries]
     fed = [as_fed(name, entry) for entry in entries]
     return Slices(fed, () if None in counts else (tuple(count for count in counts if count is not None),))
 
 
-def _entries(name: str, mark: MicroBatches, m: int) -> Sequence[Any]:
+def _checked_entries(name: str, mark: MicroBatches, m: int) -> Sequence[Any]:
     if len(mark.value) != m:
         raise ConfigError(
             f"pipeoptim.MicroBatches of {name} has {len(mark.value)} entries, must have one for each micro-batch, which is {m}"

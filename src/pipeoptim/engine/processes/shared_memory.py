@@ -46,7 +46,7 @@ class SharedMemoryNorms:
         self, page: mmap.mmap, k: int, depth: int, timeout: float, waiting: Waiting, processes: Mapping[int, int] = NO_PIDFDS
     ) -> None:
         self.k, self.depth, self.timeout, self.waiting = k, depth, timeout, waiting
-        self._page, self._processes = page, processes
+        self._page, self._process_fds = page, processes
         self._words = memoryview(page).cast("Q")
         self._turns = _turns(depth)
         self._interrupted = False
@@ -60,7 +60,7 @@ class SharedMemoryNorms:
         """Write the ``turn``-th number of this stage."""
         place, (bits,) = self._place(self.k, turn), struct.unpack("Q", struct.pack("d", number))
         self._words[place] = bits
-        self._words[place + 1] = bits ^ _mark(turn)
+        self._words[place + 1] = bits ^ _turn_mark(turn)
 
     def receive(self, turn: int) -> list[float]:
         """The ``turn``-th number of every stage; waits for those that are missing.
@@ -69,8 +69,8 @@ class SharedMemoryNorms:
             StageFailure: a stage has ended without it, or did not write it within the time-out.
         """
         # All are read before any is waited for: usually all are there, and no wait is reported to the heartbeat.
-        found = [self._read(j, turn) for j in range(self.depth)]
-        return [self._wait(j, turn) if number is None else number for j, number in enumerate(found)]
+        found = [self._read_number(j, turn) for j in range(self.depth)]
+        return [self._wait_for_number(j, turn) if number is None else number for j, number in enumerate(found)]
 
     def interrupt(self) -> None:
         """End a wait of this process, from another thread, and all later ones."""
@@ -79,39 +79,39 @@ class SharedMemoryNorms:
     def close(self) -> None:
         """Mark this stage as closed, which ends the waits for it, and release the page."""
         # Before the page goes: the others keep their own mappings, and see it there.
-        self._words[self._closed(self.k)] = 1
+        self._words[self._closed_word(self.k)] = 1
         self._words.release()
         self._page.close()
-        for fd in self._processes.values():
+        for fd in self._process_fds.values():
             os.close(fd)
 
     def _place(self, j: int, turn: int) -> int:
         return 2 * (j * self._turns + turn % self._turns)
 
-    def _closed(self, j: int) -> int:
+    def _closed_word(self, j: int) -> int:
         return 2 * self.depth * self._turns + j
 
-    def _ended(self, j: int) -> bool:
-        if self._words[self._closed(j)] or j not in self._processes:
-            return bool(self._words[self._closed(j)])
+    def _has_ended(self, j: int) -> bool:
+        if self._words[self._closed_word(j)] or j not in self._process_fds:
+            return bool(self._words[self._closed_word(j)])
         ends = select.poll()
-        ends.register(self._processes[j], select.POLLIN)  # what a process's descriptor has to read is that it has ended
+        ends.register(self._process_fds[j], select.POLLIN)  # what a process's descriptor has to read is that it has ended
         return bool(ends.poll(0))
 
-    def _read(self, j: int, turn: int) -> float | None:
+    def _read_number(self, j: int, turn: int) -> float | None:
         place = self._place(j, turn)
         bits, sealed = self._words[place], self._words[place + 1]
-        if bits ^ sealed != _mark(turn):
+        if bits ^ sealed != _turn_mark(turn):
             return None
         (number,) = struct.unpack("d", struct.pack("Q", bits))
         return float(number)
 
-    def _wait(self, j: int, turn: int) -> float:
+    def _wait_for_number(self, j: int, turn: int) -> float:
         began = looked = time.monotonic()
         ended = False
         self.waiting(j)
         try:
-            while (number := self._read(j, turn)) is None:
+            while (number := self._read_number(j, turn)) is None:
                 now = time.monotonic()
                 if self._interrupted:
                     raise StageFailure(f"the wait for the norm of stage {j} was interrupted")
@@ -120,7 +120,7 @@ class SharedMemoryNorms:
                 if now - began > self.timeout:
                     raise StageFailure(f"stage {j} did not send the norm of its gradients within {self.timeout:g} s")
                 if now - looked > _LOOK:
-                    looked, ended = now, self._ended(j)  # it may have written before: read once more
+                    looked, ended = now, self._has_ended(j)  # it may have written before: read once more
                 time.sleep(min(max((now - began) / 8, 2e-5), 1e-3))  # late by an eighth at most
         finally:
             self.waiting(None)
@@ -132,7 +132,7 @@ def _turns(depth: int) -> int:
     return 4 * (depth + 1)
 
 
-def _mark(turn: int) -> int:
+def _turn_mark(turn: int) -> int:
     return (turn + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
 
 
@@ -147,13 +147,13 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
     """
     k, depth, size = rendezvous.index, len(rendezvous.ranks), SharedMemoryNorms.size(len(rendezvous.ranks))
     # Before the first exchange, which tells the others its name; they may look for it at once.
-    made = _make(size) if wanted and k == 0 else None
+    made = _make_memory(size) if wanted and k == 0 else None
     page, processes = None, dict[int, int]()
     try:
         told = [text.split() for text in rendezvous.all_gather("norms", f"{os.getpid()} {made or '- -'}", "to share memory")]
         if wanted:
-            page = _find(told[0], size)
-            processes = _processes({j: int(pid) for j, (pid, *_) in enumerate(told) if j != k})
+            page = _find_memory(told[0], size)
+            processes = _open_processes({j: int(pid) for j, (pid, *_) in enumerate(told) if j != k})
         ready = page is not None and len(processes) == depth - 1
         # A second exchange: all use the page or none does, and nobody closes the descriptor before all have mapped it.
         agreed = set(rendezvous.all_gather("norms/found", "yes" if ready else "no", "to share memory")) == {"yes"}
@@ -168,7 +168,7 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
     return None
 
 
-def _make(size: int) -> str | None:
+def _make_memory(size: int) -> str | None:
     """Make the memory; its descriptor and its name, None where that cannot be done."""
     if sys.platform == "linux":
         with suppress(OSError):
@@ -179,7 +179,7 @@ def _make(size: int) -> str | None:
     return None
 
 
-def _find(told: Sequence[str], size: int) -> mmap.mmap | None:
+def _find_memory(told: Sequence[str], size: int) -> mmap.mmap | None:
     """That memory, in this process; None where no process that it sees is the one that told this and has it."""
     pid, fd, name = told
     path = f"/proc/{pid}/fd/{fd}"
@@ -194,7 +194,7 @@ def _find(told: Sequence[str], size: int) -> mmap.mmap | None:
     return None
 
 
-def _processes(pids: Mapping[int, int]) -> dict[int, int]:
+def _open_processes(pids: Mapping[int, int]) -> dict[int, int]:
     """Their descriptors, of as many as can be had."""
     found = {}
     if sys.platform == "linux":

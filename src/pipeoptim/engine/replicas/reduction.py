@@ -45,13 +45,13 @@ class BucketedReduction(NoReplicas):
     ) -> None:
         self.group: dist.ProcessGroup | None = group
         self.index, self.timeout = index, timeout
-        self.buckets = _buckets([p for p in params if p.requires_grad])
-        self._place = {p: n for n, bucket in enumerate(self.buckets) for p in bucket.params}
+        self.buckets = _make_buckets([p for p in params if p.requires_grad])
+        self._bucket_index = {p: n for n, bucket in enumerate(self.buckets) for p in bucket.params}
         self._missing: list[set[Tensor]] = []  # per bucket, in a last backward: parameters whose gradient is still to come
         self._next = len(self.buckets)  # buckets before this one have been started
         self._counting = False
-        hooked = self._place if during_backward else ()
-        self._hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in hooked]  # type: ignore[no-untyped-call]
+        hooked = self._bucket_index if during_backward else ()
+        self._hooks = [p.register_post_accumulate_grad_hook(self._gradient_arrived) for p in hooked]  # type: ignore[no-untyped-call]
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
         """From now on each gradient that arrives is final, if ``last``."""
@@ -61,26 +61,26 @@ class BucketedReduction(NoReplicas):
             self._missing = [set(bucket.params) for bucket in self.buckets]
             self._next = 0
 
-    def _arrived(self, p: Tensor) -> None:
+    def _gradient_arrived(self, p: Tensor) -> None:
         if not self._counting:
             return
-        if self._place[p] < self._next:
+        if self._bucket_index[p] < self._next:
             raise PipeOptimError(
                 f"a gradient of shape {tuple(p.shape)} changed after its mean over the replicas was begun; use "
                 "checkpoint(..., use_reentrant=False), or use each weight in one checkpointed part only"
             )
-        self._missing[self._place[p]].discard(p)
+        self._missing[self._bucket_index[p]].discard(p)
         # Strictly in order: collectives are matched by order, and replicas may finish their buckets in another one.
         while self._next < len(self.buckets) and not self._missing[self._next]:
-            self._reduce(self._next)
+            self._reduce_bucket(self._next)
 
     def start(self) -> None:
         """Reduce what has not been started yet."""
         self._counting = False
         while self._next < len(self.buckets):
-            self._reduce(self._next)
+            self._reduce_bucket(self._next)
 
-    def _reduce(self, n: int) -> None:
+    def _reduce_bucket(self, n: int) -> None:
         assert self.group is not None, "closed"
         try:
             self.buckets[n].reduce(self.group)
@@ -151,17 +151,17 @@ class _Bucket:
         self.params = params
         self._work: Any = None
         self._sum: Tensor | None = None
-        self._there: tuple[list[bool], Tensor] = ([], torch.empty(0))
+        self._presence: tuple[list[bool], Tensor] = ([], torch.empty(0))
 
     def reduce(self, group: dist.ProcessGroup) -> None:
         """Start the all-reduce. Behind the gradients travels, for each of them, whether it is there."""
         first = self.params[0]
         found = [p.grad is not None for p in self.params]
-        if found != self._there[0]:
-            self._there = found, torch.tensor(found, dtype=first.dtype, device=first.device)
+        if found != self._presence[0]:
+            self._presence = found, torch.tensor(found, dtype=first.dtype, device=first.device)
         grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in self.params]
         # Divided before the sum, not after: in low precision a sum overflows where a mean does not.
-        self._sum = torch.cat([*(g.detach().reshape(-1) for g in grads), self._there[1]]).div_(group.size())
+        self._sum = torch.cat([*(g.detach().reshape(-1) for g in grads), self._presence[1]]).div_(group.size())
         self._work = dist.all_reduce(self._sum, group=group, async_op=True)
 
     def abandon(self) -> None:
@@ -183,7 +183,7 @@ class _Bucket:
         self._work = self._sum = None
 
 
-def _buckets(params: list[Tensor]) -> list[_Bucket]:
+def _make_buckets(params: list[Tensor]) -> list[_Bucket]:
     """In the order in which a backward reaches them: the last parameters first."""
     full: list[list[Tensor]] = []
     open_: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}

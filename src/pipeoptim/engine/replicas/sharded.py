@@ -65,14 +65,14 @@ class ShardedReduction(NoReplicas):
 
     def __init__(self, module: nn.Module, mesh: DeviceMesh, index: int) -> None:
         self.index = index
-        self.shards: Mapping[Tensor, Tensor] = {p: _shard(p) for p in module.parameters()}
+        self.shards: Mapping[Tensor, Tensor] = {p: _local_shard(p) for p in module.parameters()}
         self._modules = [m for m in module.modules() if isinstance(m, FSDPModule)]
         self._group = mesh.get_group(mesh.ndim - 1)
 
     @contextmanager
     def forward_on(self, params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> Iterator[None]:
         """Gather from ``tensors``; afterwards whole parameters are freed, those of the root included."""
-        with _exchanged(params, tensors):
+        with _values_exchanged(params, tensors):
             try:
                 yield
             finally:
@@ -105,27 +105,27 @@ class ShardedReduction(NoReplicas):
         return square.sqrt().to(norm.dtype)
 
 
-def _shard(p: Tensor) -> Tensor:
+def _local_shard(p: Tensor) -> Tensor:
     assert isinstance(p, DTensor)
     local: Tensor = p.detach().to_local()  # type: ignore[attr-defined]
     return local.requires_grad_(p.requires_grad)
 
 
 @contextmanager
-def _exchanged(params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> Iterator[None]:
+def _values_exchanged(params: Sequence[Tensor], tensors: Sequence[Tensor] | None) -> Iterator[None]:
     """Let two lists of tensors hold each other's values inside the block."""
     if tensors is None:
         yield
         return
-    _exchange(params, tensors)
+    _exchange_values(params, tensors)
     try:
         yield
     finally:
-        _exchange(params, tensors)
+        _exchange_values(params, tensors)
 
 
 @torch.no_grad()
-def _exchange(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
+def _exchange_values(first: Sequence[Tensor], second: Sequence[Tensor]) -> None:
     for a, b in zip(first, second, strict=True):
         # One tensor at a time, so that the exchange costs the memory of the largest shard and not of all.
         kept = a.clone()

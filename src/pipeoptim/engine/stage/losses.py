@@ -16,7 +16,7 @@ from pipeoptim.errors import ConfigError
 Losses = dict[str, Tensor]
 
 # Per context, not global: pipelines in threads of their own do not collect each other's losses.
-_open: ContextVar[tuple[Losses, bool] | None] = ContextVar("pipeoptim_losses", default=None)
+_open_collector: ContextVar[tuple[Losses, bool] | None] = ContextVar("pipeoptim_losses", default=None)
 
 
 def add_loss(name: str, value: Tensor) -> None:
@@ -43,13 +43,13 @@ def add_loss(name: str, value: Tensor) -> None:
         >>> sorted(pipe.loss_parts)
         ['sparsity']
     """
-    collector = _open.get()
+    collector = _open_collector.get()
     if collector is None:
         return
     found, strict = collector
     if not isinstance(value, Tensor) or value.dim():
         raise ConfigError(
-            f"add_loss({name!r}) was given {_what(value)}, must be a scalar tensor; reduce it, for instance with .mean()"
+            f"add_loss({name!r}) was given {_describe_value(value)}, must be a scalar tensor; reduce it, for instance with .mean()"
         )
     if strict and not torch.is_grad_enabled():
         raise ConfigError(
@@ -74,11 +74,11 @@ def collect_losses(strict: bool = False) -> Iterator[Losses]:
         tensor(2.)
     """
     found: Losses = {}
-    token = _open.set((found, strict))
+    token = _open_collector.set((found, strict))
     try:
         yield found
     finally:
-        _open.reset(token)
+        _open_collector.reset(token)
 
 
 def call_loss(loss_fn: Callable[..., Any], output: Any, target: Any) -> Any:
@@ -124,7 +124,7 @@ def read_loss(result: Any) -> tuple[Tensor, Losses]:
                 f"loss_fn returned a {type(result).__name__} of {len(result)}; return the loss, or (loss, {{name: part}})"
             )
         loss, parts = result
-    return check_loss(loss), {name: _reported(name, value) for name, value in parts.items()}
+    return check_loss(loss), {name: _reported_part(name, value) for name, value in parts.items()}
 
 
 def check_loss(loss: Any) -> Tensor:
@@ -134,7 +134,9 @@ def check_loss(loss: Any) -> Tensor:
         ConfigError: it is something else.
     """
     if not isinstance(loss, Tensor) or loss.numel() != 1 or loss.dim() > 0:
-        raise ConfigError(f"loss_fn returned {_what(loss)}, must be a scalar tensor; reduce it, for instance with .mean()")
+        raise ConfigError(
+            f"loss_fn returned {_describe_value(loss)}, must be a scalar tensor; reduce it, for instance with .mean()"
+        )
     return loss
 
 
@@ -177,17 +179,17 @@ def warn_cut_off(k: int, sent: bool) -> None:
     warnings.warn(f"stage {k} learns nothing, for no gradient comes to it: {why}", stacklevel=2)
 
 
-def _reported(name: str, value: Any) -> Tensor:
+def _reported_part(name: str, value: Any) -> Tensor:
     if isinstance(value, (int, float)):
         return torch.tensor(float(value))
     if not isinstance(value, Tensor) or value.dim():
         raise ConfigError(
-            f"loss_fn returned {_what(value)} as the part {name!r}, must be a number; return only what is to be reported"
+            f"loss_fn returned {_describe_value(value)} as the part {name!r}, must be a number; return only what is to be reported"
         )
     return value.detach()
 
 
-def _what(value: Any) -> str:
+def _describe_value(value: Any) -> str:
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else f"a {type(value).__name__}"
 
 
@@ -196,19 +198,19 @@ class LossLog:
 
     def __init__(self, microbatches: int) -> None:
         self.microbatches = microbatches
-        self._sums: Losses = {}
+        self._part_sums: Losses = {}
 
     def begin(self) -> None:
         """A new mini-batch."""
-        self._sums = {}
+        self._part_sums = {}
 
     def add(self, parts: Losses, share: float | None) -> None:
         """Those of a micro-batch that is ``share`` of the mini-batch; None for 1/M."""
         for name, value in parts.items():
             # Detached and not read: item() would wait for the device in every forward.
             part = value.detach() * (1 / self.microbatches if share is None else share)
-            self._sums[name] = self._sums[name] + part if name in self._sums else part
+            self._part_sums[name] = self._part_sums[name] + part if name in self._part_sums else part
 
     def means(self) -> Losses:
         """Over the mini-batch."""
-        return dict(self._sums)
+        return dict(self._part_sums)

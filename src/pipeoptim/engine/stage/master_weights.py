@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from pipeoptim.errors import ConfigError
 from pipeoptim.weights.store import WeightPredictor
 
-_LINK = "pipeoptim_master_of"
+_MASTER_OF = "pipeoptim_master_of"
 
 
 def master_weights(module: nn.Module) -> list[nn.Parameter]:
@@ -39,21 +39,21 @@ def master_weights(module: nn.Module) -> list[nn.Parameter]:
         >>> stage.weight.dtype, optimizer.param_groups[0]["params"][0].dtype
         (torch.bfloat16, torch.float32)
     """
-    return [_master(p) for p in module.parameters() if p.requires_grad]
+    return [_make_master(p) for p in module.parameters() if p.requires_grad]
 
 
-def _master(p: nn.Parameter) -> nn.Parameter:
+def _make_master(p: nn.Parameter) -> nn.Parameter:
     if not p.is_floating_point() or p.element_size() >= 4:
         return p
     master = nn.Parameter(p.detach().to(torch.float32, copy=True))
     # On the tensor itself, since users build the optimizer in between: nothing else connects it with the module.
-    setattr(master, _LINK, p)
+    setattr(master, _MASTER_OF, p)
     return master
 
 
 def module_parameter(p: Tensor) -> Tensor:
     """The parameter of the module that the optimizer's ``p`` stands for: ``p`` itself, or what it is a master of."""
-    found: Tensor = getattr(p, _LINK, p)
+    found: Tensor = getattr(p, _MASTER_OF, p)
     if found.shape != p.shape:
         raise ConfigError(
             f"a master of shape {tuple(p.shape)} belongs to a parameter of shape {tuple(found.shape)}; "

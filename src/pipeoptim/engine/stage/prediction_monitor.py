@@ -77,20 +77,20 @@ class PredictionMonitor:
         # Of its own: drawing the sample must not move the user's random numbers, nor differ from run to run.
         generator = torch.Generator().manual_seed(1_000_003 * (k + 1))
         self._samples: list[list[tuple[int, Tensor]]] = []  # of a group: which tensor, which of its elements
-        self._parts: list[slice] = []  # of a group: its part of a sample
+        self._group_slices: list[slice] = []  # of a group: its part of a sample
         first = taken = 0
         for group in groups:
-            chosen = _choose([p.numel() for p in group], coordinates, tensors, generator)
+            chosen = _choose_sample([p.numel() for p in group], coordinates, tensors, generator)
             self._samples.append([(first + n, where.to(group[n].device)) for n, where in chosen])
             first += len(group)
             size = sum(where.numel() for _, where in chosen)
-            self._parts.append(slice(taken, taken + size))
+            self._group_slices.append(slice(taken, taken + size))
             taken += size
         self._places = [place for sample in self._samples for place in sample]
-        self._take = TensorSampler(self._samples) if all(where.is_cpu for _, where in self._places) else None
+        self._sampler = TensorSampler(self._samples) if all(where.is_cpu for _, where in self._places) else None
         self._latest: tuple[int, Tensor] | None = None  # version, a sample of its weights
         self._pending: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (t + s, s) -> W_t, W_hat
-        self._found: deque[tuple[int, int, Tensor | list[list[float]]]] = deque()  # measured, perhaps still on the device
+        self._unread: deque[tuple[int, int, Tensor | list[list[float]]]] = deque()  # measured, perhaps still on the device
         self._figures: dict[int, PredictionError] = {}
         self._windows: list[deque[float]] = [deque(maxlen=WINDOW) for _ in groups]
         self._worse = [False for _ in groups]
@@ -99,21 +99,23 @@ class PredictionMonitor:
         """At ``version``, ``predicted`` was made for ``steps`` updates later; ``params`` are the latest weights now."""
         # Micro-batches of one version share a prediction, which is then measured once.
         if version % self.every == 0 and (version + steps, steps) not in self._pending:
-            self._pending[version + steps, steps] = self._at(version, params), self._sample(predicted)
+            self._pending[version + steps, steps] = self._sample_at(version, params), self._sample(predicted)
 
     def updated(self, version: int, params: Sequence[Tensor]) -> None:
         """``params`` have become those of ``version``."""
         for target, steps in [key for key in self._pending if key[0] <= version]:
             before, predicted = self._pending.pop((target, steps))
             if target == version:
-                self._found.append((version, steps, self._compare(before, predicted, self._at(version, params))))
-                if len(self._found) > 1:  # the newest may still be on its way through the device's queue
-                    self._read()
+                self._unread.append(
+                    (version, steps, self._compare_samples(before, predicted, self._sample_at(version, params)))
+                )
+                if len(self._unread) > 1:  # the newest may still be on its way through the device's queue
+                    self._read_oldest()
 
     def figures(self) -> list[PredictionError]:
         """The newest measurement of each group that has one."""
-        while self._found:
-            self._read()
+        while self._unread:
+            self._read_oldest()
         return [self._figures[n] for n in sorted(self._figures)]
 
     def forget(self) -> None:
@@ -121,32 +123,32 @@ class PredictionMonitor:
         self._pending.clear()
         self._latest = None
 
-    def _at(self, version: int, params: Sequence[Tensor]) -> Tensor:
+    def _sample_at(self, version: int, params: Sequence[Tensor]) -> Tensor:
         if self._latest is None or self._latest[0] != version:
             self._latest = version, self._sample(params)
         return self._latest[1]
 
     def _sample(self, tensors: Sequence[Tensor]) -> Tensor:
-        taken = self._take(tensors) if self._take is not None else None
+        taken = self._sampler(tensors) if self._sampler is not None else None
         if taken is not None or not self._places:
             return torch.empty(0) if taken is None else taken
         with torch.no_grad():
-            return torch.cat([_wide(tensors[n].take(where)) for n, where in self._places])
+            return torch.cat([_widened(tensors[n].take(where)) for n, where in self._places])
 
-    def _compare(self, before: Tensor, predicted: Tensor, now: Tensor) -> Tensor | list[list[float]]:
-        by_kernel = self._take is not None and all(s.is_cpu and s.dtype is torch.float32 for s in (before, predicted, now))
-        if self._take is not None and by_kernel and available():
-            return self._take.products(before, predicted, now)
-        return _products(before, predicted, now, self._parts)
+    def _compare_samples(self, before: Tensor, predicted: Tensor, now: Tensor) -> Tensor | list[list[float]]:
+        by_kernel = self._sampler is not None and all(s.is_cpu and s.dtype is torch.float32 for s in (before, predicted, now))
+        if self._sampler is not None and by_kernel and available():
+            return self._sampler.products(before, predicted, now)
+        return _displacement_products(before, predicted, now, self._group_slices)
 
-    def _read(self) -> None:
-        version, steps, table = self._found.popleft()
+    def _read_oldest(self) -> None:
+        version, steps, table = self._unread.popleft()
         for n, row in enumerate(table.tolist() if isinstance(table, Tensor) else table):
             error, cosine, scale = _figures(row)
-            self._judge(n, error, version)
+            self._judge_error(n, error, version)
             self._figures[n] = PredictionError(self.k, n, version, steps, error, cosine, scale, self._worse[n])
 
-    def _judge(self, n: int, error: float | None, version: int) -> None:
+    def _judge_error(self, n: int, error: float | None, version: int) -> None:
         """Warn when predictions have become worse than none; again only after they had been better for a while."""
         if error is None:
             return
@@ -168,7 +170,9 @@ class PredictionMonitor:
             self._worse[n] = False
 
 
-def _choose(sizes: Sequence[int], coordinates: int, tensors: int, generator: torch.Generator) -> list[tuple[int, Tensor]]:
+def _choose_sample(
+    sizes: Sequence[int], coordinates: int, tensors: int, generator: torch.Generator
+) -> list[tuple[int, Tensor]]:
     """Tensors drawn with a chance that grows with their size, and elements of each in proportion to its size."""
     possible = [n for n, size in enumerate(sizes) if size]
     if len(possible) > tensors:
@@ -179,11 +183,11 @@ def _choose(sizes: Sequence[int], coordinates: int, tensors: int, generator: tor
     chosen = []
     for n in possible:
         count = sizes[n] if everything <= coordinates else max(1, sizes[n] * coordinates // everything)
-        chosen.append((n, _draw(sizes[n], count, generator)))
+        chosen.append((n, _draw_elements(sizes[n], count, generator)))
     return chosen
 
 
-def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
+def _draw_elements(size: int, count: int, generator: torch.Generator) -> Tensor:
     """About ``count`` of ``size`` elements: all, or runs as long as a cache line, since it is the fetches that cost time."""
     if count >= size:
         return torch.arange(size)
@@ -192,11 +196,11 @@ def _draw(size: int, count: int, generator: torch.Generator) -> Tensor:
     return (starts.unsqueeze(1) + torch.arange(run)).flatten()
 
 
-def _wide(values: Tensor) -> Tensor:
+def _widened(values: Tensor) -> Tensor:
     return values.to(torch.promote_types(values.dtype, torch.float32))
 
 
-def _products(before: Tensor, predicted: Tensor, now: Tensor, parts: Sequence[slice]) -> Tensor:
+def _displacement_products(before: Tensor, predicted: Tensor, now: Tensor, parts: Sequence[slice]) -> Tensor:
     """For each part the products of the predicted and the real displacement with each other: all that the figures need."""
     # Differences in the sample's type, products in float64: sums of thousands of squares of tiny numbers.
     expected, real = torch.stack([predicted, now]).sub_(before).double()
@@ -206,7 +210,7 @@ def _products(before: Tensor, predicted: Tensor, now: Tensor, parts: Sequence[sl
 
 
 def _figures(products: list[float]) -> tuple[float | None, float | None, float | None]:
-    """Relative error, cosine and best scale from :func:`_products`; None where they mean nothing.
+    """Relative error, cosine and best scale from :func:`_displacement_products`; None where they mean nothing.
 
     >>> _figures([1.0, 2.0, 4.0])
     (0.5, 1.0, 2.0)

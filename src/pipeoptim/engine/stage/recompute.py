@@ -55,12 +55,12 @@ def recomputing(weights: StageWeights, again: WeightSet, weight_set: WeightSet) 
             hooks = SavedWeights(table)  # reentrant checkpoints build a new graph under these
             hooks.target = bases
             stack.enter_context(hooks)
-            stack.enter_context(_hooked(_substituting(table, bases)))
+            stack.enter_context(_hook_replaced(_substituting_hook(table, bases)))
         yield
 
 
 @contextmanager
-def _hooked(hook: type) -> Iterator[None]:
+def _hook_replaced(hook: type) -> Iterator[None]:
     original = getattr(torch.utils.checkpoint, _HOOK)
     setattr(torch.utils.checkpoint, _HOOK, hook)
     try:
@@ -69,7 +69,7 @@ def _hooked(hook: type) -> Iterator[None]:
         setattr(torch.utils.checkpoint, _HOOK, original)
 
 
-def _substituting(table: Mapping[int, int], bases: Sequence[Tensor]) -> type:
+def _substituting_hook(table: Mapping[int, int], bases: Sequence[Tensor]) -> type:
     """torch's hook that collects what a second forward saves, told to take weights from ``bases``."""
 
     class Substituting(getattr(torch.utils.checkpoint, _HOOK)):  # type: ignore[misc]

@@ -72,18 +72,18 @@ def read_tied(given: TiedWeights | None, program: Program, method: Method, clip:
     Raises:
         ConfigError: places that do not exist, or a setting under which the copies would diverge.
     """
-    ties = [_read(tie, program.depth) for tie in given or ()]
+    ties = [_read_tie(tie, program.depth) for tie in given or ()]
     seen: set[tuple[int, str]] = set()
     for tie in ties:
         if seen & set(tie.places):
             raise ConfigError(f"tied names {tie} twice; give one list with all places of that weight")
         seen |= set(tie.places)
     if ties:
-        _check(ties, program, method, clip, scaled)
+        _check_ties(ties, program, method, clip, scaled)
     return ties
 
 
-def _read(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
+def _read_tie(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
     places = tie.places if isinstance(tie, Tied) else tie
     try:
         # In the order of stages, for it is the order of summation on every engine.
@@ -102,7 +102,7 @@ def _read(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
     return Tied(tie.names if isinstance(tie, Tied) else tuple(name for _, name in found), found)
 
 
-def _check(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool) -> None:
+def _check_ties(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool) -> None:
     if program.interleaved:
         raise ConfigError("weights tied across stages are worked out for one stage per process; leave processes or tied out")
     if clip is not None and not clip.waits:
@@ -240,17 +240,17 @@ def describe_tied(weight: TiedWeight | None, optimizer: Optimizer | None, schedu
     for member in members(optimizer):
         for group in member.param_groups:
             if any(p is optimized for p in group["params"]):
-                options = (f"{name}={_plain(group[name])}" for name in sorted(group) if name not in _ELSEWHERE)
+                options = (f"{name}={_plain_value(group[name])}" for name in sorted(group) if name not in _PER_STAGE_KEYS)
                 found = f"{type(member).__name__}({', '.join(options)})"
     rate = "" if scheduler is None else f" with {type(scheduler).__name__}"
     shape = f"{str(weight.parameter.dtype).removeprefix('torch.')} {list(weight.parameter.shape)}"
     return f"{found}{rate} on {shape}"
 
 
-_ELSEWHERE = ("params", "param_names", "initial_lr", "prediction")
+_PER_STAGE_KEYS = ("params", "param_names", "initial_lr", "prediction")
 
 
-def _plain(value: Any) -> Any:
+def _plain_value(value: Any) -> Any:
     return value.tolist() if isinstance(value, Tensor) else value
 
 

@@ -142,9 +142,10 @@ class StageWorker:
         # Versions are kept of the module's parameters, not of the masters: that is what a forward runs on.
         self.weights = StageWeights(params, program, k, self.predictor)
         self.forward_weights = ForwardWeights(method, self.weights, self.monitor)
-        self._stashes = method.backward.reuses_forward
-        self._keeps = self._stashes or options.recompute == "forward"  # the weights of a forward until its backward
-        if not (self._stashes and options.recompute == "forward"):  # there, forward and backward have the same weights
+        self._stashes_weights = method.backward.reuses_forward
+        # The weights of a forward until its backward.
+        self._keeps_weights = self._stashes_weights or options.recompute == "forward"
+        if not (self._stashes_weights and options.recompute == "forward"):  # there, forward and backward have the same weights
             check_recompute(options.recompute, module, reduction.replaces_saved)
         # A tied weight that this stage's optimizer does not move has no gradient to exchange, hence the None that is dropped.
         copies = (tie.on(reduction.unwrapped(module), self.parameters, params, program) for tie in ties)
@@ -152,7 +153,7 @@ class StageWorker:
         elsewhere = {weight.parameter: "the other stages that tie it" for weight in self.tied}
         elsewhere |= {p: "its float32 master" for _, p in self.master_weights.pairs}
         whole = () if reduction.shards else self.weights.params  # a forward writes into what was gathered from shards
-        self._writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
+        self._weight_writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
         self.clipper: Clipper | None = None
         if options.clip is not None:
             # The norm over all stages counts a tied weight once, on its first holder, though every holder scales its copy.
@@ -181,9 +182,9 @@ class StageWorker:
         self.compressor = Compressor(options.compress, program.microbatches)
         self.losses = LossLog(program.microbatches)
         self._in_flight: dict[int, InFlight] = {}  # by number of the micro-batch, counted from the last restart
-        self._call = ModuleCall()
+        self._call_module = ModuleCall()
         # The last stage looks at its loss in the forward; None once the first mini-batch has shown that all is well.
-        self._cut_off = None if self.is_last else CutOffCheck(k, program.microbatches, self.parameters)
+        self._cut_off_check = None if self.is_last else CutOffCheck(k, program.microbatches, self.parameters)
 
     # -- forward ---------------------------------------------------------------------------------------------------
 
@@ -218,7 +219,7 @@ class StageWorker:
         try:
             # strict: a loss added under no_grad, as in a reentrant checkpoint's first forward, would be lost in silence.
             with self.random.seeded_draws(), collect_losses(strict=True) as added:
-                result = self._run(weight_set, saved, args, kwargs, target, share)
+                result = self._run_module(weight_set, saved, args, kwargs, target, share)
             if self.is_last and not result.requires_grad:
                 check_graph(self.k, share, [*inputs, *self.weights.params], added.values())
         # A module or loss that raises must not keep a copy of the weights in use: the user may catch the error and go on.
@@ -227,9 +228,9 @@ class StageWorker:
             raise
         self.losses.add(added, share)
         # Added losses are roots of this stage's own backward; nothing of them travels to other stages.
-        own = [self._weighted(loss, share) for loss in added.values() if loss.requires_grad]
-        outputs = self._roots(i, result, share) if self.is_last else differentiable(as_args(result))
-        self._keep(i, InFlight(inputs, outputs, saved, weight_set, own))
+        own = [self._weighted_loss(loss, share) for loss in added.values() if loss.requires_grad]
+        outputs = self._loss_roots(i, result, share) if self.is_last else differentiable(as_args(result))
+        self._keep_for_backward(i, InFlight(inputs, outputs, saved, weight_set, own))
         # Without detach, the caller's loss would keep the graph of the whole stage alive.
         return result.detach() if self.is_last else result
 
@@ -237,24 +238,24 @@ class StageWorker:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""
         self.prepare(i)
         # The weights are chosen and released all the same, so that copies and predictions are those of a full micro-batch.
-        self._keep(i, InFlight([], [], None, self.forward_weights.take(i)))
+        self._keep_for_backward(i, InFlight([], [], None, self.forward_weights.take(i)))
 
-    def _keep(self, i: int, flight: InFlight) -> None:
+    def _keep_for_backward(self, i: int, flight: InFlight) -> None:
         """Note what the backward of micro-batch ``i`` needs; let go of its forward's weights unless they are stashed."""
-        if flight.weight_set is not None and not self._keeps:
+        if flight.weight_set is not None and not self._keeps_weights:
             self.weights.release(flight.weight_set)
             flight.weight_set = None
         self._in_flight[i] = flight
         self.forward_weights.note_forward(i)
 
-    def _roots(self, i: int, loss: Tensor, share: float | None) -> list[Tensor]:
+    def _loss_roots(self, i: int, loss: Tensor, share: float | None) -> list[Tensor]:
         """What the backward starts from: the loss times its share; nothing where that is 0, for 0 times a mean of nothing is NaN."""
-        loss = self._weighted(loss, share)
+        loss = self._weighted_loss(loss, share)
         if self.scaling is not None:
             loss = self.scaling.scale(i, loss)
         return [] if share == 0 else [loss]
 
-    def _weighted(self, loss: Tensor, share: float | None) -> Tensor:
+    def _weighted_loss(self, loss: Tensor, share: float | None) -> Tensor:
         if share is not None:
             return loss * share
         # A division by 1 would cost a kernel and a node of the graph for nothing.
@@ -267,28 +268,28 @@ class StageWorker:
         # Sharded: whole weights are gathered again for the backward, into the memory that autograd saved.
         if not self.reduction.replaces_saved:
             return None
-        if self._writes.possible:  # autograd would refuse weights that another forward has written into since
+        if self._weight_writes.possible:  # autograd would refuse weights that another forward has written into since
             return SavedWeights(self.weights.buffers(weight_set).table)
         moved = self.program.gap(self.k, i) > 0  # in place, the latest weights of the backward are right by themselves
-        if in_place and type(backward) is Latest and not (moved and self._keeps):  # a subclass may acquire others
+        if in_place and type(backward) is Latest and not (moved and self._keeps_weights):  # a subclass may acquire others
             return None
         # No update comes between F and B: the saved tensors are the latest weights, and those are what B wants.
-        if in_place and self._stashes and not moved:
+        if in_place and self._stashes_weights and not moved:
             return None
         return SavedWeights(self.weights.buffers(weight_set).table)
 
-    def _run(
+    def _run_module(
         self, weight_set: WeightSet, saved: SavedWeights | None, args: Any, kwargs: Any, target: Any, share: float | None
     ) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with self.reduction.forward_on(self.weights.params, self.weights.tensors(weight_set)):
             with autocast_to(self.device.type, self.options.autocast), hooks:
-                versions = self._writes.versions()
-                output = self._call(self.module, args, kwargs)
+                versions = self._weight_writes.versions()
+                output = self._call_module(self.module, args, kwargs)
                 if self.is_last:
                     output, parts = read_loss(call_loss(self.loss_fn, output, target))
                     self.losses.add(parts, share)
-                self._writes.check(versions)
+                self._weight_writes.check(versions)
         return output
 
     # -- backward and update -----------------------------------------------------------------------------------------
@@ -311,7 +312,7 @@ class StageWorker:
         flight = self._in_flight.pop(i)
         weight_set = (
             self.method.backward.acquire(self.weights, i)
-            if not self._stashes or flight.weight_set is None
+            if not self._stashes_weights or flight.weight_set is None
             else flight.weight_set
         )
         # Recomputation runs on the forward's weights where they were kept (recompute="forward"), else on those of the backward.
@@ -329,8 +330,8 @@ class StageWorker:
             roots += [(loss, self._scale_of(loss)) for loss in flight.added_losses]
             # Nothing may be left (share 0, all frozen, a cut graph), which is no error: the previous stage then gets None for each input.
             roots = [(out, grad) for out, grad in roots if out.requires_grad]
-            if self._cut_off is not None and self._cut_off.note(i, bool(roots), bool(flight.outputs)):
-                self._cut_off = None
+            if self._cut_off_check is not None and self._cut_off_check.note(i, bool(roots), bool(flight.outputs)):
+                self._cut_off_check = None
             if roots:
                 # autocast_to: recomputation runs the module again
                 with self._backward_on(again, weight_set), autocast_to(self.device.type, None):
@@ -342,7 +343,7 @@ class StageWorker:
                 self.reduction.start()
         finally:
             self.weights.release(weight_set)
-            if flight.weight_set is not None and not self._stashes:
+            if flight.weight_set is not None and not self._stashes_weights:
                 self.weights.release(flight.weight_set)
         # The leaves die with the flight, so the receiver of these tensors is their only owner.
         return [x.grad for x in flight.inputs]
@@ -419,7 +420,7 @@ class StageWorker:
         try:
             with torch.no_grad(), autocast_to(self.device.type, self.options.autocast):
                 with self.reduction.forward_on(self.weights.params, None):
-                    output = self._call(self.reduction.unwrapped(self.module), args, kwargs)
+                    output = self._call_module(self.reduction.unwrapped(self.module), args, kwargs)
                 if not self.is_last:
                     return output
                 loss, parts = read_loss(call_loss(self.loss_fn, output, target))

@@ -118,7 +118,7 @@ def pack_tensor(tensor: Tensor, kind: str) -> Packed:
     if kind == "bf16":
         return Packed(x.to(torch.bfloat16), None, tensor.dtype, tensor.requires_grad)
     x = x.float()
-    row = _row(x)
+    row = _scale_dims(x)
     # Symmetric, so that 0 stays 0. From amax and amin, since abs() would copy the whole tensor.
     scale = torch.maximum(x.amax(row, keepdim=True), -x.amin(row, keepdim=True)).div_(127).clamp_min_(_LEAST_SCALE)
     # Not finite, a row becomes zeros with a scale of NaN or infinity: their product, NaN, shows at the receiver.
@@ -140,7 +140,7 @@ def _is_packed(value: Any) -> bool:
     return isinstance(value, Packed)
 
 
-def _row(x: Tensor) -> list[int]:
+def _scale_dims(x: Tensor) -> list[int]:
     """The dimensions that share a scale."""
     first, numbers = x.dim(), 1
     # Ends, for tensors with fewer numbers than that were sent as they are.
@@ -173,9 +173,9 @@ class CompressedDirection:
         leaves, spec = tree_flatten(tree)
         # By position in the mini-batch: messages of one position have one shape, and neighbours are one mini-batch apart.
         place = i % self.positions
-        return tree_unflatten([self._packed((place, n), leaf, loss_scale) for n, leaf in enumerate(leaves)], spec)
+        return tree_unflatten([self._pack_leaf((place, n), leaf, loss_scale) for n, leaf in enumerate(leaves)], spec)
 
-    def _packed(self, key: tuple[int, int], leaf: Any, loss_scale: float) -> Any:
+    def _pack_leaf(self, key: tuple[int, int], leaf: Any, loss_scale: float) -> Any:
         assert self.kind is not None
         if not isinstance(leaf, Tensor) or leaf.dtype not in _TYPES[self.kind] or leaf.numel() < ROW:
             return leaf

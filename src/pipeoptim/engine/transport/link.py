@@ -126,29 +126,31 @@ class Sender(LinkEnd):
         ``flags``, ``loss_scale`` and ``share`` travel in the header (see :class:`~pipeoptim.engine.transport.message.Header`).
         """
         form, tensors = message.format_of(tree)
-        self._finish_old()  # first, since it may free the buffer that this message can use
+        self._finish_delivered()  # first, since it may free the buffer that this message can use
         if form != self.format:
             block = self._announce(form, flags, loss_scale, share)
         else:
-            block = self._free.pop() if self._free else self._block(message.HEADER, form, self.format)
-            message.put_header(block.memory, self.sequence, flags, loss_scale=loss_scale, share=share, taken=self._taken())
-        self._start(block, tensors)
+            block = self._free.pop() if self._free else self._new_buffer(message.HEADER, form, self.format)
+            message.put_header(
+                block.memory, self.sequence, flags, loss_scale=loss_scale, share=share, taken=self._messages_taken()
+            )
+        self._start_send(block, tensors)
         self.sequence += 1
 
     def _announce(self, form: message.Format, flags: int, loss_scale: float, share: tuple[int, int]) -> MessageBuffer:
         """Announce a message in a new format. Returns the buffer of that message, its description written."""
         text = form.describe()
         start = message.HEADER + -(-len(text) // 64) * 64
-        block = self._block(start, form, None)
+        block = self._new_buffer(start, form, None)
         # In the old size, since that is what the peer's posted receive waits for.
         notice = MessageBuffer(self._memory(self.size), [])
         message.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
-        self._start(notice, [])
-        described, taken = len(text), self._taken()
+        self._start_send(notice, [])
+        described, taken = len(text), self._messages_taken()
         message.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, share, taken)
         block.memory[message.HEADER : message.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
         self.format, self.size = form, form.size
-        # Of the old size: they would never be taken again. Those still on their way are dropped by _finish().
+        # Of the old size: they would never be taken again. Those still on their way are dropped by _finish_oldest().
         self._free.clear()
         return block
 
@@ -156,7 +158,7 @@ class Sender(LinkEnd):
         """The peer has received ``count`` messages."""
         # The peer has them, so that the waits in here end at once.
         while self._pending and self._pending[0][2] < count:
-            self._finish()
+            self._finish_oldest()
 
     def hand_over(self) -> None:
         """Wait until everything is with the transport; here it always is."""
@@ -164,16 +166,16 @@ class Sender(LinkEnd):
     def flush(self) -> None:
         """Wait until everything is sent."""
         while self._pending and self.channel is None:  # what lies in a channel arrives, even after this process has ended
-            self._finish()
+            self._finish_oldest()
         if self._broken is not None:
             raise self._broken
 
-    def _block(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
+    def _new_buffer(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
         """A buffer for a message in format ``form`` whose tensors begin at byte ``start``; reused for messages in format ``again``."""
         memory = self._memory(start + form.payload)
         return MessageBuffer(memory, message.places(memory, start, form), again)
 
-    def _taken(self) -> int:
+    def _messages_taken(self) -> int:
         return 0 if self.opposite is None else self.opposite.sequence
 
     def _memory(self, size: int) -> Tensor:
@@ -181,21 +183,21 @@ class Sender(LinkEnd):
             return self.channel.memory(size)
         return torch.empty(size, dtype=torch.uint8, device=self.device)
 
-    def _finish_old(self) -> None:
+    def _finish_delivered(self) -> None:
         """Take back the buffers that the peer has received; wait only where it is many messages behind, so that memory stays bounded."""
         while self._pending and (len(self._pending) > _MOST_PENDING or self._pending[0][0].is_completed()):
-            self._finish()
+            self._finish_oldest()
         if self._broken is not None:
             raise self._broken
 
-    def _finish(self) -> None:
+    def _finish_oldest(self) -> None:
         work, block, _ = self._pending.popleft()
         self.wait(work)
         # By identity: an equal format that was announced again later has buffers of its own.
         if block.form is not None and block.form is self.format:
             self._free.append(block)
 
-    def _start(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
+    def _start_send(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
         """Fill ``block`` with ``tensors`` and begin to send it."""
         message.fill(block.places, tensors)
         try:
@@ -211,7 +213,7 @@ class Receiver(LinkEnd):
 
     opposite: Sender | None
 
-    _read = staticmethod(message.read)
+    _read_tree = staticmethod(message.read)
 
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
@@ -221,7 +223,7 @@ class Receiver(LinkEnd):
     def post_receive(self) -> None:
         """Be ready for the next message."""
         if self._posted is None:
-            self._posted = self._receive(self.size)
+            self._posted = self._begin_receive(self.size)
 
     def receive(self) -> Message:
         """The next message, its tensors leaves of a new graph. Blocks until it is there."""
@@ -229,25 +231,25 @@ class Receiver(LinkEnd):
         assert self._posted is not None
         (work, block), self._posted = self._posted, None
         self.wait(work)
-        header = self._checked(message.get_header(block))
+        header = self._checked_header(message.get_header(block))
         if header.following:
             return self._receive_described(header.following)
         self._note_taken(header)
         assert self.format is not None
         return Message(
-            self._read(block, message.HEADER, self.format), header.flags, header.loss_scale, (header.rows, header.of)
+            self._read_tree(block, message.HEADER, self.format), header.flags, header.loss_scale, (header.rows, header.of)
         )
 
     def _receive_described(self, size: int) -> Message:
         """A message in a new format, which was announced with its ``size``."""
-        work, block = self._receive(size)
+        work, block = self._begin_receive(size)
         self.wait(work)
-        header = self._checked(message.get_header(block))
+        header = self._checked_header(message.get_header(block))
         text = bytes(block[message.HEADER : message.HEADER + header.described].cpu().numpy())
         self.format = message.Format.parse(text)
         self.size = self.format.size
         self._note_taken(header)
-        tree = self._read(block, message.HEADER + -(-header.described // 64) * 64, self.format)
+        tree = self._read_tree(block, message.HEADER + -(-header.described // 64) * 64, self.format)
         return Message(tree, header.flags, header.loss_scale, (header.rows, header.of))
 
     def _note_taken(self, header: message.Header) -> None:
@@ -259,7 +261,7 @@ class Receiver(LinkEnd):
         if self.opposite is not None:
             self.opposite.delivered(header.taken)
 
-    def _receive(self, size: int) -> tuple[Any, Tensor]:
+    def _begin_receive(self, size: int) -> tuple[Any, Tensor]:
         # New memory for every message: its tensors are views of it and live as long as the stage's graph wants them.
         block = torch.empty(size, dtype=torch.uint8, device=self.device)
         try:
@@ -267,7 +269,7 @@ class Receiver(LinkEnd):
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
 
-    def _checked(self, header: message.Header) -> message.Header:
+    def _checked_header(self, header: message.Header) -> message.Header:
         if not message.is_ours(header) or header.sequence != self.sequence:
             raise PipeOptimError(
                 f"message {self.sequence} from stage {self.peer} is out of order (got {header.sequence}): do all processes "

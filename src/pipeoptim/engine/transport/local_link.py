@@ -40,7 +40,7 @@ class LocalSender(Sender):
                 return
         if self._broken is not None:
             raise self._broken
-        begin = message.header(self.sequence, flags, loss_scale, share, self._taken())
+        begin = message.header(self.sequence, flags, loss_scale, share, self._messages_taken())
         try:
             self.channel.wait_at_most(self.timeout)
             # The kernel copies before the call returns, so that the tensors need not be kept and may be overwritten.
@@ -77,7 +77,7 @@ class LocalReceiver(Receiver):
             raise StageFailure(self._reason(error)) from error
         finally:
             self.waiting(None)
-        header = self._checked(message.header_in(self._begin))
+        header = self._checked_header(message.header_in(self._begin))
         # A notice has the size of the old format: what was read into the tensors means nothing.
         if header.following:
             return self._receive_described(header.following)

@@ -106,9 +106,9 @@ class Format:
     @cached_property
     def usual(self) -> int | None:
         """-1 for a tensor, n for a list of n leaves, which is what stages usually send; None for any other structure."""
-        if self.spec == _one():
+        if self.spec == _leaf_spec():
             return -1 if type(self.leaves[0]) is TensorSlot else None
-        return len(self.leaves) if self.leaves and self.spec == _several(len(self.leaves)) else None
+        return len(self.leaves) if self.leaves and self.spec == _list_spec(len(self.leaves)) else None
 
     def describe(self) -> bytes:
         """For the other end, which is another process of the same run.
@@ -116,7 +116,9 @@ class Format:
         Raises:
             ConfigError: a container in the tree is of a class that the other process cannot import.
         """
-        leaves = [{"slot": _described(leaf)} if isinstance(leaf, TensorSlot) else describe_value(leaf) for leaf in self.leaves]
+        leaves = [
+            {"slot": _describe_slot(leaf)} if isinstance(leaf, TensorSlot) else describe_value(leaf) for leaf in self.leaves
+        ]
         return json.dumps([describe_spec(self.spec), leaves], separators=(",", ":")).encode()
 
     @staticmethod
@@ -135,9 +137,9 @@ class Format:
             offset = 0
             for entry in described:
                 slot = entry.get("slot") if isinstance(entry, dict) else None
-                leaves.append(parse_value(entry) if slot is None else _slot(offset, *slot))
+                leaves.append(parse_value(entry) if slot is None else _slot_at(offset, *slot))
                 # As format_of() counts, or the two ends would read different bytes.
-                offset += 0 if slot is None else _padded(leaves[-1].nbytes)
+                offset += 0 if slot is None else _padded_size(leaves[-1].nbytes)
             spec = parse_spec(node)
             if spec.num_leaves != len(leaves):
                 raise ValueError(f"{len(leaves)} leaves for a structure of {spec.num_leaves}")
@@ -149,12 +151,12 @@ class Format:
         return Format(spec, tuple(leaves), offset)
 
 
-def _described(slot: TensorSlot) -> list[Any]:
+def _describe_slot(slot: TensorSlot) -> list[Any]:
     return [slot.shape, slot.stride, describe_value(slot.dtype)["dtype"], slot.requires_grad]
 
 
-def _slot(offset: int, shape: list[int], stride: list[int], dtype: str, requires_grad: bool) -> TensorSlot:
-    """What :func:`_described` described, at byte ``offset``.
+def _slot_at(offset: int, shape: list[int], stride: list[int], dtype: str, requires_grad: bool) -> TensorSlot:
+    """What :func:`_describe_slot` described, at byte ``offset``.
 
     Raises:
         ValueError: its elements would overlap or leave gaps, which no tensor that is sent has.
@@ -175,26 +177,26 @@ def _slot(offset: int, shape: list[int], stride: list[int], dtype: str, requires
     return TensorSlot(offset, count * kind.itemsize, tuple(shape), tuple(stride), kind, bool(requires_grad))
 
 
-def _padded(nbytes: int) -> int:
+def _padded_size(nbytes: int) -> int:
     return -(-nbytes // 64) * 64
 
 
-def _flatten(tree: Any) -> tuple[list[Any], Any]:
+def _flatten_tree(tree: Any) -> tuple[list[Any], Any]:
     """As ``tree_flatten``; the structures that stages usually send are known already: a tensor, or a list of them."""
     if isinstance(tree, Tensor):
-        return [tree], _one()
+        return [tree], _leaf_spec()
     if type(tree) is list and all(value is None or isinstance(value, Tensor) for value in tree):
-        return tree, _several(len(tree))
+        return tree, _list_spec(len(tree))
     return tree_flatten(tree)
 
 
 @cache
-def _one() -> Any:
+def _leaf_spec() -> Any:
     return tree_flatten(None)[1]
 
 
 @cache
-def _several(count: int) -> Any:
+def _list_spec(count: int) -> Any:
     return tree_flatten([None] * count)[1]
 
 
@@ -204,7 +206,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
     Raises:
         ConfigError: a leaf cannot be sent.
     """
-    values, spec = _flatten(tree)
+    values, spec = _flatten_tree(tree)
     leaves: list[Any] = []
     tensors: list[Tensor] = []
     offset = 0
@@ -217,7 +219,7 @@ def format_of(tree: Any) -> tuple[Format, list[Tensor]]:
             slot = TensorSlot(offset, nbytes, tuple(sent.shape), sent.stride(), sent.dtype, value.requires_grad)
             leaves.append(slot)
             tensors.append(sent)
-            offset += _padded(nbytes)
+            offset += _padded_size(nbytes)
         else:
             leaves.append(value)
     return Format(spec, tuple(leaves), offset), tensors
@@ -278,7 +280,7 @@ def tree_of(tensors: list[Tensor], form: Format) -> Any:
 
 def places(block: Tensor, start: int, form: Format) -> list[Tensor | None]:
     """Where the tensors of a message go in ``block``, the payload beginning at byte ``start``; None for empty ones."""
-    return [_at(block, start, leaf) if leaf.nbytes else None for leaf in form.leaves if isinstance(leaf, TensorSlot)]
+    return [_view_of_slot(block, start, leaf) if leaf.nbytes else None for leaf in form.leaves if isinstance(leaf, TensorSlot)]
 
 
 def fill(places: list[Tensor | None], tensors: list[Tensor]) -> None:
@@ -296,14 +298,14 @@ def read(block: Tensor, start: int, form: Format) -> Any:
             values.append(leaf)
         elif leaf.nbytes:
             # A view, not a copy: the block of the message lives as long as any of its tensors.
-            values.append(_at(block, start, leaf).requires_grad_(leaf.requires_grad))
+            values.append(_view_of_slot(block, start, leaf).requires_grad_(leaf.requires_grad))
         else:
             empty = torch.empty_strided(leaf.shape, leaf.stride, dtype=leaf.dtype, device=block.device)
             values.append(empty.requires_grad_(leaf.requires_grad))
     return tree_unflatten(values, form.spec)
 
 
-def _at(block: Tensor, start: int, slot: TensorSlot) -> Tensor:
+def _view_of_slot(block: Tensor, start: int, slot: TensorSlot) -> Tensor:
     begin = start + slot.offset
     flat = block[begin : begin + slot.nbytes].view(slot.dtype)
     return flat.as_strided(slot.shape, slot.stride)

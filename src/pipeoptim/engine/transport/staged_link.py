@@ -127,7 +127,7 @@ class StagedSender(Sender):
         self._thread.shutdown(wait=False, cancel_futures=True)
         super().close()
 
-    def _block(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
+    def _new_buffer(self, start: int, form: message.Format, again: message.Format | None) -> MessageBuffer:
         # Only the payload is staged on the device: the header is written by the program, into the pinned part.
         copy = self._streams.empty(form.payload)
         return MessageBuffer(self._memory(start + form.payload), message.places(copy, 0, form), again, copy)
@@ -135,7 +135,7 @@ class StagedSender(Sender):
     def _memory(self, size: int) -> Tensor:
         return self._streams.pinned(size)
 
-    def _start(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
+    def _start_send(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
         copied = None
         if block.copy is not None and block.copy.numel():
             self._streams.fill(block.places, tensors)
@@ -244,7 +244,7 @@ class StagedReceiver(Receiver):
             deque()
         )  # pinned memory that the device copies from, or has copied from
 
-    def _receive(self, size: int) -> tuple[Any, Tensor]:
+    def _begin_receive(self, size: int) -> tuple[Any, Tensor]:
         host = self._pinned(size)
         try:
             work = self.group.recv([host], self.place, 0)
@@ -258,7 +258,7 @@ class StagedReceiver(Receiver):
         self._device_memory.clear()  # that of the empty message, which announced this one
         return super()._receive_described(size)
 
-    def _read(self, host: Tensor, start: int, form: message.Format) -> Any:
+    def _read_tree(self, host: Tensor, start: int, form: message.Format) -> Any:
         memory, free = self._device_memory.popleft()
         copied = self._streams.copy_in(memory, host, free)
         # On the device: the program goes on and queues the forward, which begins when the message is there.

@@ -57,11 +57,11 @@ def check_transport(transport: str) -> None:
         )
 
 
-def _closed(error: OSError | None = None) -> RuntimeError:
+def _closed_error(error: OSError | None = None) -> RuntimeError:
     return RuntimeError("connection closed by peer" + (f" ({error.strerror})" if error else ""))
 
 
-def _rest(buffers: list[Any], count: int) -> Iterator[memoryview]:
+def _remaining_views(buffers: list[Any], count: int) -> Iterator[memoryview]:
     """What remains of ``buffers`` after the first ``count`` bytes."""
     for buffer in buffers:
         view = memoryview(buffer).cast("B")
@@ -98,12 +98,12 @@ class UnixChannel:
         try:
             # One system call for header, tensors and padding, wherever in memory they lie.
             count = self._socket.sendmsg(buffers)
-            for buffer in _rest(buffers, count):  # a signal interrupted the call
+            for buffer in _remaining_views(buffers, count):  # a signal interrupted the call
                 self._socket.sendall(buffer)
         except BlockingIOError:
             raise RuntimeError("timed out") from None
         except OSError as error:
-            raise _closed(error) from error
+            raise _closed_error(error) from error
 
     def get(self, buffers: list[Any]) -> None:
         """Wait for a message of the size of these buffers and fill them.
@@ -114,7 +114,7 @@ class UnixChannel:
         try:
             # WAITALL: one call even where the message arrives in pieces.
             count, *_ = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)
-            for buffer in _rest(buffers, count) if count else ():
+            for buffer in _remaining_views(buffers, count) if count else ():
                 while buffer:
                     count = self._socket.recv_into(buffer)
                     if not count:
@@ -123,9 +123,9 @@ class UnixChannel:
         except BlockingIOError:
             raise RuntimeError("timed out") from None
         except OSError as error:
-            raise _closed(error) from error
+            raise _closed_error(error) from error
         if not count:
-            raise _closed()
+            raise _closed_error()
 
     # -- as a process group ------------------------------------------------------------------------------------------
 
@@ -165,7 +165,7 @@ class UnixChannel:
                 # After the record, with a byte of its own: the receiver reads the record in one piece, then asks for the descriptor.
                 socket.send_fds(self._socket, [b"+"], [fd])
         except OSError as error:
-            raise _closed(error) from error
+            raise _closed_error(error) from error
         finally:
             if fd is not None:
                 os.close(fd)
@@ -182,9 +182,9 @@ class UnixChannel:
                 raise RuntimeError("timed out") from None
             return self._taken
         except OSError as error:
-            raise _closed(error) from error
+            raise _closed_error(error) from error
         if not answer:
-            raise _closed()
+            raise _closed_error()
         self._taken += len(answer)
         return self._taken
 
@@ -291,19 +291,19 @@ def connect_neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: 
         StageFailure: a neighbour did not come within the time-out.
     """
     found: UnixChannels = {}
-    listener = _listen(store, k - 1, wanted) if k > 0 else None
+    listener = _listen_for_neighbour(store, k - 1, wanted) if k > 0 else None
     try:
         if k < depth - 1:
-            found |= _call(store, k, wanted, timeout)
+            found |= _call_neighbour(store, k, wanted, timeout)
         if k > 0:
-            found |= _answer(store, k - 1, listener, timeout)
+            found |= _answer_neighbour(store, k - 1, listener, timeout)
     finally:
         if listener is not None:
             listener[0].close()
     return found
 
 
-def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, bytes] | None:
+def _listen_for_neighbour(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, bytes] | None:
     listener = None
     if wanted and sys.platform == "linux":
         with suppress(OSError):
@@ -319,7 +319,7 @@ def _listen(store: Store, boundary: int, wanted: bool) -> tuple[socket.socket, b
     return listener, token
 
 
-def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> UnixChannels:
+def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> UnixChannels:
     published = _read_key(store, f"local/{boundary}", boundary + 1, timeout)
     found: UnixChannels = {}
     if wanted and published != "-":
@@ -343,7 +343,9 @@ def _call(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> Unix
     return found
 
 
-def _answer(store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta) -> UnixChannels:
+def _answer_neighbour(
+    store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta
+) -> UnixChannels:
     if _read_key(store, f"local/{boundary}/called", boundary, timeout) == "no" or listener is None:
         return {}
     found: UnixChannels = {}
