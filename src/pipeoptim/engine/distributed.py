@@ -52,5 +52,6 @@ class Schedule(ProcessPipeline):
         scheduler: LRScheduler | None = None,
         **options: Unpack[ProcessKeywords],
     ) -> None:
+        # First: reading the stage asks for its process group.
         check_started()
         self._set_up([StageArguments(stage, optimizer, scheduler)], loss_fn, method, microbatches, options)

@@ -85,14 +85,17 @@ class Emulator(Pipeline):
         read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
         super().__init__(read, len(stages), processes)
         self._processes = range(self.program.processes or self.depth)
+        # Made here where a function is given: per stage, from that stage's parameters only.
         chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in stages])
         rates = one_each("schedulers", self.depth, schedulers, chosen)
         for k, optimizer in enumerate(chosen):
             check_optimizer(optimizer, k)
+        # One exchange for all stages; each holds an end of it, as each process does of its own.
         norms = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
         ties = read_tied(read.tied, self.program, self.method, read.clip, scaled)
         exchanges = [LocalGradientSum(tie.holders) for tie in ties]
+        # Kept besides the ports, to look whether a message is there before a stage acts.
         self._activations, self._gradients, ports = memory_links(self.depth)
         for k, module in enumerate(stages):
             row = self._trace_row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
@@ -177,9 +180,11 @@ class Emulator(Pipeline):
 
     def _can_run(self, k: int, action: Action) -> bool:
         """Whether what ``action`` needs of other stages has arrived: they act in this same thread, so nothing may wait for them."""
+        # Asked for every action: it also sends what the others wait for, without which they could never move.
         if not self._runners[k].worker.can_finish_update():
             return False
         if action.kind is ActionKind.F:
+            # The inputs of stage 0 are always there; so are the gradients of the last stage, which makes them itself.
             return k == 0 or self._activations[k - 1].can_receive()
         if action.kind is ActionKind.B:
             return k == self.depth - 1 or self._gradients[k].can_receive()
@@ -205,6 +210,7 @@ def _refuse_shared(stages: list[nn.Module]) -> None:
     owners: dict[nn.Parameter, tuple[int, str]] = {}
     for k, stage in enumerate(stages):
         for name, p in stage.named_parameters():
+            # Frozen parameters may be shared: nobody updates them.
             first, theirs = owners.setdefault(p, (k, name))
             if first != k and p.requires_grad:
                 raise ConfigError(

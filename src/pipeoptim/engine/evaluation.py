@@ -81,11 +81,13 @@ class WeightedMeans:
         self._loss = _add_weighted(self._loss, loss, weight)
         for name, value in parts.items():
             self._sums[name] = _add_weighted(self._sums.get(name), value, weight)
+            # By part, since a loss_fn need not return every part for every batch.
             self._weights[name] = self._weights.get(name, 0.0) + weight
 
     def result(self) -> dict[str, Any]:
         """As plain data, for :func:`evaluation_of`."""
         return {
+            # The first wait for the device, after the last batch.
             "loss": None if self._loss is None else self._loss.item() / self._weight,
             "parts": {name: value.item() / self._weights[name] for name, value in self._sums.items()},
             "weight": self._weight,

@@ -70,6 +70,7 @@ class InterleavedSchedule(ProcessPipeline):
             )
         check_started()
         _check_places(stages)
+        # The only option that is given per stage; the rest is one for all.
         scalers = scalers_of(len(stages), options.pop("scaler", None))
         given = [StageArguments(*each) for each in zip(stages, optimizers, rates, scalers, strict=True)]
         self._set_up(given, loss_fn, method, microbatches, options)
@@ -80,6 +81,7 @@ def _check_places(stages: Sequence[PipelineStage]) -> None:
     processes = first.depth // len(stages)
     if processes == 1:
         raise ConfigError("all stages are in one process; there Emulator trains them")
+    # Process p of P holds stages p, p + P, p + 2P, ...
     expected = list(range(first.k % processes, first.depth, processes))
     if [stage.stage_index for stage in stages] != expected:
         raise ConfigError(f"stages {[s.stage_index for s in stages]} were given in process {first.k}; it holds {expected}")

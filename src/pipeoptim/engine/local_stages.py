@@ -31,6 +31,7 @@ class LocalStages:
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
         self.options = options
         self.method = get_method(options.method)
+        # Before anything is made: an option that could not take effect is refused, not ignored.
         check_effects(options, self.method)
         self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace

@@ -49,6 +49,7 @@ class Along:
     dim: int
 
     def __post_init__(self) -> None:
+        # Not isinstance(): True would be dimension 1.
         if type(self.dim) is not int:
             raise ConfigError(f"dim of pipeoptim.Along is {self.dim!r}, must be an integer, the batch dimension")
 

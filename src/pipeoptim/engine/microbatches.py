@@ -77,6 +77,7 @@ class BatchSplitter:
             ConfigError: something cannot be split, there are no rows, inputs and target have different numbers of them, or
                 there is no target for ``loss_weight``.
         """
+        # Only where the last stage lives is there a target that could be missing.
         if last:
             check_weighable(self.loss_weight, target)
         _check_rows(where, (args, kwargs.get(0)))
@@ -87,8 +88,10 @@ class BatchSplitter:
         for k, own in kwargs.items():
             inputs |= {f"keyword {name!r} of stage {k}": value for name, value in own.items()}
         columns, rows = self._columns(inputs)
+        # Before the target is looked at: "no rows" says more than a disagreement of rows.
         if rows and not any(rows):
             raise ConfigError(_no_rows(where))
+        # By itself, so that a disagreement with the inputs gets a sentence of its own.
         targets, target_rows = self._columns({f"the target{where}": target})
         _check_alike(rows, target_rows)
         return self._assembled_batches(len(args), kwargs, columns, targets[0], rows, target_rows)
@@ -151,6 +154,7 @@ class BatchSplitter:
         Raises:
             ConfigError: what was given to this stage has other rows than the inputs, whose number has only now come here.
         """
+        # Keywords and target of a later stage meet the number of rows of the input only here.
         own = (("keywords", micro_batch.row_share), ("target", micro_batch.target_share))
         for name, theirs in own if row_share.of else ():
             if theirs != row_share and theirs.of:

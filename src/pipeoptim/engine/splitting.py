@@ -53,6 +53,7 @@ def split(name: str, value: Any, m: int) -> Slices:
     """
     if isinstance(value, Tensor):  # nearly always
         return _cut_tensor(name, value, m, 0)
+    # Before anything is cut: an ambiguous tuple must not be guessed at.
     _check_tuples(name, value)
     leaves, spec = tree_flatten(value, is_leaf=_is_leaf)
     return _joined_slices([_slices_of_leaf(name, leaf, m) for leaf in leaves], spec, m)
@@ -90,6 +91,7 @@ def as_tensor(name: str, value: Any) -> Any:
     if not _is_numpy(value):
         return value
     try:
+        # torch would take the numbers of a masked array and drop the mask in silence.
         if hasattr(value, "mask"):
             raise TypeError("a tensor has no mask")
         return torch.from_numpy(value.copy())  # arrays may be read-only or have negative strides, tensors not
@@ -111,6 +113,7 @@ def row_counts(rows: int, m: int) -> Rows:
 
 def _slices_of_leaf(name: str, leaf: Any, m: int) -> Slices:
     """``leaf`` is what :func:`_is_leaf` stops at, or what is no container."""
+    # Marks first: what the user says goes before any rule about types.
     if isinstance(leaf, Whole):
         return Slices([leaf.value] * m)
     if isinstance(leaf, MicroBatches):
@@ -146,6 +149,7 @@ def _cut_tensor(name: str, tensor: Tensor, m: int, dim: int) -> Slices:
 
 
 def _cut_list(entries: list[Any], m: int, kind: Callable[[list[Any]], Any]) -> Slices:
+    # Cut where tensor_split() would, so that lists and tensors of one batch stay together.
     rows, slices, start = row_counts(len(entries), m), [], 0
     for count in rows:
         slices.append(kind(entries[start : start + count]))
@@ -218,6 +222,7 @@ def _check_tuples(name: str, value: Any) -> None:
 
     def check(node: Any) -> bool:
         if type(node) is tuple and len(node) > 1 and all(isinstance(entry, Tensor) and entry.dim() for entry in node):
+            # Tensors that differ in kind (images and labels, say) are inputs beyond doubt.
             alike = {(entry.shape[0], entry.dim(), entry.dtype) for entry in node}
             if len(alike) == 1 and node[0].shape[0] == len(node):
                 raise ConfigError(

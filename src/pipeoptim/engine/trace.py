@@ -92,6 +92,7 @@ class TraceRow:
 
     def to_json(self) -> dict[str, Any]:
         """Everything as plain data, times in nanoseconds."""
+        # Only now are moments turned into times: on a device that waits for its events.
         when = self.clock.nanoseconds
         return {
             "format": FORMAT,

@@ -52,6 +52,7 @@ class TracedWorker(StageWorker):
         began = self.row.now()
         super().prepare(i)
         chosen: Any = self.forward_weights.chosen
+        # Without a copy the latest weights are used in place: nothing was predicted.
         if self.predictor is not None and chosen.copy is not None:
             self.row.add("predict", self._number(i), began)
 
@@ -88,6 +89,7 @@ class TracedUpdate(StageUpdate):
         self.row = row
 
     def finish(self) -> None:
+        # Before the update, which counts the version up: U(n) makes version n + 1 from n.
         version, began = self.weights.version, self.row.now()
         super().finish()
         self.row.add(ActionKind.U.value, version, began)
@@ -124,6 +126,7 @@ class TracedExchange(Generic[Sent, Received]):
 
     def __init__(self, row: TraceRow, plain: Exchange[Sent, Received]) -> None:
         self.row, self.plain = row, plain
+        # Bound once: only receive() can wait, so that only it is noted.
         self.send, self.can_receive, self.abandon = plain.send, plain.can_receive, plain.abandon
 
     def receive(self, version: int) -> Received:

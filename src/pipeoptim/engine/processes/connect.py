@@ -87,6 +87,7 @@ class Connections:
     def interrupt(self, failure: str) -> None:
         """End all waits of this process for others, because of ``failure``; called from a heartbeat's thread."""
         self.interrupted_by = failure
+        # All of them, since this thread cannot know which one the main thread waits on.
         waits = (self.rendezvous, self.norms, *self.others, *self.receivers, *self.senders)
         for one in waits:
             if one is not None:
@@ -175,6 +176,7 @@ def _connect_stage(
 ) -> None:
     """Make the links of stage ``k`` to the stages before and after it."""
     rendezvous, device = connections.rendezvous, endpoint.device
+    # Only where a device's messages must pass through the host; a backend of the device's own needs none.
     streams = side_streams(device)
     in_host = device.type == "cpu" or streams is not None  # what travels is in the host's memory
     wanted = transport == "auto" and in_host and uses_gloo()

@@ -61,6 +61,7 @@ class LocalExchangeEnd(Generic[Sent, Received]):
 
     def __init__(self, exchange: LocalExchange[Sent, Received], k: int) -> None:
         self.exchange, self.k = exchange, k
+        # Only send() must know who calls: the result is the same for all.
         self.can_receive, self.receive, self.abandon = exchange.can_receive, exchange.receive, exchange.abandon
 
     def send(self, version: int, value: Sent, /) -> None:

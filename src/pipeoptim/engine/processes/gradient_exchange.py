@@ -121,6 +121,7 @@ class AllReducedGradients:
         return True
 
     def receive(self, version: int) -> Tensor:
+        # Taken early by receive_pending(), before the group was closed.
         if version in self._received:
             return self._received.pop(version)
         work, every = self._works.pop(version)

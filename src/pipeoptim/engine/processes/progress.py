@@ -92,6 +92,7 @@ def _compared(name: str, notes: Mapping[int, str]) -> str:
     if not ended:
         return ""
     short, far = min(ended, key=lambda j: ended[j]), max(reached, key=lambda j: reached[j])
+    # Everybody has come as far as the one that ended first: the wait failed for another reason.
     if reached[far] <= ended[short]:
         return ""
     part, what = (0, "mini-batches") if reached[far][0] != ended[short][0] else (1, "batches to evaluate")

@@ -51,6 +51,7 @@ class BucketedReduction(NoReplicas):
         self._next = len(self.buckets)  # buckets before this one have been started
         self._counting = False
         hooked = self._bucket_index if during_backward else ()
+        # After the accumulation: p.grad is then the sum over the mini-batch, and not only the last micro-batch's gradient.
         self._hooks = [p.register_post_accumulate_grad_hook(self._gradient_arrived) for p in hooked]  # type: ignore[no-untyped-call]
 
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
@@ -141,6 +142,7 @@ class DDPReduction(NoReplicas):
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
         """Arm the reducer."""
         if last:
+            # What DDP's own forward does at its end, which no_sync() leaves out.
             self.module.reducer.prepare_for_backward(list(outputs))
 
 
@@ -191,6 +193,7 @@ def _make_buckets(params: list[Tensor]) -> list[_Bucket]:
         bucket = open_.setdefault((p.device, p.dtype), [])
         bucket.append(p)
         if sum(q.numel() * q.element_size() for q in bucket) >= BUCKET_BYTES:
+            # Closed here and not at an exact size: a gradient is never split over two buckets.
             full.append(open_.pop((p.device, p.dtype)))
     return [_Bucket(bucket) for bucket in [*full, *open_.values()]]
 

@@ -97,6 +97,7 @@ class ReplicaSet:
 
     def __init__(self, replicas: Replicas, k: int, depth: int, timeout: float, settings: SharedSettings) -> None:
         self.replicas, self.k, self.depth, self.timeout = replicas, k, depth, timedelta(seconds=timeout)
+        # One per stage: the replicas of different stages are different processes.
         self.rendezvous = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
         self._heartbeat: Heartbeat | None = None
@@ -127,6 +128,7 @@ class ReplicaSet:
     def reduction(self, module: nn.Module, optimizer: Optimizer | None, uneven: bool) -> Reduction:
         """What averages the gradients of this stage. All replicas start from the weights of the first."""
         parameters = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
+        # Masters get their gradients only after the backward, from the module's: the averaging of a wrapper does not know them.
         mastered = any(module_parameter(p) is not p for p in parameters)
         mesh = sharding_mesh(module)
         if mesh is not None or isinstance(module, DistributedDataParallel):
@@ -141,6 +143,7 @@ class ReplicaSet:
             return DDPReduction(module, self.replicas.index)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
         group = self.rendezvous.group("gradients")
+        # Masters too, since float32 values that round alike may differ.
         broadcast_values([*module.parameters(), *module.buffers(), *(parameters if mastered else [])], group, ranks[0])
         return BucketedReduction(parameters, group, self.replicas.index, self.timeout, during_backward=not mastered)
 
@@ -167,6 +170,7 @@ class ReplicaSet:
         if self._heartbeat is not None:
             self._heartbeat.close()
             self._heartbeat = None
+        # They hold the group, which ends with its last reference.
         self._votes.clear()
         self.rendezvous.close(wait)
 

@@ -67,6 +67,7 @@ class ShardedReduction(NoReplicas):
         self.index = index
         self.shards: Mapping[Tensor, Tensor] = {p: _local_shard(p) for p in module.parameters()}
         self._modules = [m for m in module.modules() if isinstance(m, FSDPModule)]
+        # The innermost dimension is the one that shards; with HSDP the outer one replicates, and all replicas have equal norms.
         self._group = mesh.get_group(mesh.ndim - 1)
 
     @contextmanager

@@ -36,6 +36,7 @@ class autocast_to:  # noqa: N801  # used like a function
         self._autocast = None if dtype is None else torch.autocast(device_type, dtype=dtype)
 
     def __enter__(self) -> None:
+        # Those that an outer block has made of weights that have changed since.
         torch.clear_autocast_cache()
         if self._autocast is not None:
             self._autocast.__enter__()  # type: ignore[no-untyped-call]

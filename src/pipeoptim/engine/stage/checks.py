@@ -125,6 +125,7 @@ def _needs_metric(scheduler: Any) -> Any:
 
 def check_groups(optimizer: Optimizer, count: int, k: int) -> None:
     """Raise ConfigError where ``optimizer`` holds another number of parameters than ``count``, which the stage knows."""
+    # Read from the groups at every mini-batch, since add_param_group() tells nobody.
     held = sum([len(group["params"]) for group in optimizer.param_groups])
     if held != count:
         raise ConfigError(

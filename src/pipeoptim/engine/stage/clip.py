@@ -127,6 +127,7 @@ class Clipper:
         clip.check(program)
         assert (norms is not None) == clip.exchanges
         self.rule, self.params, self.norms = clip, list(params), norms
+        # By identity: == of tensors compares their values.
         others = {id(p) for p in elsewhere}
         self._counted = [p for p in self.params if id(p) not in others]
         self.delay, self._whole = clip.delay(program), whole

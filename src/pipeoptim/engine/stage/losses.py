@@ -146,6 +146,7 @@ def check_graph(k: int, share: float | None, trained: Iterable[Tensor], added: I
     Raises:
         ConfigError: it ought to have one, as something is ``trained`` and nothing else was ``added``.
     """
+    # A micro-batch that counts 0 may well have no graph.
     if share != 0 and any(t.requires_grad for t in trained) and not any(loss.requires_grad for loss in added):
         raise ConfigError(
             f"the loss on stage {k} does not depend on any weight, so nothing would be learnt; leave out detach(), item(), no_grad() and "
@@ -186,6 +187,7 @@ def _reported_part(name: str, value: Any) -> Tensor:
         raise ConfigError(
             f"loss_fn returned {_describe_value(value)} as the part {name!r}, must be a number; return only what is to be reported"
         )
+    # Parts are reported only: with their graph they would keep the stage's activations alive.
     return value.detach()
 
 

@@ -153,6 +153,7 @@ class PredictionMonitor:
         if error is None:
             return
         window = self._windows[n]
+        # The mean of many: a single prediction may well be worse than none where the weights hardly move.
         window.append(error)
         if len(window) < WINDOW:
             return

@@ -61,6 +61,7 @@ def recomputing(weights: StageWeights, again: WeightSet, weight_set: WeightSet) 
 
 @contextmanager
 def _hook_replaced(hook: type) -> Iterator[None]:
+    # torch looks the class up in its module whenever it recomputes, so that replacing it there is enough.
     original = getattr(torch.utils.checkpoint, _HOOK)
     setattr(torch.utils.checkpoint, _HOOK, hook)
     try:

@@ -73,6 +73,7 @@ class NoReplicas:
     index = 0
     deferred = False
     replaces_saved = True
+    # Read-only, since all stages without replicas share this object.
     shards: Mapping[Tensor, Tensor] = MappingProxyType({})
 
     def unwrapped(self, module: nn.Module) -> nn.Module:

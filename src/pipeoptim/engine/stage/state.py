@@ -85,5 +85,6 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
         stage.scaling.load_state_dict(state["scaling"])
     # An empty state forgets what the compressor has lost in the run before: the residuals of other messages.
     stage.compressor.load_state_dict(state.get("compress", {}))
+    # Its pending predictions were made for weights that are gone.
     if stage.monitor is not None:
         stage.monitor.forget()

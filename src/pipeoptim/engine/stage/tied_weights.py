@@ -105,6 +105,7 @@ def _read_tie(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
 def _check_ties(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool) -> None:
     if program.interleaved:
         raise ConfigError("weights tied across stages are worked out for one stage per process; leave processes or tied out")
+    # Only the exact global norm is the same number on all holders.
     if clip is not None and not clip.waits:
         raise ConfigError(
             f"clipping with scope {clip.scope!r} scales each stage's gradients by a number of its own, so the copies of a tied weight "

@@ -61,6 +61,7 @@ class WeightWrites:
         Raises:
             ConfigError: it has written where the write would be lost.
         """
+        # One comparison of lists per forward: the names are looked up only when something was written.
         after = self.versions()
         if after == before:
             # The first forward decides that there are none; one that writes later is still found, and sets it again.

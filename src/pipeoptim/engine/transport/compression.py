@@ -115,6 +115,7 @@ def pack_tensor(tensor: Tensor, kind: str) -> Packed:
     """``tensor`` in fewer bytes."""
     # Cut from the graph: the gradient comes back as a message and is given to the stage's own output.
     x = portable(tensor.detach())
+    # No scale: bfloat16 has the exponents of float32, so that only digits are lost.
     if kind == "bf16":
         return Packed(x.to(torch.bfloat16), None, tensor.dtype, tensor.requires_grad)
     x = x.float()
@@ -177,6 +178,7 @@ class CompressedDirection:
 
     def _pack_leaf(self, key: tuple[int, int], leaf: Any, loss_scale: float) -> Any:
         assert self.kind is not None
+        # As in a message without compression; the receiver tells the two apart by the type Packed.
         if not isinstance(leaf, Tensor) or leaf.dtype not in _TYPES[self.kind] or leaf.numel() < ROW:
             return leaf
         if not self.feedback:

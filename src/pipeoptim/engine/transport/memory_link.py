@@ -23,6 +23,7 @@ class MemoryLink:
         self._queue: deque[Message] = deque()
 
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
+        # Activations are copied at once: the sending stage may overwrite its output before the receiving one has its turn.
         self._queue.append(Message(transferred(tree) if self.copies else tree, flags, loss_scale, share))
 
     def post_receive(self) -> None:

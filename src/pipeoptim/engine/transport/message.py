@@ -233,6 +233,7 @@ def unchanged(tree: Any, form: Format) -> list[Tensor] | None:
         return None
     tensors = []
     for value, leaf in zip(tree, form.leaves, strict=True):
+        # Exact types only: a subclass may mean something else by its shape or its strides.
         if type(leaf) is TensorSlot and type(value) in _PLAIN_TENSORS:
             if value.shape != leaf.shape or value.dtype is not leaf.dtype or value.requires_grad is not leaf.requires_grad:
                 return None
@@ -307,6 +308,7 @@ def read(block: Tensor, start: int, form: Format) -> Any:
 
 def _view_of_slot(block: Tensor, start: int, slot: TensorSlot) -> Tensor:
     begin = start + slot.offset
+    # Possible since slots begin at multiples of 64 bytes, whatever their type.
     flat = block[begin : begin + slot.nbytes].view(slot.dtype)
     return flat.as_strided(slot.shape, slot.stride)
 

@@ -31,6 +31,7 @@ def describe_spec(spec: TreeSpec) -> Any:
     """
     if spec.is_leaf():
         return None
+    # Of a named tuple the context is the class itself; of other containers it is data, such as the keys of a dict.
     context = _class_name(spec.context, _namedtuple_class) if spec.type is namedtuple else describe_value(spec.context)
     return [_class_name(spec.type, _registered_class), context, [describe_spec(child) for child in spec.children()]]
 
@@ -60,6 +61,7 @@ def describe_value(value: Any) -> Any:
         return value
     if kind is list:
         return [describe_value(one) for one in value]
+    # Infinity and NaN, which JSON has no numbers for.
     if kind is float:
         return {"float": str(value)}
     if kind is tuple:

@@ -325,6 +325,7 @@ def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelt
     if wanted and published != "-":
         name, token = published[: -2 * _TOKEN], bytes.fromhex(published[-2 * _TOKEN :])
         with suppress(OSError):
+            # One connection for each direction: a full socket of activations never holds up gradients.
             for direction in (0, 1):
                 connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
                 connection.settimeout(timeout.total_seconds())  # strangers can fill the queue of those who call
@@ -339,6 +340,7 @@ def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelt
         for channel in found.values():
             channel.close()
         found.clear()
+    # The other end waits for this word before it accepts: it must not wait for a caller that never comes.
     store.set(f"local/{boundary}/called", "yes" if found else "no")
     return found
 
