@@ -20,7 +20,7 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
     """``value`` with its tensors moved into ``tensors`` under names that begin with ``path``.
 
     Raises:
-        ConfigError: something that is neither a tensor nor plain data.
+        ConfigError: something that is neither a tensor nor plain data, or two tensors of one name.
 
     Example:
         >>> import torch
@@ -29,7 +29,8 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         ({'a': [1, {'$tensor': 'x/a/1'}]}, ['x/a/1'])
     """
     if isinstance(value, Tensor):
-        tensors[path] = value
+        if tensors.setdefault(path, value) is not value:
+            raise ConfigError(f"two tensors of this state are called {path!r} in the file; rename one of them")
         return {"$tensor": path}
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": str(value)}
@@ -40,11 +41,22 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         return {"$tuple": parts} if isinstance(value, tuple) else parts
     if isinstance(value, Mapping):
         if all(isinstance(key, str) and not key.startswith("$") for key in value):
-            return {key: flatten(v, f"{path}/{key}", tensors) for key, v in value.items()}
-        return {"$items": [[flatten(k, path, tensors), flatten(v, f"{path}/{k}", tensors)] for k, v in value.items()]}
+            return {key: flatten(v, f"{path}/{_escaped(key)}", tensors) for key, v in value.items()}
+        return {"$items": [_flat_item(n, k, v, path, tensors) for n, (k, v) in enumerate(value.items())]}
     raise ConfigError(
         f"{path} is a {type(value).__name__}, which a sharded checkpoint cannot hold: only tensors and plain data"
     )
+
+
+def _escaped(key: str) -> str:
+    """A key as one piece of a path, as in JSON Pointer (RFC 6901): ``{"a/b": ...}`` is not ``{"a": {"b": ...}}``."""
+    return key.replace("~", "~0").replace("/", "~1")
+
+
+def _flat_item(n: int, key: Any, value: Any, path: str, tensors: dict[str, Tensor]) -> list[Any]:
+    """The n-th entry of a dictionary of any keys; of these, only integers stand in paths, since 1 and "1" print alike."""
+    piece = str(key) if type(key) is int else f"@{n}"
+    return [flatten(key, f"{path}/{piece}key", tensors), flatten(value, f"{path}/{piece}", tensors)]
 
 
 def rebuild(value: Any, tensors: Mapping[str, Tensor]) -> Any:
