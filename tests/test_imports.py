@@ -21,7 +21,7 @@ SOURCE = Path(pipeoptim.__path__[0]).parent
 MAY_IMPORT = {
     "errors": "",
     "version": "",
-    "files": "",
+    "files": "errors",
     "schedule": "errors",
     "kernels": "errors",
     "rules": "errors kernels",
@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "engine/processes": "errors engine/transport",
     "engine/stage": "errors schedule kernels rules weights methods options engine/transport engine/processes",
     "engine/replicas": "errors weights engine/transport engine/processes engine/stage",
-    "engine": "errors schedule methods options engine/transport engine/processes engine/stage engine/replicas",
+    "engine": "errors files schedule methods options engine/transport engine/processes engine/stage engine/replicas",
     "options": "errors methods",
     "checkpoint": "errors files rules engine engine/processes engine/stage",
     "telemetry": "errors files schedule engine",
@@ -41,8 +41,8 @@ MAY_IMPORT = {
     "diagnosis": "errors version kernels rules",
     "train": "errors files version config options schedule kernels rules methods engine engine/processes engine/stage partitioning "
     "checkpoint telemetry",
-    "bench": "errors version kernels rules weights methods engine engine/processes engine/stage partitioning train",
-    "compare": "errors version config schedule kernels weights methods checkpoint telemetry train bench",
+    "bench": "errors files version kernels rules weights methods engine engine/processes engine/stage partitioning train",
+    "compare": "errors files version config schedule kernels weights methods checkpoint telemetry train bench",
     "cli": "errors files version config options diagnosis schedule kernels methods engine engine/transport partitioning telemetry train "
     "bench compare",
 }

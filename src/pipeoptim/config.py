@@ -238,7 +238,7 @@ class TrainConfig:
         """
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             raise ConfigError(f"the configuration is not JSON ({error}); restore it, or start a new run") from error
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration is {type(data).__name__}, must be a JSON object with the fields of a run")

@@ -13,6 +13,11 @@ class PipeOptimError(Exception):
 class ConfigError(PipeOptimError, ValueError):
     """Input that cannot work, found before any work started. The command line ends with exit code 2."""
 
+    def __str__(
+        self,
+    ) -> str:  # values are shown as they print themselves, some of them (an optimizer, a module) on several lines
+        return " ".join(line.strip() for line in super().__str__().splitlines())
+
 
 class StageFailure(PipeOptimError, RuntimeError):
     """Another stage died or stopped answering; the message names it."""

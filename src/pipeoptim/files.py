@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+from pipeoptim.errors import ConfigError
 
 
 def write_durably(path: Path, text: str) -> None:
@@ -18,6 +24,55 @@ def write_durably(path: Path, text: str) -> None:
         sync_file(file.fileno())
     part.replace(path)
     sync_folder(path.parent)
+
+
+def as_path(name: str, value: Any) -> Path:
+    """What a user gave as the argument ``name``, as a path.
+
+    Raises:
+        ConfigError: it is no text and no path, or a path that nothing can have.
+    """
+    if not isinstance(value, (str, Path)):
+        raise ConfigError(f"{name} is {value!r}, must be a path, for example 'runs/mine'")
+    path = Path(value)
+    try:
+        path.exists()
+    except (OSError, ValueError) as error:  # too long, or with a zero byte in it
+        raise ConfigError(f"{name} is {str(value)[:40]!r}..., which can be no path ({error}); choose another one") from error
+    return path
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in a file.
+
+    Raises:
+        OSError: there is no such file.
+        ConfigError: it holds something else.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
+        raise ConfigError(f"{path} is damaged ({error}); restore it") from error
+    if not isinstance(data, dict):
+        raise ConfigError(f"{path} is damaged (it holds a {type(data).__name__} and no JSON object); restore it")
+    return data
+
+
+@contextmanager
+def reading(folder: Path) -> Iterator[None]:
+    """The block reads what this library wrote below ``folder``: where an entry is missing or of another kind, the files are damaged.
+
+    Raises:
+        ConfigError: so it is; names the folder and what was found.
+    """
+    try:
+        yield
+    except ConfigError:
+        raise
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError) as error:
+        raise ConfigError(
+            f"the files in {folder} are damaged ({type(error).__name__}: {error}); restore them, or make them again in another folder"
+        ) from error
 
 
 def sync_file(descriptor: int) -> None:

@@ -18,6 +18,13 @@ def at_least(least: float, **values: Numbers) -> None:
             raise ConfigError(f"{name} is {value:g}, must be at least {least:g}")
 
 
+def at_most(most: float, **values: Numbers) -> None:
+    """Raises ConfigError for a number above ``most``."""
+    for name, value in _each(values):
+        if value > most:
+            raise ConfigError(f"{name} is {value:g}, must be at most {most:g}")
+
+
 def above_zero(**values: Numbers) -> None:
     """Raises ConfigError for a number that is not above 0."""
     for name, value in _each(values):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import read_object
 from pipeoptim.version import __version__
 
 
@@ -70,13 +71,10 @@ class Record:
     def read(path: Path) -> Record:
         """Read what :meth:`write` wrote."""
         try:
-            data = json.loads(path.read_text())
-        except (OSError, ValueError) as error:
+            data = read_object(path)
+            return Record(**{**data, "rows": [ResultRow(**row) for row in data["rows"]]})
+        except (OSError, KeyError, TypeError, ConfigError) as error:
             raise ConfigError(f"{path} is not a result file of pipeoptim bench: {error}") from error
-        if not isinstance(data, dict) or not {"benchmark", "unit", "settings", "rows", "machine"} <= set(data):
-            raise ConfigError(f"{path} is not a result file of pipeoptim bench: it has not all of their entries")
-        data["rows"] = [ResultRow(**row) for row in data["rows"]]
-        return Record(**data)
 
 
 def merged(old: Record, new: Record) -> Record:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from pipeoptim.errors import ConfigError
@@ -60,13 +61,21 @@ class SavingGroup:
         return gather_plain(value, self.rendezvous.ranks[0], self.group)
 
 
-def checked(pipe: object, what: str) -> None:
-    """Raises ConfigError where ``what`` was given something else than a pipeline."""
+def checked(pipe: object, what: str, names: object = None) -> None:
+    """Raises ConfigError where ``what`` was given something else than a pipeline, or than names for each of its stages.
+
+    Called before anything else, since the drain that comes next moves weights.
+    """
     from pipeoptim.engine.pipeline import Pipeline
 
     if not isinstance(pipe, Pipeline):
         raise ConfigError(
             f"{what}() was given a {type(pipe).__name__}, must be given the pipeline: an Emulator, Schedule or InterleavedSchedule"
+        )
+    if names is not None and not (isinstance(names, (list, tuple)) and all(isinstance(own, Mapping) for own in names)):
+        raise ConfigError(
+            f"names is {names!r}, must be a list of one dictionary per stage, name in the original model -> name in the stage: the names "
+            "of a partition"
         )
 
 

@@ -21,6 +21,7 @@ from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_shard
 from pipeoptim.checkpoint.shard_files import read_tensors, shapes_of, write_shard
 from pipeoptim.checkpoint.weights import begin_folder, finish_folder
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import as_path
 
 if TYPE_CHECKING:
     from pipeoptim.engine.pipeline import Pipeline
@@ -59,9 +60,12 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
         >>> po.load_sharded(pipe, folder)
         True
     """
-    checked(pipe, "save_sharded")
+    checked(pipe, "save_sharded", names)
+    if not isinstance(background, bool):
+        raise ConfigError(f"background is {background!r}, must be True or False")
+    folder = as_path("folder", folder)
     pipe.drain()
-    folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
+    processes, names_of = saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     state = NamedState()
@@ -106,8 +110,8 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
 
     Example: see :func:`save_sharded`.
     """
-    checked(pipe, "load_sharded")
-    folder, processes, names_of = Path(folder), saving_group(pipe), unique_names(pipe, names)
+    checked(pipe, "load_sharded", names)
+    folder, processes, names_of = as_path("folder", folder), saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
     saved, depth = _agreed(processes, lambda: _read_state_json(folder))
     same = all(

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from pipeoptim.checkpoint.parameter_names import Names, inverted, merge, original_names
 from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
 from pipeoptim.errors import ConfigError
-from pipeoptim.files import make_folder, sync_folder, sync_tree, write_durably
+from pipeoptim.files import as_path, cause_of, make_folder, sync_folder, sync_tree, write_durably
 
 if TYPE_CHECKING:
     from pipeoptim.engine.pipeline import Pipeline
@@ -51,7 +51,7 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
         >>> model.load_state_dict(po.full_state_dict(pipe))
         <All keys matched successfully>
     """
-    checked(pipe, "full_state_dict")
+    checked(pipe, "full_state_dict", names)
     pipe.drain()
     found = original_names(pipe, names)
     states = {k: {name: _copied_to_cpu(t) for name, t in _stage_tensors(pipe.stage_module(k), k)} for k in pipe.local_stages}
@@ -86,9 +86,10 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     """
     from safetensors.torch import save_file
 
-    checked(pipe, "save_weights")
+    checked(pipe, "save_weights", names)
+    folder = as_path("folder", folder)
     pipe.drain()
-    folder, processes, names_of = Path(folder), saving_group(pipe), original_names(pipe, names)
+    processes, names_of = saving_group(pipe), original_names(pipe, names)
     refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     where: dict[str, tuple[str, int]] = {}
@@ -137,16 +138,19 @@ def load_weights(
             f"load_weights() was given an object of type {type(module).__name__}, must be given a module; for those of a pipeline, "
             "pipe.stage_module(k)"
         )
-    files = _files_of(Path(source))
+    if names is not None and not isinstance(names, Mapping):
+        raise ConfigError(f"names is {names!r}, must be a dictionary, name in the file -> name in the module")
+    source, device = as_path("source", source), _device(device)
+    files = _files_of(source)
     wanted = inverted(names) if names is not None else {}
     own = module.state_dict()
     where = {name: wanted.get(name, [name]) for name in own}
-    loaded = _read(files, where, own, Path(source))
-    _check_missing(module, loaded, where, Path(source))
+    loaded = _read(files, where, own, source)
+    _check_missing(module, loaded, where, source)
     with torch.no_grad():
         for name, tensor in loaded.items():
             if own[name].is_meta:
-                _replace_tensor(module, name, tensor.to(device or "cpu", own[name].dtype))
+                _replace_tensor(module, name, tensor.to(device, own[name].dtype))
             else:
                 own[name].copy_(tensor)
     left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
@@ -156,22 +160,26 @@ def load_weights(
             "build them on a real device before loading"
         )
     if any(tensor.is_meta for tensor in own.values()):  # forms of weights that other stages have follow to the device
-        module._apply(lambda t: torch.empty_like(t, device=device or "cpu") if t.is_meta else t)  # type: ignore[no-untyped-call]
+        module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # type: ignore[no-untyped-call]
 
 
 def begin_folder(folder: Path, processes: SavingGroup) -> Path:
     """The folder beside ``folder`` that is renamed when complete; every process gets the error if there is one.
 
     Raises:
-        ConfigError: ``folder`` exists.
+        ConfigError: ``folder`` exists, or cannot be made.
     """
-    part = folder.with_name(f".{folder.name}.part")
-    taken = folder.exists() if processes.is_first else False
-    if processes.is_first and not taken:
-        shutil.rmtree(part, ignore_errors=True)
-        make_folder(part)
-    if any(processes.gather(taken)):
-        raise ConfigError(f"{folder} exists already; choose another folder, or remove it")
+    refusal, part = "", folder.parent / f".{folder.name}.part"
+    try:
+        if processes.is_first and folder.exists():
+            refusal = f"{folder} exists already; choose another folder, or remove it"
+        elif processes.is_first:
+            shutil.rmtree(part, ignore_errors=True)
+            make_folder(part)
+    except OSError as error:
+        refusal = f"{folder} cannot be made ({cause_of(error)}); choose another folder"
+    for reason in filter(None, processes.gather(refusal)):
+        raise ConfigError(reason)
     return part
 
 
@@ -183,6 +191,13 @@ def finish_folder(part: Path, folder: Path, processes: SavingGroup) -> None:
         part.rename(folder)
         sync_folder(folder.parent)
     processes.barrier()
+
+
+def _device(given: torch.device | str | None) -> torch.device:
+    try:
+        return torch.device("cpu" if given is None else given)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(f"device is {given!r}, must be a device of torch, for example 'cpu'") from error
 
 
 def _first_stages(parts: Sequence[Mapping[int, Mapping[str, Sequence[str]]]]) -> dict[str, int]:

@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeoptim.compare.settings import ComparisonSettings, check_continues
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import read_object
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,11 @@ class ComparisonFolder:
             ConfigError: there is no comparison here, or it is damaged.
         """
         try:
-            data: dict[str, Any] = json.loads(self.about.read_text())
+            data = read_object(self.about)
             ComparisonSettings.from_json(data["settings"])
         except OSError as error:
             raise ConfigError(f"no comparison in {self.path} (no {self.about.name}); check the path") from error
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise ConfigError(f"{self.about} is damaged ({error}); start again in another folder") from error
         return data
 

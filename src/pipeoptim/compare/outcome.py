@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,6 +12,7 @@ from pipeoptim.compare.statistics import Curve, tail_mean
 from pipeoptim.compare.worker import OUTCOME
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import read_object, reading
 from pipeoptim.methods import copies, get_method
 from pipeoptim.telemetry.metrics import Row, read_rows
 
@@ -71,8 +71,8 @@ class Outcome:
 def is_done(folder: Path) -> bool:
     """Whether the run in ``folder`` has ended with a result, so that it is not repeated; a failure is no result."""
     try:
-        status = json.loads((folder / OUTCOME).read_text())["status"]
-    except (OSError, json.JSONDecodeError, KeyError):
+        status = read_object(folder / OUTCOME).get("status")
+    except (OSError, ConfigError):
         return False
     return status in ("finished", "diverged", "refused")
 
@@ -82,18 +82,21 @@ def read_outcome(run: PlannedRun, folder: Path) -> Outcome:
 
     Raises:
         OSError: it has not ended.
+        ConfigError: its files are damaged.
     """
-    ended = json.loads((folder / OUTCOME).read_text())
-    return _read(run.config, folder, ended["status"], ended.get("reason", ""))
+    with reading(folder):
+        ended = read_object(folder / OUTCOME)
+        return _read(run.config, folder, ended["status"], ended.get("reason", ""))
 
 
 def read_run(config: TrainConfig, folder: Path) -> Outcome:
     """The run of ``pipeoptim train`` in ``folder``, as far as it has come.
 
     Raises:
-        ConfigError: it has no figures.
+        ConfigError: it has no figures, or its files are damaged.
     """
-    run = _read(config, folder, "finished", "")
+    with reading(folder):
+        run = _read(config, folder, "finished", "")
     if not run.train.steps:
         raise ConfigError(f"run {folder} has no figures yet (no rows in {folder / 'metrics.jsonl'}); train it first")
     return run
@@ -153,11 +156,8 @@ def _lost(rows: Sequence[Row], train: Sequence[Row], last: Row, steps: int) -> s
 
 
 def _result(folder: Path) -> dict[str, Any]:
-    try:
-        data: dict[str, Any] = json.loads((folder / "result.json").read_text())
-    except OSError:
-        return {}
-    return data
+    path = folder / "result.json"
+    return read_object(path) if path.exists() else {}
 
 
 def _rate(train: Sequence[dict[str, Any]]) -> float | None:

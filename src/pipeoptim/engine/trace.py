@@ -18,6 +18,7 @@ from typing import Any, Protocol
 import torch
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import as_path
 from pipeoptim.schedule import Program
 
 FORMAT = 1
@@ -169,7 +170,7 @@ class Trace:
         Raises:
             ConfigError: it cannot be written.
         """
-        folder, paths = Path(folder), []
+        folder, paths = as_path("folder", folder), []
         try:
             folder.mkdir(parents=True, exist_ok=True)
             for k, row in sorted(self._rows.items()):

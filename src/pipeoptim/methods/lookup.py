@@ -79,7 +79,13 @@ def _from_file(text: str) -> Method:
         else:
             module = importlib.import_module(where)
         found = getattr(module, name)
-    except (ImportError, OSError, AttributeError) as error:
+    except (
+        ImportError,
+        OSError,
+        AttributeError,
+        ValueError,
+        TypeError,
+    ) as error:  # the last two: a name that no module can have
         raise ConfigError(f"method {text!r} cannot be loaded: {error}; write module:NAME or file.py:NAME") from None
     if not isinstance(found, Method):
         raise ConfigError(f"method {text!r} is a {type(found).__name__}, must be a pipeoptim.Method")

@@ -67,10 +67,35 @@ class Method:
     deviations: str = ""
 
     def __post_init__(self) -> None:
+        self._check_types()
         if self.order not in ORDERS:
             raise ConfigError(f"method {self.name!r} has order {self.order!r}; known orders: {', '.join(ORDERS)}")
         if self.forward.reuses_forward:
             raise ConfigError(f"method {self.name!r} has a stashed forward; only a backward can use the forward's weights")
+
+    def _check_types(self) -> None:
+        for field in ("name", "order", "summary", "source", "deviations"):
+            if not isinstance(getattr(self, field), str):
+                raise ConfigError(f"{field} of a method is {getattr(self, field)!r}, must be text")
+        for field in ("forward", "backward"):
+            if not isinstance(getattr(self, field), Source):
+                raise ConfigError(
+                    f"{field} of method {self.name!r} is {getattr(self, field)!r}, must say where the weights come from: a "
+                    "pipeoptim.weights.Source, for example Latest()"
+                )
+        for field in ("predictor", "lr_scale"):
+            if getattr(self, field) is not None and not callable(getattr(self, field)):
+                raise ConfigError(f"{field} of method {self.name!r} is {getattr(self, field)!r}, must be a function, or None")
+        if self.optimizer is not None and not isinstance(self.optimizer, OwnOptimizer):
+            raise ConfigError(f"optimizer of method {self.name!r} is {self.optimizer!r}, must be an OwnOptimizer, or None")
+        if not isinstance(self.at_least_depth_microbatches, bool):
+            raise ConfigError(
+                f"at_least_depth_microbatches of method {self.name!r} is {self.at_least_depth_microbatches!r}, must be True or False"
+            )
+        if type(self.synchronous_updates) is not int or self.synchronous_updates < 0:
+            raise ConfigError(
+                f"synchronous_updates of method {self.name!r} is {self.synchronous_updates!r}, must be an integer of at least 0"
+            )
 
     @property
     def predicts(self) -> bool:

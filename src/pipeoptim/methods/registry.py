@@ -35,8 +35,10 @@ def register_method(method: Method) -> Method:
     """Make ``method`` known by its name.
 
     Raises:
-        ConfigError: the name is taken by a different method.
+        ConfigError: no method, or its name is taken by a different one.
     """
+    if not isinstance(method, Method):
+        raise ConfigError(f"register_method() was given {method!r}, must be given a pipeoptim.Method")
     if _methods.get(method.name, method) != method:
         raise ConfigError(f"a method named {method.name!r} exists already; choose another name")
     _methods[method.name] = method

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
 from typing import Any
 
 from pipeoptim.errors import ConfigError, did_you_mean
+
+MOST_SECONDS = 10**8
+"""Three years: what waits takes no number as large as a float can be."""
 
 Check = Callable[[str, Any], Any]
 
@@ -48,8 +50,8 @@ def integer_or_none(name: str, value: Any) -> int | None:
 
 def seconds(name: str, value: Any) -> float:
     """A time above 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
-        raise ConfigError(f"{name} is {value!r}, must be a number of seconds above 0")
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= MOST_SECONDS:
+        raise ConfigError(f"{name} is {value!r}, must be a number of seconds above 0, at most {MOST_SECONDS:,}")
     return value
 
 
@@ -100,7 +102,7 @@ def one_of(known: Iterable[str]) -> Check:
     """One of some names."""
 
     def check(name: str, value: Any) -> Any:
-        if value not in known:
+        if not isinstance(value, str) or value not in known:
             raise ConfigError(f"{name} is {value!r}, must be one of {', '.join(known)}{did_you_mean(value, known)}")
         return value
 

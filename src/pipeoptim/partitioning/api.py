@@ -13,6 +13,7 @@ from torch.distributed import ProcessGroup
 from pipeoptim.engine.torch_stage import mark_cut
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
+from pipeoptim.partitioning.argument_types import check_types
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.block_splitter import BlockSplitter, sliceable
 from pipeoptim.partitioning.cut_plan import CutRequest, choose_cut
@@ -103,6 +104,7 @@ def partition(
     chosen = get_method(method)
     if type(microbatches) is not int or microbatches < 1:
         raise ConfigError(f"microbatches is {microbatches!r}, must be an integer of at least 1")
+    check_types(model, sample_kwargs, layers, costs, speeds, memory, bandwidth, group)
     how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches, num_stages)
     blocks = len(splitter.names)
     numbers = _numbers(pins, splitter.names)
@@ -129,7 +131,7 @@ def partition(
 def _splitter(
     model: Any, args: tuple[Any, ...], kwargs: dict[str, Any], how: str, layers: Any, m: int, stages: int | None
 ) -> tuple[str, ModelSplitter]:
-    if how not in HOW:
+    if not isinstance(how, str) or how not in HOW:
         raise ConfigError(f"how is {how!r}, must be one of {', '.join(HOW)}")
     given = isinstance(args, tuple)
     if not given:
@@ -172,6 +174,9 @@ def _unmeasured(splitter: ModelSplitter) -> list[BlockCost]:
 def _numbers(pins: Sequence[int | str], names: Sequence[str]) -> set[int]:
     if isinstance(pins, str) or not isinstance(pins, Iterable):
         raise ConfigError(f"pins is {pins!r}, must be a list of numbers or names of blocks; leave it out for none")
+    for pin in pins:
+        if not isinstance(pin, str) and type(pin) is not int:
+            raise ConfigError(f"pins holds {pin!r}, must be a list of numbers or names of blocks")
     unknown = [pin for pin in pins if isinstance(pin, str) and pin not in names]
     if unknown:
         raise ConfigError(f"pins names {unknown[0]!r}, which is not a block; known: {', '.join(names)}")

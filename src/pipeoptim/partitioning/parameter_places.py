@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 
@@ -73,7 +73,9 @@ def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
         ((0, 'weight'), (1, 'weight'))
         >>> pipe = po.Emulator(stages, torch.optim.AdamW, nn.functional.cross_entropy, tied=tied)
     """
-    if not isinstance(stages, Iterable) or not all(isinstance(stage, nn.Module) for stage in stages):
+    if not isinstance(stages, (list, tuple, nn.Sequential, nn.ModuleList)) or not all(
+        isinstance(stage, nn.Module) for stage in stages
+    ):
         raise ConfigError(f"untie() was given {stages!r}, must be given the list of the stages' modules")
     _, tied = find_parameter_places(nn.ModuleList(stages), stages)
     return without_sharing(stages), tied

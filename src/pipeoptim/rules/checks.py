@@ -12,6 +12,8 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.rules.move import Group
 from pipeoptim.rules.registry import KINDS, Rule
 
+MOST_STEPS = 10**6
+
 
 def check_steps(steps: Any) -> None:
     """A version gap is an int, 0 or more."""
@@ -19,11 +21,13 @@ def check_steps(steps: Any) -> None:
         raise ConfigError(f"steps={steps!r} is not an int: a version gap counts updates, pass 0, 1, 2, ...")
     if steps < 0:
         raise ConfigError(f"steps={steps} is negative: only weights of the future are predicted, pass 0 or more")
+    if steps > MOST_STEPS:
+        raise ConfigError(f"steps={steps} is more than any pipeline has updates in flight: pass at most {MOST_STEPS}")
 
 
 def check_kind(kind: str, rule: Rule | None, optimizer: Optimizer) -> None:
     """The kind exists, and this optimizer offers it."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"kind={kind!r} is unknown: choose one of {', '.join(KINDS)}")
     name = type(optimizer).__name__
     if rule is None and kind == "decayed":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ class CombinedOptimizer(Optimizer):
         optimizers: at least one, no parameter in two of them.
 
     Raises:
-        ConfigError: no optimizers, a shared parameter, or one that needs a closure.
+        ConfigError: no optimizers, something that is none, a shared parameter, or one that needs a closure.
 
     Example:
         >>> import torch
@@ -41,6 +42,9 @@ class CombinedOptimizer(Optimizer):
     def __init__(self, *optimizers: Optimizer) -> None:
         if not optimizers:
             raise ConfigError("no optimizers to combine: pass at least one")
+        for optimizer in optimizers:
+            if not hasattr(optimizer, "param_groups") or not hasattr(optimizer, "step"):
+                raise ConfigError(f"{optimizer!r} cannot be combined, must be a torch.optim.Optimizer")
         flat = [member for optimizer in optimizers for member in members(optimizer)]
         weights = [weight for member in flat for group in member.param_groups for weight in group["params"]]
         if len({id(weight) for weight in weights}) < len(weights):
@@ -115,6 +119,23 @@ def members(optimizer: Optimizer) -> tuple[Optimizer, ...]:
     return optimizer.optimizers if isinstance(optimizer, CombinedOptimizer) else (optimizer,)
 
 
+def _checked_parameters(given: Any) -> list[Parameter]:
+    found = list(given) if isinstance(given, Iterable) and not isinstance(given, Tensor) else [given]
+    if any(isinstance(one, dict) for one in found):
+        raise ConfigError("muon_adamw makes the groups itself: pass it parameters, and no groups")
+    for one in found:
+        if not isinstance(one, Tensor):
+            raise ConfigError(f"muon_adamw was given {one!r}, must be given parameters: module.parameters()")
+    return found
+
+
+def _check_numbers(below: float = math.inf, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < below:
+            limit = "finite" if below == math.inf else f"below {below:g}"
+            raise ConfigError(f"{name} of muon_adamw is {value!r}, must be a number of at least 0, and {limit}")
+
+
 def muon_adamw(
     parameters: Iterable[Parameter],
     lr: float = 1e-3,
@@ -137,19 +158,24 @@ def muon_adamw(
         prediction: kind of prediction for the matrices; None for that of the run. Muon's rule repeats its matrix products,
             which cost as much as the step; the last displacement is the same at a constant learning rate, and nearly free.
 
+    Raises:
+        ConfigError: no parameters, groups of them, or a number out of range.
+
     Example:
         >>> import torch
         >>> muon_adamw(torch.nn.Linear(3, 2).parameters()).param_groups[0]["params"][0].shape
         torch.Size([2, 3])
     """
-    weights = list(parameters)
-    if any(isinstance(weight, dict) for weight in weights):
-        raise ConfigError("muon_adamw makes the groups itself: pass it parameters, and no groups")
+    weights = _checked_parameters(parameters)
+    rate = lr if muon_lr is None else muon_lr
+    _check_numbers(lr=lr, muon_lr=rate, weight_decay=weight_decay, momentum=momentum)
+    if not isinstance(betas, (list, tuple)) or len(betas) != 2:
+        raise ConfigError(f"betas of muon_adamw is {betas!r}, must be two numbers, for example (0.9, 0.999)")
+    _check_numbers(1.0, beta1=betas[0], beta2=betas[1])
     matrices = [weight for weight in weights if weight.ndim == 2]
     rest = [weight for weight in weights if weight.ndim != 2]
     made: list[Optimizer] = []
     if matrices:
-        rate = lr if muon_lr is None else muon_lr
         group: dict[str, Any] = {"params": matrices} | ({} if prediction is None else {"prediction": prediction})
         made.append(
             torch.optim.Muon([group], lr=rate, weight_decay=weight_decay, momentum=momentum, adjust_lr_fn="match_rms_adamw")

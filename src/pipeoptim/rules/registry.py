@@ -116,7 +116,7 @@ _RuleType = TypeVar("_RuleType", bound=type[Rule])
 def register_rule(*optimizers: type[Any]) -> Callable[[_RuleType], _RuleType]:
     """Class decorator: use this `Rule` for these optimizer classes (and for subclasses that keep their `step`).
 
-    Raises ConfigError if the rule does not state when it is exact and where it comes from.
+    Raises ConfigError for what is no class of optimizers, and if the rule does not state when it is exact and where it comes from.
 
     Example:
         >>> import torch, pipeoptim.rules as rules
@@ -132,6 +132,12 @@ def register_rule(*optimizers: type[Any]) -> Callable[[_RuleType], _RuleType]:
         ...         return None if grad is None else rules.Move((rules.Term(ahead.lr_sum, grad.sign()),))
         >>> del rules.RULES[SignSGD]
     """
+
+    for optimizer in optimizers:
+        if not isinstance(optimizer, type):
+            raise ConfigError(
+                f"register_rule() was given {optimizer!r}, must be given classes of optimizers: register_rule(MyOptimizer)"
+            )
 
     def register(rule: _RuleType) -> _RuleType:
         if not rule.exact or not rule.source:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.rules.entries import optimizer_parameters
 
 
@@ -61,6 +62,9 @@ def track(optimizer: Optimizer) -> Tracker:
     Needed only for kind="displacement" and for optimizers without a rule. Tracking twice returns the same
     handle.
 
+    Raises:
+        ConfigError: no optimizer.
+
     Example:
         >>> import torch
         >>> from pipeoptim.rules import predict_weights
@@ -71,6 +75,8 @@ def track(optimizer: Optimizer) -> Tracker:
         ...     predict_weights(opt, 2, kind="displacement")
         [tensor([0.2500])]
     """
+    if not isinstance(optimizer, Optimizer):
+        raise ConfigError(f"track() was given {optimizer!r}, must be given a torch.optim.Optimizer, whose steps it follows")
     if optimizer not in _TRACKERS:
         _TRACKERS[optimizer] = Tracker(optimizer)
     return _TRACKERS[optimizer]

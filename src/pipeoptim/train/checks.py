@@ -46,6 +46,11 @@ def _check_layout(config: TrainConfig) -> None:
 
 def _check_microbatches(config: TrainConfig) -> None:
     size, replicas = config.batch_size, config.replicas
+    if config.microbatches * replicas > size and config.uneven:
+        raise ConfigError(
+            f"microbatches is {config.microbatches}, but with batch_size {size} each of {replicas} replicas has {size // replicas} rows of "
+            "a mini-batch; set microbatches to at most that, or raise batch_size"
+        )
     parts = replicas if config.uneven else replicas * config.microbatches
     if size % parts:
         below, above = size - size % parts, size + parts - size % parts

@@ -74,6 +74,9 @@ def check_group(group: Any, each: Sequence[tuple[str, Callable[..., Optimizer], 
         call("a parameter group of optimizer", function, target, [Parameter(torch.zeros(2, 2))], **{**own, **tried})
 
 
+LARGEST_FLOAT32 = 3.4028234663852886e38
+
+
 def check_rate(name: str, value: Any) -> None:
     """Check that a learning rate is a finite number above 0.
 
@@ -82,6 +85,8 @@ def check_rate(name: str, value: Any) -> None:
     """
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 0.001")
+    if value > LARGEST_FLOAT32:
+        raise ConfigError(f"{name} is {value!r}, more than float32 holds, must be a number such as 0.001")
 
 
 def split_parameters(parameters: list[Parameter], groups: Any) -> list[Parameter] | list[dict[str, Any]]:

@@ -6,8 +6,9 @@ import json
 import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
+from pipeoptim.files import read_object, reading
 from pipeoptim.telemetry.metrics import Row, read_rows
 from pipeoptim.telemetry.trace import MergedTrace
 from pipeoptim.version import __version__
@@ -89,9 +90,10 @@ class RunResult:
         Raises:
             OSError: it wrote nothing.
         """
-        data: dict[str, Any] = json.loads((run_dir / "result.json").read_text())
-        stages = tuple(StageFacts(**facts) for facts in data.pop("stages"))
-        return cls(run_dir=run_dir, stages=stages, **data)
+        with reading(run_dir):
+            data = read_object(run_dir / "result.json")
+            stages = tuple(StageFacts(**facts) for facts in data.pop("stages"))
+            return cls(run_dir=run_dir, stages=stages, **data)
 
 
 def traced_shares(trace: MergedTrace) -> dict[int, dict[str, float]]:

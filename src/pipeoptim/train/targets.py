@@ -22,7 +22,7 @@ def load(what: str, target: str) -> Callable[..., Any]:
         raise ConfigError(f"{what} {target!r} is not of the form 'module:function'")
     try:
         found = getattr(importlib.import_module(module), name)
-    except ImportError as error:
+    except (ImportError, ValueError, TypeError) as error:  # the last two: a name that no module can have
         raise ConfigError(f"{what} {target!r} cannot be imported ({error}); install it, or correct the name") from error
     except AttributeError as error:
         raise ConfigError(f"{what} {target!r}: module {module} has no {name!r}; correct the name") from error

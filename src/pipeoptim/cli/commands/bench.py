@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from typer import Option
 
-from pipeoptim.bench.checks import above_zero, at_least
+from pipeoptim.bench.checks import above_zero, at_least, at_most
 
 if TYPE_CHECKING:
     from pipeoptim.bench.record import Record
@@ -246,6 +246,7 @@ def predict(
 
     at_least(1e6, weights=weights)
     at_least(1, threads=threads, repeats=repeats)
+    at_most(1024, threads=threads)
     at_least(0, budget=budget)
     keep_freed_memory()  # as a training run does, where one backward leaves its gradients where those of another were
     record = measure(weights, threads, repeats, budget, optimizer, device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
@@ -17,6 +16,7 @@ from pipeoptim.compare.summary import Comparison
 from pipeoptim.compare.table import columns, setting, size
 from pipeoptim.compare.table import notes as table_notes
 from pipeoptim.config import TrainConfig
+from pipeoptim.files import read_object
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import to_svg
 from pipeoptim.telemetry.trace import merge_trace
@@ -179,10 +179,9 @@ def _numbers(values: Sequence[int]) -> str:
 
 def stages(path: Path) -> str:
     """What each stage of a run held."""
-    try:
-        rows = json.loads((path / "result.json").read_text())["stages"]
-    except (OSError, KeyError, json.JSONDecodeError):
+    if not (path / "result.json").exists():
         return ""
+    rows = read_object(path / "result.json")["stages"]
     head = ("stage", "weights", "version gap", "copies", "weight memory", "updates")
     body = "".join(
         f"<tr><th scope=row>{row['stage']}</th><td>{row['parameters']:,}</td><td>{row['gap']}</td>"

@@ -11,6 +11,7 @@ from pipeoptim.compare.report import sections
 from pipeoptim.compare.report.page import page
 from pipeoptim.compare.report.prediction import predictions
 from pipeoptim.compare.report.series import axis_top, chart_data, comparison_series, run_series
+from pipeoptim.files import reading
 from pipeoptim.train.rundir import RunDir
 
 
@@ -18,8 +19,13 @@ def write_report(path: Path) -> Path:
     """Render the comparison in ``path`` anew from its runs, with its summaries.
 
     Raises:
-        ConfigError: there is no comparison.
+        ConfigError: there is no comparison, or it is damaged.
     """
+    with reading(path):
+        return _write_report(path)
+
+
+def _write_report(path: Path) -> Path:
     folder = ComparisonFolder(path)
     about, comparison = folder.read_about(), write_summaries(folder)
     config = comparison.settings.config
@@ -41,8 +47,13 @@ def write_run_report(path: Path) -> Path:
     """Render the curves and facts of the one run in ``path``.
 
     Raises:
-        ConfigError: there is no run, or it has no figures yet.
+        ConfigError: there is no run, it has no figures yet, or it is damaged.
     """
+    with reading(path):
+        return _write_run_report(path)
+
+
+def _write_run_report(path: Path) -> Path:
     config = RunDir(path).read_config()
     run = read_run(config, path)
     series = run_series(run)

@@ -19,7 +19,7 @@ LOW = (torch.float16, torch.bfloat16)
 
 def check_autocast(dtype: torch.dtype | None) -> None:
     """Raises ConfigError for a type that autocast does not compute in."""
-    if dtype is not None and dtype not in LOW:
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype in LOW):
         raise ConfigError(f"autocast is {dtype!r}, must be torch.bfloat16, torch.float16 or None")
 
 

@@ -7,6 +7,7 @@ in one that never flushes the stages update at different times, so there is a ch
 from __future__ import annotations
 
 import math
+import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -61,9 +62,10 @@ class Clip:
     scope: str = "stage"
 
     def __post_init__(self) -> None:
-        if self.scope not in SCOPES:
+        if not isinstance(self.scope, str) or self.scope not in SCOPES:
             raise ConfigError(f"scope of clipping is {self.scope!r}, must be one of {', '.join(SCOPES)}")
-        if isinstance(self.max_norm, bool) or not isinstance(self.max_norm, int | float) or not self.max_norm > 0:
+        known = isinstance(self.max_norm, float) or type(self.max_norm) is int
+        if not known or not self.max_norm > 0 or sys.float_info.max < self.max_norm < math.inf:
             raise ConfigError(f"max_norm is {self.max_norm!r}, must be a number above 0, for example 1.0")
 
     @property
@@ -127,6 +129,7 @@ class Clipper:
         clip.check(program)
         assert (norms is not None) == clip.exchanges
         self.rule, self.params, self.norms = clip, list(params), norms
+        self._limit = float(clip.max_norm)  # torch takes no integer beyond 64 bits
         # By identity: == of tensors compares their values.
         others = {id(p) for p in elsewhere}
         self._counted = [p for p in self.params if id(p) not in others]
@@ -169,9 +172,9 @@ class Clipper:
         self.used = norm
         if not isinstance(norm, Tensor):
             norm = torch.tensor(norm, dtype=self._own_norm.dtype)
-        if norm.device.type != "cpu" or not self.rule.max_norm / (norm + 1e-6) >= 1:  # nor where it is not a number
+        if norm.device.type != "cpu" or not self._limit / (norm + 1e-6) >= 1:  # nor where it is not a number
             # All of params, not only those counted: a copy of a tied weight is scaled like its counterpart on the first holder.
-            clip_grads_with_norm_(self.params, self.rule.max_norm, norm.to(self._own_norm.device))
+            clip_grads_with_norm_(self.params, self._limit, norm.to(self._own_norm.device))
 
     def _receive_up_to(self, newest: int) -> None:
         """Receive the global norms up to that of version ``newest``."""

@@ -30,6 +30,9 @@ def master_weights(module: nn.Module) -> list[nn.Parameter]:
     Returns:
         One parameter per trainable parameter, in the order of ``module.parameters()``.
 
+    Raises:
+        ConfigError: no module.
+
     Example:
         >>> import torch, pipeoptim as po
         >>> stage = torch.nn.Linear(2, 2).to(torch.bfloat16)
@@ -39,6 +42,8 @@ def master_weights(module: nn.Module) -> list[nn.Parameter]:
         >>> stage.weight.dtype, optimizer.param_groups[0]["params"][0].dtype
         (torch.bfloat16, torch.float32)
     """
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"master_weights() was given {module!r}, must be given a torch.nn.Module, the module of a stage")
     return [_make_master(p) for p in module.parameters() if p.requires_grad]
 
 

@@ -24,7 +24,7 @@ _HOOK = "_recomputation_hook"  # torch's own, of checkpoints that are not reentr
 
 def check_recompute(kind: str, module: nn.Module, replaces_saved: bool) -> None:
     """Raises ConfigError for another kind, and for "forward" where it cannot be exact."""
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         raise ConfigError(f"recompute is {kind!r}, must be one of {', '.join(KINDS)}")
     if kind == "backward":
         return

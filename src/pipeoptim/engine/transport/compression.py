@@ -74,15 +74,15 @@ class Compression:
     error_feedback: str = "none"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.error_feedback, str) or self.error_feedback not in FEEDBACKS:
+            raise ConfigError(f"error_feedback is {self.error_feedback!r}, must be one of {', '.join(FEEDBACKS)}")
         for what, kind in (("activations", self.activations), ("gradients", self.gradients)):
-            if kind is not None and kind not in KINDS:
+            if kind is not None and not (isinstance(kind, str) and kind in KINDS):
                 raise ConfigError(f"compression of {what} is {kind!r}, must be one of {', '.join(KINDS)}, or None")
             if kind is None and self.feeds(what):
                 raise ConfigError(
                     f"error_feedback is {self.error_feedback!r}, but {what} are not compressed and lose nothing; compress them too"
                 )
-        if self.error_feedback not in FEEDBACKS:
-            raise ConfigError(f"error_feedback is {self.error_feedback!r}, must be one of {', '.join(FEEDBACKS)}")
 
     def feeds(self, what: str) -> bool:
         """Whether ``what`` ("activations" or "gradients") has error feedback."""

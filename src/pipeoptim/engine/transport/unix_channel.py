@@ -50,7 +50,7 @@ _BUFFER = 16 * SMALL  # of the socket: several small messages fit before a send 
 
 def check_transport(transport: str) -> None:
     """Raises ConfigError for another name than those of ``TRANSPORTS``."""
-    if transport not in TRANSPORTS:
+    if not isinstance(transport, str) or transport not in TRANSPORTS:
         raise ConfigError(
             f"transport is {transport!r}, must be 'auto' (shared memory between processes of one machine, else the process "
             "group) or 'group' (always the process group)"

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.files import as_path, reading
 from pipeoptim.telemetry.trace.align import align
 from pipeoptim.telemetry.trace.chrome import to_chrome
 from pipeoptim.telemetry.trace.picture import picture
@@ -61,13 +62,15 @@ def merge_trace(folder: Path | str) -> MergedTrace:
         >>> merged.path.name, merged.emulated, [one.stage for one in merged.shares]
         ('trace.json', True, [0, 1])
     """
-    folder = Path(folder)
-    stages = align(read(folder))
-    best, found = ideal(stages), shares(stages)
+    folder = as_path("folder", folder)
+    with reading(folder):
+        stages = align(read(folder))
+        best, found = ideal(stages), shares(stages)
+        chrome, drawn = to_chrome(stages, best, found), picture(stages, best)
     path, drawing = folder / "trace.json", folder / "trace.svg"
     try:
-        path.write_text(json.dumps(to_chrome(stages, best, found), separators=(",", ":")), encoding="utf-8")
-        drawing.write_text(picture(stages, best), encoding="utf-8")
+        path.write_text(json.dumps(chrome, separators=(",", ":")), encoding="utf-8")
+        drawing.write_text(drawn, encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"the trace cannot be written to {folder} ({error.strerror}); make the folder writable") from error
     emulated = len(stages) > 1 and len({(s.clock, s.process) for s in stages}) == 1
