@@ -34,7 +34,7 @@ def built_library() -> Iterator[Path]:
     name = f"optim-{_key(compiler)}.so"
     for folder in cache_folders():
         try:
-            path = _cached(compiler, folder, name)
+            path = _cached_library(compiler, folder, name)
         # Not writable or not safe: the next folder may be.
         except OSError:
             continue
@@ -99,7 +99,7 @@ def _check_mode(path: Path, info: os.stat_result) -> None:
         raise PermissionError(f"{path} can be written by others, so a library from there is not safe to run")
 
 
-def _cached(compiler: str, folder: Path, name: str) -> Path:
+def _cached_library(compiler: str, folder: Path, name: str) -> Path:
     """The library of that name in ``folder``, compiled if it is not there yet.
 
     Raises:
@@ -121,12 +121,20 @@ def _cached(compiler: str, folder: Path, name: str) -> Path:
 def _key(compiler: str) -> str:
     # Size and time stand for the compiler's version; asking it would start another process each time.
     binary = os.stat(os.path.realpath(compiler))
-    parts = [compiler, str(binary.st_size), str(binary.st_mtime_ns), *FLAGS, *map(str, BEST_FIRST), platform.machine(), _cpu()]
+    parts = [
+        compiler,
+        str(binary.st_size),
+        str(binary.st_mtime_ns),
+        *FLAGS,
+        *map(str, BEST_FIRST),
+        platform.machine(),
+        _cpu_features(),
+    ]
     text = "\n".join(parts).encode() + b"".join(path.read_bytes() for path in sorted(SOURCES.glob("*.[ch]")))
     return hashlib.sha256(text).hexdigest()[:16]
 
 
-def _cpu() -> str:
+def _cpu_features() -> str:
     """What ``-march=native`` looks at."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()

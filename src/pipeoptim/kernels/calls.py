@@ -156,9 +156,9 @@ class MultiTensorStep:
             ("adam", layout.ADAM_TENSORS) if isinstance(tensors[0], AdamTensors) else ("sgd", layout.SGD_TENSORS)
         )
         # Decided for all tensors together: together they either fit into the caches or do not.
-        self._into = layout.OVER_GRADIENT if over_gradients else _into([one.out for one in tensors])
+        self._destination = layout.OVER_GRADIENT if over_gradients else _destination([one.out for one in tensors])
         self._count = len(tensors)
-        self._tensors = b"".join(pack.pack(one.w.numel(), *map(_address, one)) for one in tensors)
+        self._tensors = b"".join(pack.pack(one.w.numel(), *map(_address_of, one)) for one in tensors)
         self._pack_grads, self._pack_sets = Struct(f"@{self._count}P"), Struct(f"@{self._count}i")
 
     def run(
@@ -171,18 +171,18 @@ class MultiTensorStep:
             set_of: for each parameter the number of its set of coefficients.
             sets: the coefficients.
         """
-        tables = [_factors(one) for one in sets]  # kept alive until the call returns: the packed sets point into them
-        packed = b"".join([sets[n].packed(self._into, ctypes.addressof(table)) for n, table in enumerate(tables)])
+        tables = [_factor_table(one) for one in sets]  # kept alive until the call returns: the packed sets point into them
+        packed = b"".join([sets[n].packed(self._destination, ctypes.addressof(table)) for n, table in enumerate(tables)])
         entry = getattr(library(), self._entry)
         jobs = self._count, self._tensors, self._pack_grads.pack(*grads), self._pack_sets.pack(*set_of)
-        _done(entry(*jobs, packed, torch.get_num_threads()), self._count)
+        _check_memory(entry(*jobs, packed, torch.get_num_threads()), self._count)
 
 
 class StepCounters:
     """The step counts that torch keeps for parameters: float32, one number each, on the CPU; None where there is none."""
 
     def __init__(self, steps: Sequence[Tensor | None]) -> None:
-        self._addresses = Struct(f"@{len(steps)}P").pack(*map(_address, steps))
+        self._addresses = Struct(f"@{len(steps)}P").pack(*map(_address_of, steps))
         # Reused by every call; `add` returns a copy.
         self._now = (ctypes.c_float * len(steps))()
 
@@ -221,24 +221,24 @@ def _lines(address: int, count: int) -> list[int]:
     return [address + _LINE * n for n in range(count)]
 
 
-def _address(tensor: Tensor | None) -> int:
+def _address_of(tensor: Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
 
 
-def _factors(one: AdamCoefficients | SgdCoefficients) -> ctypes.Array[ctypes.c_char]:
-    return _memory([layout.FACTOR.pack(*pair) for pair in one.prediction.factors] if one.prediction is not None else [])
+def _factor_table(one: AdamCoefficients | SgdCoefficients) -> ctypes.Array[ctypes.c_char]:
+    return _packed_rows([layout.FACTOR.pack(*pair) for pair in one.prediction.factors] if one.prediction is not None else [])
 
 
 def run_moves(jobs: Sequence[KernelMove]) -> None:
     """Write all predictions."""
-    into = _into([job.out for job in jobs])
+    into = _destination([job.out for job in jobs])
     terms = [
         layout.TERM.pack(value.data_ptr(), 0 if root is None else root.data_ptr(), scale, inverse, eps, 0.0)
         for job in jobs
         for value, scale, root, inverse, eps in job.terms
     ]
     # Referenced until this function returns: the packed jobs point into it.
-    table = _memory(terms)
+    table = _packed_rows(terms)
     address = ctypes.addressof(table)
     packed = []
     for w, out, own, lose in jobs:
@@ -246,7 +246,7 @@ def run_moves(jobs: Sequence[KernelMove]) -> None:
         # The terms of all jobs lie one after the other in `table`.
         address += len(own) * layout.TERM.size
     if jobs:
-        _done(library().move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
+        _check_memory(library().move(len(jobs), b"".join(packed), torch.get_num_threads()), len(jobs))
 
 
 def copy_tensors(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
@@ -254,17 +254,17 @@ def copy_tensors(sources: Sequence[Tensor], outs: Sequence[Tensor]) -> None:
     run_moves([KernelMove(source, out) for source, out in zip(sources, outs, strict=True)])
 
 
-def _done(failed: int, count: int) -> None:
+def _check_memory(failed: int, count: int) -> None:
     if failed:
         raise MemoryError(f"no memory for a list of {count} jobs")
 
 
-def _into(outs: Sequence[Tensor | None]) -> int:
+def _destination(outs: Sequence[Tensor | None]) -> int:
     large = sum(out.numel() for out in outs if out is not None) >= STREAM_FROM
     return layout.STREAMED if large else layout.CACHED
 
 
-def _memory(rows: list[bytes]) -> ctypes.Array[ctypes.c_char]:
+def _packed_rows(rows: list[bytes]) -> ctypes.Array[ctypes.c_char]:
     """Rows one after the other, at a fixed address."""
     data = b"".join(rows)
     return ctypes.create_string_buffer(data, len(data) + 1)

@@ -74,7 +74,7 @@ def compile_native(compiler: str, path: Path) -> None:
                 return
         finally:
             Path(part).unlink(missing_ok=True)
-    raise _failed(compiler, said)
+    raise _compile_error(compiler, said)
 
 
 def compile_portable(compiler: str, path: Path) -> None:
@@ -91,23 +91,23 @@ def compile_portable(compiler: str, path: Path) -> None:
         for variant, extra in variants.items():
             # The same source per variant; -DVARIANT makes the names of its functions differ.
             objects.append(f"{folder}/{variant}.o")
-            _run(
+            _run_compiler(
                 compiler, *FLAGS, "-fopenmp", *extra, f"-DVARIANT={variant}", "-c", str(SOURCES / "optim.c"), "-o", objects[-1]
             )
         objects.append(f"{folder}/dispatch.o")
         defined = [f"-DHAS_{variant.upper()}" for variant in variants]
-        _run(compiler, *FLAGS, *defined, "-c", str(SOURCES / "dispatch.c"), "-o", objects[-1])
+        _run_compiler(compiler, *FLAGS, *defined, "-c", str(SOURCES / "dispatch.c"), "-o", objects[-1])
         path.parent.mkdir(parents=True, exist_ok=True)
-        _run(compiler, "-shared", *objects, "-o", str(path), "-lm")
+        _run_compiler(compiler, "-shared", *objects, "-o", str(path), "-lm")
 
 
-def _run(compiler: str, *arguments: str) -> None:
+def _run_compiler(compiler: str, *arguments: str) -> None:
     said = _error_line([compiler, *arguments])
     if said:
-        raise _failed(compiler, said)
+        raise _compile_error(compiler, said)
 
 
-def _failed(compiler: str, said: str) -> BuildError:
+def _compile_error(compiler: str, said: str) -> BuildError:
     return BuildError(f"{compiler} failed: {said}", "install gcc or clang, or let CC name another C compiler")
 
 

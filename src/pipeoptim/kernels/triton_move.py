@@ -152,7 +152,7 @@ def _launch_here(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) 
         return True
     table = _places(tuple(places), *where)
     numbers = [number for job in jobs for number in (job.lose, *(x for t in job.terms for x in (t.scale, t.inverse, t.eps)))]
-    sent = _sent(numbers, *where)
+    sent = _send_numbers(numbers, *where)
     try:
         _kernel()[(len(blocks),)](table, sent, blocks, form.terms, **constants(form), **OPTIONS)
     except torch.AcceleratorError:  # an error of the device, which any other path would meet as well
@@ -163,7 +163,7 @@ def _launch_here(form: Form, jobs: Sequence[TritonMove], places: Sequence[int]) 
     return True
 
 
-def _sent(numbers: Sequence[Number], device: torch.device, stream: int) -> Tensor:
+def _send_numbers(numbers: Sequence[Number], device: torch.device, stream: int) -> Tensor:
     """The numbers as one tensor on the device, where some of them may lie already."""
     there = {n: number.to(torch.float32) for n, number in enumerate(numbers) if isinstance(number, Tensor)}
     sent = _on(device, torch.tensor([0.0 if n in there else number for n, number in enumerate(numbers)], dtype=torch.float32))

@@ -38,6 +38,7 @@ class AveragePredictor:
     def after_step(self) -> None:
         """Update the averages with the gradient of the update just made."""
         with torch.no_grad():
+            # A parameter without a gradient keeps its averages, as in torch's optimizers.
             for n, g in enumerate(self._gradients()):
                 if g is not None:
                     self.absorb({name: self.state[name][n] for name in self.names}, g)
@@ -48,6 +49,7 @@ class AveragePredictor:
         for group in self.optimizer.param_groups:
             for p in group["params"]:
                 direction = self.direction({name: self.state[name][n] for name in self.names})
+                # The rate is read now, not at the step: a scheduler has advanced it for the coming update.
                 torch.sub(p.detach(), direction * (group["lr"] * steps), out=out[n])
                 n += 1
 
@@ -67,6 +69,7 @@ class AveragePredictor:
         """Take over :meth:`state_dict`."""
         for name, tensors in self.state.items():
             for own, saved in zip(tensors, state[name], strict=True):
+                # Into the tensors that there are: on their device and in their memory format.
                 own.copy_(saved)
 
 
@@ -94,12 +97,12 @@ class SmoothedAdam(AveragePredictor):
 
     def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
         check_dense(state["v"], gradient)  # a sparse gradient has no square
-        v, m, g = _real(state["v"]), _real(state["m"]), _real(gradient)
+        v, m, g = _as_real(state["v"]), _as_real(state["m"]), _as_real(gradient)
         v.mul_(self.gamma).add_(g, alpha=1 - self.gamma)
         m.mul_(self.lam).addcmul_(g, g, value=1 - self.lam)
 
     def direction(self, state: dict[str, Tensor]) -> Tensor:
-        v, m = _real(state["v"]), _real(state["m"])
+        v, m = _as_real(state["v"]), _as_real(state["m"])
         found = (v / (1 - self.gamma)) / ((m / (1 - self.lam)).sqrt() + self.eps)
         return torch.view_as_complex(found) if state["v"].is_complex() else found
 
@@ -128,6 +131,7 @@ class WeightDrift(AveragePredictor):
         assert self._before is not None
         with torch.no_grad():
             for delta, now, before in zip(self.state["delta"], self._params(), self._before, strict=True):
+                # The same formula for every optimizer: it sees what the step did, decay included.
                 delta.mul_(self.gamma).add_(now - before, alpha=1 - self.gamma)
 
     def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
@@ -135,5 +139,5 @@ class WeightDrift(AveragePredictor):
             torch.sub(p, delta, alpha=steps, out=buffer)
 
 
-def _real(tensor: Tensor) -> Tensor:
+def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor

@@ -70,8 +70,10 @@ class WeightUse:
 @lru_cache(maxsize=1024)
 def _weight_use(method: Method, program: Program, k: int, keep_forward: bool) -> WeightUse:
     stage = _WeightlessStage(method, program, k, keep_forward)
+    # Long enough for the warm-up and a mini-batch of the steady state, which `gap` reads.
     for action in program.full(k, minibatches=2 * program.depth + 2):
         stage.act(action)
+    # The latest weights are no copy, but count in what a stage holds.
     return WeightUse(1 + stage.weights.most_copies, stage.gaps)
 
 
@@ -113,6 +115,7 @@ class _WeightlessStage:
     def _update(self) -> None:
         self._retain()  # before the update, which would overwrite a version that is still to be asked for
         self.weights.before_update()
+        # Without `ahead`: the fused step is an optimization that never needs a copy more.
         self.weights.update(lambda: None)
         self.weights.after_update()
 

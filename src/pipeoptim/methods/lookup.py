@@ -31,21 +31,21 @@ def get_method(method: str | Method) -> Method:
         >>> get_method("pipemare(synchronous_updates=100)").synchronous_updates
         100
     """
-    return method if isinstance(method, Method) else _named(str(method))
+    return method if isinstance(method, Method) else _method_called(str(method))
 
 
 @lru_cache(maxsize=256)
-def _named(text: str) -> Method:
+def _method_called(text: str) -> Method:
     if text in METHODS:
         return METHODS[text]
     if "(" in text:
         return _with_options(text)
     if ":" in text:
         return _from_file(text)
-    raise _unknown(text)
+    raise _unknown_method(text)
 
 
-def _unknown(text: str) -> ConfigError:
+def _unknown_method(text: str) -> ConfigError:
     close = get_close_matches(text, METHODS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return ConfigError(f"unknown method {text!r}; {hint}known: {', '.join(sorted(METHODS))}")
@@ -53,6 +53,7 @@ def _unknown(text: str) -> ConfigError:
 
 def _with_options(text: str) -> Method:
     try:
+        # Literals only, never eval: the text may come from a configuration that somebody else wrote.
         call = ast.parse(text, mode="eval").body
         assert isinstance(call, ast.Call) and isinstance(call.func, ast.Name) and not call.args
         options: dict[str, Any] = {str(k.arg): ast.literal_eval(k.value) for k in call.keywords}
@@ -60,7 +61,11 @@ def _with_options(text: str) -> Method:
         raise ConfigError(f"method {text!r} cannot be read; write it as name(option=value, ...)") from None
     name = call.func.id
     if name not in FACTORIES:
-        raise _unknown(name) if name not in METHODS else ConfigError(f"method {name!r} has no options; leave out the brackets")
+        raise (
+            _unknown_method(name)
+            if name not in METHODS
+            else ConfigError(f"method {name!r} has no options; leave out the brackets")
+        )
     try:
         return FACTORIES[name](**options)
     except TypeError as error:

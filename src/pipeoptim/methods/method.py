@@ -127,6 +127,7 @@ class Method:
                 f"method {self.name!r} says by a formula for its own order how old weights are; without interleaving and overlap it "
                 "works, and methods that count do with both, for example 'pipeoptim'"
             )
+        # Orders that do not interleave keep their name here: `Program` refuses them with its own message.
         order = (interleaved and ORDERS[self.order].interleaved_as) or self.order
         program = Program(order, depth, microbatches, processes if interleaved else None, overlap)
         if self.at_least_depth_microbatches and microbatches < depth:

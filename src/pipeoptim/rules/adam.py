@@ -47,7 +47,7 @@ class AdamRule(Rule):
         if group["amsgrad"] and ahead.kind != "paper":
             second = state.get("max_exp_avg_sq", second)
         if ahead.kind == "decayed":
-            return _fade(state["exp_avg"], second, t, beta1, beta2, group, ahead)
+            return _decayed_move(state["exp_avg"], second, t, beta1, beta2, group, ahead)
         term = Term(
             ahead.lr_sum / (1 - beta1**t),
             state["exp_avg"],
@@ -62,7 +62,7 @@ def _is_decoupled(group: Group) -> bool:
     return bool(group.get("decoupled_weight_decay", False))
 
 
-def _fade(first: Tensor, second: Tensor, t: Scalar, beta1: Scalar, beta2: Scalar, group: Group, ahead: Ahead) -> Move:
+def _decayed_move(first: Tensor, second: Tensor, t: Scalar, beta1: Scalar, beta2: Scalar, group: Group, ahead: Ahead) -> Move:
     """Zero gradients ahead: m fades by b1 per update, v is kept; each update decays the weight before it steps."""
     weight_decay = scalar(group["weight_decay"]) if _is_decoupled(group) else 0.0
     eps = scalar(group["eps"])

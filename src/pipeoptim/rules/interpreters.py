@@ -47,7 +47,8 @@ def apply_in_place(weight: Tensor, move: Move, out: Tensor) -> None:
         torch.mul(weight, move.keep, out=out)
         return
     first, *rest = move.terms
-    _start(weight, first, out)  # from here on `out` is W - first term, so `keep` is applied to the original weights below
+    _write_first_term(weight, first, out)
+    # From here on `out` is W - first term, so `keep` is applied to the original weights below.
     for term in rest:
         value = term.value if term.root is None else term.value / _denominator(term)
         _add_scaled(out, value, -term.scale)
@@ -55,7 +56,7 @@ def apply_in_place(weight: Tensor, move: Move, out: Tensor) -> None:
         _add_scaled(out, weight, move.keep - 1.0)
 
 
-def _start(weight: Tensor, term: Term, out: Tensor) -> None:
+def _write_first_term(weight: Tensor, term: Term, out: Tensor) -> None:
     """``out = W - term``, with `out` as scratch."""
     scale = term.scale
     if term.root is None:
@@ -184,7 +185,7 @@ def _mode_for(weight: Tensor, move: Move, out: Tensor, wanted: ApplyMode) -> App
         return "kernel"
     if wanted in ("auto", "triton") and _triton_can(weight, move, out, wanted):
         return "triton"
-    if wanted == "plain" or not _alike(weight, move, out):
+    if wanted == "plain" or not _can_write_directly(weight, move, out):
         return "plain"
     if wanted in ("auto", "kernel", "triton"):
         wanted = "in_place" if weight.device.type == "cpu" else "foreach"
@@ -204,7 +205,7 @@ def _operands(move: Move) -> list[Tensor]:
     return [*(t.value for t in move.terms), *(t.root for t in move.terms if t.root is not None)]
 
 
-def _alike(weight: Tensor, move: Move, out: Tensor) -> bool:
+def _can_write_directly(weight: Tensor, move: Move, out: Tensor) -> bool:
     """Whether kernels may write straight into `out`: equal shape, dtype and device, and plain torch tensors."""
     tensors = [out, *_operands(move)]
     return all(

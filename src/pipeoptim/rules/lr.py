@@ -36,12 +36,12 @@ def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int, 
     present = [scalar(group["lr"]) for group in optimizer.param_groups]
     if scheduler is None or steps + after <= 1 or isinstance(scheduler, ReduceLROnPlateau):
         return [(lr,) * steps for lr in present]
-    return [rates[after:] for rates in _roll(optimizer, scheduler, steps + after)]
+    return [rates[after:] for rates in _rates_of_twin(optimizer, scheduler, steps + after)]
 
 
-def _roll(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[tuple[Scalar, ...]]:
+def _rates_of_twin(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[tuple[Scalar, ...]]:
     stand_in = _StandIn(optimizer)
-    twin = _twin(scheduler, optimizer, stand_in)
+    twin = _scheduler_twin(scheduler, optimizer, stand_in)
     seen = [stand_in.rates()]
     for _ in range(steps - 1):
         # Stepped rather than computed from get_lr(): chainable and sequential schedulers have no closed form.
@@ -58,7 +58,7 @@ class _StandIn:
     """What a scheduler sees of its optimizer: param groups of its own, and marks that silence order warnings."""
 
     def __init__(self, optimizer: Optimizer) -> None:
-        self.param_groups = [{name: _own(value) for name, value in group.items()} for group in optimizer.param_groups]
+        self.param_groups = [{name: _own_copy(value) for name, value in group.items()} for group in optimizer.param_groups]
         self.defaults = optimizer.defaults
         self._opt_called = True
 
@@ -73,11 +73,11 @@ class _StandIn:
     step._wrapped_by_lr_sched = True  # type: ignore[attr-defined]
 
 
-def _own(value: Any) -> Any:
+def _own_copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
+def _scheduler_twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
     """A copy of a scheduler (and of schedulers inside it) that drives `stand_in`."""
     known: dict[int, Any] = {id(optimizer): stand_in}
 
@@ -95,7 +95,7 @@ def _twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
             for key, item in value.items():  # not update(): a Counter (MultiStepLR's milestones) would add
                 own[key] = separate(item)
             return own
-        return _own(_shallow(value) if callable(value) else value)
+        return _own_copy(_shallow(value) if callable(value) else value)
 
     def copied(original: Any) -> Any:
         twin = known[id(original)] = object.__new__(type(original))

@@ -48,7 +48,7 @@ class NAdamRule(Rule):
         product = scalar(state["mu_product"])
         root, eps = state["exp_avg_sq"], scalar(group["eps"])
         if ahead.kind == "decayed":
-            return _fade(state["exp_avg"], root, t, beta1, beta2, product, group, ahead)
+            return _decayed_move(state["exp_avg"], root, t, beta1, beta2, product, group, ahead)
         coupled = ahead.kind == "refined" and not group["decoupled_weight_decay"]
         mu, mu_next = _mu(beta1, t, group), _mu(beta1, t + 1, group)
         of_grad = ahead.lr_sum * (1 - mu) / (1 - product)
@@ -66,7 +66,7 @@ def _mu(beta1: Scalar, t: Scalar, group: Group) -> Scalar:
     return beta1 * (1.0 - 0.5 * 0.96 ** (t * float(group["momentum_decay"])))
 
 
-def _fade(
+def _decayed_move(
     first: Tensor,
     root: Tensor,
     t: Scalar,

@@ -182,10 +182,10 @@ def find_rule(optimizer: Optimizer) -> Rule | None:
 
 def _updates_like(cls: type[Any], base: type[Any]) -> bool:
     """Whether `cls` inherits both the update and the layout of the state from `base`."""
-    return all(_plain(cls, name) is _plain(base, name) for name in ("step", "_init_group"))
+    return all(_undecorated(cls, name) is _undecorated(base, name) for name in ("step", "_init_group"))
 
 
-def _plain(cls: type[Any], name: str) -> Any:
+def _undecorated(cls: type[Any], name: str) -> Any:
     """A method without decorators: torch wraps `step` anew for each subclass, so identity needs the bottom one."""
     method = getattr(cls, name, None)
     return inspect.unwrap(method) if method is not None else None

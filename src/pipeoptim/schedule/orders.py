@@ -64,7 +64,7 @@ class Order(ABC):
         return [(p, action) for action in self.drain(p, depth, m, n)]
 
 
-def _backward(i: int, m: int) -> list[Action]:
+def _backward_and_update(i: int, m: int) -> list[Action]:
     """B of micro-batch ``i``, and the update where ``i`` is the last of its mini-batch."""
     done = [Action(ActionKind.B, i)]
     if (i + 1) % m == 0:
@@ -85,13 +85,13 @@ class AsyncOneFOneB(Order):
         for i in range(n * m, (n + 1) * m):
             actions.append(Action(ActionKind.F, i))
             if i >= ahead:
-                actions += _backward(i - ahead, m)
+                actions += _backward_and_update(i - ahead, m)
         return actions
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         ahead = depth - 1 - k
         # Where fewer than `ahead` micro-batches were ever fed, all of them are still in flight.
-        return [a for i in range(max(0, n * m - ahead), n * m) for a in _backward(i, m)]
+        return [a for i in range(max(0, n * m - ahead), n * m) for a in _backward_and_update(i, m)]
 
     def in_flight(self, k: int, depth: int, m: int) -> int:
         return depth - k
@@ -105,7 +105,7 @@ class GPipe(Order):
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         batch = range(n * m, (n + 1) * m)
-        return [Action(ActionKind.F, i) for i in batch] + [a for i in batch for a in _backward(i, m)]
+        return [Action(ActionKind.F, i) for i in batch] + [a for i in batch for a in _backward_and_update(i, m)]
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         return []
@@ -125,8 +125,8 @@ class OneFOneBFlush(Order):
         first, end = n * m, (n + 1) * m
         actions = [Action(ActionKind.F, i) for i in range(first, first + ahead)]
         for i in range(first + ahead, end):
-            actions += [Action(ActionKind.F, i), *_backward(i - ahead, m)]
-        return actions + [a for i in range(end - ahead, end) for a in _backward(i, m)]
+            actions += [Action(ActionKind.F, i), *_backward_and_update(i - ahead, m)]
+        return actions + [a for i in range(end - ahead, end) for a in _backward_and_update(i, m)]
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
         return []
@@ -212,7 +212,7 @@ class _Slots:
             i = block * self.g + j
             # Negative blocks: the slot lies before the first backward of this stage.
             if block >= 0 and j < self.g and (before is None or i < before):
-                return [(v * self.processes + p, a) for a in _backward(i, self.m)]
+                return [(v * self.processes + p, a) for a in _backward_and_update(i, self.m)]
         return []
 
 

@@ -45,11 +45,11 @@ def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_b
         ['0:F0@0', '1:F0@1', '1:B0@2', '0:B0@4']
     """
     durations = {
-        ActionKind.F: _each(t_forward, program),
-        ActionKind.B: _each(t_backward, program),
-        ActionKind.U: _each(0.0, program),
+        ActionKind.F: _per_stage(t_forward, program),
+        ActionKind.B: _per_stage(t_backward, program),
+        ActionKind.U: _per_stage(0.0, program),
     }
-    plans = [_whole(program, p, minibatches) for p in range(program.processes or program.depth)]
+    plans = [_whole_run(program, p, minibatches) for p in range(program.processes or program.depth)]
     return replay(plans, program.depth, lambda k, kind: durations[kind][k])
 
 
@@ -82,7 +82,7 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
         p = awake.popleft()
         queue, neighbours = todo[p], set[int]()
         # As far as it gets: one wake-up may carry out a whole mini-batch.
-        while queue and (ready := _ready(*queue[-1], depth, done, planned)) is not None:
+        while queue and (ready := _ready_at(*queue[-1], depth, done, planned)) is not None:
             k, action = queue.pop()
             start = max(clock[p], ready)
             clock[p] = done[k, action] = start + lasts(k, action.kind)
@@ -103,16 +103,16 @@ def bubble(spans: list[Span], processes: int | None = None) -> float:
     return 1.0 - busy / (processes * length)
 
 
-def _whole(program: Program, p: int, minibatches: int) -> list[tuple[int, Action]]:
+def _whole_run(program: Program, p: int, minibatches: int) -> list[tuple[int, Action]]:
     fed = [a for n in range(minibatches) for a in program.process_step(p, n)]
     return fed + program.process_drain(p, minibatches)
 
 
-def _each(duration: Durations, program: Program) -> Sequence[float]:
+def _per_stage(duration: Durations, program: Program) -> Sequence[float]:
     return [duration] * program.depth if isinstance(duration, (int, float)) else duration
 
 
-def _ready(
+def _ready_at(
     k: int, action: Action, depth: int, done: dict[tuple[int, Action], float], planned: set[tuple[int, Action]]
 ) -> float | None:
     """When the neighbour's result that ``action`` needs has arrived; None while it has not."""

@@ -37,6 +37,7 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
     directory = RunDir(Path(run_dir))
     train = _joined if under_torchrun() else _emulated if config.engine == "emulator" else _launched
     with ExitStack() as held:
+        # The lock is taken inside and released here, after result and curve are written.
         result = train(config, _Beginning(directory, resume, held), quiet=not progress)
         if reports(config):
             _draw_curve(directory, config)
@@ -68,6 +69,7 @@ class _Beginning:
 
     def look(self) -> None:
         """Refuse what can be refused before anything is built."""
+        # `create` checks it again; here it spares the user the wait for data and model.
         if self.resume is False:
             self.directory.check_new()
 

@@ -31,6 +31,7 @@ def evaluate(pipe: Pipeline, setup: RunSetup, loss: ObservedLoss, drain: bool) -
     uses the latest weights it has. Every process of the run must call it at the same step.
     """
     first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
+    # The loss runs inside the pipeline, so metrics are taken where it is called.
     loss.observed = []
     losses: list[float] = []
     if drain:

@@ -109,6 +109,7 @@ class DistributedGroup:
 
         if self.replicas is None:
             return loss
+        # A copy: all_reduce works in place, and the loss belongs to the pipeline.
         total = loss.detach().clone()
         try:
             dist.all_reduce(total, group=self.replicas)

@@ -93,6 +93,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
     )
     arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
     arguments += ["--config-sha256", run.config_digest()]
+    # What is there afterwards was written by this session.
     run.result.unlink(missing_ok=True)
     inherited = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
     if not available():  # this process has warned already; the workers would only repeat it in their logs
@@ -101,7 +102,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
         try:
             elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
         except ChildFailedError as error:
-            raise _failure(error.failures, logs, run) from error
+            raise _first_failure(error.failures, logs, run) from error
         except SignalException as error:
             if not run.result.exists():
                 raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}") from error
@@ -112,11 +113,12 @@ def _next_folder(logs: Path) -> Path:
     return logs / f"launch-{1 + len(list(logs.glob('launch-*')))}"
 
 
-def _failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir) -> PipeOptimError:
+def _first_failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir) -> PipeOptimError:
     """The error of the stage that failed first, rather than of those that the agent ended or that failed because of a peer."""
     told = {k: _reason(failure, logs.err(k)) for k, failure in failures.items()}
 
     def order(k: int) -> tuple[bool, bool, int]:
+        # Last those that the agent ended, before them those that blame a peer; else the first in time.
         return failures[k].exitcode == -signal.SIGTERM, told[k].startswith("StageFailure"), failures[k].timestamp
 
     rank = min(failures, key=order)
@@ -176,15 +178,15 @@ def _silent_agent() -> Iterator[None]:
         logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith("torch.distributed.elastic")
     ]
     for logger in loggers:
-        logger.addFilter(_drop)
+        logger.addFilter(_drop_record)
     try:
         yield
     finally:
         for logger in loggers:
-            logger.removeFilter(_drop)
+            logger.removeFilter(_drop_record)
 
 
-def _drop(_: logging.LogRecord) -> bool:
+def _drop_record(_: logging.LogRecord) -> bool:
     return False
 
 

@@ -23,6 +23,7 @@ def locked(folder: Path) -> Iterator[None]:
         ConfigError: somebody does, or nothing can be written there.
     """
     try:
+        # Not "w": that would erase the holder's name before the lock is known to be free.
         file = (folder / LOCK).open("a+")
     except OSError as error:
         raise ConfigError(

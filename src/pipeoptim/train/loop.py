@@ -62,27 +62,28 @@ class Loop:
         config = self.setup.config
         done = start
         if start >= config.steps:  # trained and saved, but not all reported
-            self._measure()
+            self._measure_weight_bytes()
             if validate:
                 self._validate(start)
         while done < config.steps:
             self._step(done)
             done += 1
-            if _due(done, config.monitor_every):
+            if _is_due(done, config.monitor_every):
                 self._monitor(done)
             last, stopped = done == config.steps, self.pipe.stop_requested
             if stopped and not last and self.recorder:
                 self.recorder.note(f"stopping: saving step {done} (Ctrl-C again to abort)")
-            saves = last or stopped or _due(done, config.checkpoint_every)
+            saves = last or stopped or _is_due(done, config.checkpoint_every)
             if saves:
-                self._measure()
+                self._measure_weight_bytes()
                 self.pipe.drain()
                 self.check(done)  # before anything is reported or saved of them
-            if last or _due(done, config.eval_every):
+            if last or _is_due(done, config.eval_every):
                 self._validate(done)
             if saves:
+                # Before the checkpoint: a resumed run does not write the rows of earlier steps again.
                 self._record_predictions(wait=True)
-                with self._shown("checkpoint"):
+                with self._traced_block("checkpoint"):
                     self.save(done)
             if stopped:
                 break
@@ -91,11 +92,13 @@ class Loop:
     def _step(self, step: int) -> None:
         pipe, batch_size = self.pipe, self.setup.config.batch_size
         first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
+        # Stage 0 alone asks: the request travels with its activations, so every stage stops at the same step.
         if first and self.stop.wanted:
             pipe.request_stop()
+        # Before the step, in which the scheduler advances.
         lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
         began = time.perf_counter()
-        with self._shown("data"):
+        with self._traced_block("data"):
             x, y = (
                 map(self.setup.replica_rows, self.setup.task.train_batch(step, batch_size)) if first or last else (None, None)
             )
@@ -107,6 +110,7 @@ class Loop:
             self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began)
 
     def _validate(self, step: int) -> None:
+        # Where a checkpoint is due the pipeline is drained already; elsewhere draining would change what is trained.
         figures = evaluate(self.pipe, self.setup, self.loss, drain=False)
         if figures is not None and self.recorder:
             self.recorder.validation(step, *figures)
@@ -124,15 +128,15 @@ class Loop:
             for step, measured in self.measurements.collect(wait):
                 self.recorder.prediction(step, measured)
 
-    def _shown(self, name: str) -> AbstractContextManager[None]:
+    def _traced_block(self, name: str) -> AbstractContextManager[None]:
         """Names a block in the trace, if there is one."""
         return nullcontext() if self.pipe.trace is None else self.pipe.trace.span(name)
 
-    def _measure(self) -> None:
+    def _measure_weight_bytes(self) -> None:
         """Bytes of weights in mid-flight, where copies exist that a drained pipeline may have given back."""
         for k in self.pipe.local_stages:
             self.weight_bytes[k] = max(self.weight_bytes.get(k, 0), self.pipe.weight_bytes(k))
 
 
-def _due(step: int, every: int) -> bool:
+def _is_due(step: int, every: int) -> bool:
     return every > 0 and step % every == 0

@@ -63,6 +63,7 @@ class StoreMeasurements:
             keys = [f"{self._due[0]}/{k}" for k in range(self.depth)]
             if wait:
                 self._store.wait(keys, timedelta(seconds=300))
+            # Steps are reported in order, so the first incomplete one ends the search.
             elif not self._store.check(keys):
                 break
             rows = [row for key in keys for row in json.loads(self._store.get(key))]

@@ -132,5 +132,6 @@ def _taken(parameters: list[Parameter], groups: Sequence[dict[str, Any]]) -> lis
     left = parameters
     for group in groups:
         found.append([p for p in left if "ndim" not in group or p.ndim == group["ndim"]])
+        # A group without ndim takes all that is left.
         left = [p for p in left if "ndim" in group and p.ndim != group["ndim"]]
     return [*found, left]

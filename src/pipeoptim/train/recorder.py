@@ -49,7 +49,7 @@ class Recorder:
         rate = self._batch_size * len(self._times) / max(1e-9, sum(self._times))
         self._file.write(step=step, loss=loss, lr=lr, samples_per_second=round(rate, 2))
         self._view.step(step, loss, rate)
-        self._show(step, {"train/loss": loss, "train/lr": lr, "train/samples_per_second": rate})
+        self._log_scalars(step, {"train/loss": loss, "train/lr": lr, "train/samples_per_second": rate})
 
     def validation(self, step: int, loss: float, metrics: dict[str, float]) -> None:
         """A validation after mini-batch ``step``. Figures that are not finite are left out of the row."""
@@ -57,7 +57,9 @@ class Recorder:
         self._file.write(step=step, **({"val_loss": loss} if math.isfinite(loss) else {}), **named)
         self._view.validation(step, loss)
         self.val_loss, self.val_metrics = (loss if math.isfinite(loss) else None), named
-        self._show(step, {"validation/loss": loss, **{f"validation/{k.removeprefix('val_')}": v for k, v in named.items()}})
+        self._log_scalars(
+            step, {"validation/loss": loss, **{f"validation/{k.removeprefix('val_')}": v for k, v in named.items()}}
+        )
 
     def recall(self, rows: Sequence[Row], step: int) -> bool:
         """Take the figures of a run that has been trained to its end from what it has written. Returns whether it validated there."""
@@ -79,9 +81,9 @@ class Recorder:
         self._file.write(step=step, prediction=measured)
         for sentence in self._changes.note(measured):
             self._view.note(sentence)
-        self._show(step, scalars(measured))
+        self._log_scalars(step, scalars(measured))
 
-    def _show(self, step: int, values: dict[str, float]) -> None:
+    def _log_scalars(self, step: int, values: dict[str, float]) -> None:
         if self._tensorboard_log is not None:
             self._tensorboard_log.scalars(step, values)
 

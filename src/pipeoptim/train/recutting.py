@@ -46,10 +46,11 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
                 f"{run.config} has {what} {shown[0]!r}, not {shown[1]!r}; a run can be cut anew with other stages, chunks and replicas "
                 "only"
             )
-    folder, meta = newest(run, before, _say, _modules(before))
-    new = RunDir(run.path.with_name(f"{run.path.name}-{_label(config)}"))
+    folder, meta = newest(run, before, _print_note, _stage_modules(before))
+    new = RunDir(run.path.with_name(f"{run.path.name}-{_layout_label(config)}"))
     new.check_new()
-    states = _moved(folder, before, config)
+    states = _moved_states(folder, before, config)
+    # Only now: whatever refuses the new cut has refused it before anything was written.
     new.create(config)
     save(
         new.checkpoints,
@@ -62,28 +63,28 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
     )
     if run.metrics.exists():
         shutil.copyfile(run.metrics, new.metrics)  # rows after the checkpoint go when the run is resumed
-    _say(
+    _print_note(
         f"run {run.path} had {layout_of(before).describe()}; it goes on from step {meta.step} with {layout_of(config).describe()} in "
         f"{new.path}: the same weights, optimizer states and learning rates, new random numbers"
     )
     return new
 
 
-def _label(config: TrainConfig) -> str:
+def _layout_label(config: TrainConfig) -> str:
     words = [f"{config.stages}-stages"]
     words += [f"{config.chunks}-chunks"] if config.chunks > 1 else []
     words += [f"{config.replicas}-replicas"] if config.replicas > 1 else []
     return "-".join(words)
 
 
-def _moved(checkpoint: Path, before: TrainConfig, after: TrainConfig) -> dict[int, dict[str, Any]]:
+def _moved_states(checkpoint: Path, before: TrainConfig, after: TrainConfig) -> dict[int, dict[str, Any]]:
     """The states of the stages of ``after``, from the checkpoint of those of ``before``."""
     with cpu_threads(after.threads), TemporaryDirectory() as folder:
         (old, old_tied), (new, new_tied) = _pipe(before), _pipe(after)
         for k in old.local_stages:
             old.load_stage_state_dict(k, load_stage(checkpoint, k))
-        save_sharded(old, Path(folder) / "moved", _numbered(old, old_tied))
-        load_sharded(new, Path(folder) / "moved", _numbered(new, new_tied))
+        save_sharded(old, Path(folder) / "moved", _numbered_names(old, old_tied))
+        load_sharded(new, Path(folder) / "moved", _numbered_names(new, new_tied))
         return {k: new.stage_state_dict(k) for k in new.local_stages}
 
 
@@ -93,12 +94,12 @@ def _pipe(config: TrainConfig) -> tuple[Any, Sequence[Tied]]:
     return make_emulator(setup, setup.task.loss)[0], setup.tied
 
 
-def _modules(config: TrainConfig) -> Sequence[nn.Module]:
+def _stage_modules(config: TrainConfig) -> Sequence[nn.Module]:
     with cpu_threads(config.threads):
         return build_setup(config).stages
 
 
-def _numbered(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:
+def _numbered_names(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:
     """Names that no cut changes: the tensors of a model have the same order in whatever contiguous pieces, and the copies of a tied weight
     have the number of the first."""
     numbers: dict[tuple[int, str], str] = {}
@@ -112,5 +113,5 @@ def _numbered(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:
     return [{number: own for (j, own), number in numbers.items() if j == k} for k in pipe.local_stages]
 
 
-def _say(text: str) -> None:
+def _print_note(text: str) -> None:
     print(text, file=sys.stderr)

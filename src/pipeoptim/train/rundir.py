@@ -75,7 +75,7 @@ class RunDir:
     def resume_command(self) -> str:
         """What to type to continue this run."""
         out = "" if self.path.parent == DEFAULT_OUT else f" --out {shlex.quote(str(self.path.parent))}"
-        return f"{_program()} train --resume --name {shlex.quote(self.path.name)}{out}"
+        return f"{_program_name()} train --resume --name {shlex.quote(self.path.name)}{out}"
 
     def check_new(self) -> None:
         """Raises ConfigError if the directory exists."""
@@ -235,13 +235,13 @@ def resume(
     """
     if anew and not any(run.checkpoints.glob("step-*")):
         if run.finished_at() == config.steps:
-            raise _finished(run, config, config.steps)
+            raise _finished_error(run, config, config.steps)
         say(f"run {run.path} has no checkpoint yet; it begins again at step 0")
         start = Start()
     else:
         folder, meta = newest(run, config, say, stages)
         if meta.step >= config.steps and run.finished_at() == meta.step:
-            raise _finished(run, config, meta.step)
+            raise _finished_error(run, config, meta.step)
         start = Start(meta.step, folder)
         if anew:
             say(f"run {run.path} exists; it continues from step {meta.step} of {config.steps}")
@@ -254,7 +254,7 @@ def resume(
     return start
 
 
-def _finished(run: RunDir, config: TrainConfig, step: int) -> FinishedError:
+def _finished_error(run: RunDir, config: TrainConfig, step: int) -> FinishedError:
     return FinishedError(f"run {run.path} is finished ({step} of {config.steps} steps); {_what_else(config)}")
 
 
@@ -272,13 +272,13 @@ def same_run(run: RunDir, config: TrainConfig) -> TrainConfig:
         old, new = getattr(before, f.name), getattr(config, f.name)
         if old != new and f.name not in NOT_COMPUTED:
             raise ConfigError(
-                f"run directory {run.path} exists and was begun with {f.name} {_words(old)}, not {_words(new)}; start another run with "
+                f"run directory {run.path} exists and was begun with {f.name} {_shown(old)}, not {_shown(new)}; start another run with "
                 "--new or --name, or continue that one with --resume"
             )
     return config
 
 
-def _words(value: object) -> str:
+def _shown(value: object) -> str:
     return f"{value.target} {value.options}" if isinstance(value, Component) else repr(value)
 
 
@@ -290,7 +290,7 @@ def _what_else(config: TrainConfig) -> str:
     return "raise --steps to train it further"
 
 
-def _program() -> str:
+def _program_name() -> str:
     """How this program is called where its name alone would not be found: hints are there to be pasted."""
     called = sys.argv[0]
     return shlex.quote(called) if Path(called).name == "pipeoptim" and shutil.which("pipeoptim") is None else "pipeoptim"

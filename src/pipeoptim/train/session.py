@@ -55,6 +55,7 @@ def run_session(
         warnings.simplefilter("ignore", PredictionWarning)  # the recorder says it, also for stages in other processes
         recorder = None
         if pipe.depth - 1 in pipe.local_stages and setup.replica == 0:
+            # Steps behind the checkpoint are trained again and write their rows again.
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
@@ -106,9 +107,11 @@ def run_session(
     if pipe.trace is not None and done > start.step:
         pipe.trace.save(run.trace)
     traced = setup.config.trace and done > start.step
-    result = _result(run, setup, pipe, loop, group, done, time.monotonic() - began, traced)
+    result = _run_result(run, setup, pipe, loop, group, done, time.monotonic() - began, traced)
     if recorder is not None:
+        # After the last checkpoint: a crash in between leaves a run that only has to be reported again.
         write_durably(run.result, result.to_json())
+    # No process returns before the result is on the disk.
     group.barrier()
     return result
 
@@ -118,7 +121,7 @@ def _validated(recorder: Recorder | None, run: RunDir, group: RunGroup, step: in
     return any(group.gather(recorder is not None and recorder.recall(read_rows(run.metrics), step)))
 
 
-def _result(
+def _run_result(
     run: RunDir, setup: RunSetup, pipe: Pipeline, loop: Loop, group: RunGroup, done: int, seconds: float, traced: bool
 ) -> RunResult:
     figures: dict[str, Any] = {}
@@ -131,7 +134,7 @@ def _result(
             "samples_per_second": recorder.samples_per_second,
             "seconds": seconds,
         }
-    facts = [_facts(setup, pipe, k, loop) for k in pipe.local_stages] if setup.replica == 0 else []
+    facts = [_stage_facts(setup, pipe, k, loop) for k in pipe.local_stages] if setup.replica == 0 else []
     gathered = group.gather(([asdict(one) for one in facts], figures))
     found = sorted((one for part, _ in gathered for one in part), key=lambda one: one["stage"])
     if traced:  # all have saved theirs before the gathering
@@ -148,7 +151,7 @@ def _result(
     )
 
 
-def _facts(setup: RunSetup, pipe: Pipeline, k: int, loop: Loop) -> StageFacts:
+def _stage_facts(setup: RunSetup, pipe: Pipeline, k: int, loop: Loop) -> StageFacts:
     return StageFacts(
         stage=k,
         parameters=sum(p.numel() for p in setup.stages[k].parameters() if p.requires_grad),

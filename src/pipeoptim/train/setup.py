@@ -93,7 +93,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
     if config.recompute:
         for stage in stages:
             checkpoint_blocks(stage)
-    return RunSetup(config, task, stages, optimizer, scheduler, _validation(task, config), tied)
+    return RunSetup(config, task, stages, optimizer, scheduler, _validation_batches(task, config), tied)
 
 
 def read_data(config: TrainConfig) -> Task:
@@ -138,7 +138,7 @@ def _check_sizes(config: TrainConfig, task: Task) -> None:
             )
 
 
-def _validation(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
+def _validation_batches(task: Task, config: TrainConfig) -> list[tuple[Tensor, Tensor]]:
     """Full batches, spread evenly over the validation set: its parts may differ (files of a text, classes in order).
 
     A pipeline's buffers have one shape, so a smaller last batch is left out.
@@ -171,7 +171,7 @@ def probe_setup(setup: RunSetup) -> None:
     for k, stage in enumerate(setup.stages):
         setup.scheduler(setup.optimizer(stage.parameters(), k))
     try:
-        loss = _forward(setup, x[:size].clone(), y[:size])
+        loss = _probe_forward(setup, x[:size].clone(), y[:size])
     except ConfigError:
         raise
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
@@ -190,7 +190,7 @@ def probe_setup(setup: RunSetup) -> None:
         )
 
 
-def _forward(setup: RunSetup, x: Tensor, y: Tensor) -> Any:
+def _probe_forward(setup: RunSetup, x: Tensor, y: Tensor) -> Any:
     buffers = [(b, b.clone()) for stage in setup.stages for b in stage.buffers()]  # statistics of BatchNorm
     try:
         with seeded(setup.config.seed):

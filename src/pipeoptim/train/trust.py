@@ -51,7 +51,7 @@ def check_trusted(folder: Path, config: TrainConfig, named: Collection[str] = ()
     Raises:
         ConfigError: a function that nobody named.
     """
-    if _signed(folder, config):
+    if _is_signed(folder, config):
         return
     known = {*named, *_of_recipe(config.recipe)}
     for what, targets in targets_of(config).items():
@@ -71,7 +71,7 @@ def sign(folder: Path, config: TrainConfig) -> None:
         write_durably(folder / SIGNATURE, _signature(key, config) + "\n")
 
 
-def _signed(folder: Path, config: TrainConfig) -> bool:
+def _is_signed(folder: Path, config: TrainConfig) -> bool:
     key = _key(make=False)
     try:
         found = (folder / SIGNATURE).read_text(errors="replace").strip()

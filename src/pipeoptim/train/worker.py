@@ -47,6 +47,7 @@ def main(arguments: list[str], stop: StopOnInterrupt) -> None:
         with process_group():
             train_stage(run, run.read_config(), start_at(options.checkpoint), stop, options.quiet)
 
+    # Writes the exception to the agent's error file, from which the launcher takes its sentence.
     record(work)()
 
 

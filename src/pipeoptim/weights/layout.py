@@ -62,7 +62,7 @@ class StorageLayout:
             key = storage.data_ptr() or -id(p)  # all empty storages have address 0
             if key not in numbers:
                 numbers[key] = len(bases)
-                bases.append(_whole(p))
+                bases.append(_whole_storage(p))
             self.places.append(Place(numbers[key], p.size(), p.stride(), int(p.storage_offset()), p.dtype))
         self.latest = BufferSet(bases, self.places)
 
@@ -95,7 +95,7 @@ def view(bases: Sequence[Tensor], place: Place) -> Tensor:
     return other.set_(base.untyped_storage(), place.offset, place.size, place.stride)  # type: ignore[no-any-return,call-overload]
 
 
-def _whole(p: Tensor) -> Tensor:
+def _whole_storage(p: Tensor) -> Tensor:
     """The storage of ``p`` from end to end, as one detached flat tensor of its type."""
     storage = p.untyped_storage()
     # set_() rather than view(): it reaches parts of the storage before and behind the parameter.

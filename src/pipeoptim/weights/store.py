@@ -129,7 +129,7 @@ class StageWeights:
             self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
         self._drop_stale_predictions()  # first, so that the new prediction may overwrite the old one
         # Kept under its key with 0 users as well, until an update or another prediction needs the memory.
-        weight_set = self._sets[key] = WeightSet(key, self._take())
+        weight_set = self._sets[key] = WeightSet(key, self._take_copy())
         assert weight_set.copy is not None
         with torch.no_grad():
             self.predictor.predict_into(weight_set.copy.tensors, steps)
@@ -163,7 +163,7 @@ class StageWeights:
         weight_set.users -= 1
         if weight_set.users == 0 and weight_set.key[1] == 0:
             # A prediction stays until it is overwritten: micro-batches of one version share it.
-            self._forget(weight_set)
+            self._forget_set(weight_set)
 
     def abandon(self) -> None:
         """Release every version but the latest, in use or not: all micro-batches in flight were abandoned."""
@@ -179,7 +179,7 @@ class StageWeights:
         weight_set = self._sets.get((self.version, 0))
         # Only if a micro-batch in flight still holds the latest set; else the update overwrites in place.
         if weight_set is not None and weight_set.copy is None:
-            weight_set.copy = self._take()
+            weight_set.copy = self._take_copy()
             with torch.no_grad():
                 # By storage, not by parameter: what autograd saved may be a view that reaches across parameters.
                 for copy, latest in zip(weight_set.copy.bases, self.layout.latest.bases, strict=True):
@@ -197,7 +197,7 @@ class StageWeights:
             step()
         elif not (ahead and self._update_and_predict(ahead)):
             if self.predictor.needs_previous:
-                self._free.append(self._take())  # stays free: it holds W_{t-1} until the next prediction overwrites it
+                self._free.append(self._take_copy())  # stays free: it holds W_{t-1} until the next prediction overwrites it
             self.predictor.before_step(self._free[-1].tensors if self._free else None)
             step()
 
@@ -208,7 +208,7 @@ class StageWeights:
         # First choice: it allocates nothing and writes back the cache lines that the step has just read.
         copy = self._predicted_over_gradients(self._fusing, ahead)
         if copy is None:
-            copy = self._take()
+            copy = self._take_copy()
             if not self._fusing.fused_step(copy.tensors, ahead):  # nothing was done: torch's step has to run
                 self._free.append(copy)
                 return False
@@ -260,7 +260,7 @@ class StageWeights:
         weight_set.users += 1
         return weight_set
 
-    def _take(self) -> BufferSet:
+    def _take_copy(self) -> BufferSet:
         if not self._free:
             copy = self.layout.copy()
             self._copies.append(copy)
@@ -270,7 +270,7 @@ class StageWeights:
         self.most_copies = max(self.most_copies, len(self._copies) - len(self._free))
         return copy
 
-    def _forget(self, weight_set: WeightSet) -> None:
+    def _forget_set(self, weight_set: WeightSet) -> None:
         del self._sets[weight_set.key]
         # Not reusable: the next update brings gradients of its own.
         if weight_set.copy is not None and weight_set.copy.adopted:
@@ -281,4 +281,4 @@ class StageWeights:
     def _drop_stale_predictions(self, everything: bool = False) -> None:
         for weight_set in [s for s in self._sets.values() if s.users == 0]:
             if everything or weight_set.key[1] > 0:
-                self._forget(weight_set)
+                self._forget_set(weight_set)

@@ -11,6 +11,7 @@ from pipeoptim.weights.sources import Latest, Numbered, Stashed
 
 def version_at_entry(program: Program, k: int, i: int) -> int:
     """Updates of stage 0 when it forwards micro-batch ``i``: the version that all stages use for it."""
+    # In 1F1B stage 0 has done the B of all micro-batches up to i - D when it forwards i.
     return max(0, i - (program.depth - 1)) // program.microbatches
 
 

@@ -10,6 +10,7 @@ from pipeoptim.weights.sources import Numbered, Stashed
 
 def one_behind(program: Program, k: int, i: int) -> int:
     """The version of micro-batch ``i``'s mini-batch n: n - 1 in a pipeline, n on a single stage."""
+    # Decided by the first micro-batch, so that all of a mini-batch use one version.
     first = i - i % program.microbatches
     return max(0, first - (program.depth - 1)) // program.microbatches
 

@@ -19,6 +19,7 @@ def annealed(program: Program, k: int, version: int, anneal_updates: int, synchr
     t = version - synchronous_updates
     if t < 0:
         return 1.0
+    # At least 1: the last stage has no delay, and 0 has no negative power.
     tau = max(1, program.steady_gap(k))
     return float(tau ** -(1.0 - min(t / anneal_updates, 1.0)))
 

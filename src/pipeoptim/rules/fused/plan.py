@@ -27,15 +27,15 @@ from pipeoptim.rules.fused.steppers import Stepper
 _PLAIN = {Tensor, torch.nn.Parameter}
 
 _dtype, _layout, _is_cpu = attrgetter("dtype"), attrgetter("layout"), attrgetter("is_cpu")
-_Form = int | tuple[torch.Size, tuple[int, ...]]
+_MemoryForm = int | tuple[torch.Size, tuple[int, ...]]
 
 
-def _form(tensor: Tensor) -> _Form:
+def _memory_form(tensor: Tensor) -> _MemoryForm:
     """How a tensor lies in memory. The shape of a contiguous one does not matter to a kernel."""
     return tensor.numel() if tensor.is_contiguous() else (tensor.shape, tensor.stride())
 
 
-def _ordinary(tensors: Sequence[Tensor]) -> bool:
+def _all_plain_float32(tensors: Sequence[Tensor]) -> bool:
     """Whether all are plain, dense tensors of float32 on a CPU."""
     # Tensor subclasses (DTensor, functorch's wrappers) need not have their values at data_ptr().
     if not set(map(type, tensors)) <= _PLAIN or set(map(_layout, tensors)) != {torch.strided}:
@@ -53,7 +53,7 @@ class WeightForms:
 
     def __init__(self, weights: list[Tensor]) -> None:
         self.weights = weights
-        self.forms = [*map(_form, weights)]
+        self.forms = [*map(_memory_form, weights)]
         self.addresses = _addresses(weights)
 
     def unchanged(self, grads: Sequence[Tensor]) -> bool:
@@ -61,13 +61,13 @@ class WeightForms:
         if _addresses(self.weights) != self.addresses:
             return False
         # A lazily negated gradient (is_neg) has its values in memory with the opposite sign.
-        if not _ordinary(grads) or set(map(_dtype, self.weights)) != {torch.float32} or any(map(Tensor.is_neg, grads)):
+        if not _all_plain_float32(grads) or set(map(_dtype, self.weights)) != {torch.float32} or any(map(Tensor.is_neg, grads)):
             return False
-        if self.forms == [*map(_form, self.weights)] == [*map(_form, grads)]:
+        if self.forms == [*map(_memory_form, self.weights)] == [*map(_memory_form, grads)]:
             return True
         # Rare: gradients whose strides differ from their weights'. A kernel can take them if both are contiguous.
         triples = zip(self.weights, grads, self.forms, strict=True)
-        return all(_form(weight) == form and share_flat_index((weight, grad)) for weight, grad, form in triples)
+        return all(_memory_form(weight) == form and share_flat_index((weight, grad)) for weight, grad, form in triples)
 
 
 class StateSnapshot:

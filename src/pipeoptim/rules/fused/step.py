@@ -69,10 +69,10 @@ class FusedStep:
         if not self._unpatched():
             return False
         # An engine alternates between a few buffer sets; the first buffer identifies the set.
-        plan, grads = self._plan(entries, out, _NO_BUFFERS if not out else id(out[0]))
+        plan, grads = self._current_plan(entries, out, _NO_BUFFERS if not out else id(out[0]))
         if plan is None:
             return False
-        self._run(plan, grads, horizon)
+        self._step_batches(plan, grads, horizon)
         # The kernel visits only parameters that move, but every buffer must hold a prediction.
         if horizon is not None and out is not None and plan.without_grad:
             _predict_unmoved([entries[n] for n in plan.without_grad], horizon, [out[n] for n in plan.without_grad])
@@ -89,7 +89,7 @@ class FusedStep:
         """
         if not self._unpatched():
             return None
-        plan, grads = self._plan(entries, None, _GRADIENTS)
+        plan, grads = self._current_plan(entries, None, _GRADIENTS)
         # The gradients replace the whole buffer set, so all of them must exist.
         if plan is None or plan.without_grad:
             return None
@@ -97,13 +97,13 @@ class FusedStep:
         grads.clear()  # `exclusively_owned` counts references, and this list would be one more
         if not exclusively_owned(found):
             return None
-        self._run(plan, found, horizon)
+        self._step_batches(plan, found, horizon)
         return found
 
     def _unpatched(self) -> bool:
         return all(map(_unpatched, {self.optimizer, *members(self.optimizer)}))
 
-    def _run(self, plan: FusedPlan, grads: Sequence[Tensor | None], horizon: Horizon | None) -> None:
+    def _step_batches(self, plan: FusedPlan, grads: Sequence[Tensor | None], horizon: Horizon | None) -> None:
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
         # Under torch's profiler the step keeps the name under which users look for it; otherwise no overhead.
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
@@ -114,7 +114,7 @@ class FusedStep:
             if hasattr(one.step, "_wrapped_by_lr_sched"):
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
 
-    def _plan(
+    def _current_plan(
         self, entries: Sequence[ParameterEntry], out: Sequence[Tensor] | None, key: int
     ) -> tuple[FusedPlan | None, list[Tensor | None]]:
         """The plan for this set of buffers, rebuilt if anything has changed, and the gradients; None if no plan is possible."""
