@@ -109,6 +109,8 @@ class Program:
 
     def process_step(self, p: int, n: int) -> list[tuple[int, Action]]:
         """Actions of all stages of process ``p`` when mini-batch ``n`` is fed, each with its stage."""
+        if not self.interleaved:  # one stage per process: nothing to merge, and this is asked for every mini-batch
+            return [(p, action) for action in self.step(p, n)]
         return self._merged(p, self.placed_order.process_step(p, self.depth, self.microbatches, n), lambda k: self.step(k, n))
 
     def process_drain(self, p: int, n: int) -> list[tuple[int, Action]]:
