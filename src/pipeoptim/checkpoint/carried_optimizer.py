@@ -48,6 +48,7 @@ class GroupOrigin:
 
 def parameter_names(worker: StageWorker, found: Mapping[str, str]) -> list[str]:
     """Original names of the stage's parameters in the order of the optimizer's groups."""
+    # By identity: the optimizer knows tensors, the module knows names.
     own = {id(p): found[name] for name, p in worker.module.named_parameters()}
     groups = [] if worker.optimizer is None else worker.optimizer.param_groups
     return [own[id(module_parameter(p))] for group in groups for p in group["params"]]
@@ -72,6 +73,7 @@ def collect_optimizer(
             path = f"groups/{worker.k}/{len(groups)}"
             groups.append({"kind": kind, "names": own, "options": flatten(options, path, tensors)})
         for index, values in state["state"].items():
+            # torch numbers the state by parameter; any other key belongs to none of them.
             if not isinstance(index, int):
                 raise ConfigError(
                     f"{kind} of stage {worker.k} keeps state of its own, {index!r}, that belongs to no weight and cannot "
@@ -123,7 +125,9 @@ def carried_optimizer(
             _check_kind(worker.k, type(member).__name__, own, origins)
             if not own:  # an empty group has no parameters to follow; with the same cut it is found by its place
                 known = _empty_origin(groups.get(worker.k, []), len(sources), worker.k)
+            # The new group keeps its "params"; only the options are taken over.
             group |= _common_options(worker.k, len(sources), own, origins, known, tensors)
+            # Each place once, in the order of the parameters: the scheduler's entries follow it.
             sources.append(list({origin.place: origin for origin in known}.values()))
         state["state"] = {n: rebuild(states[name], tensors) for n, name in enumerate(numbered) if name in states}
         loaded.append(state)

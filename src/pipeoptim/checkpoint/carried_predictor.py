@@ -53,6 +53,7 @@ def joined_predictor(
         state[key] = [found[name][1].get(key, mine) if name in found else mine for name, mine in zip(names, own, strict=True)]
     # A stage predicts for its own gap, so parameters of several stages come with points at several distances.
     if _POINTS in entries:
+        # Stages may have predicted over different distances, so each point comes with its own position.
         positions = [saved[found[name][0]]["shared"][_POSITION] if name in found else None for name in names]
         state[_POSITION], state[_POINTS] = _at_one_position(state[_POINTS], positions, weights)
     return state
@@ -64,6 +65,7 @@ def carried_loss_scale(k: int, depth: int, origins: Iterable[int], saved: Mappin
     Args:
         saved: stage -> state of its loss scale.
     """
+    # The last stage computes the loss and hence decides about its scale.
     last = max(saved)
     own = sorted(set(origins) & set(saved)) or [last]
     # An overflow that one of them found and the last stage has not heard of must still reach it.

@@ -111,6 +111,7 @@ class _Merge:
         if not alike:
             shown = ", ".join(f"{value!r} on stage {stage}" for stage, value in values.items())
             raise self._refusal(key, f"was {shown}, and its weights come from all of these")
+        # JSON has made a dictionary of MultiStepLR's milestones.
         return Counter(first) if isinstance(fresh, Counter) else first
 
     def _regrouped(self, key: str, fresh: list[Any], values: Mapping[int, list[Any]]) -> list[Any]:

@@ -33,6 +33,7 @@ def find(root: Path, sickness: Callable[[Path, Meta], str | None] = lambda _fold
     """
     torn: list[tuple[Path, str]] = []
     sick: list[tuple[Path, str]] = []
+    # By length first: steps beyond 999999 have more digits than folder names are padded to.
     for folder in sorted(root.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
         try:
             meta = verify(folder)

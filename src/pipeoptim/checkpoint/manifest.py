@@ -79,6 +79,7 @@ def read_meta(folder: Path) -> Meta:
     """
     try:
         data = json.loads((folder / META).read_text())
+        # Before the sum: another version may compute it over other fields.
         if data["format"] != FORMAT:
             raise OtherFormatError(data["format"])
         if data.pop("sha256") != _own_sum(data):
@@ -104,6 +105,7 @@ def verify(folder: Path) -> Meta:
         if not path.is_file():
             raise TornError(f"{name} is missing")
         found_size, found_sums = digest(path)
+        # Said first, since it says more: a crash or a full disk cuts files off.
         if found_size != size:
             raise TornError(f"{name} has {found_size} bytes, {size} were written")
         if found_sums != sums:

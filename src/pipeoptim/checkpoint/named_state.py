@@ -92,6 +92,7 @@ def stage_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState
     Raises:
         ConfigError: optimizer or scheduler are others, or what the stage's parameters were trained with cannot be brought together.
     """
+    # The worker's own state as a template: what the checkpoint says nothing of stays as it is.
     state = worker.state_dict()
     state["module"] = {name: saved.tensors[f"model/{original}"] for name, original in found.items()}
     state["optimizer"], sources = carried_optimizer(worker, found, saved.groups, saved.optimizer, saved.tensors)
@@ -104,6 +105,7 @@ def stage_state(worker: StageWorker, found: Mapping[str, str], saved: NamedState
     if worker.master_weights.pairs:
         state["masters"] = [saved.tensors[name] for name in _master_names(worker, found)]
     state["version"] = saved.version
+    # The same cut restores everything bit for bit, the loss scale included.
     if same_cut:
         state |= rebuild(saved.own[worker.k], saved.tensors)
     elif worker.scaling is not None:

@@ -42,6 +42,7 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, l
     own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
     if names is not None:
         return {k: _original_names_given(k, entries, names) for k, entries in own.items()}
+    # All processes gather, so that all decide alike.
     often = Counter(name for part in saving_group(pipe).gather(own) for entries in part.values() for name in entries)
     unique = max(often.values(), default=1) == 1
     return {k: {name: [name if unique else f"{k}.{name}"] for name in entries} for k, entries in own.items()}

@@ -32,6 +32,7 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
         if tensors.setdefault(path, value) is not value:
             raise ConfigError(f"two tensors of this state are called {path!r} in the file; rename one of them")
         return {"$tensor": path}
+    # JSON has neither NaN nor infinity, and json.dumps would write words that other readers refuse.
     if isinstance(value, float) and not math.isfinite(value):
         return {"$float": str(value)}
     if value is None or isinstance(value, (bool, int, float, str)):

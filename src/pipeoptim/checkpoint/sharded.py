@@ -123,6 +123,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     names_of = {k: {own: saved_name(name, known) for own, name in found.items()} for k, found in names_of.items()}
     everywhere = processes.gather({k: list(found.values()) for k, found in names_of.items()})
     wanted = _agreed(processes, lambda: _wanted_tensors(pipe, names_of, saved, same, folder))
+    # The same lists in all processes, so all refuse together, without another exchange.
     check_covered((own for part in everywhere for own in part.values()), saved)
     saved.tensors = _agreed(processes, lambda: read_tensors(folder, wanted))
     for k, state in _agreed(processes, lambda: _states(pipe, names_of, saved, same)).items():
@@ -215,5 +216,6 @@ def _in_background(write: Callable[[], None]) -> Future[None]:
     """``write()`` in a thread; the future holds its end, or its error."""
     writer = ThreadPoolExecutor(1, thread_name_prefix="pipeoptim-save")
     future = writer.submit(write)
+    # Takes no more work; the thread ends after this one.
     writer.shutdown(wait=False)
     return future

@@ -37,6 +37,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     for name, tensor in tensors.items():
         if _is_reordered(tensor):
             reordered[name] = tuple(tensor.shape), tensor.stride()
+            # as_strided over the tensor's memory: no copy, elements in the order in which they lie.
             dense = tensor.detach().as_strided((tensor.numel(),), (1,))
         else:
             dense = tensor.detach().contiguous()

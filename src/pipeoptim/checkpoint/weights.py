@@ -93,6 +93,7 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     refuse_sharded(pipe, processes)
     part = begin_folder(folder, processes)
     where: dict[str, tuple[str, int]] = {}
+    # A tied weight is written by one stage only, which all processes must agree on.
     first = _first_stages(processes.gather(names_of))
     for k in pipe.local_stages:
         once = ((names_of[k][name][0], t) for name, t in _without_aliases(_stage_tensors(pipe.stage_module(k), k)))

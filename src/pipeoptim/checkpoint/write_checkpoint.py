@@ -65,6 +65,7 @@ def save(
         if group.is_first:
             meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
             write_durably(temporary / META, meta.to_json())
+            # The rename makes it a checkpoint; only then may older ones go.
             _put_in_place(temporary, final)
             _prune(root, step, keep, counts)
 
@@ -85,6 +86,7 @@ def _together(group: CheckpointGroup, final: Path, work: Callable[[], T]) -> lis
         done = work()
     except OSError as error:
         cause, failure = cause_of(error), error
+    # Gathered also after a failure: the others are in this call and would wait for ever.
     answers = group.gather((done, cause))
     for _, reason in answers:
         if reason is not None:
@@ -105,6 +107,7 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():  # a folder that is not empty cannot be replaced by a rename
+        # A folder cannot be renamed over another that is not empty.
         final.rename(aside)
     temporary.rename(final)
     sync_folder(final.parent)

@@ -74,12 +74,14 @@ class AbsentTensor(Tensor):
         """An absent tensor of this form."""
         return cls(torch.empty(shape, dtype=dtype, device="meta"), device)
 
+    # Everything is decided below autograd, in __torch_dispatch__.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @classmethod
     def __torch_dispatch__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:  # type: ignore[override]
         kwargs = dict(kwargs or {})
         name = func.overloadpacket.__name__
+        # At least one: torch dispatches here for no other reason.
         absents = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, AbsentTensor)]
         # The result is wherever the real one would be, although it is computed on the meta device.
         device = torch.device(kwargs.get("device") or absents[0].device)

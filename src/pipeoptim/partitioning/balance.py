@@ -35,6 +35,7 @@ def best_cut(blocks: int, parts: int, cost: StageCost) -> list[int]:
         >>> best_cut(6, 4, lambda k, start, end: sum(seconds[start:end]))
         [2, 1, 1, 2]
     """
+    # Both passes ask for the same ranges.
     cost = cache(cost)
 
     @cache
@@ -57,6 +58,7 @@ def best_cut(blocks: int, parts: int, cost: StageCost) -> list[int]:
         best: tuple[float, tuple[int, ...]] = (inf, ())
         for end in range(start + 1, blocks - (parts - k - 1) + 1):
             own = cost(k, start, end)
+            # Only cuts that keep the optimum of the first pass.
             if own <= largest:
                 rest, lengths = least_squares(k + 1, end)
                 best = min(best, (own * own + rest, (end - start, *lengths)), key=lambda option: option[0])
@@ -129,6 +131,7 @@ def best_replicated_cut(blocks: int, parts: int, devices: int, cost: ReplicatedC
         for end in range(start + 1, blocks - (parts - k - 1) + 1):
             for m in range(1, left - (parts - k - 1) + 1):
                 own = cost(k, start, end, m)
+                # A stage slower than the best plan so far cannot be part of a better one.
                 if own < found[0]:
                     slowest, plan = best(k + 1, end, left - m)
                     found = min(found, (max(own, slowest), ((end - start, m), *plan)), key=lambda option: option[0])

@@ -121,6 +121,7 @@ def _round(
 def undisturbed(module: nn.Module) -> Iterator[None]:
     """Restore buffers, gradients and the random state afterwards."""
     buffers = {key: b.detach().clone() for key, b in module.named_buffers()}
+    # References: gradients are set aside, not copied, and put back.
     gradients = {p: p.grad for p in module.parameters()}
     devices = {p.device for p in module.parameters() if p.device.type == "cuda"}
     try:
@@ -158,6 +159,7 @@ def _counted(block: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, 
 
     def note(t: Tensor) -> Tensor:
         storage = t.untyped_storage()
+        # By storage: a view of a weight costs no memory, and a tensor saved twice costs it once.
         if storage.data_ptr() not in weights:
             kept[storage.data_ptr()] = storage.nbytes()
         return t

@@ -110,6 +110,7 @@ class _StageCosts:
         own = (self._time[end] - self._time[start]) / self.speeds[k]
         if self.bandwidth is None:
             return own
+        # Twice: the activation forwards, and its gradient, of the same size, backwards.
         sends = 2 * self.costs[end - 1].output_bytes / self.bandwidth if end < len(self.costs) else 0.0
         return max(shared(own, self.weight_bytes(start, end), replicas, self.bandwidth), sends / replicas)
 
@@ -119,7 +120,9 @@ class _StageCosts:
         return self._size[end] - self._size[start] - twice
 
     def memory(self, k: int, start: int, end: int) -> int:
+        # Costs are per mini-batch, activations in flight are counted in micro-batches.
         saved = (self._saved[end] - self._saved[start]) // self.m
         elsewhere = (w.nbytes for w in self.shared_by if 0 < w.inside(start, end) < len(w.blocks))
         sums = self._delay * sum(elsewhere)
+        # One more than the copies: the gradient.
         return self.weight_bytes(start, end) * (self.copies[k] + 1) + sums + saved * self.in_flight[k]

@@ -127,6 +127,7 @@ class LayerSplitter:
         """
         if not self.measurable:
             return
+        # Evaluation mode: dropout would make any two runs differ. Modes are restored one by one.
         modes = [(m, m.training) for whole in (self.model, *stages) for m in whole.modules()]
         try:
             expected = self.model.eval()(*self.inputs[0], **self.inputs[1])

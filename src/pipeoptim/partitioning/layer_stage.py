@@ -67,6 +67,7 @@ class LayerStage(nn.Module):
         except _Reached as reached:
             return self._checked(reached.value), pack_inputs(inputs, self._form_only)
         finally:
+            # Or the activation would live until the next forward.
             self._received = None
         if not self.last:
             raise PipeOptimError(f"the model returned without running layer {self.end - 1}; a stage must run all its layers")

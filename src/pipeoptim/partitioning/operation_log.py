@@ -88,6 +88,7 @@ def record_operations(
     handles = _note_exits(twin, log, recorder)
     log.inputs = [recorder.key(t) for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
     recorder.log = log
+    # Dropout may draw while the model is watched; training must not notice.
     state = torch.get_rng_state()
     try:
         with torch.no_grad(), recorder:
@@ -195,6 +196,7 @@ def cut_facts(log: OperationLog, layers: list[str]) -> CutFacts:
             mine |= what
             crossed = {c for c in range(born.get(key, phase), phase) if key not in returned[c]}
             if event.reads_value:
+                # What Python reads may decide what runs, and every later stage runs this code again.
                 crossed |= set(range(phase, len(layers)))
             for c in crossed if what else ():
                 if FROM_WEIGHTS in what:

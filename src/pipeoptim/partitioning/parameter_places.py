@@ -88,6 +88,7 @@ def without_sharing(stages: Sequence[nn.Module]) -> list[nn.Module]:
     modules: set[int] = set()
     result = []
     for stage in stages:
+        # Shared modules need copies of their own: a slot hangs on a module, not on a stage.
         own = shadow_copy(stage) if modules & {id(m) for m in stage.modules()} else stage
         copies: dict[int, Tensor] = {}
         held = weight_slots(own)

@@ -72,6 +72,7 @@ def shadow_copy(model: nn.Module) -> nn.Module:
     """
     tensors = [*model.parameters(), *model.buffers()]
     try:
+        # A memo that maps every tensor to itself: deepcopy then copies modules around shared tensors.
         return copy.deepcopy(model, {id(t): t for t in tensors})
     except Exception as error:
         raise ConfigError(

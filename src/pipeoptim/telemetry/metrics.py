@@ -32,6 +32,7 @@ class MetricsFile:
             ValueError: a value that JSON does not have (NaN, infinity).
         """
         self._file.write(json.dumps(row, allow_nan=False) + "\n")
+        # To the system, not to the disk: a crash of the process loses nothing, and a step does not wait for a disk.
         self._file.flush()
 
     def sync(self) -> None:
@@ -60,6 +61,7 @@ def truncate_after(path: Path, step: int) -> None:
         file.writelines(line + "\n" for line in kept)
         file.flush()
         sync_file(file.fileno())
+    # Atomic: a crash leaves either the old rows or the kept ones.
     temporary.replace(path)
     sync_folder(path.parent)
 
@@ -70,6 +72,7 @@ def _lines(path: Path) -> Iterator[tuple[str, Row]]:
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
         try:
             row = json.loads(line)
+        # A line that a crash cut off.
         except (json.JSONDecodeError, RecursionError):
             continue
         if isinstance(row, dict) and isinstance(row.get("step", 0), int):

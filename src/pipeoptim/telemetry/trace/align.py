@@ -17,6 +17,7 @@ def align(stages: Sequence[StageTrace]) -> list[StageTrace]:
     """The same stages on the clock of stage 0, which begins with the first thing that any of them did."""
     shifts = {stages[0].clock: 0}
     for before, after in pairwise(stages):
+        # Stage by stage along the pipeline: only neighbours exchange messages.
         if after.clock not in shifts:
             shifts[after.clock] = shifts[before.clock] - ahead(before, after)
     moved = [s.shifted(shifts[s.clock]) for s in stages]

@@ -89,6 +89,7 @@ def _arrows(k: int, depth: int, pieces: Sequence[TraceSpan]) -> Iterator[Event]:
     ends |= {(p.what, p.peer, p.number): p for p in reversed(pieces) if p.what == "send"}
     for (what, peer, number), p in ends.items():
         up = peer > k if what == "send" else k > peer
+        # Equal on both ends of a message, and different for the two directions.
         identity = (number * depth + (k if what == "send" else peer)) * 2 + up
         event = {"pid": RUN, "tid": _row(RUN, k), "name": "message", "cat": "communication", "id": identity}
         if what == "send":

@@ -53,6 +53,7 @@ def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan]) -> str:
     """
     run = [Bar(s.stage, p.what, p.number, p.begin, p.end) for s in stages for p in flatten(s.spans)]
     best = [Bar(s.k, s.action.kind.value, s.action.number, s.start, s.end) for s in ideal]
+    # Stages that take turns in one process need more time on the picture, so fewer forwards are shown.
     mates = sum(s.process == stages[0].process for s in stages)
     panels = [
         (f"measured: {stages[0].method}", *_window(run, mates)),

@@ -104,6 +104,7 @@ def flatten(spans: Sequence[TraceSpan]) -> list[TraceSpan]:
         if end > begin:
             pieces.append(span._replace(begin=begin, end=end))
 
+    # Outer spans before inner ones that begin at the same time.
     for span in sorted(spans, key=lambda s: (s.begin, -s.end)):
         close(span.begin)
         if stack:

@@ -87,7 +87,9 @@ def ideal(stages: Sequence[StageTrace]) -> list[IdealSpan]:
         for kind in (ActionKind.F, ActionKind.B, ActionKind.U):
             durations[k, kind] = median([s.end - s.begin for s in actions if s.what == kind.value] or [0])
         predictions = sum(s.end - s.begin for s in stage.spans if s.what == "predict")
+        # Spread over all forwards: one prediction may serve several micro-batches.
         durations[k, ActionKind.F] += predictions / max(1, sum(s.what == "F" for s in actions))
+    # In order of begin: the stages of one device then keep the order in which it worked.
     recorded.sort(key=lambda entry: entry[0])
     devices = sorted({device for _, device, _ in recorded})
     plans = [[step for _, own, step in recorded if own == device] for device in devices]
