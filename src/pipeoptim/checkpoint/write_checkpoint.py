@@ -107,7 +107,6 @@ def _put_in_place(temporary: Path, final: Path) -> None:
     aside = final.with_name(f".{final.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     if final.exists():  # a folder that is not empty cannot be replaced by a rename
-        # A folder cannot be renamed over another that is not empty.
         final.rename(aside)
     temporary.rename(final)
     sync_folder(final.parent)
