@@ -89,17 +89,14 @@ def test_only_one_module_imports_torchs_pipelining():
 
 
 UNPICKLES = re.compile(
-    r"\bpickle\b|\bdill\b|\bcloudpickle\b|torch\.load\b|_object\(|_object_list\(|distributed\.checkpoint|multiprocessing\.(Pipe|Queue|connection)|\bmarshal\b"
+    r"\bpickle\b|\bdill\b|\bcloudpickle\b|torch\.load\b|gather_object\b|_object_list\b|distributed\.checkpoint|multiprocessing\.(Pipe|Queue|connection)|\bmarshal\b"
 )
-MAY_UNPICKLE = {
-    "pipeoptim_zoo/data/cifar.py",  # the data set is published as pickles; read by an unpickler that knows arrays alone
-}
 
 
 def test_nothing_is_unpickled():
     source = Path(pipeoptim.__path__[0]).parent
     code = {p.relative_to(source).as_posix(): ast.unparse(without_docstrings(p)) for p in source.rglob("*.py")}
-    assert {name for name, text in code.items() if UNPICKLES.search(text)} == MAY_UNPICKLE
+    assert not [name for name, text in code.items() if UNPICKLES.search(text)]
 
 
 def without_docstrings(path):

@@ -72,7 +72,7 @@ RATES = {
 #: What the line about missing data must say: what it is, where from, and the path that must exist.
 DATA = {
     "tinyimagenet": ("Tiny-ImageNet", "CS231n", "data/tiny-imagenet-200/wnids.txt"),
-    "cifar100": ("CIFAR-100", "University of Toronto", "data/cifar-100-python/train"),
+    "cifar100": ("CIFAR-100", "University of Toronto", "data/cifar-100-binary/train.bin"),
     "imdb": ("IMDb", "Stanford", "data/aclImdb/train"),
     "wmt16": ("WMT-16 En-De", "translation task", "data/wmt16/train.en"),
 }

@@ -12,8 +12,8 @@ __all__ = ["find_folder", "missing"]
 def missing(what: str, source: str, where: Path, problem: str = "is not there") -> ConfigError:
     """The error for absent data: which data set, where it comes from, and which path must exist.
 
-    >>> print(missing("CIFAR-100", "the CIFAR page of the University of Toronto", Path("data/cifar-100-python")))
-    CIFAR-100: data/cifar-100-python is not there; download it from the CIFAR page of the University of \
+    >>> print(missing("CIFAR-100", "the CIFAR page of the University of Toronto", Path("data/cifar-100-binary")))
+    CIFAR-100: data/cifar-100-binary is not there; download it from the CIFAR page of the University of \
 Toronto and unpack it so that this path exists
     """
     return ConfigError(f"{what}: {where} {problem}; download it from {source} and unpack it so that this path exists")
