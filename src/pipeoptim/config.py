@@ -238,7 +238,9 @@ class TrainConfig:
         """
         try:
             data = json.loads(text)
-        except (ValueError, RecursionError) as error:
+        except RecursionError as error:
+            raise ConfigError("the configuration is nested too deeply; restore it, or start a new run") from error
+        except ValueError as error:
             raise ConfigError(f"the configuration is not JSON ({error}); restore it, or start a new run") from error
         if not isinstance(data, dict):
             raise ConfigError(f"the configuration is {type(data).__name__}, must be a JSON object with the fields of a run")

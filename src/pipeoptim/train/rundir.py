@@ -137,9 +137,8 @@ class RunDir:
             raise ConfigError(
                 f"the configuration of run {self.path} cannot be read ({cause_of(error)}); make it readable"
             ) from error
-        except (UnicodeDecodeError, RecursionError) as error:
-            what = "is not UTF-8 text" if isinstance(error, UnicodeDecodeError) else "is nested too deeply"
-            raise ConfigError(f"{self.config} {what}; restore it, or start a new run with another --name") from error
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"{self.config} is not UTF-8 text; restore it, or start a new run with another --name") from error
         except ConfigError as error:
             raise ConfigError(f"{self.config}: {error}") from error
 
