@@ -66,11 +66,11 @@ def outcomes(calls, seed, pipeline, good, names):
     rng, found = random.Random(seed), {True: 0, False: 0}
     for _ in range(calls):
         given = arguments(rng, {**good, "method": lambda: rng.choice([*po.METHODS])}, names)
-        began = time.monotonic()
+        began = time.process_time()  # of this process: others may be busy
         refusal = refused(pipeline, given)
         assert len(refusal.splitlines()) <= 1, given
         found[not refusal] += 1
-        assert time.monotonic() - began < MOST_SECONDS, given
+        assert time.process_time() - began < MOST_SECONDS, given
     return found
 
 
