@@ -18,7 +18,7 @@ from pipeoptim.schedule import Action, ActionKind, Program
 from pipeoptim.weights import StageWeights, WeightSet
 
 
-def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int = 0) -> int:
+def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int = 0, program: Program | None = None) -> int:
     """Updates from the weights that F uses or predicts from to the B of the same micro-batch, on stage ``k``, warm-up over.
 
     The version gap, counted in the program, for methods that forward on what is there; more for those that ask for an older
@@ -26,14 +26,16 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
 
     Args:
         microbatch: its place in the mini-batch, 0 .. M-1.
+        program: None for that of the method.
 
     Example:
         >>> from pipeoptim.methods import get_method
         >>> [[gap(get_method(name), 4, 4, k) for k in range(4)] for name in ("pipedream", "pipedream_2bw")]
         [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
-    use = _weight_use(method, method.program(depth, microbatches), k, keep_forward=False)
-    return use.gaps[2 * depth * microbatches + microbatch]
+    program = program or method.program(depth, microbatches)
+    use = _weight_use(method, program, k, keep_forward=False)
+    return use.gaps[2 * program.warm_up * microbatches + microbatch]
 
 
 def copies(
@@ -71,7 +73,7 @@ class WeightUse:
 def _weight_use(method: Method, program: Program, k: int, keep_forward: bool) -> WeightUse:
     stage = _WeightlessStage(method, program, k, keep_forward)
     # Long enough for the warm-up and a mini-batch of the steady state, which `gap` reads.
-    for action in program.full(k, minibatches=2 * program.depth + 2):
+    for action in program.full(k, minibatches=2 * program.warm_up + 2):
         stage.act(action)
     # The latest weights are no copy, but count in what a stage holds.
     return WeightUse(1 + stage.weights.most_copies, stage.gaps)

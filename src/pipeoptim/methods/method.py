@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods.predictor_context import PredictorContext
-from pipeoptim.schedule import ORDERS, Program
+from pipeoptim.schedule import ORDERS, Program, Slack, describe_slack
 from pipeoptim.weights.sources import Source
 from pipeoptim.weights.store import WeightPredictor
 
@@ -35,7 +35,8 @@ class Method:
         order: a key of :data:`pipeoptim.schedule.ORDERS`.
         forward, backward: where the weights of F and B come from.
         summary: one line for tables.
-        at_least_depth_microbatches: whether it is defined for M >= D only.
+        at_least_depth_microbatches: whether it is defined only where M is at least the number of micro-batches that stage 0 has in
+            flight, which is D without slack.
         predictor: ``predictor(context)`` makes what predicts the weights of a stage, from a :class:`PredictorContext`; by default
             the update rule of the stage's optimizer does.
         lr_scale: factor on the learning rate of an update: ``lr_scale(program, k, version)``; None for 1.
@@ -106,13 +107,16 @@ class Method:
         """What predicts the weights of one stage: the method's own predictor, else the rule of the stage's optimizer."""
         return self.predictor(context) if self.predictor is not None else context.rule_predictor()
 
-    def program(self, depth: int, microbatches: int, processes: int | None = None, overlap: bool = False) -> Program:
+    def program(
+        self, depth: int, microbatches: int, processes: int | None = None, overlap: bool = False, slack: Slack = 0.0
+    ) -> Program:
         """The action program for a pipeline of ``depth`` stages.
 
         Args:
             depth, microbatches: D and M.
             processes: over which the stages are dealt in turn, where that is fewer than ``depth``: the method's order interleaved.
             overlap: each U behind the next F of its stage.
+            slack: more micro-batches in flight, see :class:`~pipeoptim.schedule.Program`.
 
         Raises:
             ConfigError: the method is not defined for this number of micro-batches, or only for its own order.
@@ -127,17 +131,23 @@ class Method:
                 f"method {self.name!r} says by a formula for its own order how old weights are; without interleaving and overlap it "
                 "works, and methods that count do with both, for example 'pipeoptim'"
             )
+        if slack and not (self.forward.any_slack and self.backward.any_slack):
+            raise ConfigError(
+                f"method {self.name!r} says by a formula for the depth alone how old weights are, which slack makes older; leave slack "
+                "out, or choose a method that counts, for example 'pipeoptim'"
+            )
         # Orders that do not interleave keep their name here: `Program` refuses them with its own message.
         order = (interleaved and ORDERS[self.order].interleaved_as) or self.order
-        program = Program(order, depth, microbatches, processes if interleaved else None, overlap)
-        if self.at_least_depth_microbatches and microbatches < depth:
+        program = Program(order, depth, microbatches, processes if interleaved else None, overlap, slack)
+        if self.at_least_depth_microbatches and microbatches < (least := program.in_flight(0)):
+            wanted = f"in flight on stage 0, {least} with slack {describe_slack(program.slack)}" if program.slack else "stages"
             raise ConfigError(
-                f"method {self.name!r} needs at least as many micro-batches as stages: microbatches is {microbatches}, "
-                f"depth is {depth}; set microbatches to {depth} or more"
+                f"method {self.name!r} needs at least as many micro-batches as {wanted}: microbatches is "
+                f"{microbatches}, depth is {depth}; set microbatches to {least} or more"
             )
         return program
 
     def predicts_on(self, program: Program, k: int) -> bool:
         """Whether stage ``k`` ever predicts (the last stage of ``pipeoptim`` does not: its gap is 0)."""
-        span = range((program.depth + 1) * program.microbatches)  # the warm-up, and one mini-batch of the steady state
+        span = range((program.warm_up + 1) * program.microbatches)  # the warm-up, and one mini-batch of the steady state
         return any(source.steps_ahead(program, k, i) > 0 for source in (self.forward, self.backward) for i in span)

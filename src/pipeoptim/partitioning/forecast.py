@@ -22,7 +22,7 @@ def seconds_per_minibatch(program: Program, stage_seconds: Sequence[float]) -> f
     """
     forward = [s / 3 / program.microbatches for s in stage_seconds]
     backward = [2 * f for f in forward]
-    first, last = 2 * program.depth, 4 * program.depth  # after the warm-up, before the drain
-    spans = timeline(program, 6 * program.depth, forward, backward)
+    first, last = 2 * program.warm_up, 4 * program.warm_up  # after the warm-up, before the drain
+    spans = timeline(program, 6 * program.warm_up, forward, backward)
     updates = {s.action.number: s.end for s in spans if s.k == 0 and s.action.kind is ActionKind.U}
     return (updates[last] - updates[first]) / (last - first)

@@ -6,6 +6,7 @@ from html import escape
 
 from pipeoptim.schedule.actions import ActionKind
 from pipeoptim.schedule.program import Program
+from pipeoptim.schedule.slack import describe_slack
 from pipeoptim.schedule.timeline import Span, timeline
 
 _COLOURS = ("#4c78a8", "#f58518", "#54a24b", "#b279a2", "#e45756", "#72b7b2", "#9d755d", "#bab0ac")
@@ -62,7 +63,8 @@ def to_svg(program: Program, minibatches: int, title: str = "") -> str:
     spans = timeline(program, minibatches)
     length = max(s.end for s in spans)
     width, height = max(_LEFT + _UNIT * length + 12, _LEGEND), _TOP + _ROW * program.depth + 26
-    name = escape(title or f"{program.order}, {program.depth} stages, {program.microbatches} micro-batches")
+    slack = f", slack {describe_slack(program.slack)}" if program.slack else ""
+    name = escape(title or f"{program.order}, {program.depth} stages, {program.microbatches} micro-batches{slack}")
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" '
         f'aria-label="{name}" font-family="system-ui, sans-serif" font-size="11">',

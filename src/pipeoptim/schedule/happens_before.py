@@ -31,7 +31,7 @@ def common_delay(program: Program, stages: tuple[int, ...]) -> int:
     if program.flushes:
         return 0
     processes = range(program.processes or program.depth)
-    fed = 4 * -(-program.depth // program.microbatches) + 2  # until the warm-up is over: there, fewer updates are ordered
+    fed = 4 * -(-program.warm_up // program.microbatches) + 2  # until the warm-up is over: there, fewer updates are ordered
     plans = [[a for n in range(fed) for a in program.process_step(p, n)] for p in processes]
     found = 0
     for span, updates in _updates_before(replay(plans, program.depth, lambda k, kind: 1.0), program):  # noqa: ARG005

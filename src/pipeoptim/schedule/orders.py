@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import count
 from math import gcd
 from types import MappingProxyType
 from typing import ClassVar
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.schedule.actions import Action, ActionKind
+from pipeoptim.schedule.slack import Slack, forwards_ahead
 
 
 class Order(ABC):
@@ -44,16 +46,30 @@ class Order(ABC):
     def in_flight(self, k: int, depth: int, m: int) -> int:
         """The most micro-batches whose forward is done and whose backward is not, on stage ``k``: counted, unless a formula is known."""
         flying = most = 0
-        # Long enough for the warm-up of the first stage, after which counts repeat.
-        for n in range(2 * depth + 2):
+        for n in range(2 * self.warm_up(depth, m) + 2):
             for action in self.step(k, depth, m, n):
                 flying += {ActionKind.F: 1, ActionKind.B: -1}.get(action.kind, 0)
                 most = max(most, flying)
         return most
 
+    def warm_up(self, depth: int, m: int) -> int:
+        """Mini-batches after which what every stage does repeats."""
+        return depth
+
     def on_processes(self, processes: int) -> Order:
         """The same order with its stages dealt to ``processes``; itself where every stage has a process of its own."""
         return self
+
+    def with_slack(self, slack: Slack) -> Order:
+        """The same order with more micro-batches in flight.
+
+        Raises:
+            ConfigError: it cannot have them.
+        """
+        raise ConfigError(
+            f"order {self.name!r} cannot have slack: it flushes, so all micro-batches of a mini-batch and no others may be in flight; "
+            "leave slack out, or choose an asynchronous method, for example 'pipeoptim'"
+        )
 
     def process_step(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
         """What process ``p`` does when mini-batch ``n`` is fed, each action with its stage."""
@@ -72,15 +88,29 @@ def _backward_and_update(i: int, m: int) -> list[Action]:
     return done
 
 
+@dataclass(frozen=True)
 class AsyncOneFOneB(Order):
-    """1F1B that never flushes: F(0) .. F(D-1-k), B(0) U, F(D-k), B(1) U, ... (PipeDream, SOSP 2019, figure 8)."""
+    """1F1B that never flushes: F(0) .. F(D-1-k), B(0) U, F(D-k), B(1) U, ... (PipeDream, SOSP 2019, figure 8).
 
-    name = "async_1f1b"
-    flushes = False
-    interleaved_as = "async_interleaved"
+    Args:
+        slack: moves every B of stage k behind later forwards, see :func:`~pipeoptim.schedule.slack.forwards_ahead`.
+    """
+
+    slack: Slack = 0.0
+    name: ClassVar[str] = "async_1f1b"
+    flushes: ClassVar[bool] = False
+    interleaved_as: ClassVar[str | None] = "async_interleaved"
+
+    def with_slack(self, slack: Slack) -> AsyncOneFOneB:
+        return replace(self, slack=slack)
+
+    def ahead(self, k: int, depth: int) -> int:
+        """Forwards of stage ``k`` before its first backward, besides that of the same micro-batch."""
+        # Without slack, the stages behind this one: so many forwards before its first gradient can come back.
+        return forwards_ahead(self.slack, depth, k) if self.slack else depth - 1 - k
 
     def step(self, k: int, depth: int, m: int, n: int) -> list[Action]:
-        ahead = depth - 1 - k  # stages behind this one: so many forwards before its first gradient can come back
+        ahead = self.ahead(k, depth)
         actions: list[Action] = []
         for i in range(n * m, (n + 1) * m):
             actions.append(Action(ActionKind.F, i))
@@ -89,12 +119,15 @@ class AsyncOneFOneB(Order):
         return actions
 
     def drain(self, k: int, depth: int, m: int, n: int) -> list[Action]:
-        ahead = depth - 1 - k
+        ahead = self.ahead(k, depth)
         # Where fewer than `ahead` micro-batches were ever fed, all of them are still in flight.
         return [a for i in range(max(0, n * m - ahead), n * m) for a in _backward_and_update(i, m)]
 
     def in_flight(self, k: int, depth: int, m: int) -> int:
-        return depth - k
+        return self.ahead(k, depth) + 1
+
+    def warm_up(self, depth: int, m: int) -> int:
+        return self.ahead(0, depth) + 1
 
 
 class GPipe(Order):
@@ -149,26 +182,47 @@ class AsyncInterleaved(Order):
     action comes after those that it needs. With V = 1 it is :class:`AsyncOneFOneB`. Groups give an activation the time to go round
     all processes when a backward takes twice as long as a forward; where M has no divisor of ``P / 3`` or more, processes wait.
 
+    With slack x an activation has (1 + x) times as long for each hop: ``P-1-p`` becomes ``ceil((1 + x) (P-1-p))``, and P becomes
+    ``ceil((1 + x) P)`` where g and c are chosen.
+
     Args:
         processes: P; None for one stage per process.
+        slack: x.
     """
 
     processes: int | None = None
+    slack: Slack = 0.0
     name: ClassVar[str] = "async_interleaved"
     flushes: ClassVar[bool] = False
     interleaves: ClassVar[bool] = True
 
     def on_processes(self, processes: int) -> AsyncInterleaved:
-        return AsyncInterleaved(processes)
+        return replace(self, processes=processes)
+
+    def with_slack(self, slack: Slack) -> AsyncInterleaved:
+        if isinstance(slack, tuple) and self.processes is not None:
+            raise ConfigError(
+                f"slack is {slack}, must be a single number where several stages share a process: all rounds of stages pass over the "
+                "same links, in slots that leave each of them the same time"
+            )
+        return replace(self, slack=slack)
+
+    def warm_up(self, depth: int, m: int) -> int:
+        shape = self._slots(depth, m)
+        # Mini-batches until the longest lag between F and B is over.
+        return max(depth, 1 + -(-shape.lag(0, 0) // (m * shape.v)))
+
+    def _slots(self, depth: int, m: int) -> _Slots:
+        return _Slots(self.processes or depth, depth, m, self.slack)
 
     def process_step(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
-        shape = _Slots(self.processes or depth, depth, m)
+        shape = self._slots(depth, m)
         slots = range(n * m * shape.v, (n + 1) * m * shape.v)
         # F first: on the last stage the B of a slot is that of the same micro-batch.
         return [a for q in slots for a in [*shape.forward(p, q), *shape.backward(p, q)]]
 
     def process_drain(self, p: int, depth: int, m: int, n: int) -> list[tuple[int, Action]]:
-        shape = _Slots(self.processes or depth, depth, m)
+        shape = self._slots(depth, m)
         first = n * m * shape.v
         slots = range(first, first + shape.lag(0, 0) + 1)  # stage 0 has the longest lag, so nothing is left after it
         return [(k, a) for q in slots for k, a in shape.backward(p, q, before=n * m)]
@@ -184,19 +238,21 @@ class AsyncInterleaved(Order):
 class _Slots:
     """The arithmetic of :class:`AsyncInterleaved`."""
 
-    def __init__(self, processes: int, depth: int, m: int) -> None:
-        self.processes, self.v, self.m = processes, depth // processes, m
+    def __init__(self, processes: int, depth: int, m: int, slack: Slack = 0.0) -> None:
+        self.processes, self.v, self.m, self.slack = processes, depth // processes, m, slack
+        # As of a stage before all P processes: so many slots the round trip of an activation or a gradient may take.
+        trip = forwards_ahead(slack, processes + 1, 0) if isinstance(slack, float) else processes
         # The round trip of an activation over all processes takes P forwards; meanwhile a process has g slots of F and B, 3 units each.
-        enough = [g for g in range(1, m + 1) if m % g == 0 and 3 * g >= processes]
+        enough = [g for g in range(1, m + 1) if m % g == 0 and 3 * g >= trip]
         self.g = enough[0] if enough else m
         if self.v == 1:
             self.g = 1  # activations make no round trip
         # Coprime to V, so that the backwards of the V stages of a process never fall into the same slot.
-        self.c = next(c for c in count(self.g, self.g) if c >= processes and gcd(c // self.g, self.v) == 1)
+        self.c = next(c for c in count(self.g, self.g) if c >= trip and gcd(c // self.g, self.v) == 1)
 
     def lag(self, v: int, p: int) -> int:
         """Slots from ``base(i)`` to the backward of micro-batch i."""
-        return (self.v - 1) * self.g + (self.v - 1 - v) * self.c + self.processes - 1 - p
+        return (self.v - 1) * self.g + (self.v - 1 - v) * self.c + forwards_ahead(self.slack, self.processes, p)
 
     def forward(self, p: int, q: int) -> list[tuple[int, Action]]:
         """The F in slot ``q`` of process ``p``."""

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule.actions import Action, ActionKind
 from pipeoptim.schedule.orders import ORDERS, Order
+from pipeoptim.schedule.slack import Slack, check_boundaries, describe_slack, read_slack
 
 MOST_MICROBATCHES = 100_000
 """In D + 1 mini-batches: some seconds of counting for each stage."""
@@ -31,6 +32,8 @@ class Program:
             divides D, and fewer than D need an order that interleaves.
         overlap: move each U behind the next F of its stage, so that gradients can be averaged over replicas while that forward
             runs. That F then sees one update less, which :meth:`gap` counts like any other.
+        slack: more micro-batches in flight, so that late messages hold nobody up: a number, or one per boundary between stages.
+            Stage k has ``1 + ceil(sum of 1 + x_b over the boundaries b = k .. D-2)`` of them in flight.
 
     Raises:
         ConfigError: unknown order, a depth or micro-batch count below 1 or beyond counting, or an order that does not work in this way.
@@ -41,6 +44,8 @@ class Program:
         'F0 F1 F2 B0 U0 F3 B1 U1 B2 U2 B3 U3'
         >>> [p.gap(0, i) for i in range(4)]
         [0, 1, 2, 2]
+        >>> [Program("async_1f1b", depth=3, slack=1).in_flight(k) for k in range(3)]
+        [5, 3, 1]
     """
 
     order: str
@@ -48,6 +53,7 @@ class Program:
     microbatches: int = 1
     processes: int | None = None
     overlap: bool = False
+    slack: Slack = 0.0
 
     def __post_init__(self) -> None:
         if self.order not in ORDERS:
@@ -55,6 +61,8 @@ class Program:
         for what, value in (("depth", self.depth), ("microbatches", self.microbatches)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ConfigError(f"{what} is {value!r}, must be an integer of at least 1")
+        object.__setattr__(self, "slack", read_slack(self.slack))
+        check_boundaries(self.slack, self.depth)
         if (self.depth + 1) * self.microbatches > MOST_MICROBATCHES:
             raise ConfigError(
                 f"depth {self.depth} with {self.microbatches} micro-batches is more than can be counted: gaps are counted over "
@@ -62,6 +70,11 @@ class Program:
             )
         if self.processes is not None:
             self._check_processes(self.processes)
+        if self.slack and (self.warm_up + 1) * self.microbatches > MOST_MICROBATCHES:
+            raise ConfigError(
+                f"slack {describe_slack(self.slack)} at depth {self.depth} with {self.microbatches} micro-batches is more than can be "
+                "counted; set slack or microbatches lower"
+            )
         if self.overlap and self.flushes:
             raise ConfigError(f"order {self.order!r} has no next forward to overlap with: it flushes; leave overlap out")
 
@@ -77,7 +90,9 @@ class Program:
     def placed_order(self) -> Order:
         """The order, with its stages dealt to their processes."""
         order = ORDERS[self.order]
-        return order.on_processes(self.processes) if self.processes else order
+        if self.processes:
+            order = order.on_processes(self.processes)
+        return order.with_slack(self.slack) if self.slack else order
 
     @property
     def interleaved(self) -> bool:
@@ -92,6 +107,11 @@ class Program:
     def flushes(self) -> bool:
         """Whether the pipeline is empty between mini-batches."""
         return self.placed_order.flushes
+
+    @property
+    def warm_up(self) -> int:
+        """Mini-batches after which what every stage does repeats: from there on gaps have the period of a mini-batch."""
+        return self.placed_order.warm_up(self.depth, self.microbatches)
 
     def step(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` when mini-batch ``n`` (from 0 since the last restart) is fed."""
@@ -148,14 +168,25 @@ class Program:
     def gap(self, k: int, i: int) -> int:
         """Version gap s of micro-batch ``i`` on stage ``k``: updates of this stage between its F and its B."""
         self._check_stage(k)
-        steady = self.depth * self.microbatches  # from here on gaps repeat with the period of a mini-batch
+        steady = self._steady
         if i >= steady:  # so that the table is finite
             i = steady + (i - steady) % self.microbatches
         return _gap_table(self, k)[i]
 
     def steady_gap(self, k: int, microbatch: int = 0) -> int:
         """Version gap of micro-batch ``microbatch`` (0 .. M-1) of every mini-batch once the warm-up is over."""
-        return self.gap(k, self.depth * self.microbatches + microbatch)
+        return self.gap(k, self._steady + microbatch)
+
+    def version_at_forward(self, k: int, i: int) -> int:
+        """Updates that stage ``k`` has made since the last (re)start when it forwards micro-batch ``i``."""
+        # Before its B it has made those of all earlier mini-batches.
+        return i // self.microbatches - self.gap(k, i)
+
+    @cached_property
+    def _steady(self) -> int:
+        """The first micro-batch from which on gaps repeat."""
+        # Kept: it is asked for with every forward.
+        return self.warm_up * self.microbatches
 
     def _check_stage(self, k: int) -> None:
         if not 0 <= k < self.depth:
@@ -198,5 +229,5 @@ def count_gaps(actions: Iterable[Action]) -> dict[int, int]:
 
 @lru_cache(maxsize=1024)
 def _gap_table(program: Program, k: int) -> dict[int, int]:
-    # `gap` looks up mini-batches 0 .. D; those behind them keep the drain at the end away.
-    return count_gaps(program.full(k, minibatches=2 * program.depth + 2))
+    # `gap` looks up the warm-up and one mini-batch more; those behind them keep the drain at the end away.
+    return count_gaps(program.full(k, minibatches=2 * program.warm_up + 2))

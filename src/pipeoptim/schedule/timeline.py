@@ -26,13 +26,16 @@ class Span(NamedTuple):
 Durations = float | Sequence[float]
 
 
-def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_backward: Durations = 2.0) -> list[Span]:
+def timeline(
+    program: Program, minibatches: int, t_forward: Durations = 1.0, t_backward: Durations = 2.0, delay: float = 0.0
+) -> list[Span]:
     """When each action of a run happens, every stage working as early as its program and its neighbours allow.
 
     Args:
         program: what the stages do.
         minibatches: how many mini-batches are fed before the drain.
         t_forward, t_backward: duration of F and B of one micro-batch, on every stage or one per stage.
+        delay: time that a message takes from one stage to the next.
 
     Returns:
         All spans, sorted by start, then stage.
@@ -50,17 +53,20 @@ def timeline(program: Program, minibatches: int, t_forward: Durations = 1.0, t_b
         ActionKind.U: _per_stage(0.0, program),
     }
     plans = [_whole_run(program, p, minibatches) for p in range(program.processes or program.depth)]
-    return replay(plans, program.depth, lambda k, kind: durations[kind][k])
+    return replay(plans, program.depth, lambda k, kind: durations[kind][k], delay)
 
 
-def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Callable[[int, ActionKind], float]) -> list[Span]:
+def replay(
+    plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Callable[[int, ActionKind], float], delay: float = 0.0
+) -> list[Span]:
     """As :func:`timeline`, for any lists of actions, one per process, each action with its stage.
 
     Args:
         plans: what each process does, in its order. They may be cut out of a longer run: an action whose neighbour's part
             is in none of the lists does not wait for it.
         depth: stages of the pipeline.
-        lasts: ``lasts(k, kind)``, the duration of an action of stage k.
+        lasts: ``lasts(k, kind)``, the duration of an action of stage k; asked once for each of its actions, in their order.
+        delay: time that a message takes from one stage to the next.
 
     Raises:
         PipeOptimError: the stages wait for one another for ever.
@@ -85,7 +91,8 @@ def replay(plans: Sequence[Sequence[tuple[int, Action]]], depth: int, lasts: Cal
         while queue and (ready := _ready_at(*queue[-1], depth, done, planned)) is not None:
             k, action = queue.pop()
             start = max(clock[p], ready)
-            clock[p] = done[k, action] = start + lasts(k, action.kind)
+            clock[p] = start + lasts(k, action.kind)
+            done[k, action] = clock[p] + delay
             spans.append(Span(k, action, start, clock[p]))
             neighbours |= {k - 1, k + 1}
         awake += {process_of[k] for k in neighbours if k in process_of} - {p, *awake}

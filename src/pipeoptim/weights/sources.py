@@ -32,6 +32,11 @@ class Source:
         """Whether it counts in the action program, whatever that is, instead of by a formula for one order."""
         return True
 
+    @property
+    def any_slack(self) -> bool:
+        """Whether it is right in its order with any slack: it counts, or goes by the in-flight micro-batches instead of the depth."""
+        return self.any_order
+
     def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         """The weights for micro-batch ``i``; the caller releases them."""
         raise NotImplementedError
@@ -106,14 +111,20 @@ class PredictedOnce(Predicted):
 class Numbered(Source):
     """The weights of one chosen version: ``number(program, k, i)`` updates after the last (re)start.
 
-    ``number`` must not decrease from one micro-batch to the next, and must never be ahead of the stage.
+    ``number`` must not decrease from one micro-batch to the next, and must never be ahead of the stage. ``counts`` says that it looks
+    into the program, so that it holds with slack as well.
     """
 
     number: Callable[[Program, int, int], int]
+    counts: bool = False
 
     @property
     def any_order(self) -> bool:
         return False
+
+    @property
+    def any_slack(self) -> bool:
+        return self.counts
 
     def acquire(self, weights: StageWeights, i: int) -> WeightSet:
         # Programs count from the last restart, versions from the first update of all.

@@ -38,8 +38,8 @@ class Clip:
               carried out just before the stage's next F or B.
             - ``"global_delayed"``: of all stages' gradients of mini-batch ``n - d``, ``d = ceil(D/M)``, or the stage's own
               norm of mini-batch n where that is larger (it is a lower bound of the global one, and all that is known in the
-              first d updates). Nobody waits: F of stage 0 that U(n) depends on comes after B(n - d) of stage 0, so every
-              stage has contributed to the norm before it is used.
+              first d updates). With slack, D is what stage 0 has in flight. Nobody waits: F of stage 0 that U(n) depends on comes
+              after B(n - d) of stage 0, so every stage has contributed to the norm before it is used.
 
     Raises:
         ConfigError: another scope, or a norm that is not above 0.
@@ -50,8 +50,8 @@ class Clip:
     which by choice of n do not wait. So every B(n) is carried out.
 
     Why it needs ``M >= D-1`` where nothing flushes: the last stage's first F of mini-batch n+1 comes after its U(n), hence
-    after B(n) of stage 0, before which stage 0 runs D-1 forwards of later micro-batches. With fewer micro-batches these belong
-    to mini-batches that have not been fed when ``step(n+1)`` must return its loss.
+    after B(n) of stage 0, before which stage 0 runs D-1 forwards of later micro-batches, or more with slack. With fewer micro-batches
+    these belong to mini-batches that have not been fed when ``step(n+1)`` must return its loss.
 
     Example:
         >>> Clip(1.0, "global")
@@ -80,7 +80,7 @@ class Clip:
 
     def delay(self, program: Program) -> int:
         """By how many updates the global norm is older than the gradients that it scales; 0 where it is not."""
-        return max(1, -(-program.depth // program.microbatches)) if self.scope == "global_delayed" else 0
+        return max(1, -(-_longest(program) // program.microbatches)) if self.scope == "global_delayed" else 0
 
     def check(self, program: Program) -> None:
         """Raises ConfigError where the norm is not available when the update needs it."""
@@ -89,12 +89,20 @@ class Clip:
                 f"clipping with scope {self.scope!r} is worked out for one stage per process and updates right after their backward; "
                 "use scope 'stage', or neither interleaving nor overlap"
             )
-        if self.waits and not program.flushes and program.microbatches < program.depth - 1:
+        if self.waits and not program.flushes and program.microbatches < (least := _longest(program) - 1):
+            bound, has = "depth - 1", f"depth is {program.depth}"
+            if program.slack:
+                bound, has = "micro-batches in flight - 1", f"with slack {least + 1} are in flight on stage 0"
             raise ConfigError(
-                f"clipping by the exact global norm needs microbatches >= depth - 1 in a pipeline that never flushes: "
-                f"microbatches is {program.microbatches}, depth is {program.depth}; set microbatches to {program.depth - 1} or "
-                "more, use scope 'global_delayed' or 'stage', or a method that flushes"
+                f"clipping by the exact global norm needs microbatches >= {bound} in a pipeline that never flushes: "
+                f"microbatches is {program.microbatches}, {has}; set microbatches to {least} or more, use scope 'global_delayed' or "
+                "'stage', or a method that flushes"
             )
+
+
+def _longest(program: Program) -> int:
+    """Micro-batches in flight on stage 0; D without slack."""
+    return program.depth if program.flushes or not program.slack else program.in_flight(0)
 
 
 def as_clip(value: Clip | float | None) -> Clip | None:

@@ -96,6 +96,6 @@ class WeightWrites:
         """Whether any forward of this stage runs on other weights than the latest."""
         source, program = self.method.forward, self.program
         if source.predicts:
-            coming = range(2 * program.depth * program.microbatches)  # beyond the warm-up
+            coming = range(2 * program.warm_up * program.microbatches)  # beyond the warm-up
             return any(source.steps_ahead(program, self.k, i) for i in coming)
         return type(source) is not Latest

@@ -22,7 +22,10 @@ def constant_momentum(k: int, depth: int) -> Mapping[str, Any]:
 
 
 def rising_momentum(k: int, depth: int) -> Mapping[str, Any]:
-    """NAdam's options without stashing: momentum rises with the delay, ``0.9 + (D-1-k) * 0.09 / D``."""
+    """NAdam's options without stashing: momentum rises with the delay, ``0.9 + (D-1-k) * 0.09 / D``.
+
+    It goes by a stage's share of the longest delay, so that slack, which makes all delays longer, leaves it as it is.
+    """
     return {**constant_momentum(k, depth), "betas": (0.9 + (depth - 1 - k) * 0.09 / depth, 0.999)}
 
 

@@ -11,8 +11,7 @@ from pipeoptim.weights.sources import Latest, Numbered, Stashed
 
 def version_at_entry(program: Program, k: int, i: int) -> int:
     """Updates of stage 0 when it forwards micro-batch ``i``: the version that all stages use for it."""
-    # In 1F1B stage 0 has done the B of all micro-batches up to i - D when it forwards i.
-    return max(0, i - (program.depth - 1)) // program.microbatches
+    return program.version_at_forward(0, i)
 
 
 def pipedream(vertical_sync: bool = False) -> Method:
@@ -29,7 +28,7 @@ def pipedream(vertical_sync: bool = False) -> Method:
         return Method(
             name="pipedream+vertical_sync",
             order="async_1f1b",
-            forward=Numbered(version_at_entry),
+            forward=Numbered(version_at_entry, counts=True),
             backward=Stashed(),
             summary="every stage uses the version that stage 0 had when the micro-batch entered",
             source="Narayanan et al., PipeDream, SOSP 2019, section 3.3, vertical sync",

@@ -11,14 +11,13 @@ from pipeoptim.weights.sources import Numbered, Stashed
 def one_behind(program: Program, k: int, i: int) -> int:
     """The version of micro-batch ``i``'s mini-batch n: n - 1 in a pipeline, n on a single stage."""
     # Decided by the first micro-batch, so that all of a mini-batch use one version.
-    first = i - i % program.microbatches
-    return max(0, first - (program.depth - 1)) // program.microbatches
+    return program.version_at_forward(0, i - i % program.microbatches)
 
 
 METHOD = Method(
     name="pipedream_2bw",
     order="async_1f1b",
-    forward=Numbered(one_behind),
+    forward=Numbered(one_behind, counts=True),
     backward=Stashed(),
     at_least_depth_microbatches=True,
     summary="double-buffered weights, a gap of one update everywhere; 2 copies, M >= D",
