@@ -12,6 +12,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
+    from pipeoptim import optim
     from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
     from pipeoptim.engine import (
         Along,
@@ -102,6 +103,7 @@ __all__ = [
     "master_weights",
     "merge_trace",
     "muon_adamw",
+    "optim",
     "partition",
     "predict_weights",
     "register_method",
@@ -114,6 +116,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "optim":
+        return import_module("pipeoptim.optim")
     if name not in _LAZY:
         raise AttributeError(f"module 'pipeoptim' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

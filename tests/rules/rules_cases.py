@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.optim import RotatedAdam
+
 SHAPES = ((4, 3), (5,), (2, 3, 2, 2))
 MATRICES = ((4, 3), (3, 6))
 
@@ -93,6 +95,11 @@ CASES = [
     Case("adafactor_maximize", optim.Adafactor, {"lr": 0.01, "weight_decay": 0.0, "maximize": True}, repeats=False, exact=1),
     Case("adafactor_relative", optim.Adafactor, {"lr": 1.0, "weight_decay": 0.0}, repeats=False, exact=1),
     Case("adafactor_decay", optim.Adafactor, {"lr": 0.01, "weight_decay": 0.1}, repeats=False),
+    Case("rotated_adam", RotatedAdam, {"lr": 0.01, "weight_decay": 0.0, "eps": 1e-3, "refresh_every": 2}, exact=ANY),
+    Case(
+        "rotated_adam_unilateral", RotatedAdam, {"lr": 0.01, "weight_decay": 0.0, "eps": 1e-3, "sides": "unilateral"}, exact=ANY
+    ),
+    Case("rotated_adam_decay", RotatedAdam, {"lr": 0.01, "weight_decay": 0.1, "max_dim": 3}, repeats=False, exact=1),
     Case("muon", optim.Muon, {"lr": 0.01, "weight_decay": 0.0}),
     Case("muon_plain", optim.Muon, {"lr": 0.01, "weight_decay": 0.0, "nesterov": False, "adjust_lr_fn": "match_rms_adamw"}),
     Case(

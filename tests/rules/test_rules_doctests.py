@@ -8,9 +8,14 @@ import pkgutil
 
 import pytest
 
+import pipeoptim.optim
 import pipeoptim.rules
 
-MODULES = ["pipeoptim.rules", *(f"pipeoptim.rules.{module.name}" for module in pkgutil.iter_modules(pipeoptim.rules.__path__))]
+MODULES = [
+    name
+    for room in (pipeoptim.rules, pipeoptim.optim)
+    for name in (room.__name__, *(f"{room.__name__}.{module.name}" for module in pkgutil.iter_modules(room.__path__)))
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.optim import Optimizer
 
+from pipeoptim.optim import RotatedAdam
 from pipeoptim.rules import RULES, Predictor, find_rule, predict_weights
 from pipeoptim.rules.entries import parameter_entries
 from pipeoptim.rules.horizon import Horizon
@@ -221,6 +222,10 @@ GROUPS: dict[type[Optimizer], tuple[dict[str, Any], dict[str, Any]]] = {
     ),
     torch.optim.AdamW: ({"lr": 0.1, "weight_decay": 0.0}, {"lr": 0.02, "weight_decay": 0.3, "maximize": True}),
     torch.optim.NAdam: ({"lr": 0.1, "momentum_decay": 0.1}, {"lr": 0.02, "betas": (0.5, 0.6)}),
+    RotatedAdam: (
+        {"lr": 0.1, "weight_decay": 0.0},
+        {"lr": 0.02, "sides": "unilateral", "betas": (0.5, 0.6), "refresh_every": 1},
+    ),
     torch.optim.RAdam: ({"lr": 0.1, "betas": (0.9, 0.6)}, {"lr": 0.02, "eps": 1e-2}),
     torch.optim.Adamax: ({"lr": 0.1, "betas": (0.5, 0.6)}, {"lr": 0.02}),
     torch.optim.Adagrad: ({"lr": 0.1, "eps": 1e-2}, {"lr": 0.02, "lr_decay": 0.3}),

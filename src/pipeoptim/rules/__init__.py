@@ -6,7 +6,7 @@
     Predictor ── Horizon (steps, rates, scale, ...) ──► ask_rule ──► Rule.move ──► Move ──► MoveBatch ──► C kernel, Triton, torch
         └─────── fused/: optimizer step and prediction in one pass; asks rules at the same place
 
-Imports nothing else of this library but `errors` and `kernels`.
+Imports nothing else of this library but `errors`, `kernels` and `optim`.
 """
 
 from pipeoptim.rules import (
@@ -21,6 +21,7 @@ from pipeoptim.rules import (
     radam,
     refused,
     rmsprop,
+    rotated_adam,
     rprop,
     sgd,
 )
@@ -67,6 +68,7 @@ _FAMILIES = (
     radam,
     refused,
     rmsprop,
+    rotated_adam,
     rprop,
     sgd,
 )
