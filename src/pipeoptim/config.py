@@ -11,9 +11,8 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from pipeoptim.errors import ConfigError, did_you_mean
-from pipeoptim.options import Option, document, option_named
-from pipeoptim.options.checks import one_of
+from pipeoptim.errors import ConfigError
+from pipeoptim.options import RUN_SETTINGS, RunOptions, Setting, document, setting
 
 __all__ = ["ENGINES", "Component", "Recipe", "TrainConfig", "recipe"]
 
@@ -45,59 +44,15 @@ class Component:
         return replace(self, options={**self.options, **options})
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What is known of a field of :class:`TrainConfig` besides its name, type and default.
-
-    Args:
-        help: its meaning, in plain words.
-        least, most: bounds of a whole number.
-        choices: of a name.
-        optional: whether an empty name stands for none.
-        offered: whether ``pipeoptim train`` has an option for it.
-        computes: whether it changes what a run computes. What does not may differ in the two halves of a resumed run.
-        option: the option of pipelines that it is.
-    """
-
-    help: str
-    least: int | None = None
-    most: int | None = None
-    choices: tuple[str, ...] = ()
-    optional: bool = False
-    offered: bool = True
-    computes: bool = True
-    option: Option | None = None
-
-    def check(self, name: str, value: Any) -> None:
-        """Raises ConfigError for a value out of bounds, that is none of the choices, or that the pipeline's option does not take."""
-        if self.least is not None:
-            if isinstance(value, bool) or not isinstance(value, int) or value < self.least:
-                raise ConfigError(f"{name} is {value!r}, must be an integer of at least {self.least}")
-            if self.most is not None and value > self.most:
-                raise ConfigError(f"{name} is {value}, must be at most {self.most}")
-        if self.optional and value not in ("", *self.choices):
-            wanted = " or ".join(map(repr, self.choices))
-            raise ConfigError(f"{name} is {value!r}, must be {wanted}, or '' for none{did_you_mean(value, self.choices)}")
-        if self.choices and not self.optional:
-            one_of(self.choices)(name, value)
-        if self.option is not None:
-            self.option.check(name, value)
-
-
-def setting(default: Any, help: str, **known: Any) -> Any:
-    """A field of :class:`TrainConfig`; ``known``: see :class:`Setting`."""
-    return field(default=default, metadata={"setting": Setting(help, **known)})
-
-
-def pipeline_option(name: str) -> Any:
-    """A field that is an option of every pipeline under the same name: default, meaning and check are those of the option."""
-    default, option = option_named(name)
-    return setting(default, option.help[0].upper() + option.help[1:], option=option)
+def own_setting(default: Any, help: str, **known: Any) -> Any:
+    """A setting of a run that is no option of pipelines; ``known``: see :class:`~pipeoptim.options.Setting`."""
+    return setting(Setting(default, help, **known))
 
 
 @dataclass(frozen=True)
-class TrainConfig:
-    """Everything that determines a training run. Each field is described once, here; the command line derives its options from it.
+class TrainConfig(RunOptions):
+    """Everything that determines a training run. Each field is described once, here or, where it is an option of pipelines, in
+    ``pipeoptim.options``; the command line derives its options from it.
 
     Args:
         recipe: name of the recipe that it came from; information only.
@@ -118,43 +73,33 @@ class TrainConfig:
     data: Component
     optimizer: Component
     lr_schedule: Component = Component("constant")
-    method: str = setting("pipeoptim", "Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")
-    prediction: str = pipeline_option("prediction")
-    stages: int = setting(4, "Depth: pieces that the model is cut into.", least=1)
-    microbatches: int = setting(1, "Micro-batches per mini-batch; must divide the batch size.", least=1)
-    batch_size: int = setting(
+    method: str = own_setting("pipeoptim", "Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")
+    stages: int = own_setting(4, "Depth: pieces that the model is cut into.", least=1)
+    microbatches: int = own_setting(1, "Micro-batches per mini-batch; must divide the batch size.", least=1)
+    batch_size: int = own_setting(
         32,
         "Samples per mini-batch, that is, per update, of all replicas together: a multiple of micro-batches x replicas.",
         least=1,
     )
-    chunks: int = setting(
+    chunks: int = own_setting(
         1,
         "Stages per process, in an interleaved order; for layers that cost unevenly. Processes: stages / chunks x replicas.",
         least=1,
     )
-    replicas: int = setting(
+    replicas: int = own_setting(
         1,
         "Copies of the pipeline, each for its part of every mini-batch (data parallel); with --engine processes, whose number is "
         "then stages / chunks x replicas.",
         least=1,
     )
-    overlap: bool = pipeline_option("overlap")
-    uneven: bool = pipeline_option("uneven")
-    recompute: str = setting(
-        "",
-        "Activation checkpointing: keep the inputs of blocks only, and run blocks again in the backward, on its weights (backward) "
-        "or, exactly, on those of the first forward (forward).",
-        choices=("backward", "forward"),
-        optional=True,
-    )
-    steps: int = setting(
+    steps: int = own_setting(
         300,
         "Mini-batches to train on; the recipe's warm-up takes a quarter of them at most. With --resume: train a finished run "
         "further.",
         least=0,
         computes=False,
     )
-    epochs: int = setting(
+    epochs: int = own_setting(
         0,
         "Where steps is 0: passes over the training examples, which are counted in steps when the data is read (config.json of the run "
         "has the number).",
@@ -162,58 +107,25 @@ class TrainConfig:
         offered=False,
         computes=False,
     )
-    seed: int = setting(0, "Of the initial weights, the data order and dropout.", least=0, most=2**32 - 1)
-    engine: str = setting(
+    seed: int = own_setting(0, "Of the initial weights, the data order and dropout.", least=0, most=2**32 - 1)
+    engine: str = own_setting(
         "emulator",
         "emulator: all stages in this process. processes: one process per stage (but see --chunks).",
         choices=ENGINES,
         computes=False,
     )
-    eval_every: int = setting(50, "Steps between validations; 0: only at the end.", least=0, computes=False)
-    eval_batches: int = setting(
+    eval_every: int = own_setting(50, "Steps between validations; 0: only at the end.", least=0, computes=False)
+    eval_batches: int = own_setting(
         8, "Batches of each validation, spread over the validation set.", least=1, offered=False, computes=False
     )
-    checkpoint_every: int = setting(
+    checkpoint_every: int = own_setting(
         100, "Steps between checkpoints, at each of which the pipeline drains; 0: only at the end.", least=0
     )
-    keep_checkpoints: int = setting(2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False)
-    threads: int = setting(1, "CPU threads of each process.", least=1, most=1024)
-    clip: float = setting(0.0, "Largest norm of the gradients; 0: no clipping.")
-    clip_scope: str = setting(
-        "global_delayed",
-        "Whose norm: stage, global (waits for all stages) or global_delayed (the default).",
-        choices=("stage", "global", "global_delayed"),
+    keep_checkpoints: int = own_setting(
+        2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False
     )
-    autocast: str = setting(
-        "",
-        "bfloat16: compute forward and loss in it where torch.autocast does.",
-        choices=("bfloat16",),
-        optional=True,
-    )
-    compress: str = setting(
-        "",
-        "bf16 or int8: activations and their gradients pass between stages in fewer bytes.",
-        choices=("bf16", "int8"),
-        optional=True,
-    )
-    error_feedback: str = setting(
-        "none",
-        "With --compress, add what a message lost to the next one: none, gradients, activations or both.",
-        choices=("none", "gradients", "activations", "both"),
-    )
-    monitor_every: int = setting(
-        0,
-        "Steps between measurements of the prediction error, for metrics.jsonl and the summary; 0: none.",
-        least=0,
-        computes=False,
-    )
-    tensorboard: bool = setting(False, "Also write the figures to runs/<name>/tensorboard.", computes=False)
-    trace: bool = setting(
-        False,
-        "Also record what every stage does and when, to runs/<name>/trace: idle shares, Perfetto, a picture.",
-        computes=False,
-    )
-    trace_steps: int = setting(200, "Record this many mini-batches instead of 200.", least=1, computes=False)
+    threads: int = own_setting(1, "CPU threads of each process.", least=1, most=1024)
+    tensorboard: bool = own_setting(False, "Also write the figures to runs/<name>/tensorboard.", computes=False)
 
     def to_json(self) -> str:
         """Indented JSON, keys in the order of the fields.
@@ -221,8 +133,9 @@ class TrainConfig:
         Raises:
             ConfigError: an option is not a JSON value.
         """
+        values = asdict(self)
         try:
-            return json.dumps(asdict(self), indent=2, allow_nan=False) + "\n"
+            return json.dumps({f.name: values[f.name] for f in FIELDS}, indent=2, allow_nan=False) + "\n"
         except (TypeError, ValueError) as error:
             raise ConfigError(
                 f"the configuration does not fit into JSON ({error}); "
@@ -255,7 +168,10 @@ class TrainConfig:
         return hashlib.sha256(json.dumps(data, sort_keys=True).encode()).hexdigest()
 
 
-SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in fields(TrainConfig) if "setting" in f.metadata}
+FIELDS = tuple(sorted(fields(TrainConfig), key=lambda f: f.name in RUN_SETTINGS))
+"""In the order of files and of the command line's help: those of a run, then the options of its pipeline."""
+
+SETTINGS: dict[str, Setting] = {f.name: f.metadata["setting"] for f in FIELDS if "setting" in f.metadata}
 """By name of the field."""
 
 document(TrainConfig, [(name, known.help) for name, known in SETTINGS.items()])
@@ -265,7 +181,7 @@ NOT_COMPUTED = tuple(name for name, known in SETTINGS.items() if not known.compu
 
 
 def _from_dict(data: dict[str, Any]) -> TrainConfig:
-    known = {f.name: f for f in fields(TrainConfig)}
+    known = {f.name: f for f in FIELDS}
     unknown = sorted(set(data) - set(known))
     missing = sorted(name for name in ("recipe", "model", "data", "optimizer") if name not in data)
     for what, names in (("unknown", unknown), ("missing", missing)):
@@ -279,6 +195,9 @@ def _value(name: str, kind: str, value: Any) -> Any:
         if isinstance(value, dict) and set(value) <= {"target", "options"} and isinstance(value.get("target"), str):
             return Component(value["target"], dict(value.get("options") or {}))
         raise ConfigError(f'{name} is {value!r} in the configuration, must be {{"target": ..., "options": {{...}}}}')
+    kind, _, empty = kind.partition(" | ")
+    if empty and value is None:
+        return None
     wanted = {"str": str, "int": int, "float": float, "bool": bool}[kind]
     if kind == "float" and type(value) is int:
         value = float(value)

@@ -1,8 +1,13 @@
-"""Every option is one entry: constructors, their signatures and their documentation follow it."""
+"""Every option is one entry: constructors, their signatures, their documentation, training runs and the command line follow it."""
 
 import inspect
+import os
+import shutil
+import subprocess
+import sys
 import warnings
 from dataclasses import fields
+from pathlib import Path
 
 import pytest
 import torch
@@ -10,6 +15,7 @@ from torch import nn
 
 import pipeoptim as po
 from pipeoptim import options
+from pipeoptim.options import generate
 
 PIPELINES = {
     po.Emulator: options.OPTIONS,
@@ -30,6 +36,46 @@ def test_keywords_and_fields_are_the_same_options():
     named = {f.name for f in fields(po.PipelineOptions)} - {"method", "microbatches"}
     assert named | set(options.RENAMED) == set(KEYWORDS)
     assert set(options.RENAMED.values()) <= named
+
+
+def test_what_is_written_out_for_type_checkers_is_current():
+    assert generate.main(["--check"]) == 0
+
+
+ENTRY = """
+    pauses: int = option(1, "rests between updates.", count, agreed=EQUAL, in_runs=True)
+"""
+USE = """
+import inspect, torch, pipeoptim as po
+from pipeoptim.cli.app import _run
+from pipeoptim.config import Component, TrainConfig
+from pipeoptim.options import options_of_run
+
+stages = [torch.nn.Linear(2, 2)]
+pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss, pauses=3)
+assert pipe.options.pauses == 3 and "pauses=3" in pipe.options.describe()
+assert inspect.signature(po.Schedule).parameters["pauses"].default == 1
+assert "pauses: rests between updates. Equal in all processes." in po.Schedule.__doc__
+config = TrainConfig("mine", *[Component("m:f")] * 3, pauses=2)
+assert options_of_run(config)["pauses"] == 2 and TrainConfig.from_json(config.to_json()) == config
+assert config.fingerprint() != TrainConfig("mine", *[Component("m:f")] * 3).fingerprint()
+assert _run(["train", "--help"]) == 0
+"""
+
+
+def test_a_new_option_is_one_entry(tmp_path):
+    """Tried on a copy of the package: an entry in the table, and nothing else."""
+    shutil.copytree(Path(po.__path__[0]), tmp_path / "pipeoptim", ignore=shutil.ignore_patterns("__pycache__"))
+    table = tmp_path / "pipeoptim/options/table.py"
+    before, after = table.read_text().split("\n    replicas: ", maxsplit=1)
+    table.write_text(f"{before}{ENTRY}\n    replicas: {after}")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for command in (["-m", "pipeoptim.options.generate"], ["-c", USE]):
+        done = subprocess.run(
+            [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    assert "--pauses <int>" in done.stdout and "Rests between updates." in done.stdout
 
 
 def test_every_option_says_what_it_means():

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import fields, replace
+from contextlib import suppress
+from dataclasses import Field, fields, replace
 
 import pytest
 from hypothesis import given
@@ -12,7 +13,10 @@ from hypothesis import strategies as st
 import tiny
 from pipeoptim.config import NOT_COMPUTED, SETTINGS, Component, TrainConfig, recipe
 from pipeoptim.errors import ConfigError
+from pipeoptim.options import PipelineOptions
+from pipeoptim.options.runs import settings_of
 from pipeoptim.train.checks import check
+from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.recipes import get_recipe, recipes
 from pipeoptim.train.setup import build_setup, probe_setup
 
@@ -39,6 +43,29 @@ def test_fingerprint_tells_runs_apart(name: str) -> None:
     other = value.with_options(x=1) if isinstance(value, Component) else value + (1 if isinstance(value, int | float) else "x")
     changed = replace(config, **{name: other})
     assert (changed.fingerprint() == config.fingerprint()) == (name in NOT_COMPUTED)
+
+
+def another(name: str) -> object:
+    """A value of a setting that is not the default."""
+    known = SETTINGS[name]
+    by_type = {"bool": [True], "int": [(known.default or 0) + 1] if known.type_name != "str" else [], "float": [1.5]}
+    candidates = by_type.get(known.type_name.split(" | ")[0], ["paper", "1", *reversed(known.choices)])
+    for value in candidates:
+        with suppress(ConfigError):
+            known.check(name, value)
+            if value != known.default:
+                return value
+    raise AssertionError(f"no value is tried that {name} takes; add one to the candidates")
+
+
+@pytest.mark.parametrize("entry", [f for f in fields(PipelineOptions) if settings_of(f)], ids=lambda f: f.name)
+def test_an_option_of_pipelines_that_a_run_has_reaches_the_pipeline(entry: Field[object]) -> None:
+    config = replace(tiny.recipe(), **{name: another(name) for name in settings_of(entry)})
+    check(config)
+    assert TrainConfig.from_json(config.to_json()) == config
+    setup = build_setup(config)
+    pipe, _ = make_emulator(setup, setup.task.loss)
+    assert set(pipe.options.keywords()) - {"seed", "tied"} == {entry.name}
 
 
 def edited(**changes: object) -> str:

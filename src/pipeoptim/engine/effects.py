@@ -5,10 +5,11 @@ from __future__ import annotations
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.options import DEFAULTS, PipelineOptions
+from pipeoptim.schedule import Program
 
 
-def check_effects(options: PipelineOptions, method: Method) -> None:
-    """Raise ConfigError where ``method`` has no use for an option.
+def check_effects(options: PipelineOptions, method: Method, program: Program) -> None:
+    """Raise ConfigError where ``method`` has no use for an option, or its ``program`` cannot do what an option asks for.
 
     Options that only are trivially satisfied are taken, since a script passes them whatever its size is: ``uneven`` and
     ``loss_weight`` at M = 1, clipping by the global norm of a single stage, ``recompute="forward"`` without checkpoints.
@@ -23,3 +24,5 @@ def check_effects(options: PipelineOptions, method: Method) -> None:
             f"monitor is {options.monitor!r}, but method {method.name!r} predicts no weights of a forward, so there is nothing to measure; "
             "leave it out, or choose a method that does, for example 'pipeoptim'"
         )
+    if options.clip is not None:
+        options.clip.check(program)

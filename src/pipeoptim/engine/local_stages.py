@@ -32,8 +32,8 @@ class LocalStages:
         self.options = options
         self.method = get_method(options.method)
         # Before anything is made: an option that could not take effect is refused, not ignored.
-        check_effects(options, self.method)
         self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
+        check_effects(options, self.method, self.program)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
 

@@ -1,23 +1,26 @@
 """The options of a pipeline, each told once.
 
-``Emulator``, ``Schedule`` and ``InterleavedSchedule`` take their keyword arguments, signatures, docstrings and checks from here, and
-``pipeoptim train`` the meaning of those that it offers under the same name. A new option is a field of :class:`PipelineOptions`
-(:mod:`.table`) and, in :mod:`.keywords`, its type as users give it; where it takes effect, it is read as ``options.<name>``.
+A new option is one entry: a field of :class:`PipelineOptions` in :mod:`.table`. ``Emulator``, ``Schedule`` and ``InterleavedSchedule``
+take their keyword arguments, signatures, docstrings and checks from it; training runs and the command line, where the entry says how a
+run spells the option, their settings. What type checkers need is written out by :mod:`.generate`. Where an option takes effect, it is read
+as ``options.<name>``.
 
 Nothing here imports torch, so that the command line answers at once.
 """
 
 from pipeoptim.options.documents import document, takes_options
-from pipeoptim.options.keywords import LossWeight, OptionKeywords, ProcessKeywords, UpdateHook
+from pipeoptim.options.entry import Option, Setting
+from pipeoptim.options.function_types import LossWeight, UpdateHook
+from pipeoptim.options.keywords import OptionKeywords, ProcessKeywords
+from pipeoptim.options.run_options import RunOptions
+from pipeoptim.options.runs import RUN_SETTINGS, options_of_run, setting
 from pipeoptim.options.table import (
     DEFAULTS,
     OPTIONS,
     PROCESS_OPTIONS,
     RENAMED,
-    Option,
     PipelineOptions,
     about,
-    option_named,
     read_option,
 )
 
@@ -26,15 +29,19 @@ __all__ = [
     "OPTIONS",
     "PROCESS_OPTIONS",
     "RENAMED",
+    "RUN_SETTINGS",
     "LossWeight",
     "Option",
     "OptionKeywords",
     "PipelineOptions",
     "ProcessKeywords",
+    "RunOptions",
+    "Setting",
     "UpdateHook",
     "about",
     "document",
-    "option_named",
+    "options_of_run",
     "read_option",
+    "setting",
     "takes_options",
 ]

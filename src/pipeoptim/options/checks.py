@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
 from importlib import import_module
@@ -37,6 +38,13 @@ def count(name: str, value: Any) -> int:
     """A whole number of at least 1."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ConfigError(f"{name} is {value!r}, must be an integer of at least 1")
+    return value
+
+
+def from_zero(name: str, value: Any) -> float:
+    """A finite number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+        raise ConfigError(f"{name} is {value!r}, must be a finite number, for example 1.0, or 0 for none")
     return value
 
 
@@ -77,7 +85,7 @@ def tied_places(name: str, value: Any) -> Any:
     return value
 
 
-def _imported(target: str) -> Any:
+def imported(target: str) -> Any:
     """What ``"module:name"`` names. Checks that belong to a feature live beside it, in modules that import torch."""
     module, _, name = target.partition(":")
     return getattr(import_module(module), name)
@@ -85,14 +93,14 @@ def _imported(target: str) -> Any:
 
 def read_by(target: str) -> Check:
     """The check is the function ``target``, ``f(value)``, which returns the value in the form that the engine uses."""
-    return lambda _, value: _imported(target)(value)
+    return lambda _, value: imported(target)(value)
 
 
 def passes(target: str) -> Check:
     """The check is the function ``target``, ``f(value)``, which returns nothing."""
 
     def check(_: str, value: Any) -> Any:
-        _imported(target)(value)
+        imported(target)(value)
         return value
 
     return check
@@ -111,14 +119,14 @@ def one_of(known: Iterable[str]) -> Check:
 
 def one_of_imported(target: str) -> Check:
     """One of the names in ``target``."""
-    return lambda name, value: one_of(tuple(_imported(target)))(name, value)
+    return lambda name, value: one_of(tuple(imported(target)))(name, value)
 
 
 def instance(target: str, what: str) -> Check:
     """An object of the class ``target``, or None."""
 
     def check(name: str, value: Any) -> Any:
-        if value is not None and not isinstance(value, _imported(target)):
+        if value is not None and not isinstance(value, imported(target)):
             raise ConfigError(f"{name} is a {type(value).__name__}, must be {what}")
         return value
 

@@ -1,11 +1,15 @@
-"""The keyword arguments of pipelines by the types in which users give them, for type checkers and signatures."""
+"""The keyword arguments of pipelines by the types in which users give them, for type checkers and signatures.
+
+Written by ``python -m pipeoptim.options.generate`` from ``table.py``: change that, and run it again.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, TypedDict
 
 if TYPE_CHECKING:
+    from collections.abc import Callable, Sequence
+
     import torch
     from torch.amp.grad_scaler import GradScaler
     from torch.distributed import ProcessGroup
@@ -15,16 +19,11 @@ if TYPE_CHECKING:
     from pipeoptim.engine.stage.tied_weights import TiedWeights
     from pipeoptim.engine.trace import Trace
     from pipeoptim.engine.transport.compression import Compression
-
-UpdateHook = Callable[[int, int], None]
-"""``on_update(k, version)``, called after every update of stage k, with the latest weights in the module."""
-
-LossWeight = Callable[[Any], Any]
-"""``loss_weight(target) -> number``."""
+    from pipeoptim.options.function_types import LossWeight, UpdateHook
 
 
 class OptionKeywords(TypedDict, total=False):
-    """Keyword arguments of every pipeline, by their types as users give them."""
+    """Keyword arguments of every pipeline."""
 
     prediction: str
     seed: int | None
@@ -40,7 +39,7 @@ class OptionKeywords(TypedDict, total=False):
     compress: Compression | str | None
     trace: Trace | None
     tied: TiedWeights | None
-    weigh: LossWeight | None  # the former name of loss_weight
+    weigh: LossWeight | None
 
 
 class ProcessKeywords(OptionKeywords, total=False):

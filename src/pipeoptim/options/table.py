@@ -6,7 +6,7 @@ What needs more than Python to check is named, and imported when the option is g
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
 from typing import TYPE_CHECKING, Any, Unpack
 
@@ -16,7 +16,9 @@ from pipeoptim.options.checks import (
     count,
     every_so_many,
     flag,
+    from_zero,
     function,
+    imported,
     instance,
     integer_or_none,
     one_of_imported,
@@ -26,7 +28,8 @@ from pipeoptim.options.checks import (
     seconds_or_none,
     tied_places,
 )
-from pipeoptim.options.keywords import LossWeight, OptionKeywords, ProcessKeywords, UpdateHook
+from pipeoptim.options.entry import Option, Setting
+from pipeoptim.options.function_types import LossWeight, UpdateHook
 
 if TYPE_CHECKING:
     import torch
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from pipeoptim.engine.trace import Trace
     from pipeoptim.engine.transport.compression import Compression
     from pipeoptim.methods import Method
+    from pipeoptim.options.keywords import ProcessKeywords
 
 RENAMED = {"weigh": "loss_weight"}
 """Former names, which work for one more minor release, with a DeprecationWarning."""
@@ -46,26 +50,9 @@ RENAMED = {"weigh": "loss_weight"}
 EQUAL = "Equal in all processes."
 
 
-@dataclass(frozen=True)
-class Option:
-    """What is known of an option besides its name, type and default.
-
-    Args:
-        help: its meaning, in plain words.
-        check: applied to every value that is not the default.
-        agreed: what all processes of a pipeline must agree on, as a sentence; empty where each may have its own.
-        describe: how error messages show its value.
-    """
-
-    help: str
-    check: Check
-    agreed: str = ""
-    describe: Callable[[Any], str] = str
-
-
-def option(default: Any, help: str, check: Check, agreed: str = "", describe: Callable[[Any], str] = str) -> Any:
-    """A field of :class:`PipelineOptions`."""
-    return field(default=default, metadata={"option": Option(help, check, agreed, describe)})
+def option(default: Any, help: str, check: Check, **known: Any) -> Any:
+    """A field of :class:`PipelineOptions`; ``known``: see :class:`~pipeoptim.options.entry.Option`."""
+    return field(default=default, metadata={"option": Option(help, check, **known)})
 
 
 @dataclass(frozen=True, init=False)
@@ -100,6 +87,7 @@ class PipelineOptions:
         "kind of weight prediction: refined, paper, decayed, displacement or none.",
         one_of_imported("pipeoptim.rules:KINDS"),
         agreed=EQUAL,
+        in_runs=True,
     )
     seed: int | None = option(
         None,
@@ -112,12 +100,31 @@ class PipelineOptions:
         "gradient clipping: a pipeoptim.Clip, or the largest norm per stage.",
         read_by("pipeoptim.engine.stage.clip:as_clip"),
         agreed=EQUAL,
+        given="Clip | float | None",
+        settings={
+            "clip": Setting(0.0, "Largest norm of the gradients; 0: no clipping.", check_value=from_zero),
+            "clip_scope": Setting(
+                "global_delayed",
+                "Whose norm: stage, global (waits for all stages) or global_delayed (the default).",
+                choices=("stage", "global", "global_delayed"),
+            ),
+        },
+        of_run=lambda run: imported("pipeoptim.engine:Clip")(run.clip, run.clip_scope) if run.clip else None,
     )
     autocast: torch.dtype | None = option(
         None,
         "torch.bfloat16 or torch.float16: forward and loss run under torch.autocast.",
         passes("pipeoptim.engine.stage.autocast:check_autocast"),
         agreed=EQUAL,
+        settings={
+            "autocast": Setting(
+                "",
+                "bfloat16: compute forward and loss in it where torch.autocast does.",
+                choices=("bfloat16",),
+                optional=True,
+            )
+        },
+        of_run=lambda run: imported(f"torch:{run.autocast}") if run.autocast else None,
     )
     scaler: GradScaler | None = option(
         None,
@@ -129,6 +136,7 @@ class PipelineOptions:
         ),
         agreed="On all stages or on none.",
         describe=lambda scaler: "on" if scaler is not None and scaler.is_enabled() else "off",
+        given="GradScaler | Sequence[GradScaler] | Callable[[], GradScaler] | None",
     )
     on_update: UpdateHook | None = option(
         None,
@@ -140,6 +148,15 @@ class PipelineOptions:
         "measure the predictions made at every n-th version, see prediction_error(). True: as often as costs less than 1 % of "
         "a step, that is at every version of stages with 60 million weights, at fewer of smaller ones, but at least at every 10th.",
         every_so_many,
+        settings={
+            "monitor_every": Setting(
+                0,
+                "Steps between measurements of the prediction error, for metrics.jsonl and the summary; 0: none.",
+                least=0,
+                computes=False,
+            )
+        },
+        of_run=lambda run: run.monitor_every,
     )
     uneven: bool = option(
         False,
@@ -147,6 +164,7 @@ class PipelineOptions:
         "the rows; by default such a batch is an error.",
         flag,
         agreed=EQUAL,
+        in_runs=True,
     )
     loss_weight: LossWeight | None = option(
         None,
@@ -160,6 +178,16 @@ class PipelineOptions:
         "backward; or 'forward', those of the first forward, which is the same bit for bit as without checkpointing, and costs "
         "a stash of these weights. Each stage may choose.",
         one_of_imported("pipeoptim.engine.stage.recompute:KINDS"),
+        settings={
+            "recompute": Setting(
+                "",
+                "Activation checkpointing: keep the inputs of blocks only, and run blocks again in the backward, on its weights (backward) "
+                "or, exactly, on those of the first forward (forward).",
+                choices=("backward", "forward"),
+                optional=True,
+            )
+        },
+        of_run=lambda run: run.recompute or "backward",
     )
     overlap: bool = option(
         False,
@@ -167,6 +195,7 @@ class PipelineOptions:
         "forward is one more, which is counted and predicted like any other.",
         flag,
         agreed=EQUAL,
+        in_runs=True,
     )
     compress: Compression | None = option(
         None,
@@ -174,11 +203,39 @@ class PipelineOptions:
         "precision.",
         read_by("pipeoptim.engine.transport.compression:as_compression"),
         agreed=EQUAL,
+        given="Compression | str | None",
+        settings={
+            "compress": Setting(
+                "",
+                "bf16 or int8: activations and their gradients pass between stages in fewer bytes.",
+                choices=("bf16", "int8"),
+                optional=True,
+            ),
+            "error_feedback": Setting(
+                "none",
+                "With --compress, add what a message lost to the next one: none, gradients, activations or both.",
+                choices=("none", "gradients", "activations", "both"),
+            ),
+        },
+        of_run=lambda run: (
+            imported("pipeoptim.engine:Compression")(run.compress or None, run.compress or None, run.error_feedback)
+            if run.compress or run.error_feedback != "none"
+            else None
+        ),
     )
     trace: Trace | None = option(
         None,
         "a pipeoptim.Trace that records what every stage does and when; of replicas, the first.",
         instance("pipeoptim.engine.trace:Trace", "a pipeoptim.Trace or None"),
+        settings={
+            "trace": Setting(
+                False,
+                "Also record what every stage does and when, to runs/<name>/trace: idle shares, Perfetto, a picture.",
+                computes=False,
+            ),
+            "trace_steps": Setting(200, "Record this many mini-batches instead of 200.", least=1, computes=False),
+        },
+        of_run=lambda run: imported("pipeoptim.engine:Trace")(run.trace_steps) if run.trace else None,
     )
     tied: TiedWeights | None = option(
         None,
@@ -195,6 +252,7 @@ class PipelineOptions:
         passes("pipeoptim.engine.replicas.replica_set:replica_ranks"),
         agreed="As many for every stage.",
         describe=lambda replicas: "1" if replicas is None else str(replicas if isinstance(replicas, int) else replicas.size()),
+        between_processes=True,
     )
     transport: str = option(
         "auto",
@@ -204,13 +262,17 @@ class PipelineOptions:
         "the stage's device: those of a GPU are then copied to pinned memory and sent from there while it computes. A backend that "
         "takes device memory, as NCCL does, gets it. Norms for clipping take the same way.",
         passes("pipeoptim.engine.transport.unix_channel:check_transport"),
+        between_processes=True,
     )
-    timeout: float = option(1800.0, "seconds to wait for a neighbour's message before giving up.", seconds)
+    timeout: float = option(
+        1800.0, "seconds to wait for a neighbour's message before giving up.", seconds, between_processes=True
+    )
     liveness_timeout: float | None = option(
         10.0,
         "seconds without a sign of life from a stage after which the step that waits ends with a StageFailure that names the stage. None "
         "switches this off.",
         seconds_or_none,
+        between_processes=True,
     )
 
     def __init__(self, method: str | Method = "pipeoptim", microbatches: int = 1, **options: Unpack[ProcessKeywords]) -> None:
@@ -253,13 +315,14 @@ class PipelineOptions:
 PROCESS_OPTIONS = tuple(f.name for f in fields(PipelineOptions) if f.name not in ("method", "microbatches"))
 """Options of ``Schedule`` and ``InterleavedSchedule``."""
 
-OPTIONS = tuple(name for name in PROCESS_OPTIONS if name in OptionKeywords.__annotations__)
-"""Those of ``Emulator``."""
-
 
 def about(entry: Field[Any]) -> Option:
     """What is known of the option in a field of :class:`PipelineOptions`."""
     return entry.metadata["option"]  # type: ignore[no-any-return]
+
+
+OPTIONS = tuple(f.name for f in fields(PipelineOptions) if f.name in PROCESS_OPTIONS and not about(f).between_processes)
+"""Those of ``Emulator``."""
 
 
 def option_named(name: str) -> tuple[Any, Option]:

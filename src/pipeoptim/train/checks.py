@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import math
 from typing import TYPE_CHECKING
 
 from pipeoptim.config import SETTINGS, TrainConfig
 from pipeoptim.errors import ConfigError
+from pipeoptim.options import PipelineOptions, options_of_run
 
 if TYPE_CHECKING:
     from pipeoptim.schedule import Program
@@ -84,14 +84,11 @@ def _check_lr(config: TrainConfig) -> None:
 
 
 def _check_options(config: TrainConfig) -> None:
-    from pipeoptim.engine import Clip, Compression
+    from pipeoptim.engine.effects import check_effects
+    from pipeoptim.methods import get_method
 
-    clip = config.clip
-    if isinstance(clip, bool) or not isinstance(clip, int | float) or not math.isfinite(clip) or clip < 0:
-        raise ConfigError(f"clip is {clip!r}, must be a finite number, for example 1.0, or 0 for no clipping")
-    if clip:
-        Clip(clip, config.clip_scope).check(program(config))
-    Compression(config.compress or None, config.compress or None, config.error_feedback)
+    options = PipelineOptions(config.method, config.microbatches, **options_of_run(config))
+    check_effects(options, get_method(config.method), program(config))
     if config.tensorboard:
         from pipeoptim.telemetry.tensorboard import check_installed
 

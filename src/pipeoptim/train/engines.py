@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.engine.pipeline import Pipeline
+from pipeoptim.options import options_of_run
 from pipeoptim.train.layout import layout_of
 from pipeoptim.train.setup import RunSetup
 
@@ -21,26 +22,9 @@ LossFn = Callable[[Any, Any], Tensor]
 
 def _options(setup: RunSetup) -> dict[str, Any]:
     """The options that both engines share."""
-    import torch
-
-    from pipeoptim.engine import Clip, Compression, Trace
-
     config = setup.config
-    return {
-        "method": config.method,
-        "microbatches": config.microbatches,
-        "prediction": config.prediction,
-        "seed": config.seed,
-        "tied": setup.tied,
-        "clip": Clip(config.clip, config.clip_scope) if config.clip else None,
-        "autocast": getattr(torch, config.autocast) if config.autocast else None,
-        "compress": Compression(config.compress, config.compress, config.error_feedback) if config.compress else None,
-        "monitor": config.monitor_every,
-        "overlap": config.overlap,
-        "uneven": config.uneven,
-        "recompute": config.recompute or "backward",
-        "trace": Trace(config.trace_steps) if config.trace and setup.replica == 0 else None,
-    }
+    given = {"method": config.method, "microbatches": config.microbatches, "seed": config.seed, "tied": setup.tied}
+    return given | options_of_run(config)
 
 
 def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Optimizer]]:

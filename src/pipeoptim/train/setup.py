@@ -17,10 +17,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.config import TrainConfig
-from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.engine.stage.tied_weights import Tied, read_tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
+from pipeoptim.options import options_of_run
 from pipeoptim.partitioning.parameter_places import untie
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.checks import program
@@ -87,7 +87,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
         tied,
         program(config),
         get_method(config.method),
-        Clip(config.clip, config.clip_scope) if config.clip else None,
+        options_of_run(config)["clip"],
         scaled=False,  # copies of a weight that several stages use would diverge under some settings
     )
     if config.recompute:
