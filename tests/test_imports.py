@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "rules": "errors kernels optim",
     "weights": "errors kernels schedule",
     "methods": "errors schedule rules weights",
+    "stability": "errors schedule weights methods",
     "engine/transport": "errors",
     "engine/processes": "errors engine/transport",
     "engine/stage": "errors schedule kernels rules weights methods options engine/transport engine/processes",
