@@ -13,8 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from pipeoptim.config import NOT_COMPUTED, SETTINGS, Component, TrainConfig, recipe
 from pipeoptim.errors import ConfigError
-from pipeoptim.options import PipelineOptions
-from pipeoptim.options.runs import settings_of
+from pipeoptim.options import PipelineOptions, settings_of
 from pipeoptim.train.checks import check
 from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.recipes import get_recipe, recipes

@@ -12,6 +12,7 @@ from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
 from pipeoptim.train.change_method import with_method
+from pipeoptim.train.checks import check_method
 
 #: Optimizers whose learning rates are on the same scale as NAdam's.
 ADAMS = ("adam", "adamw", "nadam", "radam", "amsgrad")
@@ -42,11 +43,11 @@ def plan_comparison(settings: ComparisonSettings) -> ComparisonPlan:
     Raises:
         ConfigError: a method is unknown, or every one of them refuses the setting.
     """
-    base, left_out = settings.config, {}
+    left_out = {}
     for name in settings.methods:
-        method = get_method(name)
+        config = with_method(settings.config, name)
         try:
-            method.program(base.stages, base.microbatches)
+            check_method(config)
         except ConfigError as error:
             left_out[name] = str(error)
     if len(left_out) == len(settings.methods):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
-from pipeoptim.options import DEFAULTS, PipelineOptions
+from pipeoptim.options import PipelineOptions, about
 from pipeoptim.schedule import Program
 
 
@@ -14,15 +16,12 @@ def check_effects(options: PipelineOptions, method: Method, program: Program) ->
     Options that only are trivially satisfied are taken, since a script passes them whatever its size is: ``uneven`` and
     ``loss_weight`` at M = 1, clipping by the global norm of a single stage, ``recompute="forward"`` without checkpoints.
     """
-    if options.prediction not in (DEFAULTS.prediction, "none") and not method.predicts:
-        raise ConfigError(
-            f"prediction is {options.prediction!r}, but method {method.name!r} predicts no weights; leave it out, or choose a method that "
-            "does, for example 'pipeoptim'"
-        )
-    if options.monitor and not method.forward.predicts:
-        raise ConfigError(
-            f"monitor is {options.monitor!r}, but method {method.name!r} predicts no weights of a forward, so there is nothing to measure; "
-            "leave it out, or choose a method that does, for example 'pipeoptim'"
-        )
+    for entry in fields(PipelineOptions):
+        known, value = about(entry), getattr(options, entry.name)
+        if known.needs is not None and value not in (entry.default, *known.idle) and not known.needs.met_by(method):
+            raise ConfigError(
+                f"{entry.name} is {value!r}, but method {method.name!r} {known.needs.otherwise}; leave it out, or choose a method that "
+                "does, for example 'pipeoptim'"
+            )
     if options.clip is not None:
         options.clip.check(program)

@@ -13,7 +13,7 @@ from pipeoptim.options.entry import Option, Setting
 from pipeoptim.options.function_types import LossWeight, UpdateHook
 from pipeoptim.options.keywords import OptionKeywords, ProcessKeywords
 from pipeoptim.options.run_options import RunOptions
-from pipeoptim.options.runs import RUN_SETTINGS, options_of_run, setting
+from pipeoptim.options.runs import RUN_SETTINGS, options_of_run, setting, settings_of
 from pipeoptim.options.table import (
     DEFAULTS,
     OPTIONS,
@@ -43,5 +43,6 @@ __all__ = [
     "options_of_run",
     "read_option",
     "setting",
+    "settings_of",
     "takes_options",
 ]

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pipeoptim.errors import ConfigError, did_you_mean
 from pipeoptim.options.checks import Check, one_of
+
+if TYPE_CHECKING:
+    from pipeoptim.methods import Method
 
 
 @dataclass(frozen=True)
@@ -59,6 +62,19 @@ class Setting:
 
 
 @dataclass(frozen=True)
+class Need:
+    """What a method must do for an option to take effect under it.
+
+    Args:
+        met_by: whether a method does it.
+        otherwise: what to say of a method that does not, after its name.
+    """
+
+    met_by: Callable[[Method], bool]
+    otherwise: str
+
+
+@dataclass(frozen=True)
 class Option:
     """What is known of an option of pipelines besides its name, its type in the engine and its default.
 
@@ -72,6 +88,8 @@ class Option:
         in_runs: whether a training run has a setting of the same name, type, default, meaning and check.
         settings: where it does not: the settings of a run that say it, by name; none where a run has no such option.
         of_run: what the pipeline is given, from an object with the values of ``settings``.
+        needs: what a method must do for the option to take effect; under others it is refused, not ignored.
+        idle: values, besides the default, that ask for nothing and are taken under every method.
     """
 
     help: str
@@ -83,3 +101,5 @@ class Option:
     in_runs: bool = False
     settings: Mapping[str, Setting] = field(default_factory=dict)
     of_run: Callable[[Any], Any] | None = None
+    needs: Need | None = None
+    idle: tuple[Any, ...] = ()

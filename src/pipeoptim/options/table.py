@@ -28,7 +28,7 @@ from pipeoptim.options.checks import (
     seconds_or_none,
     tied_places,
 )
-from pipeoptim.options.entry import Option, Setting
+from pipeoptim.options.entry import Need, Option, Setting
 from pipeoptim.options.function_types import LossWeight, UpdateHook
 
 if TYPE_CHECKING:
@@ -48,6 +48,8 @@ RENAMED = {"weigh": "loss_weight"}
 """Former names, which work for one more minor release, with a DeprecationWarning."""
 
 EQUAL = "Equal in all processes."
+PREDICTS = Need(lambda method: method.predicts, "predicts no weights")
+PREDICTS_FORWARDS = Need(lambda method: method.forward.predicts, "predicts no weights of a forward")
 
 
 def option(default: Any, help: str, check: Check, **known: Any) -> Any:
@@ -88,6 +90,8 @@ class PipelineOptions:
         one_of_imported("pipeoptim.rules:KINDS"),
         agreed=EQUAL,
         in_runs=True,
+        needs=PREDICTS,
+        idle=("none",),
     )
     seed: int | None = option(
         None,
@@ -157,6 +161,7 @@ class PipelineOptions:
             )
         },
         of_run=lambda run: run.monitor_every,
+        needs=PREDICTS_FORWARDS,
     )
     uneven: bool = option(
         False,

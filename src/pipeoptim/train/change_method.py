@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import fields, replace
 
 from pipeoptim.config import TrainConfig
+from pipeoptim.options import PipelineOptions, about, settings_of
 
 
 def with_method(config: TrainConfig, name: str) -> TrainConfig:
-    """``config`` under the method called ``name`` (which may carry options), without settings of predictions that it does not make.
+    """``config`` under the method called ``name`` (which may carry options), without settings that take no effect under it.
 
     Raises:
         ConfigError: the method is unknown.
@@ -23,8 +24,10 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
     from pipeoptim.methods import get_method
 
     method, config = get_method(name), replace(config, method=name)
-    if not method.predicts:
-        config = replace(config, prediction=TrainConfig.prediction)
-    if not method.forward.predicts:
-        config = replace(config, monitor_every=0)
-    return config
+    idle = {
+        name: known.default
+        for entry in fields(PipelineOptions)
+        if (need := about(entry).needs) is not None and not need.met_by(method)
+        for name, known in settings_of(entry).items()
+    }
+    return replace(config, **idle)

@@ -18,6 +18,12 @@ def check(config: TrainConfig) -> None:
     Raises:
         ConfigError: one sentence with the value, the reason and the remedy.
     """
+    check_settings(config)
+    check_method(config)
+
+
+def check_settings(config: TrainConfig) -> None:
+    """The part of :func:`check` that is the same for all methods."""
     for name, known in SETTINGS.items():
         known.check(name, getattr(config, name))
     if not config.steps and not config.epochs:
@@ -25,8 +31,20 @@ def check(config: TrainConfig) -> None:
     _check_layout(config)
     _check_microbatches(config)
     _check_lr(config)
-    program(config)
-    _check_options(config)
+    if config.tensorboard:
+        from pipeoptim.telemetry.tensorboard import check_installed
+
+        check_installed()
+
+
+def check_method(config: TrainConfig) -> None:
+    """The part of :func:`check` that depends on the method: whether it is defined for the setting, and can do what the options ask for."""
+    from pipeoptim.engine.effects import check_effects
+    from pipeoptim.methods import get_method
+
+    made = program(config)
+    options = PipelineOptions(config.method, config.microbatches, **options_of_run(config))
+    check_effects(options, get_method(config.method), made)
 
 
 def _check_layout(config: TrainConfig) -> None:
@@ -81,15 +99,3 @@ def _check_lr(config: TrainConfig) -> None:
         return
     for lr in given.get("by_stage", [given]) if isinstance(given, dict) else [given]:
         check_rate("lr", lr)
-
-
-def _check_options(config: TrainConfig) -> None:
-    from pipeoptim.engine.effects import check_effects
-    from pipeoptim.methods import get_method
-
-    options = PipelineOptions(config.method, config.microbatches, **options_of_run(config))
-    check_effects(options, get_method(config.method), program(config))
-    if config.tensorboard:
-        from pipeoptim.telemetry.tensorboard import check_installed
-
-        check_installed()
