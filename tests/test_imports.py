@@ -34,7 +34,7 @@ MAY_IMPORT = {
     "engine/stage": "errors schedule kernels rules weights methods options engine/transport engine/processes",
     "engine/replicas": "errors weights engine/transport engine/processes engine/stage",
     "engine": "errors files schedule methods options engine/transport engine/processes engine/stage engine/replicas",
-    "options": "errors methods",
+    "options": "errors schedule methods",
     "checkpoint": "errors files rules engine engine/processes engine/stage",
     "telemetry": "errors files schedule engine",
     "partitioning": "errors schedule methods checkpoint engine engine/processes engine/stage engine/transport",

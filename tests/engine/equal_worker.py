@@ -12,7 +12,7 @@ import pipeoptim as po
 from late_streams import LateStreams
 from pipeoptim.engine.processes import connect
 
-out, methods, cases = sys.argv[1], sys.argv[2].split(","), [tuple(c.split(":")) for c in sys.argv[3].split(",")]
+out, methods, cases = sys.argv[1], sys.argv[2].split(","), [tuple(c.split(":")) for c in sys.argv[3].split(";")]
 device = torch.device(sys.argv[4])
 torch.set_num_threads(1)
 torch.backends.cudnn.deterministic = True
@@ -23,7 +23,7 @@ for method in methods:
     if late is not None:
         own = None if method == "1f1b" and k > 0 else late  # there a stage on a CPU beside one on a device
         connect.side_streams = lambda device, own=own: own
-    for m, name in cases:
+    for m, name, slack in cases:
         if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
             continue
         module = case.pieces(depth)[k].to(device)
@@ -32,9 +32,8 @@ for method in methods:
         torch.rand(k)  # the user's own random numbers must not matter
         stage = PipelineStage(module, k, depth, device)
         transport = "auto" if name == "adamw" else "group"
-        pipe = po.Schedule(
-            stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), transport=transport, timeout=60
-        )
+        options = {"transport": transport, "timeout": 60, "slack": slack}
+        pipe = po.Schedule(stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), **options)
         links = [*pipe._connections.receivers, *pipe._connections.senders]
         assert all((link.channel is None) == (transport == "group") for link in links)
         losses = []

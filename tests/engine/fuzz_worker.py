@@ -38,10 +38,12 @@ def reuse(ranks, name, *rest):
 def hand_back(pipe):
     """Match the receives that are posted ahead, so that the next pipeline finds its groups empty; channels are a pipeline's own."""
     for sender in (end for end in pipe._connections.senders if end.channel is None):
-        sender._start_send(link.MessageBuffer(sender._memory(sender.size), []), [])
+        for _ in range(sender.window):
+            sender._start_send(link.MessageBuffer(sender._memory(sender.size), []), [])
     for receiver in (end for end in pipe._connections.receivers if end.channel is None):
         receiver.post_receive()
-        receiver.wait(receiver._posted[0])
+        for work, _ in receiver._posted:
+            receiver.wait(work)
 
 
 def pipeline(case, ranks, loss_fn, **options):

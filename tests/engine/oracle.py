@@ -7,6 +7,8 @@ so that the activations of one set of weights can be combined with the weights o
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fractions import Fraction
+from math import ceil
 
 import torch
 
@@ -47,14 +49,21 @@ class Use:
     start: int  # updates at the last (re)start
     at_f: int
     at_b: int
+    slack: float | tuple = 0
 
     @property
     def gap(self):
         return self.at_b - self.at_f
 
 
-def updates_before_forward(i, k, depth, m):
-    return max(0, i - (depth - 1 - k)) // m
+def ahead(k, depth, slack=0):
+    """Forwards of stage k before its first backward, besides that of the same micro-batch."""
+    each = slack if isinstance(slack, tuple) else (slack,) * (depth - 1)
+    return ceil(sum((1 + Fraction(x) for x in each[k:]), Fraction(0)))
+
+
+def updates_before_forward(i, k, depth, m, slack=0):
+    return max(0, i - ahead(k, depth, slack)) // m
 
 
 def forward(weights, x):
@@ -156,6 +165,7 @@ def train(
     gammas=None,
     clip=None,
     recompute=False,
+    slack=0,
 ):
     """Train a pipeline of ``len(initial)`` stages.
 
@@ -167,6 +177,7 @@ def train(
         rate: (k, version) -> factor on the learning rate of the next update.
         gammas: per stage, how slowly the average of weight changes forgets.
         recompute: whether a stage's activations are computed again, on the weights of its backward.
+        slack: more micro-batches in flight, a number or one per boundary.
         clip: (t, gradients of all stages) -> those that update version t to t + 1.
 
     Returns:
@@ -189,8 +200,8 @@ def train(
                     continue
                 kept, uses = [], []
                 for k, stage in enumerate(stages):
-                    at_f = start + updates_before_forward(i, k, depth, m)
-                    uses.append(Use(stage, k, depth, m, i, start, at_f, start + n))
+                    at_f = start + updates_before_forward(i, k, depth, m, slack)
+                    uses.append(Use(stage, k, depth, m, i, start, at_f, start + n, slack))
                     x, acts = forward(forward_uses(uses[k]), x)
                     kept.append(acts)
                 loss += float(((x - y) ** 2).mean()) * share

@@ -58,7 +58,7 @@ class LateGroup:
 
 
 @contextmanager
-def connected(kind, carrier, seed=0, forgotten=None):
+def connected(kind, carrier, window=1, seed=0, forgotten=None):
     """Sender and receiver of one stage, and those of the next; the side streams of both, where they are staged."""
     rest = 1, 1, torch.device("cpu"), 10.0, lambda peer: None
     there, back = (
@@ -73,6 +73,8 @@ def connected(kind, carrier, seed=0, forgotten=None):
     second = classes[1][0](back[0], *rest), classes[1][1](there[1], *rest, ahead=True)
     link.pair(*first)
     link.pair(*second)
+    for end in (*first, *second):
+        end.window = int(window)
     try:
         yield first, second, streams
     finally:
@@ -85,7 +87,7 @@ def ranks_are_places(monkeypatch):
     monkeypatch.setattr(link.dist, "get_group_rank", lambda group, rank: rank)
 
 
-@pytest.fixture(params=["plain group", "plain channel", "staged group", "staged channel"])
+@pytest.fixture(params=["plain group", "plain group 3", "plain channel", "staged group", "staged group 3", "staged channel"])
 def neighbours(request):
     with connected(*request.param.split()) as (first, second, streams):
         yield first, second

@@ -32,7 +32,7 @@ class LocalStages:
         self.options = options
         self.method = get_method(options.method)
         # Before anything is made: an option that could not take effect is refused, not ignored.
-        self.program = self.method.program(depth, options.microbatches, processes, options.overlap)
+        self.program = self.method.program(depth, options.microbatches, processes, options.overlap, options.slack)
         check_effects(options, self.method, self.program)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order

@@ -41,6 +41,7 @@ from pipeoptim.engine.transport.ports import Ports
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.methods import Method
 from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, read_option
+from pipeoptim.schedule import messages_early
 
 _PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
 
@@ -127,7 +128,7 @@ class ProcessPipeline(Pipeline):
         """What stages tell each other once per update; what all processes must have been given alike."""
         options, (place, *_) = self.options, places
         if options.clip is not None and options.clip.exchanges:
-            self._norms = ProcessNorms()
+            self._norms = ProcessNorms(self.program.in_flight(0))
         scalers = [arguments.scaler or options.scaler for arguments in given]
         scaled = any(scaler is not None and scaler.is_enabled() for scaler in scalers)
         tied = read_tied(options.tied, self.program, self.method, options.clip, scaled)
@@ -182,6 +183,7 @@ class ProcessPipeline(Pipeline):
             options.transport,
             options.liveness_timeout,
             (*self._tied_exchanges.values(), *self._replica_sets.values()),
+            [1 + messages_early(self.program.slack, boundary) for boundary in range(self.depth - 1)],
         )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():

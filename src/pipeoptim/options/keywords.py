@@ -36,6 +36,7 @@ class OptionKeywords(TypedDict, total=False):
     loss_weight: LossWeight | None
     recompute: str
     overlap: bool
+    slack: float | Sequence[float] | str
     compress: Compression | str | None
     trace: Trace | None
     tied: TiedWeights | None

@@ -22,6 +22,7 @@ class RunOptions:
     uneven: bool = run_setting("uneven")
     recompute: str = run_setting("recompute")
     overlap: bool = run_setting("overlap")
+    slack: str = run_setting("slack")
     compress: str = run_setting("compress")
     error_feedback: str = run_setting("error_feedback")
     trace: bool = run_setting("trace")

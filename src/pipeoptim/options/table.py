@@ -30,6 +30,7 @@ from pipeoptim.options.checks import (
 )
 from pipeoptim.options.entry import Need, Option, Setting
 from pipeoptim.options.function_types import LossWeight, UpdateHook
+from pipeoptim.schedule import Slack, describe_slack
 
 if TYPE_CHECKING:
     import torch
@@ -201,6 +202,24 @@ class PipelineOptions:
         flag,
         agreed=EQUAL,
         in_runs=True,
+    )
+    slack: Slack = option(
+        0.0,
+        "more micro-batches in flight, so that late messages hold no stage up: x, or a list of one x for each boundary between two stages; "
+        "stage k has (1+x)(D-1-k)+1 in flight, rounded up. Costs activations, and version gap where M < (1+x)(D-1).",
+        read_by("pipeoptim.schedule:read_slack"),
+        agreed=EQUAL,
+        describe=describe_slack,
+        given="float | Sequence[float] | str",
+        settings={
+            "slack": Setting(
+                "0",
+                "More micro-batches in flight, so that late messages hold no stage up: x, or 0,x,0 with one x for each boundary "
+                "between two stages; stage k has (1+x)(D-1-k)+1 in flight.",
+                check_value=read_by("pipeoptim.schedule:read_slack"),
+            )
+        },
+        of_run=lambda run: run.slack,
     )
     compress: Compression | None = option(
         None,

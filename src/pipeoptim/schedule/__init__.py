@@ -9,7 +9,7 @@ from pipeoptim.schedule.draw import to_svg, to_text
 from pipeoptim.schedule.happens_before import common_delay
 from pipeoptim.schedule.orders import ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
-from pipeoptim.schedule.slack import Slack, describe_slack, forwards_ahead, read_slack
+from pipeoptim.schedule.slack import Slack, describe_slack, forwards_ahead, messages_early, read_slack
 from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
 from pipeoptim.schedule.validate import validate, with_transfers
 
@@ -26,6 +26,7 @@ __all__ = [
     "count_gaps",
     "describe_slack",
     "forwards_ahead",
+    "messages_early",
     "read_slack",
     "replay",
     "timeline",

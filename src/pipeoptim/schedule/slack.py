@@ -76,6 +76,11 @@ def forwards_ahead(slack: Slack, depth: int, k: int) -> int:
     return ceil(sum((1 + x for x in exact[k:]), Fraction(0)))
 
 
+def messages_early(slack: Slack, boundary: int) -> int:
+    """Messages that may be on their way over ``boundary``, in either direction, besides the one that is wanted next."""
+    return ceil(slack[boundary] if isinstance(slack, tuple) else slack)
+
+
 def describe_slack(slack: Any) -> str:
     """As it is written on the command line.
 

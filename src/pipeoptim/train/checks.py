@@ -83,12 +83,15 @@ def program(config: TrainConfig) -> Program:
     """The action program of the run.
 
     Raises:
-        ConfigError: the method does not support this number of stages or micro-batches, interleaving, or overlap.
+        ConfigError: the method does not support this number of stages or micro-batches, interleaving, overlap or slack.
     """
     from pipeoptim.methods import get_method
+    from pipeoptim.schedule import read_slack
 
     processes = config.stages // config.chunks if config.chunks > 1 else None
-    return get_method(config.method).program(config.stages, config.microbatches, processes, config.overlap)
+    return get_method(config.method).program(
+        config.stages, config.microbatches, processes, config.overlap, read_slack(config.slack)
+    )
 
 
 def _check_lr(config: TrainConfig) -> None:

@@ -115,6 +115,7 @@ def connect(
     transport: str,
     liveness_timeout: float | None,
     others: Sequence[Interruptible] = (),
+    windows: Sequence[int] = (),
 ) -> Connections:
     """Connect the stages ``endpoints`` of this process. All processes of ``rendezvous`` call this, with the same settings.
 
@@ -125,6 +126,7 @@ def connect(
         norms: exchanges the norms of gradients; None where no stage clips by them.
         transport, liveness_timeout: as in :class:`~pipeoptim.Schedule`.
         others: what else the stages may wait on; interrupted with the connections.
+        windows: of each boundary between stages, the messages that may come before they are wanted; by default one.
 
     Raises:
         StageFailure: a process did not come within the time-out.
@@ -147,9 +149,9 @@ def connect(
                 # All processes make all groups in the same order, even those that they do not use.
                 _group(rendezvous, direction, round_ * processes)
         for k, endpoint in endpoints.items():
-            _connect_stage(connections, k, ranks, endpoint, transport, waiting)
+            _connect_stage(connections, k, ranks, endpoint, transport, waiting, windows)
         if norms is not None:
-            shared = shared_memory_norms(rendezvous, transport == "auto" and uses_gloo(), waiting)
+            shared = shared_memory_norms(rendezvous, transport == "auto" and uses_gloo(), waiting, norms.in_flight)
             norms.connect(shared or GatheredNorms(rendezvous.group("norms", "gloo"), rendezvous.timeout))
         if connections.interrupted_by is not None:  # perhaps before there was all that it had to cut
             raise StageFailure(connections.interrupted_by)
@@ -172,7 +174,13 @@ def _group(rendezvous: Rendezvous, direction: int, boundary: int) -> dist.Proces
 
 
 def _connect_stage(
-    connections: Connections, k: int, ranks: tuple[int, ...], endpoint: Endpoint, transport: str, waiting: Waiting
+    connections: Connections,
+    k: int,
+    ranks: tuple[int, ...],
+    endpoint: Endpoint,
+    transport: str,
+    waiting: Waiting,
+    windows: Sequence[int],
 ) -> None:
     """Make the links of stage ``k`` to the stages before and after it."""
     rendezvous, device = connections.rendezvous, endpoint.device
@@ -180,7 +188,7 @@ def _connect_stage(
     streams = side_streams(device)
     in_host = device.type == "cpu" or streams is not None  # what travels is in the host's memory
     wanted = transport == "auto" and in_host and uses_gloo()
-    channels = connect_neighbours(rendezvous.store, k, len(ranks), wanted, rendezvous.timeout)
+    channels = connect_neighbours(rendezvous.store, k, len(ranks), wanted, rendezvous.timeout, windows)
     observer = endpoint.observer
     waiting = waiting if observer is None else observer.waiting(waiting)
 
@@ -196,6 +204,8 @@ def _connect_stage(
         carriers = [channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back)]
         # Not ahead in a device's own memory: a receive that is never matched would keep its stream busy.
         sends, receives = sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
+        if windows and in_host and (ACTIVATIONS, boundary) not in channels:  # in a channel messages wait by themselves
+            sends.window = receives.window = windows[boundary]
         # Activations acknowledge gradients and the other way round, without a message of their own.
         pair(sends, receives)
         # The links themselves and not their traced forms: closing and interrupting is no business of a trace.

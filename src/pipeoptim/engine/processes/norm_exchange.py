@@ -70,9 +70,13 @@ class NormTransport(Protocol):
 
 
 class ProcessNorms:
-    """The exchange between processes, of which each holds one stage. Norms travel in the order in which they are sent."""
+    """The exchange between processes, of which each holds one stage. Norms travel in the order in which they are sent.
 
-    def __init__(self) -> None:
+    ``in_flight``: the most micro-batches that stage 0 ever has in flight, which bounds how far stages are apart.
+    """
+
+    def __init__(self, in_flight: int = 0) -> None:
+        self.in_flight = in_flight
         self._transport: NormTransport | None = None
         self._turn = 0
         self._turns: dict[int, int] = {}  # version -> when it was sent

@@ -40,21 +40,29 @@ class SharedMemoryNorms:
         timeout: seconds to wait for another stage.
         waiting: called with the stage that this one waits for, and with None when it no longer waits.
         processes: descriptors of the other stages' processes (pidfds); closed with the page.
+        in_flight: micro-batches that stage 0 has in flight at most; depth, unless it is more.
     """
 
     def __init__(
-        self, page: mmap.mmap, k: int, depth: int, timeout: float, waiting: Waiting, processes: Mapping[int, int] = NO_PIDFDS
+        self,
+        page: mmap.mmap,
+        k: int,
+        depth: int,
+        timeout: float,
+        waiting: Waiting,
+        processes: Mapping[int, int] = NO_PIDFDS,
+        in_flight: int = 0,
     ) -> None:
         self.k, self.depth, self.timeout, self.waiting = k, depth, timeout, waiting
         self._page, self._process_fds = page, processes
         self._words = memoryview(page).cast("Q")
-        self._turns = _turns(depth)
+        self._turns = _turns(max(depth, in_flight))
         self._interrupted = False
 
     @staticmethod
-    def size(depth: int) -> int:
+    def size(depth: int, in_flight: int = 0) -> int:
         """Bytes that the page must have."""
-        return 8 * depth * (2 * _turns(depth) + 1)
+        return 8 * depth * (2 * _turns(max(depth, in_flight)) + 1)
 
     def send(self, turn: int, number: float) -> None:
         """Write the ``turn``-th number of this stage."""
@@ -127,16 +135,16 @@ class SharedMemoryNorms:
         return number
 
 
-def _turns(depth: int) -> int:
-    """Numbers of a stage that are kept: no stage is more than ``2 depth + 2`` updates ahead of what another still needs."""
-    return 4 * (depth + 1)
+def _turns(in_flight: int) -> int:
+    """Numbers of a stage that are kept: no stage is more than ``2 in_flight + 2`` updates ahead of what another still needs."""
+    return 4 * (in_flight + 1)
 
 
 def _turn_mark(turn: int) -> int:
     return (turn + 1) * _MIX & 0xFFFFFFFFFFFFFFFF
 
 
-def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) -> SharedMemoryNorms | None:
+def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting, in_flight: int = 0) -> SharedMemoryNorms | None:
     """A page that the processes of ``rendezvous`` share, one per stage; None in all of them where one cannot or does not want to.
 
     The first makes the memory, under a name that nobody can guess and that lies in no folder. The others find it in what the system
@@ -145,7 +153,8 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
     Raises:
         StageFailure: a process did not come within the time-out.
     """
-    k, depth, size = rendezvous.index, len(rendezvous.ranks), SharedMemoryNorms.size(len(rendezvous.ranks))
+    k, depth = rendezvous.index, len(rendezvous.ranks)
+    size = SharedMemoryNorms.size(depth, in_flight)
     # Before the first exchange, which tells the others its name; they may look for it at once.
     made = _make_memory(size) if wanted and k == 0 else None
     page, processes = None, dict[int, int]()
@@ -162,7 +171,7 @@ def shared_memory_norms(rendezvous: Rendezvous, wanted: bool, waiting: Waiting) 
             # The mappings keep the memory; without a descriptor no other process finds it by its name.
             os.close(int(made.split()[0]))
     if agreed and page is not None:
-        return SharedMemoryNorms(page, k, depth, rendezvous.timeout.total_seconds(), waiting, processes)
+        return SharedMemoryNorms(page, k, depth, rendezvous.timeout.total_seconds(), waiting, processes, in_flight)
     for fd in processes.values():
         os.close(fd)
     return None

@@ -1,8 +1,9 @@
 """One direction between two neighbouring stages: messages in order, received ahead, sent without waiting.
 
 A receiver posts the receive of the next message before anybody asks for that message, so that data move while the stage
-computes. The posted buffer has the size of the last message. When the format changes, the sender first sends an empty message of
-the old size that announces the new one; that costs one message, and only then::
+computes; with slack, those of as many messages as may come before they are wanted (the *window* of the link), since some carriers
+begin to send only when the receive is posted. The posted buffers have the size of the last message. When the format changes, the
+sender first sends an empty message of the old size for each of them, which announces the new one; that costs messages only then::
 
     sender, stage k                                               receiver, stage k+1
                                                                   receive of 128 bytes posted
@@ -36,7 +37,7 @@ from pipeoptim.errors import PipeOptimError, StageFailure
 Waiting = Callable[[int | None], None]
 """Called with a stage before this process waits for it, and with None after the wait."""
 
-_MOST_PENDING = 8  # messages on their way before a send waits
+_MOST_PENDING = 8  # messages on their way before a send waits, in a window of up to half as many
 
 
 class LinkEnd:
@@ -61,6 +62,7 @@ class LinkEnd:
         # Until a format is known, a bare header is awaited, which announces the first one.
         self.size = message.HEADER
         self.format: message.Format | None = None
+        self.window = 1  # receives that are posted at a time; known to both ends
         # Counted on both ends and compared: calls in another order on two processes show in the first message.
         self.sequence = 0
 
@@ -142,10 +144,11 @@ class Sender(LinkEnd):
         text = form.describe()
         start = message.HEADER + -(-len(text) // 64) * 64
         block = self._new_buffer(start, form, None)
-        # In the old size, since that is what the peer's posted receive waits for.
-        notice = MessageBuffer(self._memory(self.size), [])
-        message.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
-        self._start_send(notice, [])
+        # In the old size and as many as that, since that is what the peer's posted receives wait for.
+        for _ in range(self.window):
+            notice = MessageBuffer(self._memory(self.size), [])
+            message.put_header(notice.memory, self.sequence, flags, following=block.memory.numel())
+            self._start_send(notice, [])
         described, taken = len(text), self._messages_taken()
         message.put_header(block.memory, self.sequence, flags, 0, described, loss_scale, share, taken)
         block.memory[message.HEADER : message.HEADER + len(text)].copy_(torch.frombuffer(bytearray(text), dtype=torch.uint8))
@@ -185,7 +188,8 @@ class Sender(LinkEnd):
 
     def _finish_delivered(self) -> None:
         """Take back the buffers that the peer has received; wait only where it is many messages behind, so that memory stays bounded."""
-        while self._pending and (len(self._pending) > _MOST_PENDING or self._pending[0][0].is_completed()):
+        most = max(_MOST_PENDING, 2 * self.window)
+        while self._pending and (len(self._pending) > most or self._pending[0][0].is_completed()):
             self._finish_oldest()
         if self._broken is not None:
             raise self._broken
@@ -209,7 +213,7 @@ class Sender(LinkEnd):
 
 
 class Receiver(LinkEnd):
-    """Receives trees from stage ``peer``. ``ahead`` posts the next receive as soon as a message was taken."""
+    """Receives trees from stage ``peer``. ``ahead`` posts the next receives as soon as a message was taken."""
 
     opposite: Sender | None
 
@@ -218,20 +222,17 @@ class Receiver(LinkEnd):
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
         self.ahead = ahead
-        self._posted: tuple[Any, Tensor] | None = None
+        self._posted: deque[tuple[Any, Tensor]] = deque()
 
     def post_receive(self) -> None:
-        """Be ready for the next message."""
-        if self._posted is None:
-            self._posted = self._begin_receive(self.size)
+        """Be ready for the next messages."""
+        while len(self._posted) < self.window:
+            self._posted.append(self._begin_receive(self.size))
 
     def receive(self) -> Message:
         """The next message, its tensors leaves of a new graph. Blocks until it is there."""
         self.post_receive()
-        assert self._posted is not None
-        (work, block), self._posted = self._posted, None
-        self.wait(work)
-        header = self._checked_header(message.get_header(block))
+        header, block = self._next_posted()
         if header.following:
             return self._receive_described(header.following)
         self._note_taken(header)
@@ -240,11 +241,18 @@ class Receiver(LinkEnd):
             self._read_tree(block, message.HEADER, self.format), header.flags, header.loss_scale, (header.rows, header.of)
         )
 
+    def _next_posted(self) -> tuple[message.Header, Tensor]:
+        """What comes into the receive that was posted first: its header, and all of it."""
+        work, block = self._posted.popleft()
+        self.wait(work)
+        return self._checked_header(message.get_header(block)), block
+
     def _receive_described(self, size: int) -> Message:
         """A message in a new format, which was announced with its ``size``."""
-        work, block = self._begin_receive(size)
-        self.wait(work)
-        header = self._checked_header(message.get_header(block))
+        while self._posted:  # of the old size: the sender has announced it to each of them
+            self._next_posted()
+        self._posted.append(self._begin_receive(size))
+        header, block = self._next_posted()
         text = bytes(block[message.HEADER : message.HEADER + header.described].cpu().numpy())
         self.format = message.Format.parse(text)
         self.size = self.format.size

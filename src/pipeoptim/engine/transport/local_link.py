@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.link import Receiver, Sender
 from pipeoptim.engine.transport.message import Message
-from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
+from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import StageFailure
 
 _PADS = [bytes(n) for n in range(64)]  # tensors lie at multiples of 64 bytes: what is sent in between, and where it arrives
@@ -28,7 +28,7 @@ class LocalSender(Sender):
 
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         form = self.format
-        if form is None or form.size > SMALL:
+        if form is None or form.size > self.channel.small:
             super().send(tree, flags, loss_scale, share)
             return
         # The usual case: no flattening, no new Format, since the tree looks like the last one.
@@ -60,12 +60,12 @@ class LocalReceiver(Receiver):
         self._begin = bytearray(message.HEADER)
 
     def post_receive(self) -> None:
-        if self.format is None or self.size > SMALL:
+        if self.format is None or self.size > self.channel.small:
             super().post_receive()
 
     def receive(self) -> Message:
         form = self.format
-        if form is None or self.size > SMALL:
+        if form is None or self.size > self.channel.small:
             return super().receive()
         # Received straight into the tensors that the module gets: no buffer, no views, no copy.
         tensors = message.empty(form)

@@ -38,7 +38,7 @@ from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.backend import uses_gloo
 from pipeoptim.engine.transport.link import MessageBuffer, Receiver, Sender
 from pipeoptim.engine.transport.message import Message
-from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
+from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
 
 _MOST_WAITING = 8  # buffers that may wait to be reused before the program waits for one
@@ -178,7 +178,7 @@ class _Courier:
 
     def _put(self, channel: UnixChannel, memory: Tensor) -> None:
         channel.wait_at_most(self.timeout)
-        if memory.numel() <= SMALL:
+        if memory.numel() <= channel.small:
             channel.send([memory], self.place, 0)
             return
         block = self._shared_block(channel, memory.numel())
@@ -255,7 +255,7 @@ class StagedReceiver(Receiver):
         return work, host
 
     def _receive_described(self, size: int) -> Message:
-        self._device_memory.clear()  # that of the empty message, which announced this one
+        self._device_memory.clear()  # that of the empty messages, which announced this one
         return super()._receive_described(size)
 
     def _read_tree(self, host: Tensor, start: int, form: message.Format) -> Any:

@@ -27,7 +27,7 @@ import secrets
 import socket
 import struct
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from typing import Any
@@ -45,6 +45,7 @@ _CALLERS = 16  # that may wait to be answered: one neighbour, twice, and whoever
 _CREDENTIALS = struct.Struct("3i")  # process, user and group of the other end, as the kernel knows them
 SMALL = 32768
 """Largest message that goes through the socket itself, in bytes: up to here that costs no more than the record of a block."""
+_IN_SOCKET = 8 * SMALL  # in all: with more messages before they are wanted, each of them must be smaller, or a send would wait
 _BUFFER = 16 * SMALL  # of the socket: several small messages fit before a send waits
 
 
@@ -75,10 +76,15 @@ class UnixChannel:
 
     Args:
         connection: a connected Unix stream socket.
+        window: messages that may come before they are wanted.
+
+    Attributes:
+        small: the largest message that goes through the socket; the same at both ends.
     """
 
-    def __init__(self, connection: socket.socket) -> None:
+    def __init__(self, connection: socket.socket, window: int = 1) -> None:
         self._socket = connection
+        self.small = min(SMALL, _IN_SOCKET // window)
         with suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         self._timeout = -1.0
@@ -131,7 +137,7 @@ class UnixChannel:
 
     def memory(self, size: int) -> Tensor:
         """A block of bytes that :meth:`send` takes."""
-        if size <= SMALL:
+        if size <= self.small:
             return torch.empty(size, dtype=torch.uint8)
         fd = os.memfd_create("pipeoptim-message")
         os.ftruncate(fd, size)
@@ -148,7 +154,7 @@ class UnixChannel:
         """
         block = tensors[0]
         address, size = block.data_ptr(), block.numel()
-        if size <= SMALL:
+        if size <= self.small:
             self.put([block.numpy()])
             return _PendingSend(self, 0)
         # The descriptor travels with the first message in its block; later ones name the block by number.
@@ -198,7 +204,7 @@ class UnixChannel:
         Raises:
             RuntimeError: none came in time, or the peer has closed its end.
         """
-        if block.numel() <= SMALL:
+        if block.numel() <= self.small:
             self.get([block.numpy()])
             return
         record = bytearray(_RECORD.size)
@@ -281,8 +287,12 @@ UnixChannels = dict[tuple[int, int], UnixChannel]
 """(direction, boundary) -> channel; boundary k lies between stages k and k + 1."""
 
 
-def connect_neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: timedelta) -> UnixChannels:
+def connect_neighbours(
+    store: Store, k: int, depth: int, wanted: bool, timeout: timedelta, windows: Sequence[int] = ()
+) -> UnixChannels:
     """The channels of stage ``k`` to those neighbours that are on this machine and want them, too. All stages call this.
+
+    ``windows``: of each boundary, the messages that may come before they are wanted; by default one.
 
     No two stages wait for each other: every stage first publishes where it listens for the one before it, then calls the one after
     it, then answers.
@@ -294,9 +304,9 @@ def connect_neighbours(store: Store, k: int, depth: int, wanted: bool, timeout: 
     listener = _listen_for_neighbour(store, k - 1, wanted) if k > 0 else None
     try:
         if k < depth - 1:
-            found |= _call_neighbour(store, k, wanted, timeout)
+            found |= _call_neighbour(store, k, wanted, timeout, windows[k] if windows else 1)
         if k > 0:
-            found |= _answer_neighbour(store, k - 1, listener, timeout)
+            found |= _answer_neighbour(store, k - 1, listener, timeout, windows[k - 1] if windows else 1)
     finally:
         if listener is not None:
             listener[0].close()
@@ -319,7 +329,7 @@ def _listen_for_neighbour(store: Store, boundary: int, wanted: bool) -> tuple[so
     return listener, token
 
 
-def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelta) -> UnixChannels:
+def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelta, window: int) -> UnixChannels:
     published = _read_key(store, f"local/{boundary}", boundary + 1, timeout)
     found: UnixChannels = {}
     if wanted and published != "-":
@@ -335,7 +345,7 @@ def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelt
                     connection.close()
                     break
                 connection.sendall(token + bytes([direction]))
-                found[direction, boundary] = UnixChannel(connection)
+                found[direction, boundary] = UnixChannel(connection, window)
     if len(found) < 2:
         for channel in found.values():
             channel.close()
@@ -346,7 +356,7 @@ def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelt
 
 
 def _answer_neighbour(
-    store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta
+    store: Store, boundary: int, listener: tuple[socket.socket, bytes] | None, timeout: timedelta, window: int
 ) -> UnixChannels:
     if _read_key(store, f"local/{boundary}/called", boundary, timeout) == "no" or listener is None:
         return {}
@@ -361,7 +371,7 @@ def _answer_neighbour(
         connection.settimeout(None)
         known = len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1])  # in constant time
         if known and _is_same_user(connection):
-            found[greeting[_TOKEN], boundary] = UnixChannel(connection)
+            found[greeting[_TOKEN], boundary] = UnixChannel(connection, window)
         else:
             connection.close()
     return found
