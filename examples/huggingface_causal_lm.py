@@ -1,10 +1,11 @@
-"""Fine-tuning a causal language model of Hugging Face Transformers, one part of it in each process.
+"""Fine-tuning a causal language model of Hugging Face Transformers, one part of it in each process, and exporting it.
 
-Run it:  torchrun --nproc-per-node 2 examples/huggingface_causal_lm.py
+Run it:  torchrun --nproc-per-node 2 examples/huggingface_causal_lm.py [folder of the export]
 A real run loads weights with AutoModelForCausalLM.from_pretrained; here they are random and the text is made on the fly.
 """
 
 import os
+import sys
 
 import torch
 import torch.distributed as dist
@@ -22,7 +23,7 @@ LETTERS = sorted(set(TEXT))
 def build_model() -> GPT2LMHeadModel:
     torch.manual_seed(0)
     sizes = {"vocab_size": len(LETTERS), "n_positions": LENGTH, "n_embd": 48, "n_layer": LAYERS, "n_head": 4}
-    return GPT2LMHeadModel(GPT2Config(**sizes, tie_word_embeddings=False, use_cache=False, bos_token_id=0, eos_token_id=0))
+    return GPT2LMHeadModel(GPT2Config(**sizes, use_cache=False, bos_token_id=0, eos_token_id=0))
 
 
 def cut(model: GPT2LMHeadModel, depth: int) -> list[nn.Module]:
@@ -49,7 +50,9 @@ def main() -> None:
     part = cut(build_model(), depth)[k]
     stage = PipelineStage(part, k, depth, torch.device("cpu"))
     optimizer = torch.optim.AdamW(part.parameters(), lr=3e-3)
-    schedule = po.Schedule(stage, optimizer, loss_fn, microbatches=2, clip=1.0)
+    schedule = po.Schedule(stage, optimizer, loss_fn, microbatches=2, clip=po.Clip(1.0, "global"))
+    for folder in sys.argv[1:]:
+        po.check_export(schedule, folder)  # better told now than after training
 
     for step, ids in enumerate(batches(1, STEPS)):
         schedule.step(*([ids] if first else []), target=ids if last else None)
@@ -59,6 +62,13 @@ def main() -> None:
             if last:
                 print(f"step {step + 1}: validation loss {loss:.4f}", flush=True)
     schedule.drain()
+    for folder in sys.argv[1:]:
+        po.save_weights(schedule, folder)
+        ids = next(batches(2, 1))
+        loss = schedule.eval_step(*([ids] if first else []), target=ids if last else None)
+        if last:  # what anybody can do with the folder
+            model = GPT2LMHeadModel.from_pretrained(folder).eval()
+            print(f"exported: loss {loss:.4f}, from_pretrained: loss {loss_fn(model(ids), ids):.4f}", flush=True)
     schedule.close()
     dist.destroy_process_group()
 

@@ -13,7 +13,7 @@ from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
     from pipeoptim import optim
-    from pipeoptim.checkpoint import full_state_dict, load_sharded, load_weights, save_sharded, save_weights
+    from pipeoptim.checkpoint import check_export, full_state_dict, load_sharded, load_weights, save_sharded, save_weights
     from pipeoptim.engine import (
         Along,
         Clip,
@@ -54,6 +54,7 @@ _LAZY = {
     "Schedule": "pipeoptim.engine",
     "Whole": "pipeoptim.engine",
     "add_loss": "pipeoptim.engine",
+    "check_export": "pipeoptim.checkpoint",
     "collect_losses": "pipeoptim.engine",
     "full_state_dict": "pipeoptim.checkpoint",
     "get_method": "pipeoptim.methods",
@@ -95,6 +96,7 @@ __all__ = [
     "Whole",
     "__version__",
     "add_loss",
+    "check_export",
     "collect_losses",
     "full_state_dict",
     "get_method",

@@ -20,10 +20,10 @@ from chrome_format import check  # noqa: E402
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 
-def torchrun(name, folder, **environment):
+def torchrun(name, folder, argument=".", **environment):
     """Output and losses of an example on two processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command += [str(ROOT / "examples" / name), str(folder)]
+    command += [str(ROOT / "examples" / name), str(folder / argument)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **environment}
     done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, timeout=250, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -67,8 +67,10 @@ def test_the_lines_of_the_documentation_are_those_of_the_scripts():
 
 def test_hugging_face_causal_lm(tmp_path):
     pytest.importorskip("transformers")
-    _, losses = torchrun("huggingface_causal_lm.py", tmp_path, STEPS="60")
+    _, losses = torchrun("huggingface_causal_lm.py", tmp_path, "trained", STEPS="60")
+    *losses, trained, exported = losses
     assert len(losses) == 3 and losses[-1] < 1.3 and losses == sorted(losses, reverse=True)
+    assert exported == pytest.approx(trained, abs=2e-4) and trained < 1.3
 
 
 def test_hugging_faces_stages_in_a_row_are_the_model():

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+import transformers
 
 import partition_models as models
 import pipeoptim as po
@@ -21,13 +22,26 @@ def test_asynchronous_training_in_processes_equals_the_emulator_bit_for_bit(tmp_
         for name in names:
             case = models.case(name)
             cut = po.partition(case.model, depth, case.args, case.kwargs, costs=models.equal_costs(name))
-            pipe = po.Emulator(cut.stages, models.optimizer, case.loss, seed=3, tied=cut.tied)
+            pipe = po.Emulator(cut, models.optimizer, case.loss, seed=3)
             losses = [pipe.step(*args, target=target, **kwargs) for args, kwargs, target in models.feeds(case)]
             pipe.drain()
-            for k, stage in enumerate(cut.stages):
-                theirs = torch.load(tmp_path / f"{name}-{depth}-{k}.pt", weights_only=True)
+            everyone = [torch.load(tmp_path / f"{name}-{depth}-{k}.pt", weights_only=True) for k in range(depth)]
+            for theirs, (k, stage) in zip(everyone, enumerate(cut.stages), strict=True):
                 ours = stage.state_dict()
                 assert theirs["state"].keys() == ours.keys()
                 for key, value in ours.items():
                     assert torch.equal(theirs["state"][key], value), f"{name}, depth {depth}, stage {k}: {key} differs"
+            if name.endswith("_tied"):
+                check_exported(tmp_path / f"{name}-{depth}-exported", pipe, [theirs["told"] for theirs in everyone])
             assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"])), f"{name}, depth {depth}: losses differ"
+
+
+def check_exported(folder, pipe, told):
+    """What processes have written is what the emulator's stages hold, and what one process refuses, all do."""
+    again, full = transformers.AutoModelForCausalLM.from_pretrained(folder).state_dict(), po.full_state_dict(pipe)
+    assert full.keys() == again.keys()
+    assert all(torch.equal(full[name], again[name]) for name in full)
+    assert told == told[:1] * len(told)
+    exists, differ = told[0]
+    assert "exists already" in exists
+    assert f"'transformer.wte.weight' has other values on stage 0 than on stage {pipe.depth - 1}" in differ

@@ -11,7 +11,8 @@ from pipeoptim.checkpoint.find_checkpoint import Found, find, load_stage
 from pipeoptim.checkpoint.health import sick_entry, sick_weight
 from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, folder_name, read_meta, verify
 from pipeoptim.checkpoint.sharded import load_sharded, save_sharded
-from pipeoptim.checkpoint.weights import full_state_dict, load_weights, save_weights
+from pipeoptim.checkpoint.weight_files import load_weights
+from pipeoptim.checkpoint.weights import check_export, full_state_dict, save_weights
 from pipeoptim.checkpoint.write_checkpoint import save
 
 __all__ = [
@@ -19,6 +20,7 @@ __all__ = [
     "Meta",
     "OtherFormatError",
     "TornError",
+    "check_export",
     "find",
     "folder_name",
     "full_state_dict",

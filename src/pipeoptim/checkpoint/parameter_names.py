@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from pipeoptim.checkpoint.saving_group import saving_group
+from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -22,12 +23,12 @@ Names = Sequence[Mapping[str, str]]
 def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, list[str]]]:
     """For every stage of this process: name in the stage -> its names in the original model, of all of its ``state_dict``.
 
-    A weight that the original model uses twice has two names there. Without ``names``: slices of an ``nn.Sequential`` keep its
-    names, so names that no two stages share are taken for the original ones. Where two stages do share one, the original is
-    taken to be ``nn.Sequential(*stages)``.
+    A weight that the original model uses twice has two names there. Without ``names``, stages of ``partition`` carry theirs. Of others,
+    slices of an ``nn.Sequential`` keep its names, so names that no two stages share are taken for the original ones. Where two stages do
+    share one, the original is taken to be ``nn.Sequential(*stages)``.
 
     Raises:
-        ConfigError: ``names`` does not cover a stage.
+        ConfigError: ``names`` does not cover a stage, or contradicts what it carries.
 
     Example:
         >>> import torch, pipeoptim as po
@@ -39,13 +40,27 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, l
         >>> original_names(po.Emulator([model[0], model[1]], sgd, nn.functional.mse_loss), None)
         {0: {'weight': ['0.weight'], 'bias': ['0.bias']}, 1: {'weight': ['1.weight']}}
     """
-    own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
     if names is not None:
-        return {k: _original_names_given(k, entries, names) for k, entries in own.items()}
+        return {k: _original_names_given(k, pipe.stage_module(k), names) for k in pipe.local_stages}
+    own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
+    carried = {k: carried_names(pipe.stage_module(k)) for k in pipe.local_stages}
+    unnamed = {k: [name for name in entries if name not in carried[k]] for k, entries in own.items()}
     # All processes gather, so that all decide alike.
-    often = Counter(name for part in saving_group(pipe).gather(own) for entries in part.values() for name in entries)
+    often = Counter(name for part in saving_group(pipe).gather(unnamed) for entries in part.values() for name in entries)
     unique = max(often.values(), default=1) == 1
-    return {k: {name: [name if unique else f"{k}.{name}"] for name in entries} for k, entries in own.items()}
+    return {
+        k: {name: carried[k].get(name) or [name if unique else f"{k}.{name}"] for name in entries} for k, entries in own.items()
+    }
+
+
+def carried_names(module: nn.Module) -> dict[str, list[str]]:
+    """Entry of a stage's ``state_dict`` -> its names in the original model, as far as ``partition`` has noted them on the stage or, where
+    this is wrapped, on the stage inside."""
+    found: dict[str, list[str]] = {}
+    for path, _, origin in find_origins(module):
+        own = inverted(origin.names or {})
+        found |= {f"{path}.{name}" if path else name: originals for name, originals in own.items()}
+    return found
 
 
 def unique_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, str]]:
@@ -84,16 +99,24 @@ def _with_copy_number(name: str, n: int) -> str:
     return f"{name}@{n}" if n else name
 
 
-def _original_names_given(k: int, own: list[str], names: Names) -> dict[str, list[str]]:
+def _original_names_given(k: int, module: nn.Module, names: Names) -> dict[str, list[str]]:
     if k >= len(names):
         raise ConfigError(f"names has {len(names)} entries, but there is a stage {k}; give one mapping per stage")
-    found = inverted(names[k])
+    own, found = module.state_dict(keep_vars=True), inverted(names[k])
     missing = [name for name in own if name not in found]
     if missing:
         raise ConfigError(
             f"names[{k}] says nothing of {len(missing)} entries of stage {k}'s state_dict (first: {missing[0]!r}); "
             "map every original name to its name in the stage"
         )
+    # Other original names are a renaming, which is welcome; the same ones for other weights are those of another stage or cut.
+    for name, originals in carried_names(module).items():
+        wrong = next((o for o in originals if name in own and own.get(names[k].get(o, name)) is not own[name]), None)
+        if wrong is not None:
+            raise ConfigError(
+                f"names[{k}] says that {wrong!r} is {names[k][wrong]!r} of stage {k}, which was cut from the model with that weight as "
+                f"{name!r}; leave names out, for the stages carry them"
+            )
     return {name: found[name] for name in own}
 
 

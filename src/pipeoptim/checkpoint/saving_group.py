@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeoptim.errors import ConfigError
 
@@ -12,6 +12,9 @@ if TYPE_CHECKING:
 
     from pipeoptim.engine.pipeline import Pipeline
     from pipeoptim.engine.processes.rendezvous import Rendezvous
+
+
+T = TypeVar("T")
 
 
 class SavingGroup:
@@ -59,6 +62,17 @@ class SavingGroup:
         if self.group is None or self.rendezvous is None:
             return [value]
         return gather_plain(value, self.rendezvous.ranks[0], self.group)
+
+    def agreed(self, make: Callable[[], T]) -> T:
+        """What ``make`` returns; where it is refused in one process all of them raise, since the others would wait for that one."""
+        made, refusal = None, None
+        try:
+            made = make()
+        except ConfigError as error:
+            refusal = error
+        for reason in filter(None, self.gather(None if refusal is None else str(refusal))):
+            raise ConfigError(reason) from refusal
+        return made  # type: ignore[return-value]
 
 
 def checked(pipe: object, what: str, names: object = None) -> None:

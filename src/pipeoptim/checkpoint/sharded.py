@@ -15,11 +15,11 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import torch
 from torch.utils._pytree import tree_map_only
 
+from pipeoptim.checkpoint.export_folder import begin_folder, finish_folder
 from pipeoptim.checkpoint.named_state import NamedState, check_covered, collect_stage, stage_state, tensors_needed
 from pipeoptim.checkpoint.parameter_names import Names, saved_name, unique_names
 from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
 from pipeoptim.checkpoint.shard_files import read_tensors, shapes_of, write_shard
-from pipeoptim.checkpoint.weights import begin_folder, finish_folder
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import as_path
 
@@ -31,18 +31,21 @@ STATE = "state.json"
 FORMAT = 2
 
 
-def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None, *, background: bool = False) -> Future[None]:
+def save_sharded(
+    pipe: Pipeline, folder: str | Path, names: Names | None = None, *, background: bool = False, overwrite: bool = False
+) -> Future[None]:
     """Save everything that training needs to go on: weights, optimizer states, schedules, versions, random streams.
 
     Drains first. With one process per stage all call it, and each writes its own part.
 
     Args:
         pipe: an ``Emulator`` or ``Schedule``.
-        folder: must not exist. It appears under its name when it is complete.
-        names: for every stage, name in the original model -> name in the stage (``Partition.names``). By default as in
-            :func:`full_state_dict`; another number of stages finds its weights by these names.
+        folder: must not exist, unless ``overwrite``. It appears under its name when it is complete.
+        names: for every stage, name in the original model -> name in the stage. By default as in :func:`full_state_dict`; another
+            number of stages finds its weights by these names.
         background: return as soon as the state is copied to memory; training goes on while it is written. Wait for
             ``result()`` of what is returned, in all processes, before the next save and before ``pipe.close()``.
+        overwrite: an earlier checkpoint in ``folder`` is replaced when the new one is complete; nothing else ever is.
 
     Returns:
         A future; done already unless ``background``.
@@ -61,13 +64,14 @@ def save_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None,
         True
     """
     checked(pipe, "save_sharded", names)
-    if not isinstance(background, bool):
-        raise ConfigError(f"background is {background!r}, must be True or False")
+    for option, value in (("background", background), ("overwrite", overwrite)):
+        if not isinstance(value, bool):
+            raise ConfigError(f"{option} is {value!r}, must be True or False")
     folder = as_path("folder", folder)
     pipe.drain()
     processes, names_of = saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
-    part = begin_folder(folder, processes)
+    part = begin_folder(folder, processes, overwrite, STATE)
     state = NamedState()
     for k in pipe.local_stages:
         collect_stage(pipe.stage_worker(k), names_of[k], state)
@@ -113,7 +117,7 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     checked(pipe, "load_sharded", names)
     folder, processes, names_of = as_path("folder", folder), saving_group(pipe), unique_names(pipe, names)
     refuse_sharded(pipe, processes)
-    saved, depth = _agreed(processes, lambda: _read_state_json(folder))
+    saved, depth = processes.agreed(lambda: _read_state_json(folder))
     same = all(
         processes.gather(
             depth == pipe.depth and all(saved.weights.get(k) == list(found.values()) for k, found in names_of.items())
@@ -122,11 +126,11 @@ def load_sharded(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     known = {name for own in saved.weights.values() for name in own}
     names_of = {k: {own: saved_name(name, known) for own, name in found.items()} for k, found in names_of.items()}
     everywhere = processes.gather({k: list(found.values()) for k, found in names_of.items()})
-    wanted = _agreed(processes, lambda: _wanted_tensors(pipe, names_of, saved, same, folder))
+    wanted = processes.agreed(lambda: _wanted_tensors(pipe, names_of, saved, same, folder))
     # The same lists in all processes, so all refuse together, without another exchange.
     check_covered((own for part in everywhere for own in part.values()), saved)
-    saved.tensors = _agreed(processes, lambda: read_tensors(folder, wanted))
-    for k, state in _agreed(processes, lambda: _states(pipe, names_of, saved, same)).items():
+    saved.tensors = processes.agreed(lambda: read_tensors(folder, wanted))
+    for k, state in processes.agreed(lambda: _states(pipe, names_of, saved, same)).items():
         pipe.load_stage_state_dict(k, state)
     processes.barrier()
     return same
@@ -166,18 +170,6 @@ def _states(
             states[k]["optimizer"] = tree_map_only(torch.Tensor, torch.clone, states[k]["optimizer"])
         seen |= set(names_of[k].values())
     return states
-
-
-def _agreed(processes: SavingGroup, make: Callable[[], T]) -> T:
-    """What ``make`` returns; where it is refused in one process all of them raise, since the others would wait for that one."""
-    made, refusal = None, None
-    try:
-        made = make()
-    except ConfigError as error:
-        refusal = error
-    for reason in filter(None, processes.gather(None if refusal is None else str(refusal))):
-        raise ConfigError(reason) from refusal
-    return made  # type: ignore[return-value]
 
 
 def _write_state_json(part: Path, state: NamedState, depth: int, processes: SavingGroup) -> None:

@@ -1,14 +1,12 @@
 """The weights of a pipeline as the unpipelined model has them: one state_dict, or safetensors files that other tools read.
 
-``save_weights`` writes what Hugging Face's ``from_pretrained`` reads: one file per stage and an index of which name is where.
-``load_weights`` reads such a folder (or one that was published) into one stage: only the tensors that the stage has, so no
+``save_weights`` writes what Hugging Face's ``from_pretrained`` reads: one file per stage and an index of which name is where, so no
 process ever holds the whole model.
 """
 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,33 +14,37 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.checkpoint.parameter_names import Names, inverted, merge, original_names
-from pipeoptim.checkpoint.saving_group import SavingGroup, checked, refuse_sharded, saving_group
+from pipeoptim.checkpoint.equal_copies import refuse_unequal_copies
+from pipeoptim.checkpoint.export_folder import begin_folder, check_folder, finish_folder
+from pipeoptim.checkpoint.parameter_names import Names, carried_names, merge, original_names
+from pipeoptim.checkpoint.saving_group import checked, refuse_sharded, saving_group
+from pipeoptim.checkpoint.weight_files import INDEX
+from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.errors import ConfigError
-from pipeoptim.files import as_path, cause_of, make_folder, sync_folder, sync_tree, write_durably
+from pipeoptim.files import as_path, write_durably
 
 if TYPE_CHECKING:
     from pipeoptim.engine.pipeline import Pipeline
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+CONFIG = "config.json"
 
 
 def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Tensor] | None:
     """The latest weights and buffers of all stages under their names in the original model, on the CPU.
 
     Drains first. With one process per stage all call it; the process of stage 0 gets everything, the others None. It then holds
-    the whole model: :func:`save_weights` needs no process that does. A weight that several stages have is the first one's. Where
+    the whole model: :func:`save_weights` needs no process that does. A weight that several stages have is given once. Where
     ``fully_shard`` spread stages over replicas, all replicas call it.
 
     Args:
         pipe: an ``Emulator`` or ``Schedule``.
-        names: for every stage, name in the original model -> name in the stage (``Partition.names``). By default the stages'
-            own names, which are the original ones for slices of an ``nn.Sequential``; where two stages share a name, those
-            of ``nn.Sequential(*stages)``.
+        names: for every stage, name in the original model -> name in the stage. Not needed for stages of ``partition``, which carry
+            theirs. By default those, or else the stages' own names, which are the original ones for slices of an ``nn.Sequential``;
+            where two stages share a name, those of ``nn.Sequential(*stages)``.
 
     Raises:
-        ConfigError: ``names`` does not cover a stage.
+        ConfigError: ``names`` does not cover a stage or contradicts what it carries, a stage lacks an entry that it was cut with, or
+            copies of one weight differ.
 
     Example:
         >>> import torch, pipeoptim as po
@@ -53,28 +55,43 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     """
     checked(pipe, "full_state_dict", names)
     pipe.drain()
-    found = original_names(pipe, names)
+    processes = saving_group(pipe)
+    found = processes.agreed(lambda: original_names(pipe, names))
+    processes.agreed(lambda: _refuse_lost(pipe, names))
+    refuse_unequal_copies(pipe, found, processes, _copied_to_cpu)
     states = {k: {name: _copied_to_cpu(t) for name, t in _stage_tensors(pipe.stage_module(k), k)} for k in pipe.local_stages}
-    parts = saving_group(pipe).gather_at_first((found, states))
+    parts = processes.gather_at_first((found, states))
     if parts is None:
         return None
     everywhere = [{k: own for part in parts for k, own in part[n].items()} for n in (0, 1)]
     return merge(*everywhere)
 
 
-def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None) -> None:
+def save_weights(
+    pipe: Pipeline,
+    folder: str | Path,
+    names: Names | None = None,
+    *,
+    also_save: Sequence[Any] = (),
+    overwrite: bool = False,
+) -> None:
     """Write the latest weights and buffers as safetensors, a file per stage, under their names in the original model.
 
     Drains first. With one process per stage all call it, and each writes its own file. The folder is written beside its place
     and renamed when complete. Weights that the model uses twice are written once, under their first name and from the first stage
-    that has them, as safetensors asks and ``from_pretrained`` expects.
+    that has them, as safetensors asks and ``from_pretrained`` expects. For a model of Hugging Face Transformers that ``partition``
+    cut, ``config.json`` and ``generation_config.json`` lie beside them, so that ``from_pretrained(folder)`` gives the trained model.
 
     Args:
         pipe, names: as in :func:`full_state_dict`.
-        folder: must not exist.
+        folder: must not exist, unless ``overwrite``.
+        also_save: what has a ``save_pretrained(folder)`` and belongs to the model, such as its tokenizer; needed in the process of
+            stage 0.
+        overwrite: an earlier export in ``folder`` is replaced when the new one is complete; nothing else ever is.
 
     Raises:
-        ConfigError: the folder exists, ``names`` does not cover a stage, or a stage is sharded over its replicas.
+        ConfigError: the folder exists, a stage is sharded over its replicas, or as :func:`full_state_dict`. :func:`check_export` says so
+            before training.
 
     Example:
         >>> import tempfile, torch, pipeoptim as po
@@ -86,12 +103,12 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
     """
     from safetensors.torch import save_file
 
-    checked(pipe, "save_weights", names)
+    check_export(pipe, folder, names, also_save=also_save, overwrite=overwrite)
     folder = as_path("folder", folder)
     pipe.drain()
     processes, names_of = saving_group(pipe), original_names(pipe, names)
-    refuse_sharded(pipe, processes)
-    part = begin_folder(folder, processes)
+    refuse_unequal_copies(pipe, names_of, processes, _copied_to_cpu)
+    part = begin_folder(folder, processes, overwrite, INDEX)
     where: dict[str, tuple[str, int]] = {}
     # A tied weight is written by one stage only, which all processes must agree on.
     first = _first_stages(processes.gather(names_of))
@@ -108,103 +125,86 @@ def save_weights(pipe: Pipeline, folder: str | Path, names: Names | None = None)
             "weight_map": {name: file for name, (file, _) in found.items()},
         }
         write_durably(part / INDEX, json.dumps(index, indent=1) + "\n")
+        _write_description(pipe, part)
+        for described in also_save:
+            described.save_pretrained(part)
     finish_folder(part, folder, processes)
 
 
-def load_weights(
-    module: nn.Module,
-    source: str | Path,
-    names: Mapping[str, str] | None = None,
+def check_export(
+    pipe: Pipeline,
+    folder: str | Path,
+    names: Names | None = None,
     *,
-    device: torch.device | str | None = None,
+    also_save: Sequence[Any] = (),
+    overwrite: bool = False,
 ) -> None:
-    """Load safetensors into one stage (or a whole model), reading only the tensors that it has.
+    """Refuse now what :func:`save_weights` with the same arguments would refuse after training. Writes and drains nothing.
 
-    Parameters on the meta device are replaced by what the file holds, so a stage can be cut from a model that was built under
-    ``torch.device("meta")``; do this before its optimizer is made. Others are overwritten in place, in their own type.
+    With one process per stage all call it.
 
     Args:
-        module: what to load into.
-        source: a ``.safetensors`` file, or a folder with ``model.safetensors`` or an index beside several files.
-        names: name in the file -> name in the module (``Partition.names[k]``); the same names by default.
-        device: where parameters from the meta device go; the CPU by default.
+        pipe, folder, names, also_save, overwrite: as in :func:`save_weights`.
 
     Raises:
-        ConfigError: no such file, an entry of the module that is not in it, or one of another shape.
+        ConfigError: as :func:`save_weights`, but for copies that come to differ later.
 
-    Example: see :func:`save_weights`.
+    Example:
+        >>> import tempfile, torch, pipeoptim as po
+        >>> pipe = po.Emulator([torch.nn.Linear(2, 1)], lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss)
+        >>> po.check_export(pipe, tempfile.mkdtemp() + "/weights")
     """
-    if not isinstance(module, nn.Module):
-        raise ConfigError(
-            f"load_weights() was given an object of type {type(module).__name__}, must be given a module; for those of a pipeline, "
-            "pipe.stage_module(k)"
-        )
-    if names is not None and not isinstance(names, Mapping):
-        raise ConfigError(f"names is {names!r}, must be a dictionary, name in the file -> name in the module")
-    source, device = as_path("source", source), _device(device)
-    files = _files_of(source)
-    wanted = inverted(names) if names is not None else {}
-    own = module.state_dict()
-    where = {name: wanted.get(name, [name]) for name in own}
-    loaded = _read(files, where, own, source)
-    _check_missing(module, loaded, where, source)
-    with torch.no_grad():
-        for name, tensor in loaded.items():
-            if own[name].is_meta:
-                _replace_tensor(module, name, tensor.to(device, own[name].dtype))
-            else:
-                own[name].copy_(tensor)
-    left = [name for name, t in [*module.named_parameters(), *module.named_buffers()] if t.is_meta]
-    if left:
-        raise ConfigError(
-            f"{len(left)} tensors are still on the meta device (first: {left[0]!r}), because {source} does not hold them; "
-            "build them on a real device before loading"
-        )
-    if any(tensor.is_meta for tensor in own.values()):  # forms of weights that other stages have follow to the device
-        module._apply(lambda t: torch.empty_like(t, device=device) if t.is_meta else t)  # type: ignore[no-untyped-call]
+    checked(pipe, "check_export", names)
+    folder, processes = as_path("folder", folder), saving_group(pipe)
+    if not isinstance(overwrite, bool):
+        raise ConfigError(f"overwrite is {overwrite!r}, must be True or False")
 
+    def own_stages() -> None:
+        if not isinstance(also_save, (list, tuple)) or not all(map(_describes_a_model, also_save)):
+            raise ConfigError(
+                f"also_save is {also_save!r}, must be a list of what has save_pretrained(folder) and is no model, such as a tokenizer"
+            )
+        original_names(pipe, names)
+        _refuse_lost(pipe, names)
 
-def begin_folder(folder: Path, processes: SavingGroup) -> Path:
-    """The folder beside ``folder`` that is renamed when complete; every process gets the error if there is one.
-
-    Raises:
-        ConfigError: ``folder`` exists, or cannot be made.
-    """
-    refusal, part = "", folder.parent / f".{folder.name}.part"
-    try:
-        if processes.is_first and folder.exists():
-            refusal = f"{folder} exists already; choose another folder, or remove it"
-        elif processes.is_first:
-            shutil.rmtree(part, ignore_errors=True)
-            make_folder(part)
-    except OSError as error:
-        refusal = f"{folder} cannot be made ({cause_of(error)}); choose another folder"
-    for reason in filter(None, processes.gather(refusal)):
-        raise ConfigError(reason)
-    return part
-
-
-def finish_folder(part: Path, folder: Path, processes: SavingGroup) -> None:
-    """Give a complete folder its name; it is on the disk, under that name, when this returns in any process."""
-    processes.barrier()
-    if processes.is_first:
-        sync_tree(part)  # before the name: it must never stand for files that a power cut has emptied
-        part.rename(folder)
-        sync_folder(folder.parent)
-    processes.barrier()
-
-
-def _device(given: torch.device | str | None) -> torch.device:
-    try:
-        return torch.device("cpu" if given is None else given)
-    except (RuntimeError, TypeError, ValueError) as error:
-        raise ConfigError(f"device is {given!r}, must be a device of torch, for example 'cpu'") from error
+    processes.agreed(own_stages)
+    refuse_sharded(pipe, processes)
+    check_folder(folder, processes, overwrite, INDEX)
 
 
 def _first_stages(parts: Sequence[Mapping[int, Mapping[str, Sequence[str]]]]) -> dict[str, int]:
     """Original name -> the first stage that has it."""
     everywhere = {k: own for part in parts for k, own in part.items()}
     return merge(everywhere, {k: dict.fromkeys(own, k) for k, own in everywhere.items()})
+
+
+def _describes_a_model(given: Any) -> bool:
+    return callable(getattr(given, "save_pretrained", None)) and not isinstance(given, nn.Module)
+
+
+def _refuse_lost(pipe: Pipeline, names: Names | None) -> None:
+    """Raises ConfigError where a stage lacks an entry that it was cut with: ``from_pretrained`` would put random weights in its place."""
+    for k in () if names is not None else pipe.local_stages:
+        module = pipe.stage_module(k)
+        lost = [name for name in carried_names(module) if name not in module.state_dict()]
+        if lost:
+            raise ConfigError(
+                f"stage {k} was cut with {lost[0]!r} in its state_dict, which is not there any more, as when adapters wrap a layer: merge "
+                "or remove what was added, or give names="
+            )
+
+
+def _write_description(pipe: Pipeline, folder: Path) -> None:
+    """What ``partition`` has noted of the model as files for ``from_pretrained``, with the present type of the weights."""
+    modules = [pipe.stage_module(k) for k in pipe.local_stages]
+    files = next((origin.files for module in modules for _, _, origin in find_origins(module) if origin.files), {})
+    for name, text in files.items():
+        if name == CONFIG:
+            dtype = next((p.dtype for module in modules for p in module.parameters() if p.is_floating_point()), torch.float32)
+            described = json.loads(text)
+            described["torch_dtype" if "torch_dtype" in described else "dtype"] = str(dtype).removeprefix("torch.")
+            text = json.dumps(described, indent=2, sort_keys=True) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def _stage_tensors(module: nn.Module, k: int) -> Iterable[tuple[str, Tensor]]:
@@ -227,71 +227,3 @@ def _without_aliases(tensors: Iterable[tuple[str, Tensor]]) -> Iterable[tuple[st
         if key not in seen:
             seen.add(key)
             yield name, t
-
-
-def _files_of(source: Path) -> dict[str, Path]:
-    """Name of a tensor -> file that holds it; empty key for a single file that holds all."""
-    if source.is_file():
-        return {"": source}
-    if (source / INDEX).is_file():
-        try:
-            index = json.loads((source / INDEX).read_text(encoding="utf-8"))["weight_map"]
-            return {name: source / file for name, file in index.items()}
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ConfigError(
-                f"{source / INDEX} is no index of weights ({type(error).__name__}: {error}); restore it, or load the files one by one"
-            ) from error
-    if (source / SINGLE).is_file():
-        return {"": source / SINGLE}
-    raise ConfigError(f"there are no weights in {source}; expected a .safetensors file, or a folder with {SINGLE} or {INDEX}")
-
-
-def _read(files: dict[str, Path], where: Mapping[str, list[str]], own: Mapping[str, Tensor], source: Path) -> dict[str, Tensor]:
-    loaded: dict[str, Tensor] = {}
-    for file in dict.fromkeys(files.values()):
-        with _opened(file) as opened:
-            there = set(opened.keys())
-            for name, originals in where.items():
-                original = next((o for o in originals if o in there and files.get(o, files.get("")) == file), None)
-                if original is None:
-                    continue
-                shape = tuple(opened.get_slice(original).get_shape())
-                if shape != tuple(own[name].shape):
-                    raise ConfigError(
-                        f"{original!r} has shape {shape} in {source}, but {tuple(own[name].shape)} in the module ({name!r})"
-                    )
-                loaded[name] = opened.get_tensor(original)
-    return loaded
-
-
-def _opened(file: Path) -> Any:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        return safe_open(str(file), framework="pt")
-    except (SafetensorError, OSError) as error:
-        raise ConfigError(f"{file} cannot be read as safetensors ({' '.join(str(error).split())}); restore it") from error
-
-
-def _check_missing(module: nn.Module, loaded: Mapping[str, Tensor], where: Mapping[str, list[str]], source: Path) -> None:
-    """Raises ConfigError for entries that were not loaded; a tensor that was loaded under another of its names is not missing."""
-    tensors = dict(module.named_parameters(remove_duplicate=False)) | dict(module.named_buffers(remove_duplicate=False))
-    there = {id(tensors[name]) for name in loaded}
-    missing = [name for name in where if id(tensors[name]) not in there]
-    if missing:
-        raise ConfigError(
-            f"{source} does not hold {len(missing)} of the {len(where)} entries of the module "
-            f"(first: {missing[0]!r}, looked for as {' or '.join(where[missing[0]])}); give names: original -> name in the module"
-        )
-
-
-def _replace_tensor(module: nn.Module, name: str, value: Tensor) -> None:
-    """Replace a parameter or buffer on the meta device, wherever the module refers to it."""
-    path, _, leaf = name.rpartition(".")
-    old = getattr(module.get_submodule(path), leaf)
-    new: Any = nn.Parameter(value, requires_grad=old.requires_grad) if isinstance(old, nn.Parameter) else value
-    for part in module.modules():
-        for table in (part._parameters, part._buffers):
-            for key, entry in table.items():
-                if entry is old:
-                    table[key] = new

@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 from pipeoptim.checkpoint.manifest import META, Meta, TornError, digest, folder_name, read_meta
 from pipeoptim.checkpoint.stage_files import stage_file, write_stage
 from pipeoptim.errors import PipeOptimError
-from pipeoptim.files import cause_of, make_folder, sync_folder, write_durably
+from pipeoptim.files import cause_of, make_folder, replace_folder, write_durably
 
 T = TypeVar("T")
 
@@ -66,7 +66,7 @@ def save(
             meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
             write_durably(temporary / META, meta.to_json())
             # The rename makes it a checkpoint; only then may older ones go.
-            _put_in_place(temporary, final)
+            replace_folder(temporary, final)
             _prune(root, step, keep, counts)
 
     _together(group, final, begin)
@@ -100,17 +100,6 @@ def _together(group: CheckpointGroup, final: Path, work: Callable[[], T]) -> lis
 def _write_stage(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
     write_stage(path, state)
     return digest(path)
-
-
-def _put_in_place(temporary: Path, final: Path) -> None:
-    """Rename; a torn checkpoint of the same step that was in the way is moved aside first, then removed."""
-    aside = final.with_name(f".{final.name}.old")
-    shutil.rmtree(aside, ignore_errors=True)
-    if final.exists():  # a folder that is not empty cannot be replaced by a rename
-        final.rename(aside)
-    temporary.rename(final)
-    sync_folder(final.parent)
-    shutil.rmtree(aside, ignore_errors=True)
 
 
 def _prune(root: Path, step: int, keep: int, counts: Callable[[int], bool]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from typing import Any, Unpack
+from typing import Any, Protocol, Unpack, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,14 @@ from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
 from pipeoptim.engine.runner import CountedLoss, StageRunner
 from pipeoptim.engine.stage.checks import check_optimizer
-from pipeoptim.engine.stage.tied_weights import Tied, TieOnStage, check_tied_equal, describe_tied, read_tied
+from pipeoptim.engine.stage.tied_weights import (
+    Tied,
+    TieOnStage,
+    carried_ties,
+    check_tied_equal,
+    describe_tied,
+    read_tied,
+)
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.transport.memory_link import memory_links
 from pipeoptim.errors import ConfigError, PipeOptimError
@@ -33,6 +40,14 @@ OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerMaker = Callable[[Optimizer], LRScheduler]
 
 
+@runtime_checkable
+class CutModel(Protocol):
+    """A model in stages, such as a :class:`~pipeoptim.Partition`."""
+
+    @property
+    def stages(self) -> Sequence[nn.Module]: ...
+
+
 @takes_options(OPTIONS)
 class Emulator(Pipeline):
     """Trains ``stages`` in this process exactly as one process per stage would.
@@ -42,7 +57,8 @@ class Emulator(Pipeline):
     :class:`~pipeoptim.Schedule` with the same seeds, step after step.
 
     Args:
-        stages: D modules that run one after the other. A tuple output becomes the next stage's positional arguments.
+        stages: D modules that run one after the other, or a :class:`~pipeoptim.Partition`. A tuple output becomes the next stage's
+            positional arguments.
         optimizers: one per stage, or a callable that makes one from parameters. Stepped by the pipeline, never by you.
         loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; or ``{"loss": scalar, name: part, ...}``, or
             ``(scalar, {name: part})``: the parts are reported by :attr:`loss_parts`.
@@ -68,7 +84,7 @@ class Emulator(Pipeline):
 
     def __init__(
         self,
-        stages: Sequence[nn.Module],
+        stages: Sequence[nn.Module] | CutModel,
         optimizers: Sequence[Optimizer] | OptimizerMaker,
         loss_fn: LossFn,
         method: str | Method = "pipeoptim",
@@ -78,26 +94,27 @@ class Emulator(Pipeline):
         processes: int | None = None,
         **options: Unpack[OptionKeywords],
     ) -> None:
-        stages = _checked_modules(stages)
-        _refuse_shared(stages)
+        modules = _checked_modules(stages)
+        _refuse_shared(modules)
         # Taken out first: the other options are the same for all stages, a scaler is not.
-        scalers = scalers_of(len(stages), options.pop("scaler", None))
+        scalers = scalers_of(len(modules), options.pop("scaler", None))
         read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
-        super().__init__(read, len(stages), processes)
+        super().__init__(read, len(modules), processes)
         self._processes = range(self.program.processes or self.depth)
         # Made here where a function is given: per stage, from that stage's parameters only.
-        chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in stages])
+        chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in modules])
         rates = one_each("schedulers", self.depth, schedulers, chosen)
         for k, optimizer in enumerate(chosen):
             check_optimizer(optimizer, k)
         # One exchange for all stages; each holds an end of it, as each process does of its own.
-        norms = LocalNormExchange(len(stages)) if read.clip is not None and read.clip.exchanges else None
+        norms = LocalNormExchange(len(modules)) if read.clip is not None and read.clip.exchanges else None
         scaled = any(isinstance(one, GradScaler) and one.is_enabled() for one in scalers)
-        ties = read_tied(read.tied, self.program, self.method, read.clip, scaled)
+        carried = carried_ties(dict(enumerate(modules)), self.depth)
+        ties = read_tied(read.tied, carried, self.program, self.method, read.clip, scaled)
         exchanges = [LocalGradientSum(tie.holders) for tie in ties]
         # Kept besides the ports, to look whether a message is there before a stage acts.
         self._activations, self._gradients, ports = memory_links(self.depth)
-        for k, module in enumerate(stages):
+        for k, module in enumerate(modules):
             row = self._trace_row(k, next((p.device for p in module.parameters()), torch.device("cpu")))
             worker = traced.noted_worker(row)(
                 module,
@@ -215,15 +232,15 @@ def _refuse_shared(stages: list[nn.Module]) -> None:
             if first != k and p.requires_grad:
                 raise ConfigError(
                     f"stages {first} and {k} share a parameter ({theirs!r} and {name!r}), of which each needs a copy, since they update at "
-                    "different times; stages, tied = po.untie(stages) makes copies, which tied=tied keeps equal"
+                    "different times; stages, _ = po.untie(stages) makes copies, which pipelines keep equal"
                 )
 
 
 def _checked_modules(given: Any) -> list[nn.Module]:
+    if isinstance(given, CutModel) and not isinstance(given, nn.Module):
+        given = given.stages
     if isinstance(given, nn.Module) and not isinstance(given, (nn.Sequential, nn.ModuleList)):
-        raise ConfigError(
-            f"stages is a {type(given).__name__}, must be a list of modules; po.partition(model, ...).stages cuts one"
-        )
+        raise ConfigError(f"stages is a {type(given).__name__}, must be a list of modules; po.partition(model, ...) cuts one")
     if not isinstance(given, Iterable):
         raise ConfigError(f"stages is {given!r}, must be a list of modules, the stages in order")
     stages: list[nn.Module] = []

@@ -30,6 +30,7 @@ from pipeoptim.engine.stage.tied_weights import (
     Tied,
     TiedWeight,
     TieOnStage,
+    carried_ties,
     check_tied_equal,
     describe_tied,
     read_tied,
@@ -131,7 +132,8 @@ class ProcessPipeline(Pipeline):
             self._norms = ProcessNorms(self.program.in_flight(0))
         scalers = [arguments.scaler or options.scaler for arguments in given]
         scaled = any(scaler is not None and scaler.is_enabled() for scaler in scalers)
-        tied = read_tied(options.tied, self.program, self.method, options.clip, scaled)
+        carried = carried_ties({place.k: place.module for place in places}, self.depth)
+        tied = read_tied(options.tied, carried, self.program, self.method, options.clip, scaled)
         self._tied_exchanges = {tie: AllReducedGradients(options.timeout) for tie in tied if place.k in tie.holders}
         self._replicas = read_replicas(options.replicas, place.module)
         agreed = options.describe(replicas=self._replicas.count, tied=tied, scaler=scalers[0])

@@ -5,7 +5,6 @@ Only attributes that have been stable since torch 2.5 are read: the stage's modu
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,21 +12,8 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.pipelining import PipelineStage
 
+from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.errors import ConfigError
-
-_CUT = "_pipeoptim_cut"
-
-
-def mark_cut(stages: Sequence[nn.Module], lengths: Sequence[int]) -> None:
-    """Note on each of ``stages`` how the whole model was cut, so that processes that cut it themselves can compare."""
-    for stage in stages:
-        # A plain attribute: it enters no state_dict, and is found again inside wrappers.
-        setattr(stage, _CUT, tuple(lengths))
-
-
-def read_cut(module: nn.Module) -> tuple[int, ...]:
-    """What :func:`mark_cut` noted on ``module`` or, where it is wrapped, on the module inside; empty for other modules."""
-    return next((m.__dict__[_CUT] for m in module.modules() if _CUT in m.__dict__), ())
 
 
 @dataclass(frozen=True)
@@ -51,7 +37,7 @@ class StagePlace:
     def cut(self) -> tuple[int, ...]:
         """How many blocks each stage of this pipeline has, where ``partition`` made it."""
         # A module cut for another number of stages may be part of a new pipeline: then nothing is compared.
-        lengths = read_cut(self.module)
+        lengths = next((origin.lengths for _, _, origin in find_origins(self.module)), ())
         return lengths if len(lengths) == self.depth else ()
 
 

@@ -263,8 +263,8 @@ class PipelineOptions:
     )
     tied: TiedWeights | None = option(
         None,
-        "weights of which several stages have a copy, which are kept equal: the tied of a partition, or for each of them a list of "
-        '(stage, name of the parameter): [[(0, "embed.weight"), (1, "head.weight")]].',
+        "weights of which several stages have a copy, which are kept equal: for each of them a list of (stage, name of the parameter), "
+        '[[(0, "embed.weight"), (1, "head.weight")]]. Stages of po.partition and po.untie carry theirs, so that it can be left out.',
         tied_places,
         agreed=EQUAL,
         describe=lambda tied: f"[{'; '.join(map(str, tied or ()))}]",

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from pipeoptim.engine.torch_stage import mark_cut
+from pipeoptim.engine.stage.origin import StageOrigin, note_origins
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.argument_types import check_types
@@ -18,6 +18,7 @@ from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.block_splitter import BlockSplitter, sliceable
 from pipeoptim.partitioning.cut_plan import CutRequest, choose_cut
 from pipeoptim.partitioning.layer_splitter import LayerSplitter
+from pipeoptim.partitioning.model_files import model_files
 from pipeoptim.partitioning.parameter_places import find_parameter_places, without_sharing
 from pipeoptim.partitioning.result import Partition
 from pipeoptim.partitioning.shared_measurement import measured_by_first
@@ -124,7 +125,8 @@ def partition(
     stages = without_sharing(shared)
     splitter.check(stages)
     lengths = [end - start for start, end in plan.ranges]
-    mark_cut(stages, lengths)
+    files, depth = model_files(whole), len(stages)
+    note_origins(stages, [StageOrigin(k, depth, tuple(lengths), names[k], tuple(tied), files) for k in range(depth)])
     return Partition(stages, lengths, list(costs), plan.seconds, plan.memory, names, tied, how, plan.replicas)
 
 

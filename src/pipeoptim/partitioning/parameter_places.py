@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from pipeoptim.checkpoint.parameter_names import inverted, merge
+from pipeoptim.engine.stage.origin import note_ties
 from pipeoptim.engine.stage.tied_weights import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.weight_slots import shadow_copy, weight_slots
@@ -53,10 +54,10 @@ def find_parameter_places(model: nn.Module, stages: Sequence[nn.Module]) -> tupl
 
 
 def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
-    """Stages that share no parameter, and which of their parameters were one: for ``tied=``, which keeps them equal.
+    """Stages that share no parameter, and which of their parameters were one.
 
     Each stage after the first that holds a parameter gets a copy of it, in the stage itself unless modules are shared as well.
-    Make optimizers afterwards.
+    The stages carry what was one, and pipelines keep it equal. Make optimizers afterwards.
 
     Args:
         stages: modules that run one after the other.
@@ -71,14 +72,17 @@ def untie(stages: Sequence[nn.Module]) -> tuple[list[nn.Module], list[Tied]]:
         >>> stages, tied = po.untie([embed, head])
         >>> tied[0].places
         ((0, 'weight'), (1, 'weight'))
-        >>> pipe = po.Emulator(stages, torch.optim.AdamW, nn.functional.cross_entropy, tied=tied)
+        >>> pipe = po.Emulator(stages, torch.optim.AdamW, nn.functional.cross_entropy)
     """
     if not isinstance(stages, (list, tuple, nn.Sequential, nn.ModuleList)) or not all(
         isinstance(stage, nn.Module) for stage in stages
     ):
         raise ConfigError(f"untie() was given {stages!r}, must be given the list of the stages' modules")
     _, tied = find_parameter_places(nn.ModuleList(stages), stages)
-    return without_sharing(stages), tied
+    separate = without_sharing(stages)
+    if tied:
+        note_ties(separate, tied)
+    return separate, tied
 
 
 def without_sharing(stages: Sequence[nn.Module]) -> list[nn.Module]:

@@ -28,8 +28,8 @@ class Partition:
         replicas: devices of each stage.
         names: per stage, name in the model's ``state_dict`` -> name in the stage's; with those of tied weights on every stage
             that has a copy.
-        tied: parameters of the model that several stages use. Each stage has a copy of its own; ``tied=`` of the engines keeps them
-            equal, without it they learn apart.
+        tied: parameters of the model that several stages use. Each stage has a copy of its own, and carries the names of the others,
+            by which pipelines keep them equal.
         how: ``"blocks"``, ``"layers"`` or ``"trace"``.
     """
 

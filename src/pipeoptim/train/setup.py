@@ -85,6 +85,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
     stages, tied = untie(cut(model, config.stages))
     read_tied(
         tied,
+        (),
         program(config),
         get_method(config.method),
         options_of_run(config)["clip"],

@@ -141,7 +141,7 @@ def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions
     if ties:
         raise ConfigError(
             f"the weight {ties[0].tie} is tied, but the stage's parameters are sharded; use replicas= without fully_shard, or "
-            "leave it out of tied"
+            "untie it in the model"
         )
     if method.predictor is not None:
         raise ConfigError(

@@ -31,6 +31,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.processes.exchange import GradientExchange
 from pipeoptim.engine.stage.clip import Clip
+from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.rules.combined import members
@@ -66,13 +67,39 @@ TiedWeights = Sequence[Tied | Sequence[tuple[int, str]]]
 """What users give: entries of ``Partition.tied``, or plain lists of (stage, name) of each copy."""
 
 
-def read_tied(given: TiedWeights | None, program: Program, method: Method, clip: Clip | None, scaled: bool) -> list[Tied]:
-    """``given`` in one form, each tie's places in the order of the stages, after checks.
+def carried_ties(stages: Mapping[int, nn.Module], depth: int) -> list[Tied]:
+    """The ties that ``stages`` of a pipeline carry since ``partition`` or ``untie`` made them, of the whole model.
 
     Raises:
-        ConfigError: places that do not exist, or a setting under which the copies would diverge.
+        ConfigError: they were cut for another place, so that nobody can say where the other copies are.
     """
-    ties = [_read_tie(tie, program.depth) for tie in given or ()]
+    found: dict[Tied, None] = {}
+    for k, module in stages.items():
+        for _, _, origin in find_origins(module):
+            if origin.tied and (origin.k, origin.depth) != (k, depth):
+                raise ConfigError(
+                    f"stage {k} of {depth} was made as stage {origin.k} of {origin.depth}, where {origin.tied[0]} are one weight, "
+                    "whose copies can be found in that order only; cut the model for this pipeline"
+                )
+            found |= dict.fromkeys(origin.tied)
+    return list(found)
+
+
+def read_tied(
+    given: TiedWeights | None, carried: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool
+) -> list[Tied]:
+    """``given``, or else ``carried``, in one form, each tie's places in the order of the stages, after checks.
+
+    Raises:
+        ConfigError: places that do not exist, a carried tie that ``given`` contradicts, or a setting under which the copies would diverge.
+    """
+    ties = [_read_tie(tie, program.depth) for tie in (carried if given is None else given)]
+    for tie in () if given is None else carried:
+        if not any(_same_places(own, tie) for own in ties):
+            raise ConfigError(
+                f"tied says nothing of {tie}, which are one weight in the model that was cut; leave tied out, for the stages carry it, or "
+                "untie them in the model before it is cut (tie_word_embeddings=False)"
+            )
     seen: set[tuple[int, str]] = set()
     for tie in ties:
         if seen & set(tie.places):
@@ -102,9 +129,16 @@ def _read_tie(tie: Tied | Sequence[tuple[int, str]], depth: int) -> Tied:
     return Tied(tie.names if isinstance(tie, Tied) else tuple(name for _, name in found), found)
 
 
+def _same_places(given: Tied, carried: Tied) -> bool:
+    """Whether both name the same parameters; those of a wrapped stage may be given with the wrapper's prefix."""
+    return given.holders == carried.holders and all(f".{name}".endswith(f".{carried.name_on(k)}") for k, name in given.places)
+
+
 def _check_ties(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool) -> None:
     if program.interleaved:
-        raise ConfigError("weights tied across stages are worked out for one stage per process; leave processes or tied out")
+        raise ConfigError(
+            f"weights tied across stages ({ties[0]}) are worked out for one stage per process; use one, or untie them in the model"
+        )
     # Only the exact global norm is the same number on all holders.
     if clip is not None and not clip.waits:
         raise ConfigError(
@@ -219,8 +253,7 @@ class TieOnStage:
             ConfigError: the module has no such parameter.
         """
         name = self.tie.name_on(self.k)
-        # With duplicates: a weight that is also tied inside the stage may be named by either of its names.
-        parameter = dict(module.named_parameters(remove_duplicate=False)).get(name)
+        parameter = _named_parameter(module, name)
         if parameter is None:
             raise ConfigError(
                 f"tied names {name!r} of stage {self.k}, which has no such parameter; see stage.named_parameters()"
@@ -230,6 +263,16 @@ class TieOnStage:
             return None
         delay, counted = common_delay(program, self.tie.holders), self.k == self.tie.holders[0]
         return TiedWeight(name, parameter, found, self.exchange, delay, counted)
+
+
+def _named_parameter(module: nn.Module, name: str) -> Tensor | None:
+    """The parameter ``name`` of a stage or, where this is wrapped, of the stage inside."""
+    for part in (module, *(inner for _, inner, _ in find_origins(module))):
+        # With duplicates: a weight that is also tied inside the stage may be named by either of its names.
+        found = dict(part.named_parameters(remove_duplicate=False)).get(name)
+        if found is not None:
+            return found
+    return None
 
 
 def describe_tied(weight: TiedWeight | None, optimizer: Optimizer | None, scheduler: LRScheduler | None) -> str:
