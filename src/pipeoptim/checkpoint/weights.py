@@ -103,6 +103,7 @@ def save_weights(
     """
     from safetensors.torch import save_file
 
+    checked(pipe, "save_weights", names)
     check_export(pipe, folder, names, also_save=also_save, overwrite=overwrite)
     folder = as_path("folder", folder)
     pipe.drain()
