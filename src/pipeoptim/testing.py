@@ -14,8 +14,9 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeoptim.rules import REFUSED, RULES, find_rule, predict_weights, track
-from pipeoptim.rules.fallback import copy_optimizer, unhooked_step
+from pipeoptim.rules.fallback import copy_optimizer
 from pipeoptim.rules.registry import RULE_KINDS
+from pipeoptim.rules.scratch import unhooked_step
 
 Make = Callable[[list[Parameter]], Optimizer]
 

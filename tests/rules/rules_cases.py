@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.optim import RotatedAdam
+from pipeoptim.rules import PartialGradient
 
 SHAPES = ((4, 3), (5,), (2, 3, 2, 2))
 MATRICES = ((4, 3), (3, 6))
@@ -168,6 +169,13 @@ def really_stepped(
             weight.grad = None if grad is None else grad.clone()
         twin.step()
     return values_of(twin)
+
+
+def half_seen(optimizer: Optimizer, kind: str) -> dict[str, Any]:
+    """What `predict_weights` is told for this kind: half of a mini-batch seen, with the present gradients."""
+    if kind != "in_progress":
+        return {}
+    return {"in_progress": [PartialGradient(w.grad, 0.5) for w in weights_of(optimizer)]}
 
 
 def largest_difference(first: Sequence[Tensor], second: Sequence[Tensor]) -> float:

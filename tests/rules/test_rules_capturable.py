@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.rules import RULES, Predictor, predict_weights
-from rules_cases import CASES, Case, set_random_grads, values_of
+from rules_cases import CASES, Case, half_seen, set_random_grads, values_of
 
 CAPTURABLE = [cls for cls in RULES if "capturable" in inspect.signature(cls).parameters]
 """Of all rules, those of a later torch as well."""
@@ -68,7 +68,10 @@ def test_it_is_predicted_as_without(cls: type[Optimizer]) -> None:
             optimizer = make(case, capturable=True, foreach=foreach)
             close(values_of(optimizer), values_of(plain))
             for kind in RULES[cls].kinds:
-                close(predict_weights(optimizer, 3, kind=kind), predict_weights(plain, 3, kind=kind))
+                close(
+                    predict_weights(optimizer, 3, kind=kind, **half_seen(optimizer, kind)),
+                    predict_weights(plain, 3, kind=kind, **half_seen(plain, kind)),
+                )
 
 
 @pytest.mark.usefixtures("as_if_on_an_accelerator")
@@ -88,13 +91,13 @@ def test_no_tensor_is_read_on_an_accelerator(cls: type[Optimizer], monkeypatch: 
         if not isinstance(case.settings["lr"], Tensor):
             optimizer.param_groups[0]["lr"] = torch.tensor(case.settings["lr"], dtype=torch.float64)
         for kind in RULES[cls].kinds:
-            expected = predict_weights(plain, 3, kind=kind)
+            expected = predict_weights(plain, 3, kind=kind, **half_seen(plain, kind))
             with monkeypatch.context() as patched:
                 for module in readers:
                     patched.setattr(module, "scalar", kept)
                 for name in ("item", "__float__", "__int__", "__bool__", "tolist"):
                     patched.setattr(Tensor, name, read)
-                got = predict_weights(optimizer, 3, kind=kind)
+                got = predict_weights(optimizer, 3, kind=kind, **half_seen(optimizer, kind))
             close(got, expected)
 
 

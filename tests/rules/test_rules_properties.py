@@ -20,9 +20,20 @@ from pipeoptim.rules.interpreters import ApplyMode
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.rule_moves import predict_by_rule
-from rules_cases import BY_NAME, CASES, Case, largest_difference, really_stepped, set_random_grads, train, values_of, weights_of
+from rules_cases import (
+    BY_NAME,
+    CASES,
+    Case,
+    half_seen,
+    largest_difference,
+    really_stepped,
+    set_random_grads,
+    train,
+    values_of,
+    weights_of,
+)
 
-KINDS = ("refined", "paper", "decayed", "displacement")
+KINDS = ("refined", "paper", "decayed", "in_progress", "displacement")
 
 
 def offered(case: Case) -> tuple[str, ...]:
@@ -35,7 +46,8 @@ def by_rule(cls: type[Optimizer]) -> list[str]:
 
 def write(optimizer: Optimizer, steps: int, kind: str, out: list[Tensor], mode: ApplyMode) -> None:
     grads = [w.grad for w in weights_of(optimizer)]
-    predict_by_rule(parameter_entries(optimizer, kind), grads, Horizon(steps, next_rates(optimizer, None, steps)), out, mode)
+    horizon = Horizon(steps, next_rates(optimizer, None, steps), **half_seen(optimizer, kind))
+    predict_by_rule(parameter_entries(optimizer, kind), grads, horizon, out, mode)
 
 
 def snapshot(optimizer: Optimizer) -> tuple[Any, ...]:
@@ -74,9 +86,10 @@ def test_prediction_is_pure_and_aliases_nothing(data: st.DataObject) -> None:
     scheduled = data.draw(st.booleans(), label="scheduler")
     scheduler = torch.optim.lr_scheduler.StepLR(optimizer, 2, 0.5) if scheduled else None
     before = snapshot(optimizer)
-    predicted = predict_weights(optimizer, steps, kind=kind, scheduler=scheduler)
+    known = half_seen(optimizer, kind)
+    predicted = predict_weights(optimizer, steps, kind=kind, scheduler=scheduler, **known)
     assert same(before, snapshot(optimizer))
-    again = predict_weights(optimizer, steps, kind=kind, scheduler=scheduler)
+    again = predict_weights(optimizer, steps, kind=kind, scheduler=scheduler, **known)
     assert same(predicted, again)
     for tensor in predicted:
         assert not tensor.requires_grad
@@ -101,7 +114,7 @@ def test_before_the_first_update_the_weights_themselves(case: Case) -> None:
 
 
 @settings(max_examples=300, deadline=None)
-@given(st.sampled_from(CASES), st.sampled_from(KINDS[:3]), st.integers(1, 4), st.integers(1, 5))
+@given(st.sampled_from(CASES), st.sampled_from(KINDS[:4]), st.integers(1, 4), st.integers(1, 5))
 def test_fast_paths_equal_the_plain_path(case: Case, kind: str, updates: int, steps: int) -> None:
     if kind not in offered(case):
         kind = "refined"
@@ -258,8 +271,8 @@ def test_param_groups_are_honoured(cls: type[Optimizer]) -> None:
         for optimizer in (together, *apart):
             optimizer.step()
     for kind in by_rule(cls):
-        got = predict_weights(together, 2, kind=kind)
-        expected = [w for optimizer in apart for w in predict_weights(optimizer, 2, kind=kind)]
+        got = predict_weights(together, 2, kind=kind, **half_seen(together, kind))
+        expected = [w for one in apart for w in predict_weights(one, 2, kind=kind, **half_seen(one, kind))]
         assert same(got, expected)
         assert largest_difference(got, values_of(together)) > 1e-5
         blocks = [torch.empty_like(w) for w in got]
@@ -305,7 +318,7 @@ def test_scalars_that_cannot_be_read_give_the_same_numbers(monkeypatch: pytest.M
     """On an accelerator lr, betas and step counts stay tensors. Here: CPU tensors that are never turned into floats."""
     from pipeoptim.rules import adam, lr, move, sgd
 
-    cases = [(BY_NAME[name], kind) for name in ("adamw", "adam_amsgrad", "sgd_momentum", "sgd_decay") for kind in KINDS[:3]]
+    cases = [(BY_NAME[name], kind) for name in ("adamw", "adam_amsgrad", "sgd_momentum", "sgd_decay") for kind in KINDS[:4]]
 
     def predictions(as_tensor: bool) -> list[list[Tensor]]:
         results = []
@@ -315,7 +328,7 @@ def test_scalars_that_cannot_be_read_give_the_same_numbers(monkeypatch: pytest.M
             if as_tensor:
                 for group in optimizer.param_groups:
                     group["lr"] = torch.tensor(group["lr"], dtype=torch.float64)
-            results.append(predict_weights(optimizer, 3, kind=kind))
+            results.append(predict_weights(optimizer, 3, kind=kind, **half_seen(optimizer, kind)))
         return results
 
     expected = predictions(False)

@@ -32,9 +32,11 @@ def test_steps_that_are_no_count_are_refused(steps: Any) -> None:
 
 
 def test_unknown_and_unoffered_kinds_are_refused_and_the_offer_is_named() -> None:
-    with pytest.raises(ConfigError, match="refined, paper, decayed, displacement"):
+    with pytest.raises(ConfigError, match="refined, paper, decayed, in_progress, displacement"):
         predict_weights(BY_NAME["adam"].make(), 1, kind="best")
-    with pytest.raises(ConfigError, match="no momentum that could decay; choose one of refined, paper, displacement"):
+    with pytest.raises(
+        ConfigError, match="no momentum that could decay; choose one of refined, paper, in_progress, displacement"
+    ):
         Predictor(BY_NAME["adagrad"].make(), kind="decayed")
     with pytest.raises(ConfigError, match="Lion has none"):
         predict_weights(lion(), 1, kind="decayed")

@@ -26,8 +26,9 @@ from pipeoptim.rules import (
     sgd,
 )
 from pipeoptim.rules.combined import CombinedOptimizer, muon_adamw
+from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.horizon import Horizon
-from pipeoptim.rules.move import Ahead, Move, PartialGradient, Scalar, Term
+from pipeoptim.rules.move import Ahead, Momentum, Move, PartialGradient, Scalar, Term
 from pipeoptim.rules.predict import predict_weights
 from pipeoptim.rules.predictor import Predictor
 from pipeoptim.rules.registry import KINDS, REFUSED, RULES, PredictionKind, Rule, find_rule, register_rule
@@ -38,9 +39,11 @@ __all__ = [
     "REFUSED",
     "RULES",
     "Ahead",
+    "ClipEstimate",
     "CombinedOptimizer",
     "Horizon",
     "PredictionKind",
+    "Momentum",
     "Move",
     "PartialGradient",
     "Predictor",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken
+from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, mean_square_after, scalar, steps_taken
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -39,3 +39,12 @@ class AdadeltaRule(Rule):
         share = g.square().div_(size).mul_(1 - rho).add_(rho).clamp_(min=torch.finfo(size.dtype).tiny)
         past = (state["acc_delta"] + rho * eps).div_(share)
         return Move((Term(ahead.lr_sum, past.div_(size).sqrt_().mul_(g)),))
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`. Here the size of past steps is at hand, and nothing has to be solved for."""
+        if "acc_delta" not in state:
+            return None
+        rho, eps = scalar(group["rho"]), scalar(group["eps"])
+        g = gradient(weight, grad, group, decay=True)
+        size = mean_square_after(state["square_avg"], g, rho).add_(eps).sqrt_()
+        return Move((Term(ahead.lr_sum, (state["acc_delta"] + eps).sqrt_().div_(size).mul_(g)),))

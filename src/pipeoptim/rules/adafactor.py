@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from pipeoptim.rules.move import (
     Term,
     decoupled_keep,
     gradient,
+    steps_after,
     steps_taken,
     total,
 )
@@ -49,9 +51,24 @@ class AdafactorRule(Rule):
         clip = (_rms(update) / group["d"]).clamp_(min=1.0)
         update.mul_(relative / clip)
         # The paper's form repeats the last update; refined lets the limit 1/sqrt(t) fall on.
-        ages = [t if ahead.kind == "paper" else t + i for i in range(1, ahead.steps + 1)]
+        ages = [t if ahead.kind == "paper" else t + ahead.first + i for i in range(ahead.steps)]
         rate = total([_smaller(lr, age**-0.5) for lr, age in zip(ahead.rates, ages, strict=True)])
         return Move((Term(rate, update),), decoupled_keep(group, ahead, decay=True))
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "step" not in state:
+            return None
+        step = float(steps_after(state))
+        g, share = gradient(weight, grad, group, decay=False), step ** group["beta2_decay"]
+        after: dict[str, Any] = {"step": step}
+        if g.dim() > 1:
+            for name, dim in (("row_var", -1), ("col_var", -2)):
+                mean = torch.linalg.vector_norm(g, dim=dim, keepdim=True).square_().div_(g.size(dim))
+                after[name] = state[name].lerp(mean, share)
+        else:
+            after["variance"] = state["variance"].lerp(g * g, share)
+        return self.move(weight, after, grad, group, ahead.from_state_after())
 
 
 def _second_moment(weight: Tensor, state: State, group: Group) -> Tensor:

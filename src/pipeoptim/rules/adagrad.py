@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.rules.fused.steppers import RootStepper
-from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken, total
+from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_after, steps_taken, total
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -42,7 +42,16 @@ class AdagradRule(Rule):
             return None
         refined = ahead.kind == "refined"
         lr_decay = group["lr_decay"]
-        fall = [t + i if refined else t - 1 for i in range(ahead.steps)]  # updates before the one that uses the rate
+        # Updates before the one that uses the rate.
+        fall = [t + ahead.first - 1 + i if refined else t - 1 for i in range(ahead.steps)]
         rate = total([lr / (1 + before * lr_decay) for lr, before in zip(ahead.rates, fall, strict=True)])
         value = gradient(weight, grad, group, decay=refined)
         return Move((Term(rate, value, state["sum"], 1.0, scalar(group["eps"])),))
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "sum" not in state:
+            return None
+        g = gradient(weight, grad, group, decay=True)
+        after = {"step": steps_after(state), "sum": state["sum"].addcmul(g, g)}
+        return self.move(weight, after, grad, group, ahead.from_state_after())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -9,13 +11,18 @@ from pipeoptim.rules.fused.steppers import AdamStepper
 from pipeoptim.rules.move import (
     Ahead,
     Group,
+    Momentum,
     Move,
     Scalar,
     State,
     Term,
     decoupled_keep,
+    gradient,
+    mean_square_after,
+    raw_momentum,
     scalar,
     square_root,
+    steps_after,
     steps_taken,
 )
 from pipeoptim.rules.registry import Rule, register_rule
@@ -56,6 +63,33 @@ class AdamRule(Rule):
             scalar(group["eps"]),
         )
         return Move((term,), decoupled_keep(group, ahead, decay=_is_decoupled(group)))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`."""
+        t = steps_taken(state)
+        if t is None:
+            return None
+        return raw_momentum(state["exp_avg"], 1 / (1 - scalar(group["betas"][0]) ** t), group, decay=not _is_decoupled(group))
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "exp_avg" not in state:
+            return None
+        g = gradient(weight, grad, group, decay=not _is_decoupled(group))
+        after = moments_after(state, g, group)
+        if group["amsgrad"]:
+            after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], after["exp_avg_sq"])
+        return self.move(weight, after, grad, group, ahead.from_state_after())
+
+
+def moments_after(state: State, g: Tensor, group: Group) -> dict[str, Any]:
+    """Adam's state after an update with what enters it as `g`."""
+    beta1, beta2 = (scalar(beta) for beta in group["betas"])
+    return {
+        "step": steps_after(state),
+        "exp_avg": state["exp_avg"].lerp(g, 1 - beta1),
+        "exp_avg_sq": mean_square_after(state["exp_avg_sq"], g, beta2),
+    }
 
 
 def _is_decoupled(group: Group) -> bool:

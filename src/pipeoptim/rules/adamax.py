@@ -5,7 +5,20 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, scalar, steps_taken
+from pipeoptim.rules.move import (
+    Ahead,
+    Group,
+    Momentum,
+    Move,
+    Scalar,
+    State,
+    Term,
+    gradient,
+    raw_momentum,
+    scalar,
+    steps_after,
+    steps_taken,
+)
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -26,3 +39,21 @@ class AdamaxRule(Rule):
         if ahead.kind == "decayed":  # zero gradients ahead: m fades by b1 per update, u is kept
             scale = sum((lr * beta1**i / (1 - beta1 ** (t + i)) for i, lr in enumerate(ahead.rates, start=1)), 0.0)
         return Move((Term(scale, state["exp_avg"] / state["exp_inf"]),))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`."""
+        t = steps_taken(state)
+        if t is None:
+            return None
+        scale = 1 / (1 - scalar(group["betas"][0]) ** t)
+        return raw_momentum(state["exp_avg"], scale, group, decay=True)
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "exp_avg" not in state:
+            return None
+        g = gradient(weight, grad, group, decay=True)
+        beta1, beta2 = (scalar(beta) for beta in group["betas"])
+        largest = torch.maximum(state["exp_inf"] * beta2, g.abs().add_(scalar(group["eps"])))
+        after = {"step": steps_after(state), "exp_avg": state["exp_avg"].lerp(g, 1 - beta1), "exp_inf": largest}
+        return self.move(weight, after, grad, group, ahead.from_state_after())

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -31,6 +33,10 @@ class ASGDRule(Rule):
             return Move((Term(rate, gradient(weight, grad, group, decay=False)),))
         rate = total(_etas(state, t, group, ahead))
         return Move((Term(rate, gradient(weight, grad, group, decay=True)),), 1.0 - rate * group["lambd"])
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`. All that moves a weight besides the gradient is the eta of the update before."""
+        return self.move(weight, state, grad, group, replace(ahead, kind="refined"))
 
 
 def _etas(state: State, t: Scalar, group: Group, ahead: Ahead) -> list[Scalar]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.rules.move import Group
+from pipeoptim.rules.move import Group, PartialGradient
 from pipeoptim.rules.registry import KINDS, Rule
 
 MOST_STEPS = 10**6
@@ -55,3 +56,28 @@ def check_dense(weight: Tensor, grad: Tensor | None) -> None:
             f"the gradient of a parameter of shape {tuple(weight.shape)} has layout {grad.layout}: "
             "only dense gradients can be predicted, set sparse=False in the embedding"
         )
+
+
+def check_in_progress(
+    in_progress: Sequence[PartialGradient | None], clip: Any, weights: Sequence[Tensor], *, used: bool
+) -> None:
+    """One gradient in progress per parameter, in its shape, where predictions use them."""
+    if not used and (clip is not None or len(in_progress)):
+        raise ConfigError(
+            "the gradient of the mini-batch in progress enters only predictions of the kind 'in_progress', which no parameter has: "
+            "choose that kind, or pass neither in_progress nor clip"
+        )
+    if len(in_progress) not in (0, len(weights)):
+        raise ConfigError(
+            f"{len(in_progress)} gradients in progress for {len(weights)} parameters: pass one per parameter, or none"
+        )
+    for partial, weight in zip(in_progress, weights, strict=False):
+        if partial is None:
+            continue
+        if not 0 <= partial.seen <= 1:
+            raise ConfigError(f"seen={partial.seen!r} is no share of a mini-batch: pass a number from 0 to 1")
+        if partial.value is not None and partial.value.shape != weight.shape:
+            raise ConfigError(
+                f"a gradient in progress of shape {tuple(partial.value.shape)} is not that of a parameter of shape "
+                f"{tuple(weight.shape)}: pass them in param_groups order"
+            )

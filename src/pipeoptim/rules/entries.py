@@ -13,8 +13,9 @@ from torch.optim import Optimizer
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_group, check_kind
 from pipeoptim.rules.combined import members
-from pipeoptim.rules.move import Group, State
+from pipeoptim.rules.move import Group, State, as_real
 from pipeoptim.rules.registry import RULE_KINDS, Rule, find_rule
+from pipeoptim.rules.scratch import can_scratch_step
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +47,23 @@ class ParameterEntry:
         return state if self.parameter is self.weight else {name: local_shard(value) for name, value in state.items()}
 
     @property
+    def real_weight(self) -> Tensor:
+        """The weight as rules see it: detached, a complex one as pairs of reals."""
+        return as_real(self.weight.detach())
+
+    @property
+    def real_state(self) -> State:
+        """The state as rules see it."""
+        state = self.state
+        if not self.weight.is_complex():
+            return state
+        return {name: as_real(value) if isinstance(value, Tensor) else value for name, value in state.items()}
+
+    @property
     def needs_grad(self) -> bool:
         """Whether its prediction needs the last gradient."""
-        return self.kind in RULE_KINDS and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
+        known = self.kind in RULE_KINDS and self.kind != "in_progress"  # which has gradients of its own
+        return known and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
 
 
 def local_shard(value: Any) -> Any:
@@ -86,7 +101,14 @@ def _kind_of(optimizer: Optimizer, group: Group, kind: str, rule: Rule | None, s
     wanted: str = group.get("prediction", kind)
     check_kind(wanted, rule, optimizer)
     check_group(group)
-    chosen = "displacement" if rule is None and wanted in RULE_KINDS else wanted
+    chosen = wanted
+    if rule is None and wanted in RULE_KINDS:  # "in_progress" by the optimizer's own step
+        if wanted == "in_progress" and sharded:
+            raise ConfigError(
+                f"{type(optimizer).__name__} has no prediction rule, so it is unknown whether it moves each element by itself, and this "
+                'process holds a shard; use prediction="displacement"'
+            )
+        chosen = wanted if wanted == "in_progress" and can_scratch_step(optimizer) else "displacement"
     if sharded and rule is not None and chosen in RULE_KINDS and not rule.elementwise:
         raise ConfigError(
             f"{type(optimizer).__name__} moves each matrix as a whole, of which this process holds a shard; "
@@ -108,11 +130,13 @@ class EntrySet:
         all: of every parameter.
         one_per_group: a parameter of each group that has any: kind and options are the group's, so one stands for all.
         displaced: those that are predicted by their last displacement.
+        in_progress: whether any is predicted from the mini-batch in progress.
     """
 
     all: list[ParameterEntry]
     one_per_group: list[ParameterEntry]
     displaced: list[ParameterEntry]
+    in_progress: bool = False
 
     @property
     def kinds(self) -> list[str]:
@@ -145,6 +169,8 @@ class EntryTable:
         if self._built_from != built_from:
             entries = parameter_entries(self._optimizer, self._kind, self._shards)
             one_per_group = list({entry.group_number: entry for entry in entries}.values())
-            self._entries = EntrySet(entries, one_per_group, [entry for entry in entries if entry.kind == "displacement"])
+            displaced = [entry for entry in entries if entry.kind == "displacement"]
+            in_progress = any(entry.kind == "in_progress" for entry in one_per_group)
+            self._entries = EntrySet(entries, one_per_group, displaced, in_progress)
             self._built_from = built_from
         return self._entries

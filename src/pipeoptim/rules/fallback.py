@@ -16,6 +16,7 @@ from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.entries import optimizer_parameters
+from pipeoptim.rules.scratch import unhooked_step
 
 
 @torch.no_grad()
@@ -64,15 +65,6 @@ def copy_optimizer(optimizer: Optimizer) -> tuple[Any, list[Tensor]]:
         else:
             twin.__dict__[name] = copy.deepcopy(value, known)
     return twin, [weight.detach() for weight in weights]
-
-
-def unhooked_step(cls: type[Any]) -> Any:
-    """`step` of the class without the layer in which torch runs hooks, global ones included.
-
-    Not ``optimizer.step``: a scheduler puts a function there that is bound to the original.
-    """
-    step = cls.step
-    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 @torch.no_grad()

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pipeoptim.rules.entries import ParameterEntry
+from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.move import Ahead, PartialGradient, Scalar
 
 
@@ -19,12 +20,14 @@ class Horizon(NamedTuple):
         rates: for each param group the learning rates of the next s updates.
         scale: factor on every predicted displacement: ``W + scale * (W_hat - W)``.
         in_progress: for each parameter the gradient of the mini-batch in progress; empty where it is not known.
+        clip: how the gradient of that mini-batch will be clipped; None where it is not.
     """
 
     steps: int
     rates: Sequence[tuple[Scalar, ...]]
     scale: float = 1.0
     in_progress: Sequence[PartialGradient | None] = ()
+    clip: ClipEstimate | None = None
 
     @property
     def displacements(self) -> float:

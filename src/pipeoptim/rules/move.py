@@ -57,12 +57,26 @@ class PartialGradient:
     """The gradient of the mini-batch in progress, as far as its micro-batches have come.
 
     Attributes:
-        value: sum over the micro-batches so far, each weighted as in the update (1/M).
+        value: sum over the micro-batches so far, each weighted as in the update (1/M); None where none of them had a gradient.
         seen: share of the mini-batch that they are, 0 .. 1.
+        factor: what `value` is multiplied by to be in the units of the update's gradient; 1/S where the loss was scaled by S.
+    """
+
+    value: Tensor | None
+    seen: float
+    factor: Scalar = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Momentum:
+    """The running mean of past gradients that a state holds: ``scale * value + of_weight * W``, in the units of a gradient.
+
+    `of_weight` takes out the weight decay that has entered the mean.
     """
 
     value: Tensor
-    seen: float
+    scale: Scalar = 1.0
+    of_weight: Scalar = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,12 +88,18 @@ class Ahead:
         rates: the learning rate of each of the next ``s`` updates.
         scale: factor on the predicted displacement. Rules ignore it: `ask_rule` applies it to the move of any rule.
         in_progress: gradient of the mini-batch in progress; None where it is not known.
+        first: which update the first rate belongs to, counted from the last one in the state: 1 is the next, 0 that last one itself.
     """
 
     kind: str
     rates: tuple[Scalar, ...]
     scale: float = 1.0
     in_progress: PartialGradient | None = None
+    first: int = 1
+
+    def from_state_after(self) -> Ahead:
+        """The same updates, asked of a state that has had the first of them; refined."""
+        return replace(self, kind="refined", first=0)
 
     @property
     def steps(self) -> int:
@@ -94,6 +114,11 @@ class Ahead:
     def decaying_sum(self, factor: Scalar, *, first_power: int = 1) -> Scalar:
         """``sum_i lr_i * factor^(first_power + i - 1)``, i = 1..s: what is left of a momentum that is fed zeros."""
         return total([lr * factor ** (first_power + i) for i, lr in enumerate(self.rates)])
+
+
+def as_real(tensor: Tensor) -> Tensor:
+    """Complex tensors as pairs of reals, as torch's own optimizers treat them."""
+    return torch.view_as_real(tensor) if tensor.is_complex() else tensor
 
 
 def scalar(value: Any) -> Scalar:
@@ -144,6 +169,24 @@ def gradient(weight: Tensor, grad: Tensor, group: Group, *, decay: bool) -> Tens
     if isinstance(weight_decay, Tensor):
         return torch.addcmul(grad, weight, weight_decay)
     return grad.add(weight, alpha=weight_decay) if weight_decay != 0 else grad
+
+
+def steps_after(state: State) -> Scalar:
+    """``t`` after one more update."""
+    return scalar(state["step"]) + 1
+
+
+def mean_square_after(mean: Tensor, g: Tensor, decay: Scalar) -> Tensor:
+    """``decay * mean + (1 - decay) * g^2``, a new tensor, with torch's roundings."""
+    if isinstance(decay, Tensor):  # value= would read it from the device
+        return (mean * decay).add_(g * g * (1 - decay))
+    return (mean * decay).addcmul_(g, g, value=1 - decay)
+
+
+def raw_momentum(mean: Tensor, scale: Scalar, group: Group, *, decay: bool) -> Momentum:
+    """A mean of what entered the updates, as a mean of gradients: without the maximize sign and, if `decay`, coupled decay."""
+    sign = -1.0 if group.get("maximize", False) else 1.0
+    return Momentum(mean, sign * scale, -sign * scalar(group.get("weight_decay", 0.0)) if decay else 0.0)
 
 
 def decoupled_keep(group: Group, ahead: Ahead, *, decay: bool) -> Scalar:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim import _muon as torch_muon
 
-from pipeoptim.rules.move import Ahead, Group, Move, State, Term, decoupled_keep, scalar
+from pipeoptim.rules.move import Ahead, Group, Momentum, Move, State, Term, decoupled_keep, scalar
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -39,3 +39,14 @@ class MuonRule(Rule):
         update = torch_muon._zeropower_via_newtonschulz(buffer, group["ns_coefficients"], group["ns_steps"], group["eps"])
         ratio = float(scalar(torch_muon._adjust_lr(1.0, group["adjust_lr_fn"], weight.shape)))
         return Move((Term(ahead.lr_sum * ratio, update.to(weight.dtype)),), decoupled_keep(group, ahead, decay=True))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`. A mean that begins at zero; without a count of steps its start stays uncorrected."""
+        return None if "momentum_buffer" not in state else Momentum(state["momentum_buffer"])
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "momentum_buffer" not in state:
+            return None
+        after = {"momentum_buffer": state["momentum_buffer"].lerp(grad, 1 - scalar(group["momentum"]))}
+        return self.move(weight, after, grad, group, ahead.from_state_after())

@@ -5,15 +5,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeoptim.rules.adam import moments_after
 from pipeoptim.rules.move import (
     Ahead,
     Group,
+    Momentum,
     Move,
     Scalar,
     State,
     Term,
     decoupled_keep,
     gradient,
+    raw_momentum,
     scalar,
     square_root,
     steps_taken,
@@ -59,6 +62,24 @@ class NAdamRule(Rule):
             return Move((Term(of_grad / (1 - beta1**t) + of_mean, state["exp_avg"], root, divisor, eps),), keep)
         last = gradient(weight, grad, group, decay=coupled)
         return Move((Term(of_grad, last, root, divisor, eps), Term(of_mean, state["exp_avg"], root, divisor, eps)), keep)
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`."""
+        t = steps_taken(state)
+        if t is None:
+            return None
+        scale = 1 / (1 - scalar(group["betas"][0]) ** t)
+        return raw_momentum(state["exp_avg"], scale, group, decay=not group["decoupled_weight_decay"])
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "exp_avg" not in state:
+            return None
+        g = gradient(weight, grad, group, decay=not group["decoupled_weight_decay"])
+        after = moments_after(state, g, group)
+        mu = _mu(scalar(group["betas"][0]), after["step"], group)
+        after["mu_product"] = state["mu_product"] * mu  # in the type of the state, as torch rounds it
+        return self.move(weight, after, grad, group, ahead.from_state_after())
 
 
 def _mu(beta1: Scalar, t: Scalar, group: Group) -> Scalar:

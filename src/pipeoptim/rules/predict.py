@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -11,13 +11,15 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.rules.checks import check_steps
+from pipeoptim.rules.checks import check_in_progress, check_steps
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.displacement import PREVIOUS, extrapolate
 from pipeoptim.rules.entries import ParameterEntry, parameter_entries
+from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.fallback import copy_weights, next_weights_of_copy
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
+from pipeoptim.rules.move import PartialGradient
 from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.rule_moves import predict_by_rule
 from pipeoptim.rules.tracking import tracked_previous
@@ -25,7 +27,13 @@ from pipeoptim.rules.tracking import tracked_previous
 
 @torch.no_grad()
 def predict_weights(
-    optimizer: Optimizer, steps: int, *, kind: str = "refined", scheduler: LRScheduler | None = None
+    optimizer: Optimizer,
+    steps: int,
+    *,
+    kind: str = "refined",
+    scheduler: LRScheduler | None = None,
+    in_progress: Sequence[PartialGradient | None] = (),
+    clip: ClipEstimate | None = None,
 ) -> list[Tensor]:
     """The weights that this optimizer will have after `steps` more updates, as far as its state tells.
 
@@ -39,9 +47,14 @@ def predict_weights(
             in ``p.grad``.
         steps: version gap s >= 0, in updates. 0 returns the weights themselves, bit for bit.
         kind: "refined" (every flag of the optimizer), "paper" (arXiv 2312.00839), "decayed" (zero gradients
-            ahead), "displacement" (``W_t + s (W_t - W_{t-1})``; call `track` before the last step), or "none".
+            ahead), "in_progress" (one step of the optimizer on the gradient that the mini-batch in progress lets
+            expect: ``g = value + (1 - seen) * m_hat``), "displacement" (``W_t + s (W_t - W_{t-1})``; call `track` before the last step), or
+            "none".
             A param group with an entry "prediction" uses that kind instead.
-        scheduler: with it, "refined" and "decayed" use the rates of the next s updates instead of s times
+        in_progress: for the kind "in_progress", what each parameter's gradient is so far in the mini-batch of the next
+            update; None, or empty, where nothing is known: then the momentum stands for all of it.
+        clip: for the kind "in_progress", how that gradient will be clipped.
+        scheduler: with it, "refined", "decayed" and "in_progress" use the rates of the next s updates instead of s times
             the present one. Call after ``scheduler.step()``.
 
     Returns:
@@ -69,6 +82,8 @@ def predict_weights(
     """
     check_steps(steps)
     entries = parameter_entries(optimizer, kind)
+    used = any(entry.kind == "in_progress" for entry in entries)
+    check_in_progress(in_progress, clip, [entry.weight for entry in entries], used=used)
     out = [torch.empty_like(entry.weight.detach()) for entry in entries]
     if steps == 0:
         copy_weights([entry.weight for entry in entries], out)
@@ -77,7 +92,7 @@ def predict_weights(
     # A scheduler of another optimizer is refused also where nothing reads its rates.
     rates = next_rates(optimizer, scheduler, steps) if by_rule or scheduler is not None else []
     grads = [entry.weight.grad if by_rule else None for entry in entries]
-    predict_by_rule(entries, grads, Horizon(steps, rates), out)
+    predict_by_rule(entries, grads, Horizon(steps, rates, in_progress=in_progress, clip=clip), out)
     for member in members(optimizer):
         _predict_by_displacement(member, entries, steps, out)
     return out

@@ -12,14 +12,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.rules.checks import check_steps
+from pipeoptim.rules.checks import check_in_progress, check_steps
 from pipeoptim.rules.displacement import PREVIOUS, Buffers, DisplacementMemory
 from pipeoptim.rules.entries import EntrySet, EntryTable, optimizer_parameters
+from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.fallback import copy_weights
 from pipeoptim.rules.fused.step import FusedStep
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
-from pipeoptim.rules.move import Scalar
+from pipeoptim.rules.move import PartialGradient, Scalar
 from pipeoptim.rules.rule_moves import predict_by_rule
 
 
@@ -94,6 +95,11 @@ class Predictor:
         """Whether `before_step` writes present weights into `spare`."""
         return bool(self._table.current().displaced)
 
+    @property
+    def uses_in_progress(self) -> bool:
+        """Whether the gradient of the mini-batch in progress enters predictions."""
+        return self._table.current().in_progress
+
     def _horizon(self, steps: int, *, after: int = 0) -> Horizon:
         """What to predict from, `after` so many further updates: the place where live information enters predictions."""
         return Horizon(steps, next_rates(self.optimizer, self.scheduler, steps, after=after), self.scale)
@@ -103,7 +109,12 @@ class Predictor:
     @property
     def fuses(self) -> bool:
         """Whether `fused_step` can ever return True, so that a buffer is worth having ready."""
-        return self.fused == "auto" and self._fused_step.possible(self._table.current().all)
+        entries = self._table.current()
+        # What is made from a mini-batch in progress right after an update would be out of date with its first gradient.
+        return not entries.in_progress and self._kernel_steps(entries)
+
+    def _kernel_steps(self, entries: EntrySet) -> bool:
+        return self.fused == "auto" and self._fused_step.possible(entries.all)
 
     def fused_step(self, out: Sequence[Tensor], steps: int) -> bool:
         """Step the optimizer and write ``W_hat(t + 1 + steps)`` into `out` in the same pass over memory.
@@ -112,10 +123,10 @@ class Predictor:
         step once right after. False, with nothing done, where torch's own step has to run (see `rules.fused`).
         """
         check_steps(steps)
-        if self.fused != "auto" or steps == 0:
+        entries = self._table.current()
+        if self.fused != "auto" or steps == 0 or entries.in_progress:
             return False
-        # after=1: the present rate is that of this step; the prediction begins with the next.
-        entries, horizon = self._table.current(), self._horizon(steps, after=1)
+        horizon = self._horizon(steps, after=1)  # the present rate is that of this step; the prediction begins with the next
         if not self._fused_step(entries.all, horizon, out):
             return False
         self._note_fused(entries, horizon, out)
@@ -130,7 +141,7 @@ class Predictor:
         check_steps(steps)
         entries = self._table.current()
         # A rule that needs the gradient again could not make a second prediction for this version.
-        if self.fused != "auto" or steps == 0 or entries.need_grad:
+        if self.fused != "auto" or steps == 0 or entries.need_grad or entries.in_progress:
             return None
         horizon = self._horizon(steps, after=1)
         out = self._fused_step.over_gradients(entries.all, horizon)
@@ -149,7 +160,8 @@ class Predictor:
     def step(self) -> None:
         """``optimizer.step()``, by the kernel of `fused_step` where it has one: for a stage that has nothing to predict."""
         # No buffers, no horizon: the kernel steps only.
-        if not (self.fuses and self._fused_step(self._table.current().all)):
+        entries = self._table.current()
+        if not (self._kernel_steps(entries) and self._fused_step(entries.all)):
             self.optimizer.step()
 
     def still_holds(self, steps: int) -> bool:
@@ -181,8 +193,16 @@ class Predictor:
 
     # -- predictions ---------------------------------------------------------------------------------------------------
 
-    def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
+    def predict_into(
+        self,
+        out: Sequence[Tensor],
+        steps: int,
+        in_progress: Sequence[PartialGradient | None] = (),
+        clip: ClipEstimate | None = None,
+    ) -> None:
         """Write ``W_hat(t + steps)`` into `out`: one buffer per parameter, none of them a parameter.
+
+        `in_progress` and `clip` are what the kind "in_progress" is made from, see `predict_weights`.
 
         `out` may be the `spare` of `before_step`, whatever it holds by now; a call with another `steps` for
         the same version starts from that. Equal bit for bit to `predict_weights`, except that such a second
@@ -190,6 +210,7 @@ class Predictor:
         """
         check_steps(steps)
         entries = self._table.current()
+        check_in_progress(in_progress, clip, [entry.weight for entry in entries.all], used=entries.in_progress)
         _check_buffers([entry.weight for entry in entries.all], out)
         if entries.displaced:
             self._displacements.predict_into(entries.displaced, out, steps * self.scale)
@@ -200,7 +221,8 @@ class Predictor:
             copy_weights([entry.weight for entry in others], [out[entry.number] for entry in others])
         else:
             grads = self._grads if self._grads is not None else [None] * len(entries.all)
-            predict_by_rule(entries.all, grads, self._horizon(steps), out)
+            horizon = self._horizon(steps)._replace(in_progress=in_progress, clip=clip)
+            predict_by_rule(entries.all, grads, horizon, out)
 
     # -- state -----------------------------------------------------------------------------------------------------------
 

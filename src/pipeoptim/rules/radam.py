@@ -9,8 +9,22 @@ import torch
 from torch import Tensor
 
 from pipeoptim.kernels import calls
+from pipeoptim.rules.adam import moments_after
 from pipeoptim.rules.fused.steppers import AdamStepper
-from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, decoupled_keep, scalar, steps_taken
+from pipeoptim.rules.move import (
+    Ahead,
+    Group,
+    Momentum,
+    Move,
+    Scalar,
+    State,
+    Term,
+    decoupled_keep,
+    gradient,
+    raw_momentum,
+    scalar,
+    steps_taken,
+)
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -55,6 +69,22 @@ class RAdamRule(Rule):
         else:
             terms = (_term(ahead.lr_sum / (1 - beta1**t), t, state, group),)
         return Move(terms, decoupled_keep(group, ahead, decay=bool(group["decoupled_weight_decay"])))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`."""
+        t = steps_taken(state)
+        if t is None:
+            return None
+        scale = 1 / (1 - scalar(group["betas"][0]) ** t)
+        return raw_momentum(state["exp_avg"], scale, group, decay=not group["decoupled_weight_decay"])
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "exp_avg" not in state:
+            return None
+        g = gradient(weight, grad, group, decay=not group["decoupled_weight_decay"])
+        after = moments_after(state, g, group)
+        return self.move(weight, after, grad, group, ahead.from_state_after())
 
 
 def _term(scale: Scalar, t: float, state: State, group: Group) -> Term:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.combined import CombinedOptimizer
 from pipeoptim.rules.fused.steppers import Stepper
-from pipeoptim.rules.move import Ahead, Group, Move, State
+from pipeoptim.rules.move import Ahead, Group, Momentum, Move, State
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,13 @@ KINDS: dict[str, PredictionKind] = {
         1,
         1,
     ),
+    "in_progress": PredictionKind(
+        "one step of the optimizer, not carried out, on g = (gradients of the mini-batch in progress so far) + (1 - their share) * m_hat; "
+        "the other s-1 steps along its direction",
+        "all micro-batches of the mini-batch seen: the update itself; otherwise micro-batches to come that equal the momentum",
+        2,
+        2,
+    ),
     "displacement": PredictionKind(
         "W_t + s * (W_t - W_{t-1}), for any optimizer",
         "a constant displacement",
@@ -88,6 +95,11 @@ class Rule(ABC):
     """The optimizer's own step for a kernel that predicts in the same pass; None: torch's step, then a prediction."""
 
     @property
+    def steps_dry(self) -> bool:
+        """Whether the rule has a `dry_step`; without one the optimizer's own step runs on copies of weight and state."""
+        return type(self).dry_step is not Rule.dry_step
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of prediction that this rule offers."""
         return tuple(kind for kind in KINDS if kind != "decayed" or not self.no_decayed)
@@ -102,6 +114,18 @@ class Rule(ABC):
 
         Pure: reads its arguments and changes none of them. All tensors are real (complex ones come as views).
         """
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """The running mean ``m_hat`` of past gradients, corrected for its start; None where the state holds none (yet)."""
+        return None
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """Where the next update takes `weight` if its gradient is `grad`, and the ``ahead.steps - 1`` further ones along its direction.
+
+        Pure, as `move` is. None where the state does not tell (before the first update): then the optimizer's own step is
+        carried out on copies.
+        """
+        return None
 
 
 RULES: dict[type[Any], Rule] = {}

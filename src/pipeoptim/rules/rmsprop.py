@@ -2,11 +2,26 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeoptim.rules.fused.steppers import RootStepper
-from pipeoptim.rules.move import Ahead, Group, Move, State, Term, gradient, scalar, steps_taken
+from pipeoptim.rules.move import (
+    Ahead,
+    Group,
+    Momentum,
+    Move,
+    State,
+    Term,
+    gradient,
+    mean_square_after,
+    raw_momentum,
+    scalar,
+    steps_after,
+    steps_taken,
+)
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -52,3 +67,31 @@ class RMSpropRule(Rule):
             root = root.addcmul(state["grad_avg"], state["grad_avg"], value=-1)
         value = gradient(weight, grad, group, decay=ahead.kind == "refined")
         return Move((Term(ahead.lr_sum, value, root, 1.0, scalar(group["eps"])),))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`. Centered: the mean of gradients; else that of normalized ones, times the present root."""
+        t = steps_taken(state)
+        if t is None:
+            return None
+        if group["centered"]:
+            return raw_momentum(state["grad_avg"], 1 / (1 - scalar(group["alpha"]) ** t), group, decay=True)
+        if group["momentum"] == 0:
+            return None
+        root = state["square_avg"].sqrt().add_(scalar(group["eps"]))
+        return raw_momentum(root.mul_(state["momentum_buffer"]), 1 - scalar(group["momentum"]), group, decay=True)
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        if "square_avg" not in state:
+            return None
+        alpha, g = scalar(group["alpha"]), gradient(weight, grad, group, decay=True)
+        after: dict[str, Any] = {"step": steps_after(state), "square_avg": mean_square_after(state["square_avg"], g, alpha)}
+        if group["centered"]:
+            after["grad_avg"] = state["grad_avg"].lerp(g, 1 - alpha)
+        if group["momentum"] > 0:
+            root = after["square_avg"]
+            if group["centered"]:
+                root = root.addcmul(after["grad_avg"], after["grad_avg"], value=-1)
+            buffer = state["momentum_buffer"] * scalar(group["momentum"])
+            after["momentum_buffer"] = buffer.addcdiv_(g, root.sqrt().add_(scalar(group["eps"])))
+        return self.move(weight, after, grad, group, ahead.from_state_after())

@@ -7,7 +7,7 @@ from torch import Tensor
 from pipeoptim.optim.eigenbasis import rotated, rotated_back
 from pipeoptim.optim.rotated_adam import RotatedAdam, bases_of
 from pipeoptim.rules.adam import AdamRule
-from pipeoptim.rules.move import Ahead, Group, Move, State, Term
+from pipeoptim.rules.move import Ahead, Group, Momentum, Move, State, Term, mean_square_after, steps_after
 from pipeoptim.rules.registry import Rule, register_rule
 
 _ADAM = AdamRule()
@@ -32,7 +32,7 @@ class RotatedAdamRule(Rule):
     def move(self, weight: Tensor, state: State, grad: Tensor | None, group: Group, ahead: Ahead) -> Move | None:
         """See the class."""
         bases = bases_of(state)
-        adamw = {**group, "amsgrad": False, "decoupled_weight_decay": True}
+        adamw = _as_adamw(group)
         if all(basis is None for basis in bases):
             return _ADAM.move(weight, state, grad, adamw, ahead)
         turned = {**state, "exp_avg": rotated(state["exp_avg"], *bases)}
@@ -42,6 +42,27 @@ class RotatedAdamRule(Rule):
         # The terms of one move share their numerator: added before they are turned back, since each turn costs two products.
         step = sum((_step_of(term) for term in move.terms[1:]), _step_of(move.terms[0]))
         return Move((Term(1.0, rotated_back(step, *bases).to(weight.dtype)),), move.keep)
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`: in the basis of the weight, whether it is rotated or not."""
+        return _ADAM.momentum(weight, state, _as_adamw(group))
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`. An update that refreshes its bases is left to the optimizer's own step, on copies."""
+        bases = bases_of(state)
+        if all(basis is None for basis in bases):
+            return _ADAM.dry_step(weight, state, grad, _as_adamw(group), ahead)
+        t, g = steps_after(state), grad.to(state["exp_avg"].dtype)
+        if int(t) % group["refresh_every"] == 0:
+            return None
+        beta1, beta2 = group["betas"]
+        second = mean_square_after(state["exp_avg_sq"], rotated(g, *bases), beta2)
+        after = {**state, "step": t, "exp_avg": state["exp_avg"].lerp(g, 1 - beta1), "exp_avg_sq": second}
+        return self.move(weight, after, grad, group, ahead.from_state_after())
+
+
+def _as_adamw(group: Group) -> Group:
+    return {**group, "amsgrad": False, "maximize": False, "decoupled_weight_decay": True}
 
 
 def _step_of(term: Term) -> Tensor:

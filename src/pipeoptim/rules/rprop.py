@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeoptim.rules.move import Ahead, Group, Move, State, Term, steps_taken
+from pipeoptim.rules.move import Ahead, Group, Momentum, Move, State, Term, steps_taken
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -45,3 +45,22 @@ class RpropRule(Rule):
             reach += size
             size = (size * eta_plus).clamp_(low, high)
         return Move((Term(1.0, reach.mul_(grad.sign())),))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`. No mean: the last gradient, 0 where a weight pauses."""
+        return None if steps_taken(state) is None else Momentum(state["prev"], -1.0 if group["maximize"] else 1.0)
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`. A weight that pauses in the first of the updates stays."""
+        if "prev" not in state:
+            return None
+        g = -grad if group["maximize"] else grad
+        (eta_minus, eta_plus), (low, high) = group["etas"], group["step_sizes"]
+        agree = g * state["prev"]
+        size = state["step_size"]
+        size = torch.where(agree > 0, size * eta_plus, torch.where(agree < 0, size * eta_minus, size)).clamp_(low, high)
+        reach = size.clone()
+        for _ in range(ahead.steps - 1):
+            size = (size * eta_plus).clamp_(low, high)
+            reach += size
+        return Move((Term(1.0, torch.where(agree < 0, 0, g.sign().mul_(reach))),))

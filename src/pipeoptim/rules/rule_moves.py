@@ -9,10 +9,11 @@ from torch import Tensor
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_dense
+from pipeoptim.rules.dry_step import predict_by_dry_step
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
-from pipeoptim.rules.move import Ahead, Move
+from pipeoptim.rules.move import Ahead, Move, as_real
 
 
 def ask_rule(entry: ParameterEntry, grad: Tensor | None, ahead: Ahead) -> Move | None:
@@ -20,18 +21,15 @@ def ask_rule(entry: ParameterEntry, grad: Tensor | None, ahead: Ahead) -> Move |
 
     Both paths ask here: the plain one for every parameter, the fused one once for all parameters that share their numbers.
     """
-    weight, state = entry.weight, entry.state
-    check_dense(weight, grad)
+    check_dense(entry.weight, grad)
     if grad is None:
-        if not weight.requires_grad:  # frozen: it had updates once, it gets none now
+        if not entry.weight.requires_grad:  # frozen: it had updates once, it gets none now
             return None
     elif grad.requires_grad:  # from a backward with create_graph=True
         grad = grad.detach()
-    if weight.is_complex():
-        weight, state = _as_real(weight), {k: _as_real(v) if isinstance(v, Tensor) else v for k, v in state.items()}
-        grad = None if grad is None else _as_real(grad)
+    grad = None if grad is None else as_real(grad)
     assert entry.rule is not None
-    move = entry.rule.move(weight, state, grad, entry.group, ahead)
+    move = entry.rule.move(entry.real_weight, entry.real_state, grad, entry.group, ahead)
     return None if move is None else move.scaled(ahead.scale)
 
 
@@ -55,17 +53,13 @@ def predict_by_rule(
     if len(out) != len(entries):
         raise ConfigError(f"{len(out)} buffers for {len(entries)} parameters: pass one buffer per parameter")
     batch = MoveBatch(mode)
+    predict_by_dry_step(entries, horizon, out, batch)
     for entry, grad, buffer in zip(entries, grads, out, strict=True):
-        if entry.kind == "displacement":
+        if entry.kind in ("displacement", "in_progress"):
             continue
         move = None if entry.kind == "none" else ask_rule(entry, grad, horizon.ahead(entry))
         if move is None:
             buffer.copy_(entry.weight)
         else:
-            batch.add(_as_real(entry.weight.detach()), move, _as_real(buffer.detach()))
+            batch.add(entry.real_weight, move, as_real(buffer.detach()))
     batch.flush()
-
-
-def _as_real(tensor: Tensor) -> Tensor:
-    """Complex tensors as pairs of reals, as torch's own optimizers treat them."""
-    return torch.view_as_real(tensor) if tensor.is_complex() else tensor

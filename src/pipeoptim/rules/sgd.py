@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from pipeoptim.rules.fused.steppers import SgdStepper
-from pipeoptim.rules.move import Ahead, Group, Move, Scalar, State, Term, scalar
+from pipeoptim.rules.move import Ahead, Group, Momentum, Move, Scalar, State, Term, gradient, raw_momentum, scalar
 from pipeoptim.rules.registry import Rule, register_rule
 
 
@@ -44,6 +46,23 @@ class SGDRule(Rule):
             along = _along_gradient(grad, group, ahead)
             return Move((*along.terms, Term(ahead.lr_sum * momentum, buffer)), along.keep)
         return Move((Term(ahead.lr_sum, buffer),))
+
+    def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
+        """See `Rule`: the buffer's fixed point under a constant gradient; without a count of steps its start stays uncorrected."""
+        mu, buffer, gain = _momentum(group), state.get("momentum_buffer"), 1 - scalar(group["dampening"])
+        if mu is None or buffer is None or (not isinstance(gain, Tensor) and gain == 0):
+            return None
+        return raw_momentum(buffer, (1 - mu) / gain, group, decay=True)
+
+    def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
+        """See `Rule`."""
+        after: dict[str, Any] = {}
+        mu, buffer = _momentum(group), state.get("momentum_buffer")
+        if mu is not None:
+            g = gradient(weight, grad, group, decay=True)
+            # torch's first step takes the gradient whole, whatever the dampening.
+            after["momentum_buffer"] = g if buffer is None else (buffer * mu).add_(g * (1 - scalar(group["dampening"])))
+        return self.move(weight, after, grad, group, ahead.from_state_after())
 
 
 def _momentum(group: Group) -> Scalar | None:

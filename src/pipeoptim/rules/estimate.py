@@ -1,0 +1,119 @@
+"""The gradient of the coming update, estimated from the mini-batch in progress and the momentum.
+
+    h = factor * value  +  (1 - seen) * m_hat / last_factor            g = f * h
+        '- micro-batches    '- micro-batches to come: m_hat, the           '- clipping
+           so far              momentum, is made of clipped gradients
+
+Where the state holds no momentum, the micro-batches to come are taken as ``seen`` times the mean of those so far: the fewer are known,
+the less they say, so the estimate is shrunk towards 0. Its error is smaller than that of 0 wherever the mini-batch tells more than its
+noise, and never much larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeoptim.rules.entries import ParameterEntry
+from pipeoptim.rules.move import Momentum, PartialGradient, Scalar, as_real
+
+
+@dataclass(frozen=True, slots=True)
+class ClipEstimate:
+    """How the gradient of the coming update will be clipped, as far as is known.
+
+    Attributes:
+        max_norm: limit for the norm of all gradients of the optimizer, by which the estimate is clipped; None where another
+            norm decides: then it is scaled as the last update was.
+        last_factor: what clipping multiplied the gradients of the last update by; 1 before the first.
+
+    Example:
+        >>> ClipEstimate(max_norm=1.0)
+        ClipEstimate(max_norm=1.0, last_factor=1.0)
+    """
+
+    max_norm: float | None = None
+    last_factor: Scalar = 1.0
+
+
+class GradientEstimate(NamedTuple):
+    """``of_value * value + of_mean * mean + of_weight * W``; a part whose tensor is None, or whose factor is 0, is not read."""
+
+    value: Tensor | None
+    of_value: Scalar = 1.0
+    mean: Tensor | None = None
+    of_mean: Scalar = 0.0
+    of_weight: Scalar = 0.0
+
+    def scaled(self, factor: Scalar) -> GradientEstimate:
+        """``factor`` times it."""
+        if not isinstance(factor, Tensor) and factor == 1:
+            return self
+        return GradientEstimate(self.value, factor * self.of_value, self.mean, factor * self.of_mean, factor * self.of_weight)
+
+    def tensor(self, weight: Tensor) -> Tensor:
+        """The estimate itself, in the type of the weight; may be `value`, so it must not be changed."""
+        total: Tensor | None = None
+        for part, scale in ((self.value, self.of_value), (self.mean, self.of_mean), (weight, self.of_weight)):
+            if part is None or _is(scale, 0):
+                continue
+            part = part.detach().to(weight.dtype)
+            if total is None:
+                total = part if _is(scale, 1) else part * scale
+            else:
+                total = torch.addcmul(total, part, scale) if isinstance(scale, Tensor) else total.add(part, alpha=scale)
+        return torch.zeros_like(weight) if total is None else total
+
+
+def estimate(entry: ParameterEntry, partial: PartialGradient | None, clip: ClipEstimate | None) -> GradientEstimate | None:
+    """h of one parameter; None where nothing is known of its gradient, or it gets none."""
+    value, seen, factor = (None, 0.0, 1.0) if partial is None else (partial.value, partial.seen, partial.factor)
+    if not entry.weight.requires_grad and value is None:  # frozen: it had updates once, it gets none now
+        return None
+    value = None if value is None or seen <= 0 else as_real(value)
+    missing = 1.0 - seen
+    if missing <= 0:
+        return None if value is None else GradientEstimate(value, factor)
+    momentum = _momentum(entry)
+    if momentum is None:
+        return None if value is None else GradientEstimate(value, factor * (1.0 + missing))
+    share = missing if clip is None else missing / clip.last_factor
+    return GradientEstimate(value, factor, momentum.value, share * momentum.scale, share * momentum.of_weight)
+
+
+def _momentum(entry: ParameterEntry) -> Momentum | None:
+    if entry.rule is None:
+        return None
+    weight, state = entry.real_weight, entry.real_state
+    return entry.rule.momentum(weight, state, entry.group)
+
+
+def clip_factor(
+    entries: Sequence[ParameterEntry], in_progress: Sequence[PartialGradient | None], clip: ClipEstimate | None
+) -> Scalar:
+    """f: what the estimates of all parameters are multiplied by."""
+    if clip is None:
+        return 1.0
+    if clip.max_norm is None:
+        return clip.last_factor
+    # As torch.nn.utils.get_total_norm: the norm of the norms, so that it is the update's own where all micro-batches are seen.
+    norms = [
+        torch.linalg.vector_norm(known.tensor(entry.real_weight))
+        for entry, partial in zip(entries, in_progress or [None] * len(entries), strict=True)
+        if (known := estimate(entry, partial, clip)) is not None
+    ]
+    if not norms:
+        return 1.0
+    first = norms[0].device
+    factor: Tensor = clip.max_norm / (torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms])) + 1e-6)
+    if first.type != "cpu":
+        return factor.clamp(max=1.0)
+    return min(1.0, float(factor))
+
+
+def _is(scale: Scalar, number: float) -> bool:
+    return not isinstance(scale, Tensor) and scale == number
