@@ -93,7 +93,8 @@ def test_converges_just_below_the_bound_and_diverges_just_above(name):
 
 @pytest.mark.parametrize(("depth", "m"), [(3, 4), (4, 2)])
 def test_with_several_micro_batches(depth, m):
-    check("adam", 0.8, "pipeoptim", depth, m, list(KINDS))
+    # Pipelines do not hand the gradient of the mini-batch in progress to predictors yet.
+    check("adam", 0.8, "pipeoptim", depth, m, [kind for kind in KINDS if kind != "in_progress"])
 
 
 @pytest.mark.parametrize(("method", "depth", "m"), [("pipedream", 8, 1), ("pipedream_2bw", 3, 4)])

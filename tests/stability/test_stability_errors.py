@@ -78,7 +78,8 @@ def test_orders_in_the_steps_are_those_of_the_kind(name, kind):
     if KINDS[kind].steps_order == 1:
         assert order([abs(e.constant) for e in errors]) == pytest.approx(1, abs=0.05)
         assert order([e.noise for e in errors]) == pytest.approx(0.5, abs=0.05)
-    elif name != "nesterov" or kind != "paper":  # which repeats mu m instead of g + mu m
+    # Paper repeats mu m instead of g + mu m; without momentum, in_progress leaves a part of what is not seen out.
+    elif (name, kind) not in (("nesterov", "paper"), ("sgd", "in_progress")):
         assert max(abs(e.constant) for e in errors) < 1e-9
         assert order([abs(e.drift) for e in errors]) == pytest.approx(2, abs=0.05)
         assert order([e.noise for e in errors]) == pytest.approx(1, abs=0.05)

@@ -55,7 +55,8 @@ def _decayed(optimizer: LinearOptimizer, known: KnownSoFar, s: int) -> Vector:
 
 
 def _in_progress(optimizer: LinearOptimizer, known: KnownSoFar, s: int) -> Vector:
-    missing = known.gradient if not optimizer.through else known.momentum * ((1 - optimizer.decay) / optimizer.feed)
+    # Without momentum, the micro-batches to come are taken as `seen` times the mean of those so far (rules.estimate).
+    missing = known.partial if not optimizer.through else known.momentum * ((1 - optimizer.decay) / optimizer.feed)
     gradient = known.partial + (1 - known.seen) * missing
     momentum = optimizer.decay * known.momentum + optimizer.feed * gradient
     return known.x - s * (optimizer.direct * gradient + optimizer.through * momentum)
