@@ -52,6 +52,11 @@ def step_twice(pipe):
         pipe.step(ROWS, target=ROWS)
 
 
+def step_often(pipe):
+    for _ in range(10):
+        pipe.step(torch.randn(4, 4), target=torch.randn(4, 4))
+
+
 def largest(stages, where):
     weight = dict(stages[where].named_parameters())[written(where)].detach()
     return (weight.norm(dim=1) if where in (0, 2) else weight.abs()).max().item()
@@ -131,6 +136,74 @@ def test_norms_that_keep_their_state_in_buffers_are_no_writes(method, normed):
         pipe.step(torch.randn(6, 4), target=torch.randn(6, 4))
     for name, b in nn.Sequential(*stages).named_buffers():
         assert not torch.equal(b, before[name]), f"{name} has stood still"
+
+
+def through_data(weight):
+    weight.data.clamp_(-0.05, 0.05)
+
+
+def through_numpy(weight):
+    values = weight.detach().numpy()
+    values.clip(-0.05, 0.05, out=values)
+
+
+def by_assignment(weight):
+    weight.data = weight.data.clamp(-0.05, 0.05)
+
+
+class Hidden(nn.Linear):
+    """Writes in a way that no version counter sees, from forward number ``begin`` on."""
+
+    def __init__(self, write, begin=1):
+        super().__init__(4, 4)
+        self.write, self.begin, self.forwards = write, begin, 0
+        self.register_forward_pre_hook(Hidden.count)
+
+    def count(self, _):
+        self.forwards += 1
+        if self.forwards >= self.begin:
+            self.write(self.weight)
+
+
+@pytest.mark.parametrize("write", [through_data, through_numpy, by_assignment])
+@pytest.mark.parametrize(("method", "m"), [("pipeoptim", 1), ("pipeoptim_stash", 4), ("spectrain", 1), ("pipedream_2bw", 4)])
+def test_a_write_that_no_counter_sees_is_refused_all_the_same(method, m, write):
+    words = r"stage 1 writes into the weight 'weight' \(Hidden\)"
+    if write is by_assignment:  # a forward in place may come first
+        words += "|a weight of stage 1 .* was given other memory"
+    for begin in (1, 7):
+        stages = [nn.Linear(4, 4), Hidden(write, begin), nn.Linear(4, 4), nn.Linear(4, 4)]
+        pipe = po.Emulator(stages, sgd, nn.functional.mse_loss, method, m)
+        with pytest.raises(po.ConfigError, match=words):
+            step_often(pipe)
+        assert begin > 1 or pipe.version(1) == 0
+
+
+@pytest.mark.parametrize("write", [through_data, through_numpy, by_assignment])
+def test_on_the_latest_weights_such_a_write_stays_too(write):
+    torch.manual_seed(0)
+    stages = [nn.Linear(4, 4), Hidden(write), nn.Linear(4, 4)]
+    plain = nn.Sequential(*copy.deepcopy(stages))
+    optimizer = sgd(plain.parameters())
+    flushed = po.Emulator(copy.deepcopy(stages), sgd, nn.functional.mse_loss, "1f1b")
+    pipe = po.Emulator(stages, sgd, nn.functional.mse_loss, "pipedream")
+    for _ in range(10):
+        x, y = torch.randn(4, 4), torch.randn(4, 4)
+        optimizer.zero_grad()
+        loss = nn.functional.mse_loss(plain(x), y)
+        loss.backward()
+        optimizer.step()
+        assert torch.equal(flushed.step(x, target=y), loss.detach())
+        if write is not by_assignment:
+            pipe.step(x, target=y)
+    assert write is by_assignment or stages[1].weight.abs().max() < 0.2
+    # What is in flight needs the memory that an assignment takes from it.
+    if write is by_assignment:
+        pipe.step(x, target=y)
+        with pytest.raises(
+            po.ConfigError, match=r"a weight of stage 1 .* was given other memory .* while micro-batches are in flight"
+        ):
+            pipe.step(x, target=y)
 
 
 def test_copies_elsewhere_are_told():

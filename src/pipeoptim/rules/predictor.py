@@ -262,7 +262,9 @@ class Predictor:
 
 def _assumptions(entries: EntrySet, horizon: Horizon) -> FusedAssumptions:
     # autograd counts in-place changes: a weight that was changed is noticed without reading it.
-    return FusedAssumptions(horizon.rates, horizon.scale, entries.kinds, [entry.weight._version for entry in entries.all])
+    # The lowest bit says whether it is trained: one that was frozen since stays where it is.
+    weights = [2 * entry.weight._version + entry.weight.requires_grad for entry in entries.all]
+    return FusedAssumptions(horizon.rates, horizon.scale, entries.kinds, weights)
 
 
 @torch.no_grad()

@@ -19,9 +19,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls
 from pipeoptim.schedule import Program
 from pipeoptim.weights.layout import BufferSet, StorageLayout
+
+_data_ptr = torch.Tensor.data_ptr
 
 LARGE = calls.STREAM_FROM
 """Stages of at least so many weights write predictions over gradients: more than caches keep until the next forward."""
@@ -105,7 +108,11 @@ class StageWeights:
         self._free: list[BufferSet] = []  # copies that nobody uses; each is among `_copies` as well
         self._copies: list[BufferSet] = []
         self.most_copies = 0
-        self._over_gradients = sum(p.numel() for p in self.params) >= LARGE and self.layout.one_storage_each
+        self._pointers = _pointers_of(self.params)
+        self._over_gradients = self._may_predict_over_gradients()
+
+    def _may_predict_over_gradients(self) -> bool:
+        return sum(p.numel() for p in self.params) >= LARGE and self.layout.one_storage_each
 
     def latest(self) -> WeightSet:
         """The latest weights, in place; :meth:`before_update` turns them into a copy if they are still in use then."""
@@ -133,6 +140,9 @@ class StageWeights:
         assert weight_set.copy is not None
         with torch.no_grad():
             self.predictor.predict_into(weight_set.copy.tensors, steps)
+            for p, predicted in zip(self.params, weight_set.copy.tensors, strict=True):
+                if not p.requires_grad:  # frozen since its last update, whose direction predictors still know
+                    predicted.copy_(p)
         weight_set.users += 1
         return weight_set
 
@@ -173,6 +183,29 @@ class StageWeights:
         # Adopted memory belongs to the gradients of an update that is over; own copies are reused.
         self._copies = [copy for copy in self._copies if not copy.adopted]
         self._free = list(self._copies)
+
+    def follow_memory(self, in_flight: bool) -> None:
+        """Look whether parameters were given other memory (``p.data = ...``, as ``vector_to_parameters`` does); before a mini-batch.
+
+        Raises:
+            ConfigError: they were, and micro-batches ``in_flight`` still need what they had; or type, shape or device changed.
+        """
+        pointers = _pointers_of(self.params)
+        if pointers == self._pointers:
+            return
+        p = next(p for p, old, new in zip(self.params, self._pointers, pointers, strict=True) if old != new)
+        told = f"a weight of stage {self.k} of shape {tuple(p.shape)} was given other memory (p.data = ..., also in a forward?)"
+        if in_flight:
+            raise ConfigError(
+                f"{told} while micro-batches are in flight; write into the weight in place, with copy_() under no_grad(), or drain() before"
+            )
+        layout = StorageLayout(self.params)
+        if _forms_of(layout) != _forms_of(self.layout):
+            raise ConfigError(f"{told} of another type, shape or device; make a new pipeline with a new optimizer")
+        # Nothing is in use. Copies have the places of the former memory, and predictions began with its values.
+        self.layout, self._pointers = layout, pointers
+        self._sets, self._free, self._copies = {}, [], []
+        self._over_gradients = self._may_predict_over_gradients()
 
     def before_update(self) -> None:
         """Copy the latest weights if they are in use; free unused predictions."""
@@ -282,3 +315,13 @@ class StageWeights:
         for weight_set in [s for s in self._sets.values() if s.users == 0]:
             if everything or weight_set.key[1] > 0:
                 self._forget_set(weight_set)
+
+
+def _pointers_of(params: Sequence[Tensor]) -> list[int]:
+    """Addresses of the data; a loop in C, 30 ns for each."""
+    return list(map(_data_ptr, params))
+
+
+def _forms_of(layout: StorageLayout) -> list[tuple[Any, ...]]:
+    """What copies and the optimizer's state rest on besides the place in memory."""
+    return [(t.shape, t.dtype, t.device) for t in layout.latest.tensors]

@@ -135,6 +135,18 @@ def check_groups(optimizer: Optimizer, count: int, k: int) -> None:
         )
 
 
+def check_still_held(module: nn.Module, optimizer: Optimizer, k: int) -> None:
+    """Raise ConfigError where ``optimizer`` moves a parameter that is not in ``module`` any more."""
+    own = {id(p) for p in module.parameters()}
+    lost = [tuple(p.shape) for group in optimizer.param_groups for p in group["params"] if id(module_parameter(p)) not in own]
+    if lost:
+        raise ConfigError(
+            f"the optimizer of stage {k} moves {len(lost)} parameters that are not in the stage's module any more (first shape "
+            f"{lost[0]}; load_state_dict(assign=True), a parametrization, another nn.Parameter?); write into parameters in place, with "
+            "copy_() under no_grad(), or make a new pipeline with a new optimizer"
+        )
+
+
 def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions, ties: Sequence[TieOnStage]) -> None:
     if not reduction.shards:
         return

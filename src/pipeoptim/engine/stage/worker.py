@@ -26,6 +26,7 @@ from pipeoptim.engine.stage.autocast import autocast_to
 from pipeoptim.engine.stage.checks import (
     check_groups,
     check_sharded,
+    check_still_held,
     kernel_choice,
     optimizer_parameters,
     split_by_group,
@@ -192,11 +193,17 @@ class StageWorker:
         """Before the actions of a mini-batch.
 
         Raises:
-            ConfigError: the optimizer was given parameters since the stage was made.
+            ConfigError: since the stage was made the optimizer was given parameters, or the module has lost some that it moves; or
+                weights were given other memory while micro-batches are in flight.
         """
         self.losses.begin()
-        if self.optimizer is not None:
-            check_groups(self.optimizer, len(self.parameters), self.k)
+        if self.optimizer is None:
+            return
+        check_groups(self.optimizer, len(self.parameters), self.k)
+        if not self.reduction.shards:  # whole weights come and go there
+            if self.forward_weights.next_forward == 0:
+                check_still_held(self.module, self.optimizer, self.k)
+            self.weights.follow_memory(bool(self._in_flight))
 
     def prepare(self, i: int) -> None:
         """Choose (and predict) the weights for F of micro-batch ``i``; may be called while its input is on its way."""
@@ -284,12 +291,12 @@ class StageWorker:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with self.reduction.forward_on(self.weights.params, self.weights.tensors(weight_set)):
             with autocast_to(self.device.type, self.options.autocast), hooks:
-                versions = self._weight_writes.versions()
+                before = self._weight_writes.before()
                 output = self._call_module(self.module, args, kwargs)
                 if self.is_last:
                     output, parts = read_loss(call_loss(self.loss_fn, output, target))
                     self.losses.add(parts, share)
-                self._weight_writes.check(versions)
+                self._weight_writes.check(before)
         return output
 
     # -- backward and update -----------------------------------------------------------------------------------------
