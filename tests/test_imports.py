@@ -43,10 +43,11 @@ MAY_IMPORT = {
     "diagnosis": "errors version kernels rules",
     "train": "errors files version config options schedule kernels rules methods engine engine/processes engine/stage partitioning "
     "checkpoint telemetry",
-    "bench": "errors files version kernels rules weights methods engine engine/processes engine/stage partitioning train",
+    "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
+    "train",
     "compare": "errors files version config schedule kernels weights methods checkpoint telemetry train bench",
-    "cli": "errors files version config options diagnosis schedule kernels methods engine engine/transport partitioning telemetry train "
-    "bench compare",
+    "cli": "errors files version config options diagnosis schedule kernels methods stability engine engine/transport partitioning "
+    "telemetry train bench compare",
 }
 
 #: Rooms whose types a room may name in annotations, without importing them when it runs.

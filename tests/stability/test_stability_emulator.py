@@ -12,7 +12,8 @@ from torch import nn
 
 import pipeoptim as po
 from pipeoptim.rules import KINDS
-from pipeoptim.stability import LINEAR_OPTIMIZERS, largest_stable_rate, linear_optimizer, linear_stages
+from pipeoptim.stability import LINEAR_OPTIMIZERS, largest_stable_rate, linear_optimizer
+from pipeoptim.stability.pipelines import linear_stages
 
 LR, MARGIN, UPDATES = 0.1, 0.05, 320
 HUGE = 1e12

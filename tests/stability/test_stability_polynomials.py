@@ -19,9 +19,9 @@ from pipeoptim.stability import (
     LinearStage,
     largest_stable_rate,
     linear_optimizer,
-    linear_stages,
     spectral_radius,
 )
+from pipeoptim.stability.pipelines import linear_stages
 
 Z = Polynomial([0, 1])
 
@@ -123,3 +123,16 @@ def test_every_method_is_modelled_or_says_why_not():
 def test_what_is_no_linear_optimizer_is_refused(name, decay, says):
     with pytest.raises(ConfigError, match=says):
         linear_optimizer(name, decay)
+
+
+@pytest.mark.parametrize("s", [7, 15, 31])
+@pytest.mark.parametrize("beta1", [0.9, 0.95, 0.98, 0.99])
+def test_rules_of_thumb_of_the_page(s, beta1):
+    adam = linear_optimizer("adam", beta1)
+    none, refined = (
+        largest_stable_rate(LinearStage(Program("async_1f1b", s + 1), 0, adam, kind)) for kind in ("none", "refined")
+    )
+    assert none == pytest.approx(1.1 / s, rel=0.2)
+    pays = 1 - beta1 < 2 / s
+    assert (refined > none) == pays
+    assert refined == pytest.approx(1.4 / (s**1.5 * np.sqrt(1 - beta1)), rel=0.2) or not pays

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench import efficiency, memory, partition, scaling, transfer
+from pipeoptim.bench import efficiency, memory, partition, scaling, stability, transfer
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record, ResultRow
@@ -33,6 +33,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         "memory": memory.columns,
         "scaling": scaling.columns,
         "partition": partition.columns,
+        "stability": stability.columns,
     }
     own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}
     if record.benchmark in own:
@@ -103,6 +104,8 @@ def _median(row: ResultRow) -> float:
 def caption(record: Record) -> str:
     """One sentence that says on what it was measured."""
     m = record.machine
+    if not m:
+        return f"{record.benchmark}: computed, the same on every machine."
     where = f"{m['cores']} cores of {m['processor']}" + (f", {', '.join(m['gpus'])}" if m["gpus"] else "")
     settings = ", ".join(f"{k} {v}" for k, v in record.settings.items() if isinstance(v, (int, float, str)))
     return f"{record.benchmark}: {settings}. {where}; torch {m['torch']}, Python {m['python']}, pipeoptim {m['pipeoptim']}."

@@ -1,13 +1,13 @@
 """Theory in numbers: up to which learning rate a stage converges on a quadratic, and how wrong predictions are.
 
-Nothing here trains; docs/theory.md explains it, and tests hold it equal to what the emulator does.
+Nothing here trains, and nothing but `pipelines`, which reads the tables of methods, imports torch. docs/theory.md explains it, and
+tests hold it equal to what the emulator does.
 """
 
 from pipeoptim.stability.bound import largest_stable_rate, spectral_radius
 from pipeoptim.stability.error_terms import ErrorTerms, error_terms, pays_above
 from pipeoptim.stability.linear_stage import LinearStage
 from pipeoptim.stability.optimizers import LINEAR_OPTIMIZERS, LinearOptimizer, linear_optimizer
-from pipeoptim.stability.pipelines import linear_stages
 from pipeoptim.stability.predictions import PREDICTIONS
 
 __all__ = [
@@ -18,7 +18,6 @@ __all__ = [
     "ErrorTerms",
     "largest_stable_rate",
     "linear_optimizer",
-    "linear_stages",
     "pays_above",
     "error_terms",
     "spectral_radius",

@@ -43,6 +43,13 @@ class LinearStage:
     age: OfMicrobatch | None = None
     discrepancy: float = 0.0
 
+    @property
+    def largest_gap(self) -> int:
+        """The most updates from the weights that F uses or predicts from to the B of the same micro-batch, in steady state."""
+        steady = self.program.warm_up * self.program.microbatches
+        batch = range(steady, steady + self.program.microbatches)
+        return max(self.program.gap(self.k, i) + (0 if self.age is None else self.age(i)) for i in batch)
+
     def transition(self, rates: Vector) -> Vector:
         """The matrix of one mini-batch in steady state for each ``lr * h`` in ``rates``, shape (rates, state, state).
 
@@ -61,7 +68,7 @@ class _Steady:
 
     def __init__(self, stage: LinearStage, rates: Vector) -> None:
         program, self.stage, self.rates = stage.program, stage, rates[:, None]
-        n = 2 * program.depth + 2  # steady: gaps and what is in flight repeat from mini-batch to mini-batch
+        n = 2 * program.warm_up + 2  # steady: gaps and what is in flight repeat from mini-batch to mini-batch
         self.first, self.m = n * program.microbatches, program.microbatches
         done = [action for earlier in range(n) for action in program.step(stage.k, earlier)]
         backwards = {a.number for a in done if a.kind is ActionKind.B}

@@ -66,7 +66,7 @@ def _age(method: Method, program: Program, k: int) -> OfMicrobatch | None:
     if not isinstance(source, Numbered):
         return None
     updates, at_forward = 0, {}
-    for action in program.full(k, minibatches=2 * program.depth + 4):
+    for action in program.full(k, minibatches=2 * program.warm_up + 4):
         if action.kind is ActionKind.F:
             at_forward[action.number] = updates
         updates += action.kind is ActionKind.U

@@ -168,6 +168,14 @@ def memory(
 
 
 @bench.command()
+def stability(out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/stability.json")) -> None:
+    """The tables of docs/theory.md: largest stable learning rates, errors of predictions. Computed in some seconds, not measured."""
+    from pipeoptim.bench.stability import measure
+
+    _report(measure(), out)
+
+
+@bench.command()
 def scaling(
     method: Annotated[str, Option(help="Method.")] = "pipeoptim",
     updates: Annotated[int, Option(help="Length of the long run.")] = 10_000,
