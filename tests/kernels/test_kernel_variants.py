@@ -13,7 +13,8 @@ from torch import Tensor
 from pipeoptim import ConfigError
 from pipeoptim.kernels import calls, compiler, library, sampling
 from pipeoptim.kernels.library import LoadedLibrary
-from pipeoptim.rules import Predictor
+from pipeoptim.rules import ClipEstimate, Predictor
+from test_kernels_dry import Run
 from test_kernels_fused import FORMS, OPTIONS, copy_of, give_gradients, make, weights_of
 
 pytestmark = pytest.mark.skipif(not library.available(), reason="no C compiler")
@@ -82,6 +83,18 @@ def test_all_variants_give_the_same_bits(name: str, kind: str, portable: Path, m
     for used in runnable(portable):
         for one, other in zip(expected, after_steps(name, kind, used, monkeypatch), strict=True):
             assert torch.equal(one, other), used.variant
+
+
+@pytest.mark.parametrize("name", ["adam_coupled", "momentum_all", "rmsprop", "radam"])
+def test_dry_steps_of_all_variants_give_the_same_bits(name: str, portable: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = []
+    for used in [library.loaded_library(), *runnable(portable)]:
+        monkeypatch.setattr(calls, "library", lambda used=used: used.entries)
+        run = Run(name)
+        run.predictor.predict_into(run.out, 2, run.known(0.5), ClipEstimate(0.5, 0.75))
+        found.append([w.clone() for w in run.out])
+    for other in found[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(found[0], other, strict=True))
 
 
 def test_samples_and_counts_of_all_variants_are_the_same(portable: Path, monkeypatch: pytest.MonkeyPatch) -> None:

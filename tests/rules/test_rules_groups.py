@@ -260,6 +260,8 @@ def test_muon_adamw_gives_each_weight_to_one_of_them() -> None:
     module = torch.nn.Sequential(torch.nn.Conv2d(1, 2, 3), torch.nn.Linear(4, 4))
     both = muon_adamw(module.parameters(), lr=0.1, muon_lr=0.2)
     assert [(group["lr"], len(group["params"])) for group in both.param_groups] == [(0.2, 1), (0.1, 3)]
-    assert both.param_groups[0]["prediction"] == "displacement"
+    assert both.param_groups[0]["prediction"] == "cheapest"
+    assert Predictor(both)._table.current().kinds == ["displacement", "refined"]
+    assert Predictor(both, kind="in_progress")._table.current().kinds == ["in_progress", "in_progress"]
     assert "prediction" not in muon_adamw(module.parameters(), prediction=None).param_groups[0]
     assert len(muon_adamw([torch.nn.Parameter(torch.ones(3))]).param_groups) == 1

@@ -15,6 +15,8 @@ from pipeoptim.kernels.calls import (
     AdamCoefficients,
     AdamTensors,
     CachePrefetch,
+    EstimateFactors,
+    EstimateParts,
     KernelMove,
     KernelPrediction,
     KernelTerm,
@@ -23,6 +25,7 @@ from pipeoptim.kernels.calls import (
     SgdTensors,
     StepCounters,
     copy_tensors,
+    norm_of_estimates,
     run_moves,
 )
 from pipeoptim.kernels.library import available, why_not
@@ -35,6 +38,8 @@ __all__ = [
     "KernelPrediction",
     "StepCounters",
     "CachePrefetch",
+    "EstimateFactors",
+    "EstimateParts",
     "KernelMove",
     "SgdTensors",
     "SgdCoefficients",
@@ -43,6 +48,7 @@ __all__ = [
     "KernelTerm",
     "available",
     "copy_tensors",
+    "norm_of_estimates",
     "share_flat_index",
     "run_moves",
     "why_not",

@@ -7,6 +7,7 @@ from step to step (sizes, addresses) is packed once; per step only gradients' ad
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
@@ -56,12 +57,25 @@ class KernelPrediction:
     steps: float | None = None
 
 
+class EstimateFactors(NamedTuple):
+    """The gradient of a dry step: ``of_value * (what is given as gradient) + of_mean * (m or b) + of_weight * w``."""
+
+    of_value: float = 1.0
+    of_mean: float = 0.0
+    of_weight: float = 0.0
+
+
+_NO_ESTIMATE = EstimateFactors()
+
+
 @dataclass(frozen=True)
 class AdamCoefficients:
     """Numbers of one step of Adam, shared by all parameters of a group at the same step count.
 
     ``g = sign g + coupled w``, ``m = b1 m + (1-b1) g``, ``v = b2 v + gain g^2``,
     ``w = w - decay w - rate m / (sqrt(v) inverse + eps)``; without m, g in its place. `gain`: 1 - b2 unless given.
+
+    With `dry` nothing is stepped: the prediction is ``w - lose w - sum(...)`` of the moments that the step would make from that gradient.
     """
 
     b1: float
@@ -74,6 +88,7 @@ class AdamCoefficients:
     decay: float = 0.0
     prediction: KernelPrediction | None = None
     gain: float | None = None
+    dry: EstimateFactors | None = None
 
     @property
     def form(self) -> int:
@@ -83,6 +98,9 @@ class AdamCoefficients:
         if self.prediction.steps is not None:
             return layout.BY_DISPLACEMENT
         factors = self.prediction.factors
+        if self.dry is not None:
+            assert len(factors) == 1 and factors[0][1] == self.inverse, "a dry step has the divisor of the step"
+            return layout.DRY
         # The same divisor as the step's: the kernel reuses the quotient that it has just computed.
         return layout.BY_RULE if len(factors) == 1 and factors[0][1] == self.inverse else layout.BY_TERMS
 
@@ -94,7 +112,7 @@ class AdamCoefficients:
             factors, self.form, into, count, 0,
             self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2 if self.gain is None else self.gain,
             self.decay, self.rate, self.inverse, self.eps,
-            a.lose, scale, a.steps or 0.0, 0.0,
+            a.lose, scale, a.steps or 0.0, *(self.dry or _NO_ESTIMATE),
         )  # fmt: skip
 
 
@@ -102,7 +120,8 @@ class AdamCoefficients:
 class SgdCoefficients:
     """Numbers of one step of SGD, shared by all parameters of a group.
 
-    ``d = sign g + coupled w``, ``b = mu b + damp d``, ``w = w - lr (along[0] d + along[1] b)``; without b, ``w - lr d``.
+    ``d = sign g + coupled w``, ``b = mu b + damp d``, ``w = w - lr (along[0] d + along[1] b)``; without b, ``w - lr d``. `dry`: as in
+    AdamCoefficients.
     """
 
     lr: float
@@ -112,6 +131,7 @@ class SgdCoefficients:
     sign: float = 1.0
     coupled: float = 0.0
     prediction: KernelPrediction | None = None
+    dry: EstimateFactors | None = None
 
     def packed(self, into: int, factors: int) -> bytes:
         """As the kernel reads it; it needs no table of factors."""
@@ -119,10 +139,13 @@ class SgdCoefficients:
         form: int = layout.NO_PREDICTION
         if self.prediction is not None:
             form = layout.BY_RULE if a.steps is None else layout.BY_DISPLACEMENT
+        if self.dry is not None:
+            form = layout.DRY
         return layout.SGD_COEFFICIENTS.pack(
             form, into,
             self.sign, self.coupled, self.mu, self.damp, *self.along, self.lr,
-            a.lose, *(a.factors[0] if a.factors else (0.0, 0.0)), a.steps or 0.0, 0.0,
+            a.lose, *(a.factors[0] if a.factors else (0.0, 0.0)), a.steps or 0.0,
+            *(self.dry or _NO_ESTIMATE),
         )  # fmt: skip
 
 
@@ -227,6 +250,24 @@ def _address_of(tensor: Tensor | None) -> int:
 
 def _factor_table(one: AdamCoefficients | SgdCoefficients) -> ctypes.Array[ctypes.c_char]:
     return _packed_rows([layout.FACTOR.pack(*pair) for pair in one.prediction.factors] if one.prediction is not None else [])
+
+
+class EstimateParts(NamedTuple):
+    """Where the parts of a gradient to come lie: ``of_value * value + of_mean * mean + of_weight * w``."""
+
+    elements: int
+    value: int
+    mean: int
+    w: int
+    factors: EstimateFactors
+
+
+def norm_of_estimates(parts: Iterable[EstimateParts]) -> float:
+    """The 2-norm of all gradients together, in float64: one pass over the parts whose factors are not 0."""
+    packed = [layout.ESTIMATE.pack(*one[:4], *one.factors, 0.0) for one in parts]
+    total = ctypes.c_double()
+    _check_memory(library().squares(len(packed), b"".join(packed), ctypes.byref(total), torch.get_num_threads()), len(packed))
+    return math.sqrt(total.value)
 
 
 def run_moves(jobs: Sequence[KernelMove]) -> None:

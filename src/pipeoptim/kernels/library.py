@@ -34,6 +34,7 @@ class Entries:
     adam: Any
     sgd: Any
     move: Any
+    squares: Any
     count: Any
     fetch: Any
     take: Any
@@ -195,6 +196,7 @@ def _entries(loaded: ctypes.CDLL, variant: str) -> Entries:
         "adam": (ctypes.c_int, (number, address, address, address, address, threads)),
         "sgd": (ctypes.c_int, (number, address, address, address, address, threads)),
         "move": (ctypes.c_int, (number, address, threads)),
+        "squares": (ctypes.c_int, (number, address, address, threads)),
         "count": (None, (number, address, ctypes.c_float, address)),
         "fetch": (None, (number, address)),
         "take": (None, (number, address)),

@@ -24,7 +24,7 @@
  * been read goes back to memory beside the next reads, so this is the fastest, though it is as many passes. */
 enum into { CACHED = 0, STREAMED = 1, OVER_GRADIENT = 2 };
 
-enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3 };
+enum form { NO_PREDICTION = 0, BY_RULE = 1, BY_DISPLACEMENT = 2, BY_TERMS = 3, DRY = 4 };
 
 struct factor { float scale, inverse; };
 
@@ -38,7 +38,8 @@ struct adam_how {
     const struct factor *factors; /* BY_TERMS: what each term multiplies, and its 1/divisor of the root */
     int32_t form, into, count, unused;
     float sign, coupled, b1, b1c, b2, b2c, decay, rate, inverse, eps; /* the step */
-    float lose, scale, ahead, padding;                                /* the prediction */
+    float lose, scale, ahead;                                         /* the prediction */
+    float of_value, of_mean, of_weight;                               /* DRY: the gradient, from what is given as one, m and w */
 };
 
 struct sgd_place {
@@ -49,7 +50,8 @@ struct sgd_place {
 struct sgd_how {
     int32_t form, into;
     float sign, coupled, mu, damp, along_g, along_b, lr; /* the step */
-    float lose, from_g, from_b, ahead, padding;          /* the prediction */
+    float lose, from_g, from_b, ahead;                   /* the prediction */
+    float of_value, of_mean, of_weight;                  /* DRY: as in adam_how, from b and w */
 };
 
 struct term {
@@ -74,11 +76,22 @@ INLINE vec quotient(vec value, vec square, float inverse, float eps) { return va
 INLINE vec less(vec w, float part) { return part == 0 ? w : w - w * part; }
 INLINE vec more(vec g, vec w, float part) { return part == 0 ? g : g + w * part; }
 
-INLINE vec adam_step(const struct adam_how *a, int form, int momentum, vec g, vec *m, vec *v, vec *w) {
-    vec old = *w;
-    g = more(g * a->sign, old, a->coupled);
+/* The gradient of an update to come, as far as it is known: with of_value 1 and nothing else it is `value`, bit for bit. */
+INLINE vec estimated(vec value, vec mean, vec w, float of_value, float of_mean, float of_weight) {
+    vec g = value * of_value;
+    if (of_mean != 0) g = g + mean * of_mean;
+    return more(g, w, of_weight);
+}
+
+INLINE void adam_moments(const struct adam_how *a, int momentum, vec g, vec w, vec *m, vec *v) {
+    g = more(g * a->sign, w, a->coupled);
     *m = momentum ? *m * a->b1 + g * a->b1c : g;
     *v = *v * a->b2 + g * g * a->b2c;
+}
+
+INLINE vec adam_step(const struct adam_how *a, int form, int momentum, vec g, vec *m, vec *v, vec *w) {
+    vec old = *w;
+    adam_moments(a, momentum, g, old, m, v);
     vec q = quotient(*m, *v, a->inverse, a->eps);
     vec now = *w = less(old, a->decay) - q * a->rate;
     if (form == BY_DISPLACEMENT) return now + (now - old) * a->ahead;
@@ -86,6 +99,13 @@ INLINE vec adam_step(const struct adam_how *a, int form, int momentum, vec g, ve
     if (form == BY_RULE) return out - q * a->scale;
     for (int32_t k = 0; k < a->count; k++) out = out - quotient(*m, *v, a->factors[k].inverse, a->eps) * a->factors[k].scale;
     return out;
+}
+
+/* Where a step would lead that is not carried out; the operations are those of the step, so with its numbers it is the step's weight. */
+INLINE vec adam_dry(const struct adam_how *a, int momentum, vec value, vec m, vec v, vec w) {
+    vec g = estimated(value, m, w, a->of_value, a->of_mean, a->of_weight), out = less(w, a->lose);
+    adam_moments(a, momentum, g, w, &m, &v);
+    return out - quotient(m, v, a->inverse, a->eps) * a->scale;
 }
 
 INLINE vec sgd_step(const struct sgd_how *a, int form, int momentum, vec g, vec *b, vec *w) {
@@ -98,6 +118,13 @@ INLINE vec sgd_step(const struct sgd_how *a, int form, int momentum, vec g, vec 
     if (form == BY_DISPLACEMENT) return now + (now - old) * a->ahead;
     vec out = less(now, a->lose) - g * a->from_g;
     return momentum ? out - *b * a->from_b : out;
+}
+
+INLINE vec sgd_dry(const struct sgd_how *a, int momentum, vec value, vec b, vec w) {
+    vec g = estimated(value, b, w, a->of_value, a->of_mean, a->of_weight), out = less(w, a->lose);
+    if (a->from_g != 0) out = out - g * a->from_g;
+    if (!momentum) return out;
+    return out - (b * a->mu + more(g * a->sign, w, a->coupled) * a->damp) * a->from_b;
 }
 
 INLINE vec moved(const struct move *a, int64_t i, int64_t part) {
@@ -141,6 +168,21 @@ INLINE void sgd_at(const struct sgd_place *p, const float *grad, const struct sg
     if (form) put(p->out + i, out, part, streamed);
 }
 
+INLINE void adam_dry_at(const struct adam_place *p, const float *value, const struct adam_how *a, int64_t i, int64_t part,
+                        int momentum, int streamed) {
+    vec g = part ? load_part(value + i, part, 0) : load(value + i), w = part ? load_part(p->w + i, part, 0) : load(p->w + i);
+    vec m = !momentum ? all(0) : part ? load_part(p->m + i, part, 0) : load(p->m + i);
+    vec v = part ? load_part(p->v + i, part, 1) : load(p->v + i);
+    put(p->out + i, adam_dry(a, momentum, g, m, v, w), part, streamed);
+}
+
+INLINE void sgd_dry_at(const struct sgd_place *p, const float *value, const struct sgd_how *a, int64_t i, int64_t part,
+                       int momentum, int streamed) {
+    vec g = part ? load_part(value + i, part, 0) : load(value + i), w = part ? load_part(p->w + i, part, 0) : load(p->w + i);
+    vec b = !momentum ? all(0) : part ? load_part(p->b + i, part, 0) : load(p->b + i);
+    put(p->out + i, sgd_dry(a, momentum, g, b, w), part, streamed);
+}
+
 /* Walk from `i` to `end`: a part up to the first aligned address of `out`, whole vectors, and the last part. Fetching ahead is
  * left to the hardware: asking for lines by hand was slower, at every distance that was tried. */
 #define WALK(AT, out, streamed)                                                                                               \
@@ -155,6 +197,12 @@ INLINE void sgd_at(const struct sgd_place *p, const float *grad, const struct sg
 #define ADAM_EITHER(form, streamed)                                                                                           \
     do { if (p->m) ADAM(form, 1, streamed); else ADAM(form, 0, streamed); } while (0)
 
+#define ADAM_DRY(streamed)                                                                                                    \
+    do {                                                                                                                      \
+        if (p->m) WALK(adam_dry_at(p, g, a, i, part, 1, streamed), p->out, streamed);                                         \
+        else WALK(adam_dry_at(p, g, a, i, part, 0, streamed), p->out, streamed);                                              \
+    } while (0)
+
 /* Copies: the compiler sees that nothing written through pointers changes them. */
 static void adam_range(const struct adam_place *place, const float *g, const struct adam_how *how, int64_t i, int64_t end) {
     struct adam_place at = *place, *p = &at;
@@ -165,6 +213,7 @@ static void adam_range(const struct adam_place *place, const float *g, const str
     case NO_PREDICTION: ADAM_EITHER(NO_PREDICTION, 0); break;
     case BY_RULE: if (streamed) ADAM_EITHER(BY_RULE, 1); else ADAM_EITHER(BY_RULE, 0); break;
     case BY_DISPLACEMENT: if (streamed) ADAM_EITHER(BY_DISPLACEMENT, 1); else ADAM_EITHER(BY_DISPLACEMENT, 0); break;
+    case DRY: if (streamed) ADAM_DRY(1); else ADAM_DRY(0); break;
     default: ADAM_EITHER(BY_TERMS, 0);
     }
 }
@@ -172,6 +221,12 @@ static void adam_range(const struct adam_place *place, const float *g, const str
 #define SGD(form, momentum, streamed) WALK(sgd_at(p, g, a, i, part, form, momentum, streamed), p->out, streamed)
 #define SGD_EITHER(form, streamed)                                                                                            \
     do { if (p->b) SGD(form, 1, streamed); else SGD(form, 0, streamed); } while (0)
+
+#define SGD_DRY(streamed)                                                                                                     \
+    do {                                                                                                                      \
+        if (p->b) WALK(sgd_dry_at(p, g, a, i, part, 1, streamed), p->out, streamed);                                          \
+        else WALK(sgd_dry_at(p, g, a, i, part, 0, streamed), p->out, streamed);                                               \
+    } while (0)
 
 static void sgd_range(const struct sgd_place *place, const float *g, const struct sgd_how *how, int64_t i, int64_t end) {
     struct sgd_place at = *place, *p = &at;
@@ -181,6 +236,7 @@ static void sgd_range(const struct sgd_place *place, const float *g, const struc
     switch (a->form) {
     case NO_PREDICTION: SGD_EITHER(NO_PREDICTION, 0); break;
     case BY_RULE: if (streamed) SGD_EITHER(BY_RULE, 1); else SGD_EITHER(BY_RULE, 0); break;
+    case DRY: if (streamed) SGD_DRY(1); else SGD_DRY(0); break;
     default: if (streamed) SGD_EITHER(BY_DISPLACEMENT, 1); else SGD_EITHER(BY_DISPLACEMENT, 0);
     }
 }
@@ -243,6 +299,58 @@ int ENTRY(move)(int64_t count, const struct move *jobs, int32_t threads) {
     ALL(count, jobs, threads, move_range(jobs + j, i, end));
 }
 
+/* -- the size of a gradient to come ----------------------------------------------------------------------------------------- */
+
+struct estimate {
+    int64_t n;
+    const float *value, *mean, *w; /* a part whose factor is 0 is not read */
+    float of_value, of_mean, of_weight, padding;
+};
+
+#define SQUARES 8 /* sums side by side: the compiler's vectors hold them, and however wide those are the additions are the same */
+
+static double squares_of(const struct estimate *a, int64_t i, int64_t end) {
+    double sums[SQUARES] = {0}, sum = 0;
+    const float *value = a->value, *mean = a->of_mean != 0 ? a->mean : a->value, *w = a->of_weight != 0 ? a->w : a->value;
+    for (; i + SQUARES <= end; i += SQUARES)
+        for (int l = 0; l < SQUARES; l++) {
+            float g = value[i + l] * a->of_value + mean[i + l] * a->of_mean + w[i + l] * a->of_weight;
+            sums[l] += (double)g * g;
+        }
+    for (; i < end; i++) {
+        float g = value[i] * a->of_value + mean[i] * a->of_mean + w[i] * a->of_weight;
+        sum += (double)g * g;
+    }
+    for (int l = 0; l < SQUARES; l++) sum += sums[l];
+    return sum;
+}
+
+/* The sum of the squares of all estimates. Pieces of one size, added up in their order: threads do not change the result. */
+int ENTRY(squares)(int64_t count, const struct estimate *jobs, double *total, int32_t threads) {
+    int64_t *first = malloc((size_t)(count + 1) * sizeof *first), elements = 0;
+    if (!first) return 1;
+    first[0] = 0;
+    for (int64_t j = 0; j < count; j++) elements += jobs[j].n, first[j + 1] = first[j] + (jobs[j].n + CHUNK - 1) / CHUNK;
+    double *sums = malloc((size_t)(first[count] + 1) * sizeof *sums);
+    if (!sums) return free(first), 1;
+    if (elements < CHUNK) threads = 1;
+    _Pragma("omp parallel num_threads(threads) if (threads > 1)")
+    {
+        int64_t j = 0;
+        _Pragma("omp for schedule(dynamic, 1)")
+        for (int64_t c = 0; c < first[count]; c++) {
+            while (first[j + 1] <= c) j++;
+            int64_t i = (c - first[j]) * CHUNK, end = i + CHUNK < jobs[j].n ? i + CHUNK : jobs[j].n;
+            sums[c] = squares_of(jobs + j, i, end);
+        }
+    }
+    *total = 0;
+    for (int64_t c = 0; c < first[count]; c++) *total += sums[c];
+    free(sums);
+    free(first);
+    return 0;
+}
+
 /* Add to counts of steps, one number each, and say what they are now; a count that is NULL stays 0. */
 void ENTRY(count)(int64_t count, float *const *steps, float by, float *now) {
     for (int64_t j = 0; j < count; j++) now[j] = steps[j] ? (*steps[j] += by) : 0;
@@ -295,4 +403,5 @@ void ENTRY(products)(const float *before, const float *predicted, const float *n
 void ENTRY(sizes)(int64_t *sizes) {
     sizes[0] = sizeof(struct adam_place), sizes[1] = sizeof(struct adam_how), sizes[2] = sizeof(struct sgd_place);
     sizes[3] = sizeof(struct sgd_how), sizes[4] = sizeof(struct move), sizes[5] = sizeof(struct term);
+    sizes[6] = sizeof(struct estimate);
 }

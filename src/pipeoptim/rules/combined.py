@@ -13,6 +13,9 @@ from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 
+CHEAPEST = "cheapest"
+"""As the kind of a param group: the last displacement, which costs least, unless the run predicts from the mini-batch in progress."""
+
 
 class CombinedOptimizer(Optimizer):
     """Steps several optimizers over different parameters as if they were one; each is predicted by its own rule.
@@ -144,7 +147,7 @@ def muon_adamw(
     weight_decay: float = 0.01,
     betas: tuple[float, float] = (0.9, 0.999),
     momentum: float = 0.95,
-    prediction: str | None = "displacement",
+    prediction: str | None = CHEAPEST,
 ) -> Optimizer:
     """Muon for the matrices and AdamW for everything else (biases, norms; use it on a stage's parameters).
 
@@ -155,8 +158,9 @@ def muon_adamw(
         weight_decay: of both, decoupled.
         betas: of AdamW.
         momentum: of Muon.
-        prediction: kind of prediction for the matrices; None for that of the run. Muon's rule repeats its matrix products,
-            which cost as much as the step; the last displacement is the same at a constant learning rate, and nearly free.
+        prediction: kind of prediction for the matrices; None for that of the run. "cheapest": in a run that predicts from the mini-batch
+            in progress, so are they; in others by their last displacement, since Muon's rule repeats its matrix products, which cost as
+            much as the step, while the displacement is the same at a constant learning rate, and nearly free.
 
     Raises:
         ConfigError: no parameters, groups of them, or a number out of range.

@@ -1,12 +1,14 @@
 """Predictions by a dry step: what the optimizer would do with the gradient that the mini-batch in progress lets expect.
 
 PartialGradient ── estimate ──► g ──► Rule.dry_step ──► Move ──► MoveBatch
-                                 '──► scratch_step (no rule, or no state yet) ──► weight after one update
+                      |          '──► scratch_step (no rule, or no state yet) ──► weight after one update
+                      '──► fused.dry: all of it in one pass, where there is a kernel
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Container, Sequence
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -19,19 +21,32 @@ from pipeoptim.rules.interpreters import MoveBatch
 from pipeoptim.rules.move import Ahead, Scalar, as_real, total
 from pipeoptim.rules.scratch import scratch_step
 
+DryStepKernel = Callable[[Sequence[ParameterEntry], Horizon, Callable[[], Scalar], Sequence[Tensor]], Container[int]]
+"""Predicts what it can of these parameters, and returns their places (`rules.fused.dry`)."""
 
-def predict_by_dry_step(entries: Sequence[ParameterEntry], horizon: Horizon, out: Sequence[Tensor], batch: MoveBatch) -> None:
-    """Write ``W_hat`` of every parameter of the kind "in_progress", now or at the batch's next flush. Call it without gradients."""
-    if not any(entry.kind == "in_progress" for entry in entries):
+
+def predict_by_dry_step(
+    entries: Sequence[ParameterEntry],
+    horizon: Horizon,
+    out: Sequence[Tensor],
+    batch: MoveBatch,
+    by_kernel: DryStepKernel | None,
+) -> None:
+    """Write ``W_hat`` of every parameter of the kind "in_progress", now or at the batch's next flush. Call it without gradients.
+
+    `by_kernel`: what does it in one pass over memory, for the parameters that it can.
+    """
+    if not any(entry.in_progress for entry in entries):
         return
-    # The norm is that of all parameters, those of other kinds included.
-    factor = clip_factor(entries, horizon.in_progress, horizon.clip)
+    # The norm is that of all parameters, those of other kinds included; found once, and only if somebody asks.
+    factor = cache(lambda: clip_factor(entries, horizon.in_progress, horizon.clip))
+    done = by_kernel(entries, horizon, factor, out) if by_kernel is not None else ()
     for entry, buffer in zip(entries, out, strict=True):
-        if entry.kind == "in_progress":
+        if entry.in_progress and entry.number not in done:
             _predict(entry, horizon, factor, buffer, batch)
 
 
-def _predict(entry: ParameterEntry, horizon: Horizon, factor: Scalar, buffer: Tensor, batch: MoveBatch) -> None:
+def _predict(entry: ParameterEntry, horizon: Horizon, factor: Callable[[], Scalar], buffer: Tensor, batch: MoveBatch) -> None:
     ahead = horizon.ahead(entry)
     check_dense(entry.weight, None if ahead.in_progress is None else ahead.in_progress.value)
     known = estimate(entry, ahead.in_progress, horizon.clip)
@@ -39,7 +54,7 @@ def _predict(entry: ParameterEntry, horizon: Horizon, factor: Scalar, buffer: Te
         buffer.copy_(entry.weight)
         return
     weight = entry.real_weight
-    g = known.scaled(factor).tensor(weight)
+    g = known.scaled(factor()).tensor(weight)
     move = None if entry.rule is None else entry.rule.dry_step(weight, entry.real_state, g, entry.group, ahead)
     if move is not None:
         batch.add(weight, move.scaled(ahead.scale), as_real(buffer.detach()))

@@ -12,9 +12,9 @@ from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_group, check_kind
-from pipeoptim.rules.combined import members
+from pipeoptim.rules.combined import CHEAPEST, members
 from pipeoptim.rules.move import Group, State, as_real
-from pipeoptim.rules.registry import RULE_KINDS, Rule, find_rule
+from pipeoptim.rules.registry import KINDS, RULE_KINDS, Rule, find_rule
 from pipeoptim.rules.scratch import can_scratch_step
 
 
@@ -47,6 +47,11 @@ class ParameterEntry:
         return state if self.parameter is self.weight else {name: local_shard(value) for name, value in state.items()}
 
     @property
+    def in_progress(self) -> bool:
+        """Whether it is predicted from the mini-batch in progress."""
+        return KINDS[self.kind].in_progress
+
+    @property
     def real_weight(self) -> Tensor:
         """The weight as rules see it: detached, a complex one as pairs of reals."""
         return as_real(self.weight.detach())
@@ -62,7 +67,7 @@ class ParameterEntry:
     @property
     def needs_grad(self) -> bool:
         """Whether its prediction needs the last gradient."""
-        known = self.kind in RULE_KINDS and self.kind != "in_progress"  # which has gradients of its own
+        known = self.kind in RULE_KINDS and not self.in_progress  # which has gradients of its own
         return known and self.rule is not None and self.rule.needs_grad(self.group, self.kind)
 
 
@@ -99,16 +104,18 @@ def parameter_entries(
 def _kind_of(optimizer: Optimizer, group: Group, kind: str, rule: Rule | None, sharded: bool) -> str:
     """The kind by which a param group is predicted."""
     wanted: str = group.get("prediction", kind)
+    if wanted == CHEAPEST:
+        wanted = kind if kind in KINDS and KINDS[kind].in_progress else "displacement"
     check_kind(wanted, rule, optimizer)
     check_group(group)
     chosen = wanted
-    if rule is None and wanted in RULE_KINDS:  # "in_progress" by the optimizer's own step
-        if wanted == "in_progress" and sharded:
+    if rule is None and wanted in RULE_KINDS:  # in progress by the optimizer's own step
+        if KINDS[wanted].in_progress and sharded:
             raise ConfigError(
                 f"{type(optimizer).__name__} has no prediction rule, so it is unknown whether it moves each element by itself, and this "
                 'process holds a shard; use prediction="displacement"'
             )
-        chosen = wanted if wanted == "in_progress" and can_scratch_step(optimizer) else "displacement"
+        chosen = wanted if KINDS[wanted].in_progress and can_scratch_step(optimizer) else "displacement"
     if sharded and rule is not None and chosen in RULE_KINDS and not rule.elementwise:
         raise ConfigError(
             f"{type(optimizer).__name__} moves each matrix as a whole, of which this process holds a shard; "
@@ -170,7 +177,7 @@ class EntryTable:
             entries = parameter_entries(self._optimizer, self._kind, self._shards)
             one_per_group = list({entry.group_number: entry for entry in entries}.values())
             displaced = [entry for entry in entries if entry.kind == "displacement"]
-            in_progress = any(entry.kind == "in_progress" for entry in one_per_group)
+            in_progress = any(entry.in_progress for entry in one_per_group)
             self._entries = EntrySet(entries, one_per_group, displaced, in_progress)
             self._built_from = built_from
         return self._entries

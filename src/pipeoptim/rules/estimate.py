@@ -18,6 +18,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeoptim.kernels import calls
+from pipeoptim.kernels.library import available
+from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.move import Momentum, PartialGradient, Scalar, as_real
 
@@ -39,6 +42,11 @@ class ClipEstimate:
     max_norm: float | None = None
     last_factor: Scalar = 1.0
 
+    def factor(self, norm: float) -> float:
+        """What gradients of this norm are multiplied by, as ``clip_grad_norm_`` does."""
+        assert self.max_norm is not None
+        return min(1.0, self.max_norm / (norm + 1e-6))
+
 
 class GradientEstimate(NamedTuple):
     """``of_value * value + of_mean * mean + of_weight * W``; a part whose tensor is None, or whose factor is 0, is not read."""
@@ -54,6 +62,13 @@ class GradientEstimate(NamedTuple):
         if not isinstance(factor, Tensor) and factor == 1:
             return self
         return GradientEstimate(self.value, factor * self.of_value, self.mean, factor * self.of_mean, factor * self.of_weight)
+
+    @property
+    def kernel_factors(self) -> calls.EstimateFactors:
+        """For a kernel, which is given `mean` in place of a `value` that is None."""
+        value, mean, weight = self.of_value, self.of_mean, self.of_weight
+        assert not (isinstance(value, Tensor) or isinstance(mean, Tensor) or isinstance(weight, Tensor))
+        return calls.EstimateFactors(mean, 0.0, weight) if self.value is None else calls.EstimateFactors(value, mean, weight)
 
     def tensor(self, weight: Tensor) -> Tensor:
         """The estimate itself, in the type of the weight; may be `value`, so it must not be changed."""
@@ -100,19 +115,37 @@ def clip_factor(
         return 1.0
     if clip.max_norm is None:
         return clip.last_factor
-    # As torch.nn.utils.get_total_norm: the norm of the norms, so that it is the update's own where all micro-batches are seen.
-    norms = [
-        torch.linalg.vector_norm(known.tensor(entry.real_weight))
-        for entry, partial in zip(entries, in_progress or [None] * len(entries), strict=True)
-        if (known := estimate(entry, partial, clip)) is not None
-    ]
-    if not norms:
+    partials = in_progress or [None] * len(entries)
+    pairs = [(entry, estimate(entry, partial, clip)) for entry, partial in zip(entries, partials, strict=True)]
+    parts = [(entry.real_weight, known) for entry, known in pairs if known is not None]
+    if not parts:
         return 1.0
+    if available() and all(_kernel_can(weight, known) for weight, known in parts):
+        return clip.factor(calls.norm_of_estimates(_parts_of(weight, known) for weight, known in parts))
+    # As torch.nn.utils.get_total_norm: the norm of the norms, so that it is the update's own where all micro-batches are seen.
+    norms = [torch.linalg.vector_norm(known.tensor(weight)) for weight, known in parts]
     first = norms[0].device
-    factor: Tensor = clip.max_norm / (torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms])) + 1e-6)
-    if first.type != "cpu":
-        return factor.clamp(max=1.0)
-    return min(1.0, float(factor))
+    whole: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms]))
+    if first.type == "cpu":
+        return clip.factor(float(whole))
+    return (clip.max_norm / (whole + 1e-6)).clamp(max=1.0)  # not read
+
+
+def _operands(weight: Tensor, known: GradientEstimate) -> tuple[Tensor, Tensor | None, Tensor]:
+    first = known.mean if known.value is None else known.value
+    assert first is not None
+    return first, known.mean, weight
+
+
+def _parts_of(weight: Tensor, known: GradientEstimate) -> calls.EstimateParts:
+    value, mean, w = _operands(weight, known)
+    address = 0 if mean is None else mean.data_ptr()
+    return calls.EstimateParts(w.numel(), value.data_ptr(), address, w.data_ptr(), known.kernel_factors)
+
+
+def _kernel_can(weight: Tensor, known: GradientEstimate) -> bool:
+    numbers = not any(isinstance(scale, Tensor) for scale in (known.of_value, known.of_mean, known.of_weight))
+    return numbers and share_flat_index([tensor for tensor in _operands(weight, known) if tensor is not None])
 
 
 def _is(scale: Scalar, number: float) -> bool:

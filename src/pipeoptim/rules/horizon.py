@@ -9,6 +9,9 @@ from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.move import Ahead, PartialGradient, Scalar
 
+Share = tuple[bool, float, Scalar]
+NOTHING_SEEN: Share = (True, 0.0, 1.0)
+
 
 class Horizon(NamedTuple):
     """How far ahead to predict, and what is known of the updates until then.
@@ -33,6 +36,11 @@ class Horizon(NamedTuple):
     def displacements(self) -> float:
         """How many times the last displacement is added to a weight that is predicted by it."""
         return self.steps * self.scale
+
+    def share(self, number: int) -> Share:
+        """What is known of the gradient of one parameter, as numbers: parameters that agree in it have the same estimate."""
+        partial = self.in_progress[number]
+        return NOTHING_SEEN if partial is None else (partial.value is None, partial.seen, partial.factor)
 
     def ahead(self, entry: ParameterEntry) -> Ahead:
         """What a rule is told about one parameter."""

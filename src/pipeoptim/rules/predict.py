@@ -17,6 +17,7 @@ from pipeoptim.rules.displacement import PREVIOUS, extrapolate
 from pipeoptim.rules.entries import ParameterEntry, parameter_entries
 from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.fallback import copy_weights, next_weights_of_copy
+from pipeoptim.rules.fused.dry import FusedDryStep
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.move import PartialGradient
@@ -82,7 +83,7 @@ def predict_weights(
     """
     check_steps(steps)
     entries = parameter_entries(optimizer, kind)
-    used = any(entry.kind == "in_progress" for entry in entries)
+    used = any(entry.in_progress for entry in entries)
     check_in_progress(in_progress, clip, [entry.weight for entry in entries], used=used)
     out = [torch.empty_like(entry.weight.detach()) for entry in entries]
     if steps == 0:
@@ -92,7 +93,7 @@ def predict_weights(
     # A scheduler of another optimizer is refused also where nothing reads its rates.
     rates = next_rates(optimizer, scheduler, steps) if by_rule or scheduler is not None else []
     grads = [entry.weight.grad if by_rule else None for entry in entries]
-    predict_by_rule(entries, grads, Horizon(steps, rates, in_progress=in_progress, clip=clip), out)
+    predict_by_rule(entries, grads, Horizon(steps, rates, in_progress=in_progress, clip=clip), out, dry_kernel=FusedDryStep())
     for member in members(optimizer):
         _predict_by_displacement(member, entries, steps, out)
     return out

@@ -17,6 +17,7 @@ from pipeoptim.rules.displacement import PREVIOUS, Buffers, DisplacementMemory
 from pipeoptim.rules.entries import EntrySet, EntryTable, optimizer_parameters
 from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.fallback import copy_weights
+from pipeoptim.rules.fused.dry import FusedDryStep
 from pipeoptim.rules.fused.step import FusedStep
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
@@ -76,6 +77,7 @@ class Predictor:
         self.scale = 1.0
         self._table = EntryTable(optimizer, kind, shards)
         self._fused_step = FusedStep(optimizer)
+        self._dry_kernel = FusedDryStep()
         self._grads: Buffers | None = None  # the last gradients, where a rule needs them
         self._displacements = DisplacementMemory()
         self._fused_assumptions: FusedAssumptions | None = None
@@ -222,7 +224,7 @@ class Predictor:
         else:
             grads = self._grads if self._grads is not None else [None] * len(entries.all)
             horizon = self._horizon(steps)._replace(in_progress=in_progress, clip=clip)
-            predict_by_rule(entries.all, grads, horizon, out)
+            predict_by_rule(entries.all, grads, horizon, out, dry_kernel=self._dry_kernel)
 
     # -- state -----------------------------------------------------------------------------------------------------------
 

@@ -28,6 +28,7 @@ class PredictionKind:
             with the weights, at a constant learning rate and without decoupled weight decay. With independent noise in the
             gradients every kind is of order 1 in lr.
         asks_rule: whether a rule is asked for the move; the other kinds know nothing of the optimizer.
+        in_progress: whether it is made from the gradient of the mini-batch in progress, and anew as that grows.
     """
 
     formula: str
@@ -35,6 +36,7 @@ class PredictionKind:
     lr_order: int
     steps_order: int
     asks_rule: bool = True
+    in_progress: bool = False
 
 
 KINDS: dict[str, PredictionKind] = {
@@ -62,6 +64,7 @@ KINDS: dict[str, PredictionKind] = {
         "all micro-batches of the mini-batch seen: the update itself; otherwise micro-batches to come that equal the momentum",
         2,
         2,
+        in_progress=True,
     ),
     "displacement": PredictionKind(
         "W_t + s * (W_t - W_{t-1}), for any optimizer",

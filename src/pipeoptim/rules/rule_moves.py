@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.checks import check_dense
-from pipeoptim.rules.dry_step import predict_by_dry_step
+from pipeoptim.rules.dry_step import DryStepKernel, predict_by_dry_step
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
@@ -40,6 +40,7 @@ def predict_by_rule(
     horizon: Horizon,
     out: Sequence[Tensor],
     mode: ApplyMode = "auto",
+    dry_kernel: DryStepKernel | None = None,
 ) -> None:
     """Write ``W_hat(t+s)`` of every parameter into its buffer; those by displacement are left to the caller.
 
@@ -49,13 +50,14 @@ def predict_by_rule(
         horizon: what to predict from.
         out: one buffer per parameter.
         mode: how to compute it.
+        dry_kernel: what predicts from a mini-batch in progress in one pass, where it can.
     """
     if len(out) != len(entries):
         raise ConfigError(f"{len(out)} buffers for {len(entries)} parameters: pass one buffer per parameter")
     batch = MoveBatch(mode)
-    predict_by_dry_step(entries, horizon, out, batch)
+    predict_by_dry_step(entries, horizon, out, batch, dry_kernel)
     for entry, grad, buffer in zip(entries, grads, out, strict=True):
-        if entry.kind in ("displacement", "in_progress"):
+        if entry.kind == "displacement" or entry.in_progress:
             continue
         move = None if entry.kind == "none" else ask_rule(entry, grad, horizon.ahead(entry))
         if move is None:

@@ -7,17 +7,35 @@ tensors, 50 -> 38 us over 4. ``pipeoptim bench predict`` shows the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Hashable, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pipeoptim.kernels import calls
 from pipeoptim.rules.entries import ParameterEntry
+from pipeoptim.rules.estimate import GradientEstimate, estimate
 from pipeoptim.rules.fused.steppers import Stepper
-from pipeoptim.rules.horizon import Horizon
+from pipeoptim.rules.horizon import NOTHING_SEEN, Horizon
 from pipeoptim.rules.registry import Rule
 from pipeoptim.rules.rule_moves import ask_rule
+
+
+class BatchEstimates(NamedTuple):
+    """The gradients of the next update, as far as they are known, of the parameters of a batch.
+
+    Attributes:
+        values: what stands for the gradient of each parameter: the one in progress, or the mean where there is none yet.
+        set_of: for each parameter the number of its set.
+        samples: of each set a parameter, and its step count after the update.
+        known: the estimate of that parameter, whose factors are those of the whole set.
+    """
+
+    values: list[Tensor]
+    set_of: list[int]
+    samples: list[tuple[int, float]]
+    known: list[GradientEstimate]
 
 
 class StepperBatch:
@@ -51,6 +69,10 @@ class StepperBatch:
             for entry in entries
         ]
         self.kernel = calls.MultiTensorStep(tensors, over_gradients)
+        # Of each: elements, and the addresses of the weight and, where the step keeps one, of the mean of gradients.
+        self._weights_and_means = [
+            (one[0].numel(), one[0].data_ptr(), 0 if one[1] is None else one[1].data_ptr()) for one in tensors
+        ]
         self._groups = [entry.group_number for entry in entries]
         first_of = {group: n for n, group in reversed(list(enumerate(self._groups)))}  # reversed: the first one wins
         rank = {group: n for n, group in enumerate(first_of)}
@@ -78,6 +100,59 @@ class StepperBatch:
             sets.append(self.stepper.coefficients(entry.group, t, prediction))
         return [grad.data_ptr() for grad in own if grad is not None], set_of, sets
 
+    def estimates(self, values: Sequence[Tensor | None], horizon: Horizon) -> BatchEstimates:
+        """What the gradients of the next update are estimated from.
+
+        Args:
+            values: of every parameter of the optimizer what stands for its gradient (`rules.fused.dry`).
+            horizon: what to predict from.
+        """
+        own = [value for n in self.places if (value := values[n]) is not None]
+        shares = [horizon.share(n) for n in self.places] if horizon.in_progress else [NOTHING_SEEN]
+        now = self._counters.add(0.0)
+        after = [0.0 if step is None else t + 1 for step, t in zip(self._step_counts, now, strict=True)]
+        if len(set(shares)) == 1:
+            set_of, samples = self._coefficient_sets(after)
+        else:  # some parameters have no gradient yet, say
+            set_of, samples = _numbered([*zip(self._groups, after, shares, strict=True)], after)
+        known = []
+        for first, _ in samples:
+            entry = self.entries[first]
+            found = estimate(entry, horizon.in_progress[entry.number] if horizon.in_progress else None, horizon.clip)
+            assert found is not None
+            known.append(found)
+        return BatchEstimates(own, set_of, samples, known)
+
+    def estimate_parts(self, estimates: BatchEstimates) -> list[calls.EstimateParts]:
+        """Where the estimates of this batch lie, for their norm."""
+        factors = [known.kernel_factors for known in estimates.known]
+        rows = zip(self._weights_and_means, map(Tensor.data_ptr, estimates.values), estimates.set_of, strict=True)
+        return [calls.EstimateParts(n, value, mean, w, factors[number]) for (n, w, mean), value, number in rows]
+
+    def dry_job(self, estimates: BatchEstimates, horizon: Horizon, factor: float) -> tuple[list[int], list[int], list[Any]]:
+        """The arguments of the kernel for a dry step with the estimates times `factor`, which counts nothing."""
+        pairs = zip(estimates.samples, estimates.known, strict=True)
+        sets = [
+            self._dry_coefficients(self.entries[first], estimates.values[first], t, known.scaled(factor), horizon)
+            for (first, t), known in pairs
+        ]
+        return [*map(Tensor.data_ptr, estimates.values)], estimates.set_of, sets
+
+    def _dry_coefficients(
+        self, entry: ParameterEntry, value: Tensor, t: float, known: GradientEstimate, horizon: Horizon
+    ) -> Any:
+        """The numbers of a dry step to update t of this parameter, and of all that share its set."""
+        assert entry.rule is not None
+        ahead = horizon.ahead(entry)
+        # The rule reads numbers only, and of tensors which they are: those that the kernel will have.
+        grad = value.detach()  # an object of its own, as `value` may be the buffer, which terms are told apart from
+        move = entry.rule.move(entry.weight, {**entry.state, "step": t}, grad, entry.group, ahead.from_state_after())
+        assert move is not None
+        move = move.scaled(ahead.scale)
+        assert not isinstance(move.keep, Tensor)
+        prediction = calls.KernelPrediction(1.0 - move.keep, self.stepper.prediction_factors(move, grad, entry.state))
+        return replace(self.stepper.coefficients(entry.group, t, prediction), dry=known.kernel_factors)
+
     def options_unchanged(self) -> bool:
         """Whether the options of every param group still need this kernel, with the same tensors."""
         return all(self.stepper.supports(g) and self.stepper.state_names(g) == names for g, names in self._options)
@@ -95,15 +170,20 @@ class StepperBatch:
         """
         if len(set(counts)) == 1:  # the usual case: then a group is a set
             return self._group_ranks, [(n, counts[n] or 1.0) for n in self._firsts]
-        number_of: dict[tuple[int, float], int] = {}
-        samples = []
-        set_of = []
-        for n, key in enumerate(zip(self._groups, counts, strict=True)):
-            if key not in number_of:
-                number_of[key] = len(number_of)
-                samples.append((n, key[1] or 1.0))
-            set_of.append(number_of[key])
-        return set_of, samples
+        return _numbered([*zip(self._groups, counts, strict=True)], counts)
+
+
+def _numbered(keys: Sequence[Hashable], counts: Sequence[float]) -> tuple[list[int], list[tuple[int, float]]]:
+    """As `StepperBatch._coefficient_sets`, for parameters that share all numbers if they share their key."""
+    number_of: dict[Hashable, int] = {}
+    samples = []
+    set_of = []
+    for n, key in enumerate(keys):
+        if key not in number_of:
+            number_of[key] = len(number_of)
+            samples.append((n, counts[n] or 1.0))
+        set_of.append(number_of[key])
+    return set_of, samples
 
 
 def _kernel_prediction(entry: ParameterEntry, stepper: Stepper, grad: Tensor, horizon: Horizon) -> calls.KernelPrediction:

@@ -154,6 +154,11 @@ class FusedPlan:
         present = [grad for grad in grads if grad is not None] if self.without_grad else cast(list[Tensor], grads)
         return self.weights.unchanged(present)
 
+    @property
+    def moving(self) -> frozenset[int]:
+        """Places of the parameters that kernels take."""
+        return frozenset(place for batch in self.batches for place in batch.places)
+
     def supports_next_step(self) -> bool:
         """Whether the kernels can take the next step."""
         return all(batch.supports_next_step() for batch in self.batches)

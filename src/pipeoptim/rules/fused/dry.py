@@ -1,0 +1,93 @@
+"""Dry steps in one pass over memory: weight, state and gradient in progress are read once, and the prediction is written.
+
+That is 5 passes for Adam and 4 for SGD with momentum, where torch's operations take {PASSES}. Saved: {SAVED} (``pipeoptim bench predict``).
+The arithmetic is that of the fused step, whose weight it gives bit for bit once the whole mini-batch is seen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor
+
+from pipeoptim.kernels import calls
+from pipeoptim.rules.entries import ParameterEntry
+from pipeoptim.rules.estimate import ClipEstimate, estimate
+from pipeoptim.rules.fused.batch import BatchEstimates, stepper_of
+from pipeoptim.rules.fused.plan import FusedPlan, make_plan
+from pipeoptim.rules.fused.step import MAX_PLANS
+from pipeoptim.rules.horizon import Horizon
+from pipeoptim.rules.move import Scalar
+
+
+class FusedDryStep:
+    """Predicts from the mini-batch in progress, one after the other; keeps a plan of the tensors that kernels can take."""
+
+    def __init__(self) -> None:
+        self._plans: dict[int, FusedPlan] = {}
+
+    def __call__(
+        self, entries: Sequence[ParameterEntry], horizon: Horizon, factor: Callable[[], Scalar], out: Sequence[Tensor]
+    ) -> frozenset[int]:
+        """Write the predictions that kernels can make; returns the places of their parameters.
+
+        Args:
+            entries: the optimizer's parameters, from `parameter_entries`.
+            horizon: what to predict from.
+            factor: finds that of clipping, for the estimates of all parameters.
+            out: one buffer per parameter.
+        """
+        if not out:
+            return frozenset()
+        values = self._values(entries, horizon)
+        plan = self._current_plan(entries, values, out)
+        if plan is None or not plan.supports_next_step():
+            return frozenset()
+        estimates = [batch.estimates(values, horizon) for batch in plan.batches]
+        scale = _own_factor(plan, estimates, horizon.clip) if not plan.without_grad else factor()
+        if isinstance(scale, Tensor):
+            return frozenset()
+        for batch, known in zip(plan.batches, estimates, strict=True):
+            batch.kernel.run(*batch.dry_job(known, horizon, scale))
+        return plan.moving
+
+    def _current_plan(
+        self, entries: Sequence[ParameterEntry], values: Sequence[Tensor | None], out: Sequence[Tensor]
+    ) -> FusedPlan | None:
+        key = id(out[0])  # an engine has few sets of buffers; the first identifies the set
+        plan = self._plans.get(key)
+        if plan is not None:
+            plan.prefetch()
+        if plan is None or not plan.still_fits(entries, values, out):
+            plan = make_plan(entries, values, out)
+            if len(self._plans) >= MAX_PLANS or plan is None:
+                self._plans.clear()  # as a whole: a plan holds its tensors alive
+            if plan is not None:
+                self._plans[key] = plan
+        return plan
+
+    def _values(self, entries: Sequence[ParameterEntry], horizon: Horizon) -> list[Tensor | None]:
+        """What stands for the gradient of each parameter; None where no kernel predicts it."""
+        return [_stand_in(entry, horizon) if _has_kernel(entry) else None for entry in entries]
+
+
+def _own_factor(plan: FusedPlan, estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> Scalar:
+    """That of clipping, where the plan has all parameters: the addresses are at hand, which saves asking every tensor."""
+    if clip is None or clip.max_norm is None:
+        return 1.0 if clip is None else clip.last_factor
+    pairs = zip(plan.batches, estimates, strict=True)
+    return clip.factor(calls.norm_of_estimates(part for batch, known in pairs for part in batch.estimate_parts(known)))
+
+
+def _has_kernel(entry: ParameterEntry) -> bool:
+    # A shard's state is made anew whenever it is asked for, so no plan could tell whether it is still the same.
+    return entry.in_progress and entry.parameter is entry.weight and stepper_of(entry.rule) is not None
+
+
+def _stand_in(entry: ParameterEntry, horizon: Horizon) -> Tensor | None:
+    """The gradient in progress; the mean, which the estimate is a multiple of, where there is none yet."""
+    partial = horizon.in_progress[entry.number] if horizon.in_progress else None
+    if partial is not None and partial.value is not None and partial.seen > 0:
+        return partial.value
+    known = estimate(entry, partial, horizon.clip)
+    return None if known is None else known.mean
