@@ -45,7 +45,7 @@ MAY_IMPORT = {
     "checkpoint telemetry",
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
     "train",
-    "compare": "errors files version config schedule kernels weights methods checkpoint telemetry train bench",
+    "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
     "cli": "errors files version config options diagnosis schedule kernels methods stability engine engine/transport partitioning "
     "telemetry train bench compare",
 }

@@ -1,4 +1,4 @@
-"""The errors that users see: one sentence each, with the value, the reason and what to do."""
+"""The errors that users see: one sentence each, with the value, the reason and what to do; and what such sentences are made of."""
 
 from __future__ import annotations
 
@@ -39,3 +39,13 @@ def did_you_mean(value: object, known: Iterable[str]) -> str:
     by_lower = {name.lower(): name for name in known}
     close = get_close_matches(str(value).lower(), by_lower, n=1, cutoff=0.5)
     return f"; did you mean {by_lower[close[0]]!r}?" if close else ""
+
+
+def counted(count: int, what: str) -> str:
+    """How many there are, in words.
+
+    >>> counted(1, "micro-batch"), counted(1200, "micro-batch"), counted(0, "stage")
+    ('1 micro-batch', '1,200 micro-batches', '0 stages')
+    """
+    plural = what + ("es" if what.endswith(("s", "x", "ch", "sh")) else "s")
+    return f"{count:,} {what if count == 1 else plural}"

@@ -27,10 +27,20 @@ CASES = {
     "steps": (["compare", "--steps", "-3"], ["steps is -3"]),
     "prediction": (["compare", "--prediction", "papier"], ["'papier'", "did you mean 'paper'?"]),
     "engine": (["compare", "--engine", "process"], ["'process'", "did you mean 'processes'?"]),
+    "clip": (["compare", "--clip", "-1"], ["clip is -1", "finite number"]),
+    "plan of no method": (["plan", "--method", "pipdream"], ["'pipdream'", "did you mean 'pipedream'?"]),
+    "option that a method does not have": (
+        ["compare", "--methods", "pipemare(sync=3)"],
+        [
+            "unknown pipemare option 'sync'",
+            "known: anneal_updates",
+            "pipeoptim methods pipemare",
+        ],
+    ),
     "report of nothing": (["report", "nowhere"], ["nowhere", "not a folder"]),
     "report of another folder": (["report", "."], ["holds no comparison", "no run"]),
     "methods unknown": (["methods", "pipdream"], ["'pipdream'", "did you mean 'pipedream'?"]),
-    "methods depth": (["methods", "--stages", "0"], ["depth is 0"]),
+    "methods depth": (["methods", "--stages", "0"], ["stages is 0", "at least 1"]),
     "methods of a million micro-batches": (
         ["methods", "--microbatches", "1000000"],
         ["more than can be counted", "20000 or fewer"],

@@ -8,12 +8,16 @@ from pathlib import Path
 import pytest
 
 import compare_cases
+from pipeoptim.cli.app import _run
+from pipeoptim.cli.commands.compare import _config
 from pipeoptim.compare.folder import ComparisonFolder
 from pipeoptim.compare.plan import plan_comparison
 from pipeoptim.compare.settings import ComparisonSettings, check_continues
+from pipeoptim.compare.table import setting
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS, get_method
+from pipeoptim.options import RUN_SETTINGS
 from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.setup import build_setup
 from pipeoptim.train.shorten import shortened
@@ -38,6 +42,25 @@ def test_a_method_that_refuses_is_left_out_with_the_reason() -> None:
     assert all("microbatches" in reason for reason in plan.left_out.values())
     with pytest.raises(ConfigError, match="no method is left"):
         plan_comparison(ComparisonSettings(replace(BASE, microbatches=1), tuple(refusing)))
+
+
+def test_a_method_that_cannot_do_what_the_options_ask_for_is_left_out() -> None:
+    plan = plan_comparison(ComparisonSettings(replace(BASE, overlap=True, prediction="paper"), tuple(METHODS)))
+    assert {"gpipe", "1f1b"} <= set(plan.left_out), "they flush, so there is no next forward to overlap with"
+    assert all("overlap" in reason for reason in plan.left_out.values())
+    assert {run.config.overlap for run in plan.runs} == {True}
+
+
+def test_every_option_that_changes_what_is_computed_is_offered_and_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert _run(["compare", "--help"]) == 0
+    text = "".join(capsys.readouterr().out.split())  # lines are broken anywhere
+    for name, known in RUN_SETTINGS.items():
+        if known.computes:
+            assert f"--{name.replace('_', '-')}" in text and "".join(known.help.split()) in text, name
+    config = _config("compare_cases:recipe", {"clip": 1.5, "compress": "int8", "prediction": "paper"}, None, None, False)
+    assert (config.clip, config.compress, config.threads) == (1.5, "int8", 1)
+    assert setting(config).endswith(", clip 1.5, compress int8")
+    assert setting(BASE) == setting(replace(BASE, monitor_every=3)), "what changes no run is not told"
 
 
 @pytest.mark.parametrize("name", [name for name, method in METHODS.items() if method.optimizer])

@@ -109,7 +109,7 @@ def test_plan_of_a_model_of_ones_own(command, tmp_path):
         (["--how", "magic"], "must be one of auto, blocks"),
         (["--pin", "block9"], "which is not a block"),
         (["--device", "nowhere"], "cannot be used here"),
-        (["--stages", "0"], "num_stages is 0"),
+        (["--stages", "0"], "stages is 0, must be an integer"),
         (["--microbatches", "0"], "microbatches is 0"),
         (["--bandwidth", "0"], "bandwidth is 0.0"),
         (["--memory", "nan"], "memory is nan"),

@@ -16,7 +16,7 @@ from pipeoptim.bench import efficiency, memory, partition, scaling, stability, t
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record, ResultRow
-from pipeoptim.errors import PipeOptimError
+from pipeoptim.errors import PipeOptimError, counted
 
 _MARK = re.compile(
     r"<!-- (?P<what>table|long run): (?P<file>[^ ]+)(?P<where>( \w+=[^ ]+)*) -->\n.*?<!-- end of (?P=what) -->", re.DOTALL
@@ -106,7 +106,7 @@ def caption(record: Record) -> str:
     m = record.machine
     if not m:
         return f"{record.benchmark}: computed, the same on every machine."
-    where = f"{m['cores']} cores of {m['processor']}" + (f", {', '.join(m['gpus'])}" if m["gpus"] else "")
+    where = f"{counted(m['cores'], 'core')} of {m['processor']}" + (f", {', '.join(m['gpus'])}" if m["gpus"] else "")
     settings = ", ".join(f"{k} {v}" for k, v in record.settings.items() if isinstance(v, (int, float, str)))
     return f"{record.benchmark}: {settings}. {where}; torch {m['torch']}, Python {m['python']}, pipeoptim {m['pipeoptim']}."
 

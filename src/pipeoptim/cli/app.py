@@ -50,16 +50,21 @@ def build() -> typer.Typer:
     """The application with every command in ``pipeoptim.cli.commands``."""
     from pipeoptim.cli import commands
 
-    app = typer.Typer(name="pipeoptim", help=HELP, add_completion=False, rich_markup_mode=None)
+    app = typer.Typer(name="pipeoptim", help=HELP, rich_markup_mode=None)
     app.callback(help=HELP)(_root)
     for info in sorted(pkgutil.iter_modules(commands.__path__), key=lambda info: info.name):
         if not info.name.startswith("_"):
             command = getattr(importlib.import_module(f"{commands.__name__}.{info.name}"), info.name)
             if isinstance(command, typer.Typer):
-                app.add_typer(command, name=info.name)
+                app.add_typer(command, name=info.name, short_help=_first_line(command.info.help))
             else:
-                app.command(info.name)(command)
+                app.command(info.name, short_help=_first_line(command.__doc__))(command)
     return app
+
+
+def _first_line(help: object) -> str:
+    """Of a command's help, whole: lists of commands would cut it off."""
+    return str(help or "").strip().splitlines()[0] if help else ""
 
 
 def main(arguments: list[str] | None = None) -> None:

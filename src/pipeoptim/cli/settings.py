@@ -1,44 +1,57 @@
-"""Options of the command line that are fields of ``TrainConfig``: their names, types and help are written there, once."""
+"""Options of the command line that are fields of ``TrainConfig``: their names, types, help, defaults and checks are written there, once."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
 from typing import Annotated, Any, TypeVar
 
 from typer import Option
 
-from pipeoptim.config import SETTINGS, TrainConfig
+from pipeoptim.config import SETTINGS
 
 F = TypeVar("F", bound=Callable[..., None])
+
+#: Those that commands which train have in common.
+OptimizerOption = Annotated[
+    str | None,
+    Option(
+        help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), or module:Class; one, or one per stage between "
+        "commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where the new one has them."
+    ),
+]
+LearningRateOption = Annotated[float | None, Option(help="Learning rate.")]
+TinyOption = Annotated[bool, Option("--tiny", help="The recipe's tiny form: a minute, and nothing to download.")]
 
 _TYPES = {"str": str, "int": int, "float": float, "bool": bool}
 
 
-def takes_settings(*names: str, after: str, **helps: str) -> Callable[[F], F]:
+def takes_settings(*names: str, after: str, defaults: Mapping[str, Any] | Sequence[str] = (), **helps: str) -> Callable[[F], F]:
     """Decorator of a command ``f(..., **settings)``: it gets an option for each of the fields ``names``, None where it is not given.
 
     Args:
         names: all that are offered, where none are named.
         after: the command's own option that they follow in its help.
+        defaults: what some of them are where they are not given; names alone for what they are in a run.
         helps: what a field means in this command, where that is not what it means in a run.
     """
-    types = {f.name: str(f.type) for f in fields(TrainConfig)}
     offered = names or tuple(name for name, known in SETTINGS.items() if known.offered)
+    default = dict(defaults) if isinstance(defaults, Mapping) else {name: SETTINGS[name].default for name in defaults}
 
     def option(name: str) -> Any:
-        help = helps.get(name, SETTINGS[name].help)
-        if types[name] == "bool":
+        help, kind = helps.get(name, SETTINGS[name].help), SETTINGS[name].type_name.partition(" | ")[0]
+        if kind == "bool":
             return Annotated[bool | None, Option(f"--{name.replace('_', '-')}", help=help)]
-        return Annotated[_TYPES[types[name]] | None, Option(help=help)]
+        choices = SETTINGS[name].choices
+        return Annotated[_TYPES[kind] | None, Option(help=help, autocompletion=_beginning_among(choices) if choices else None)]
 
     def decorate(command: F) -> F:
         signature = inspect.signature(command, eval_str=True)
         own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         place = 1 + [p.name for p in own].index(after)
         made = [
-            inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=None, annotation=option(n)) for n in offered
+            inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD, default=default.get(n), annotation=option(n))
+            for n in offered
         ]
         shown = [*own[:place], *made, *own[place:]]
         described: Any = command  # typer asks for both
@@ -49,6 +62,22 @@ def takes_settings(*names: str, after: str, **helps: str) -> Callable[[F], F]:
     return decorate
 
 
+def _beginning_among(choices: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell completes to one of ``choices``."""
+
+    def complete(incomplete: str) -> list[str]:
+        return [choice for choice in choices if choice.startswith(incomplete)]
+
+    return complete
+
+
 def given(settings: dict[str, Any]) -> dict[str, Any]:
-    """Those that were given on the command line."""
-    return {name: value for name, value in settings.items() if value is not None}
+    """Those that were given on the command line, or have a default there.
+
+    Raises:
+        ConfigError: a value that its field does not take.
+    """
+    found = {name: value for name, value in settings.items() if value is not None}
+    for name, value in found.items():
+        SETTINGS[name].check(name, value)
+    return found

@@ -14,6 +14,7 @@ from rich.progress import Progress as Bar
 from pipeoptim.compare.folder import ComparisonFolder
 from pipeoptim.compare.plan import PlannedRun
 from pipeoptim.compare.worker import OUTCOME
+from pipeoptim.errors import counted
 
 
 class Progress:
@@ -32,7 +33,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.done:
-            self.console.print(f"{self.done} of {self.total} runs were finished before", soft_wrap=True)
+            self.console.print(f"{self.done} of {counted(self.total, 'run')} were finished before", soft_wrap=True)
         if self.console.is_terminal and not self.console.quiet and self.done < self.total:
             columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), TimeRemainingColumn())
             self.bar = Bar(*columns, console=self.console)

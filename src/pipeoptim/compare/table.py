@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pipeoptim.compare.statistics import Spread
 from pipeoptim.compare.summary import Comparison, MethodSummary
 from pipeoptim.config import TrainConfig
+from pipeoptim.errors import counted
+from pipeoptim.options import RUN_SETTINGS
 
 #: Where there is no figure.
 NONE = "\N{EN DASH}"
@@ -160,7 +162,7 @@ def size(count: float | None) -> str:
 
 
 def setting(config: TrainConfig) -> str:
-    """What all runs share, in one line."""
+    """What all runs share, in one line; of the options of the pipeline, those that are not the default."""
     lr = config.optimizer.options.get("lr")
     split = (
         f"{config.microbatches} micro-batches of {config.batch_size // config.microbatches}"
@@ -168,7 +170,12 @@ def setting(config: TrainConfig) -> str:
         else f"mini-batches of {config.batch_size}, not split"
     )
     rate = "" if lr is None else f" with lr {lr:g}"
-    return f"{config.stages} stages, {split}, {config.steps:,} steps, {config.optimizer.target}{rate}"
+    chosen = [
+        f", {name} {value}"
+        for name, known in RUN_SETTINGS.items()
+        if name != "prediction" and known.computes and (value := getattr(config, name)) != known.default
+    ]
+    return f"{counted(config.stages, 'stage')}, {split}, {counted(config.steps, 'step')}, {config.optimizer.target}{rate}{''.join(chosen)}"
 
 
 def notes(comparison: Comparison) -> Sequence[str]:

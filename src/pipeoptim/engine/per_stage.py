@@ -7,7 +7,7 @@ from typing import Any
 
 from torch.amp.grad_scaler import GradScaler
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 
 
 def one_each(what: str, count: int, given: Any, arguments: Sequence[Any]) -> list[Any]:
@@ -30,10 +30,11 @@ def one_each(what: str, count: int, given: Any, arguments: Sequence[Any]) -> lis
         ]
     if not isinstance(given, (list, tuple)):
         raise ConfigError(
-            f"{what} is one {type(given).__name__} for {count} stages; give a list of one per stage, or a function that makes one"
+            f"{what} is one {type(given).__name__} for {counted(count, 'stage')}; give a list of one per stage, or a function that makes "
+            "one"
         )
     if len(given) != count:
-        raise ConfigError(f"{what} has {len(given)} entries for {count} stages; give one per stage")
+        raise ConfigError(f"{what} has {len(given)} entries for {counted(count, 'stage')}; give one per stage")
     return list(given)
 
 

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pipeoptim.engine.marks import MARKS, Along, MicroBatches, Whole
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 
 Rows = tuple[int, ...]
 """Rows of each of the M micro-batches; empty where nothing says how many there are."""
@@ -127,21 +127,22 @@ def _slices_of_leaf(name: str, leaf: Any, m: int) -> Slices:
     if isinstance(leaf, _CONSTANTS) or callable(leaf) or _is_numpy_scalar(leaf):
         return Slices([leaf] * m)
     raise ConfigError(
-        f"{name} holds a {type(leaf).__name__}, whose rows are unknown, so it cannot be split into {m} micro-batches; give tensors, a "
-        "list with one entry per row, or pipeoptim.MicroBatches that you split yourself; wrap it in pipeoptim.Whole if all shall get it"
+        f"{name} holds a {type(leaf).__name__}, whose rows are unknown, so it cannot be split into {counted(m, 'micro-batch')}; give "
+        "tensors, a list with one entry per row, or pipeoptim.MicroBatches that you split yourself; wrap it in pipeoptim.Whole if all "
+        "shall get it"
     )
 
 
 def _cut_tensor(name: str, tensor: Tensor, m: int, dim: int) -> Slices:
     if tensor.layout is not torch.strided or tensor.is_nested:
         raise ConfigError(
-            f"{name} holds a tensor of layout {tensor.layout}, which cannot be split into {m} micro-batches; "
+            f"{name} holds a tensor of layout {tensor.layout}, which cannot be split into {counted(m, 'micro-batch')}; "
             "cut it yourself and give pipeoptim.MicroBatches"
         )
     if not -tensor.dim() <= dim < tensor.dim():
         lacks = "no batch dimension" if tensor.dim() == 0 else f"no dimension {dim}, its shape is {tuple(tensor.shape)}"
         raise ConfigError(
-            f"a tensor in {name} has {lacks}; it cannot be split into {m} micro-batches. "
+            f"a tensor in {name} has {lacks}; it cannot be split into {counted(m, 'micro-batch')}. "
             "Wrap it in pipeoptim.Whole if all of them shall get it"
         )
     # Views: nothing is copied, and uneven sizes are those of row_counts().

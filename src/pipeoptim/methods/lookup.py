@@ -5,12 +5,13 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import inspect
 from difflib import get_close_matches
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.methods.method import Method
 from pipeoptim.methods.registry import FACTORIES, METHODS
 
@@ -66,6 +67,10 @@ def _with_options(text: str) -> Method:
             if name not in METHODS
             else ConfigError(f"method {name!r} has no options; leave out the brackets")
         )
+    known = inspect.signature(FACTORIES[name]).parameters
+    for option in options:
+        if option not in known:
+            raise unknown_name(f"{name} option", option, known, more=f"; pipeoptim methods {name} explains them")
     try:
         return FACTORIES[name](**options)
     except TypeError as error:

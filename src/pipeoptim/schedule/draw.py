@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from pipeoptim.errors import counted
 from pipeoptim.schedule.actions import ActionKind
 from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.slack import describe_slack
@@ -64,7 +65,9 @@ def to_svg(program: Program, minibatches: int, title: str = "") -> str:
     length = max(s.end for s in spans)
     width, height = max(_LEFT + _UNIT * length + 12, _LEGEND), _TOP + _ROW * program.depth + 26
     slack = f", slack {describe_slack(program.slack)}" if program.slack else ""
-    name = escape(title or f"{program.order}, {program.depth} stages, {program.microbatches} micro-batches{slack}")
+    name = escape(
+        title or f"{program.order}, {counted(program.depth, 'stage')}, {counted(program.microbatches, 'micro-batch')}{slack}"
+    )
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width:g} {height:g}" width="{width:g}" role="img" '
         f'aria-label="{name}" font-family="system-ui, sans-serif" font-size="11">',

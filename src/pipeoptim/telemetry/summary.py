@@ -8,6 +8,8 @@ from typing import Protocol
 from rich.console import Console
 from rich.table import Table
 
+from pipeoptim.telemetry.console import table_console
+
 
 class _Stage(Protocol):
     @property
@@ -61,7 +63,7 @@ class _Result(Protocol):
 
 def print_summary(result: _Result, steps: int, how: str, console: Console | None = None) -> None:
     """Print ``result`` of a run of ``steps`` mini-batches; ``how`` names the method and the engine."""
-    console = console or Console(highlight=False)
+    console = console or table_console()
     figures = [f"train loss {result.train_loss:.4f} (mean of the last steps)"] if result.train_loss is not None else []
     if result.val_loss is not None:
         figures.append(f"validation loss {result.val_loss:.4f}")

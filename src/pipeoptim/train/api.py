@@ -44,6 +44,17 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
     return result
 
 
+def check_possible(config: TrainConfig) -> None:
+    """Check all that a run checks before it begins.
+
+    Raises:
+        ConfigError: one sentence with the value, the reason and the remedy.
+    """
+    check(config)
+    with cpu_threads(config.threads):
+        probe_setup(build_setup(config))
+
+
 def _draw_curve(directory: RunDir, config: TrainConfig) -> None:
     loss_curve(
         read_rows(directory.metrics), directory.curve, f"{directory.path.name}: {config.method}, {layout_of(config).describe()}"
@@ -67,11 +78,13 @@ class _Beginning:
     resume: bool | None
     held: ExitStack
 
-    def look(self) -> None:
+    def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
         # `create` checks it again; here it spares the user the wait for data and model.
         if self.resume is False:
             self.directory.check_new()
+        elif self.directory.config.exists():
+            rundir.check_longer(config, self.directory.read_config())
 
     def start(self, setup: RunSetup) -> Start:
         """The last thing before work starts, and the first that writes."""
@@ -94,7 +107,7 @@ class _Beginning:
 def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     directory = beginning.directory
     with cpu_threads(config.threads):
-        beginning.look()
+        beginning.look(config)
         setup = build_setup(config)
         probe_setup(setup)
         loss = ObservedLoss(setup.task)
@@ -116,7 +129,7 @@ def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunRes
 def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:
     """As above for a run that is set up in other processes: it is set up here too, once, to see that its parts fit together."""
     with cpu_threads(config.threads):
-        beginning.look()
+        beginning.look(config)
         setup = build_setup(config)
         probe_setup(setup)
         make_emulator(setup, setup.task.loss)

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 from pipeoptim.partitioning.balance import best_cut
 
 
@@ -33,7 +33,7 @@ def balance(costs: Sequence[int], parts: int) -> list[int]:
         )
     if not 1 <= parts <= possible:
         raise ConfigError(
-            f"stages is {parts}, but only {possible} of {len(costs)} blocks have parameters; set stages to 1..{possible}"
+            f"stages is {parts}, but only {possible} of {counted(len(costs), 'block')} have parameters; set stages to 1..{possible}"
         )
     ends = [0, *accumulate(costs)]
 
@@ -63,7 +63,7 @@ def cut(model: nn.Module, stages: int) -> list[nn.Module]:
         )
     if stages > len(blocks):
         raise ConfigError(
-            f"stages is {stages}, but the model has only {len(blocks)} blocks; set stages to at most {len(blocks)}"
+            f"stages is {stages}, but the model has only {counted(len(blocks), 'block')}; set stages to at most {len(blocks)}"
         )
     costs = [sum(p.numel() for p in blocks[i].parameters() if p.requires_grad) for i in range(len(blocks))]
     pieces: list[nn.Module] = []

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from pipeoptim.config import TrainConfig
+from pipeoptim.errors import counted
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Layout:
 
     def describe(self) -> str:
         """The layout in words, for titles."""
-        parts = [f"{self.stages} stages"]
+        parts = [counted(self.stages, "stage")]
         parts += [f"{self.chunks} per process"] if self.chunks > 1 else []
         parts += [f"{self.replicas} replicas"] if self.replicas > 1 else []
         return ", ".join(parts)

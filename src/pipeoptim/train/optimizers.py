@@ -10,7 +10,7 @@ from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeoptim.config import Component
-from pipeoptim.errors import ConfigError, unknown_name
+from pipeoptim.errors import ConfigError, counted, unknown_name
 from pipeoptim.rules import muon_adamw
 from pipeoptim.train.parameter_groups import check_group, split_parameters
 from pipeoptim.train.targets import accepts, call, load
@@ -78,6 +78,20 @@ def switch(component: Component, name: str) -> Component:
     return Component(name, {**kept, **own})
 
 
+def kept_note(before: Component, after: Component) -> str:
+    """A note on the options that :func:`switch` keeps, besides the learning rate; empty where it keeps none.
+
+    >>> kept_note(Component("adamw", {"lr": 0.1, "weight_decay": 0.01}), Component("adam", {"lr": 0.2, "weight_decay": 0.01}))
+    "optimizer adam: weight_decay 0.01, as the recipe's adamw"
+    """
+    kept = [
+        f"{name} {value}"
+        for name, value in after.options.items()
+        if name not in ("lr", "groups") and before.options.get(name) == value
+    ]
+    return f"optimizer {after.target}: {', '.join(kept)}, as the recipe's {before.target}" if kept else ""
+
+
 class Factory(Protocol):
     """Makes the optimizer of stage ``k`` from its parameters."""
 
@@ -95,7 +109,9 @@ def factory(component: Component, stages: int | None = None) -> Factory:
     """
     each = resolve_each(component.target)
     if len(each) > 1 and stages is not None and len(each) != stages:
-        raise ConfigError(f"optimizer {component.target!r} names {len(each)} for {stages} stages; name one, or one per stage")
+        raise ConfigError(
+            f"optimizer {component.target!r} names {len(each)} for {counted(stages, 'stage')}; name one, or one per stage"
+        )
     shared = {name: value for name, value in component.options.items() if name != "groups"}
     if len(each) > 1:
         for name in shared:

@@ -245,7 +245,7 @@ def resume(
         if anew:
             say(f"run {run.path} exists; it continues from step {meta.step} of {config.steps}")
     if config != run.read_config():
-        _check_longer(config, run.read_config())
+        check_longer(config, run.read_config())
         run.write_config(config)
     run.result.unlink(missing_ok=True)  # from here on the run is neither finished nor stopped
     if config.trace and start.step < config.steps:  # the new one may be of fewer stages
@@ -295,7 +295,12 @@ def _program_name() -> str:
     return shlex.quote(called) if Path(called).name == "pipeoptim" and shutil.which("pipeoptim") is None else "pipeoptim"
 
 
-def _check_longer(config: TrainConfig, before: TrainConfig) -> None:
+def check_longer(config: TrainConfig, before: TrainConfig) -> None:
+    """Check that a run that was begun as ``before`` says may end where ``config`` says.
+
+    Raises:
+        ConfigError: its learning rates depend on the number of its steps, so it would have been another run from the beginning.
+    """
     from pipeoptim.train.lr_schedules import depends_on_length
 
     if config.steps != before.steps and depends_on_length(config.lr_schedule):

@@ -272,11 +272,11 @@ def _sized(text: str) -> tuple[str, int]:
 
 
 def _report(record: Record, out: Path, add: bool = False) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from pipeoptim.bench.record import Record, merged
     from pipeoptim.bench.tables import caption, columns
+    from pipeoptim.telemetry.console import table_console
 
     if add and out.is_file():
         record = merged(Record.read(out), record)
@@ -284,9 +284,7 @@ def _report(record: Record, out: Path, add: bool = False) -> None:
     table = Table(*head)
     for cells in body:
         table.add_row(*cells)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=180)  # a pipe or a file has no width of its own
+    console = table_console(180)
     console.print(table)
     console.print(caption(record))
     console.print(f"written to {record.write(out)}")

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import given, takes_settings
-from pipeoptim.errors import ConfigError
+from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings
+from pipeoptim.config import SETTINGS
+from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from pipeoptim.compare.summary import Comparison
@@ -22,43 +23,44 @@ VALIDATIONS = 10
 #: Seeds that --seeds N may stand for.
 MOST_SEEDS = 1000
 
-#: Columns of text where the table does not go to a terminal.
-WIDTH_OF_FILES = 160
+
+#: Settings that all runs share: those that change what a run computes, but for what differs between the runs; and three more.
+SHARED = tuple(
+    name
+    for name, known in SETTINGS.items()
+    if known.offered
+    and (known.computes or name in ("steps", "eval_every", "engine"))
+    and name not in ("method", "seed", "threads")
+)
+
+#: Where a comparison begins otherwise than a run.
+BEGINS_WITH = {"prediction": "paper", "engine": "emulator", "checkpoint_every": 0}
 
 
 @takes_settings(
-    "stages",
-    "microbatches",
-    "batch_size",
-    "steps",
-    "eval_every",
-    after="recipe",
+    *SHARED,
+    after="seeds",
+    defaults=BEGINS_WITH,
     steps="Mini-batches of each run.",
     eval_every="Steps between validations; by default ten per run.",
+    checkpoint_every="Steps between checkpoints, for very long runs. The pipeline drains at each; 0: none.",
 )
 def compare(
     methods: Annotated[str, Option(help="Names with commas between them (see pipeoptim methods), or all.")] = "all",
     recipe: Annotated[str, Option(help="What to train: chars, digits, or module:function of your own.")] = "chars",
     seeds: Annotated[str, Option(help="How many seeds (3), or which ones (0,1,2).")] = "1",
-    optimizer: Annotated[str | None, Option(help="adamw, sgd, ... (any of torch.optim). Give --lr as well.")] = None,
-    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    optimizer: OptimizerOption = None,
+    lr: LearningRateOption = None,
     same_optimizer: Annotated[
         bool, Option("--same-optimizer", help="Also for methods that bring their own (nesterov: NAdam).")
     ] = False,
     own_lr: Annotated[float | None, Option(help="Learning rate of optimizers that methods bring along.")] = None,
-    prediction: Annotated[str, Option(help="Weight prediction: paper, refined, decayed or displacement.")] = "paper",
-    engine: Annotated[
-        str, Option(help="emulator: a run in one process. processes: one process per stage, for real times.")
-    ] = "emulator",
     target: Annotated[
         float | None,
         Option(help="Validation loss whose first crossing is timed; by default what the synchronous method reaches."),
     ] = None,
-    checkpoint_every: Annotated[
-        int, Option(help="Steps between checkpoints, for very long runs. The pipeline drains at each; 0: none.")
-    ] = 0,
     jobs: Annotated[int | None, Option(help="Runs at the same time; by default as many as cores.")] = None,
-    tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form: small, and nothing to download.")] = False,
+    tiny: TinyOption = False,
     out: Annotated[Path | None, Option(help="Folder of the comparison; by default runs/compare-<recipe>.")] = None,
     quiet: Annotated[bool, Option("--quiet", help="No progress and no table.")] = False,
     **settings: Any,
@@ -91,13 +93,15 @@ def compare(
     from pipeoptim.compare.api import compare as run_comparison
     from pipeoptim.compare.report import write_report
     from pipeoptim.compare.settings import ComparisonSettings
+    from pipeoptim.train.layout import layout_of
 
-    fixed = {"prediction": prediction, "engine": engine, "checkpoint_every": checkpoint_every}
-    config = _config(recipe, given(settings) | fixed, optimizer, lr, tiny)
+    config = _config(recipe, given(settings), optimizer, lr, tiny)
     compared = ComparisonSettings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
     folder = out or Path("runs") / f"compare-{config.recipe.replace(':', '.').replace('/', '.')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    at_once = jobs if jobs is not None else max(1, cores // (config.stages if engine == "processes" else 1))
+    at_once = (
+        jobs if jobs is not None else max(1, cores // (layout_of(config).processes if config.engine == "processes" else 1))
+    )
     try:
         comparison = run_comparison(compared, folder, at_once, not quiet, shlex.join(["pipeoptim", *sys.argv[1:]]))
     except KeyboardInterrupt as error:
@@ -109,20 +113,20 @@ def compare(
     failed = [o for o in comparison.outcomes if o.status == "failed"]
     if failed:
         runs = ", ".join(f"{o.method} seed {o.seed} ({o.reason})" for o in failed)
-        print(f"pipeoptim: {len(failed)} of {len(comparison.outcomes)} runs failed: {runs}", file=sys.stderr)
+        print(f"pipeoptim: {len(failed)} of {counted(len(comparison.outcomes), 'run')} failed: {runs}", file=sys.stderr)
         raise typer.Exit(1)
 
 
 def _config(recipe: str, changed: dict[str, Any], optimizer: str | None, lr: float | None, tiny: bool) -> TrainConfig:
     """The recipe's configuration with what was given; one thread per run, as many validations as a curve needs."""
-    from pipeoptim.train.checks import check
+    from pipeoptim.train.checks import check_settings
     from pipeoptim.train.optimizers import switch
     from pipeoptim.train.recipes import get_recipe
     from pipeoptim.train.setup import with_steps
     from pipeoptim.train.shorten import shortened
 
     config = replace(get_recipe(recipe, tiny), threads=1, **changed)
-    check(config)
+    check_settings(config)
     config = with_steps(config)
     if "eval_every" not in changed:
         config = replace(config, eval_every=max(1, config.steps // VALIDATIONS))
@@ -168,19 +172,15 @@ def _positive(name: str, value: float | None) -> float | None:
 
 def show(comparison: Comparison, folder: Path) -> None:
     """The table in the terminal, the notes below it, and where everything is."""
-    import os
-
-    from rich.console import Console
     from rich.table import Table
 
     from pipeoptim.compare.table import columns, fitting, notes, setting
+    from pipeoptim.telemetry.console import table_console
 
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDTH_OF_FILES
+    console = table_console()
     config, seeds = comparison.settings.config, len(comparison.settings.seeds)
     console.print(
-        f"{config.recipe}: {setting(config)}, {seeds} seed{'s' * (seeds > 1)}, prediction {config.prediction}",
+        f"{config.recipe}: {setting(config)}, {counted(seeds, 'seed')}, prediction {config.prediction}",
         soft_wrap=True,
     )
     head, dropped = fitting(columns(comparison), comparison.lines(), console.width)

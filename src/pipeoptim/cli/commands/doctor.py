@@ -46,13 +46,14 @@ def _print_json(findings: list[Finding]) -> None:
 
 
 def _print_table(findings: list[Finding]) -> None:
-    from rich.console import Console
     from rich.table import Table
     from rich.text import Text
+
+    from pipeoptim.telemetry.console import table_console
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("what", "state", "found", "why"):
         table.add_column(heading, no_wrap=heading in ("what", "state"))
     for finding in findings:
         table.add_row(finding.name, Text(finding.state, STYLES[finding.state]), Text(finding.found), Text(finding.reason))
-    Console(highlight=False).print(table)
+    table_console().print(table)

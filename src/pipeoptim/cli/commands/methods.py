@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.cli.settings import given, takes_settings
+from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -22,11 +23,18 @@ MOST_ACTIONS = 600_000
 WIDEST = 200
 
 
+@takes_settings(
+    "stages",
+    "microbatches",
+    after="name",
+    defaults=("stages", "microbatches"),
+    stages="Depth D.",
+    microbatches="Micro-batches M per mini-batch.",
+)
 def methods(
     name: Annotated[str | None, Argument(help="Show one method in detail.")] = None,
-    stages: Annotated[int, Option(help="Depth D.")] = 4,
-    microbatches: Annotated[int, Option(help="Micro-batches M per mini-batch.")] = 1,
     svg: Annotated[Path | None, Option(help="Write the drawing of the method's schedule to this file.")] = None,
+    **settings: Any,
 ) -> None:
     """List the training methods, or explain one.
 
@@ -43,18 +51,15 @@ def methods(
       pipeoptim methods 1f1b --microbatches 4 --svg 1f1b.svg
           The drawing as a file.
     """
-    import os
-
-    from rich.console import Console
-
     from pipeoptim.methods import METHODS
     from pipeoptim.schedule import Program
+    from pipeoptim.telemetry.console import table_console
 
+    wanted = given(settings)
+    stages, microbatches = wanted["stages"], wanted["microbatches"]
     Program("async_1f1b", stages, microbatches)  # refuses impossible numbers
     _check_size(stages, microbatches, 4 if name is not None else len(METHODS))
-    console = Console(highlight=False)
-    if not console.is_terminal and "COLUMNS" not in os.environ:
-        console.width = WIDEST
+    console = table_console(WIDEST)
     if name is not None:
         _one(console, name, stages, microbatches, svg)
     elif svg is not None:
@@ -68,8 +73,8 @@ def _check_size(stages: int, microbatches: int, methods: int) -> None:
     actions = 2 * stages * (2 * stages + 2) * microbatches * methods
     if actions > MOST_ACTIONS:
         raise ConfigError(
-            f"{stages} stages with {microbatches} micro-batches would take minutes to count ({actions:,} actions, at most "
-            f"{MOST_ACTIONS:,} are counted); set --stages or --microbatches to less"
+            f"{counted(stages, 'stage')} with {counted(microbatches, 'micro-batch')} would take minutes to count ({actions:,} actions, at "
+            f"most {MOST_ACTIONS:,} are counted); set --stages or --microbatches to less"
         )
 
 
@@ -87,7 +92,7 @@ def _all(console: Console, stages: int, microbatches: int) -> None:
         table.add_column(heading, justify="right" if figures else "left", no_wrap=heading not in MAY_WRAP)
     for row in rows:
         table.add_row(*row)
-    console.print(f"depth {stages}, {microbatches} micro-batch{'es' * (microbatches > 1)} per update")
+    console.print(f"depth {stages}, {counted(microbatches, 'micro-batch')} per update")
     console.print(table)
     console.print(
         "copies: of the weights, the most of any stage. gap: updates from the weights of F to B, by stage. bubble: idle in steady state."

@@ -11,22 +11,30 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.cli.settings import TinyOption, given, takes_settings
+from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from pipeoptim.partitioning import Partition
 
 
+@takes_settings(
+    "stages",
+    "microbatches",
+    "method",
+    after="model",
+    defaults=("method",),
+    stages="Depth; by default the recipe's, or with --devices the fastest.",
+    microbatches="Micro-batches per mini-batch; by default the recipe's, or 1.",
+    method="The method whose memory counts for the cut.",
+)
 def plan(
     recipe: Annotated[str | None, Option(help="Whose model and mini-batch, as for train; chars by default.")] = None,
-    tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form.")] = False,
+    tiny: TinyOption = False,
     model: Annotated[
         str | None,
         Option(help="module:function of your own, instead of a recipe: returns (model, args) or (model, args, kwargs)."),
     ] = None,
-    stages: Annotated[int | None, Option(help="Depth; by default the recipe's, or with --devices the fastest.")] = None,
-    microbatches: Annotated[int | None, Option(help="Micro-batches per mini-batch; by default the recipe's, or 1.")] = None,
-    method: Annotated[str, Option(help="The method whose memory counts for the cut.")] = "pipeoptim",
     how: Annotated[str, Option(help="blocks, layers, trace, or auto.")] = "auto",
     layers: Annotated[list[str] | None, Option(help="Name of a list of layers in the model; found by itself.")] = None,
     speed: Annotated[list[float] | None, Option(help="Relative speed of each stage's device; once per stage.")] = None,
@@ -42,6 +50,7 @@ def plan(
     blocks: Annotated[bool, Option("--blocks", help="Also list what each block costs: seconds and bytes.")] = False,
     picture: Annotated[Path | None, Option(help="Also draw the stages into this SVG file.")] = None,
     svg: Annotated[Path | None, Option(help="Also draw the schedule of the method into this SVG file.")] = None,
+    **settings: Any,
 ) -> None:
     """Measure a model's blocks on this machine, cut it, and say what every method will cost.
 
@@ -68,7 +77,8 @@ def plan(
     from pipeoptim.partitioning import partition
 
     keep_freed_memory()
-    chosen = get_method(method)
+    wanted = given(settings)
+    chosen = get_method(wanted["method"])
     for option, path in (("--picture", picture), ("--svg", svg)):
         if path is not None and path.exists():
             raise ConfigError(f"{path} exists; choose another file for {option}")
@@ -80,9 +90,8 @@ def plan(
     limits = [_bytes(gib) for gib in memory] if memory else None
     module, args, kwargs, depth, m = _own(model) if model is not None else _of_recipe(recipe or "chars", tiny)
     module, args, kwargs = _on(device, module, args, kwargs)
-    m = m if microbatches is None else microbatches
-    if stages is None and devices is None:
-        stages = depth
+    m = wanted.get("microbatches", m)
+    stages = wanted.get("stages", depth if devices is None else None)
     found = partition(
         module,
         stages,
@@ -168,11 +177,11 @@ def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]
 
 
 def _show(found: Partition, depth: int, m: int) -> None:
-    from rich.console import Console
     from rich.table import Column, Table
 
     from pipeoptim.methods import METHODS, copies
     from pipeoptim.partitioning.forecast import seconds_per_minibatch
+    from pipeoptim.telemetry.console import table_console
 
     print(found.to_text())
     table = Table(Column("method", no_wrap=True), "mini-batches/s", "busy", "largest gap", "most copies", "why not")
@@ -187,5 +196,8 @@ def _show(found: Partition, depth: int, m: int) -> None:
         gaps = max(program.steady_gap(k) for k in range(depth))
         most = max(copies(method, depth, m, k) for k in range(depth))
         table.add_row(name, f"{1 / seconds:.3g}", f"{busy:.0%}", str(gaps), str(most), "")
-    Console().print(table)
-    print(f"{depth} stages, {m} micro-batches per mini-batch; forecast from the measured blocks, without transfers and updates")
+    table_console().print(table)
+    print(
+        f"{counted(depth, 'stage')}, {counted(m, 'micro-batch')} per mini-batch; forecast from the measured blocks, without transfers and "
+        "updates"
+    )

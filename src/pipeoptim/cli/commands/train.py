@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import given, takes_settings
+from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings
 from pipeoptim.config import NOT_COMPUTED, TrainConfig
 from pipeoptim.errors import ConfigError
 
@@ -29,14 +29,8 @@ def train(
         str | None,
         Option(help="What to train: chars (default), digits, vgg16-cifar100, ..., or module:function of your own."),
     ] = None,
-    tiny: Annotated[bool, Option("--tiny", help="The recipe's tiny form: a minute, and nothing to download.")] = False,
-    optimizer: Annotated[
-        str | None,
-        Option(
-            help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), or module:Class; one, or one per stage "
-            "between commas. Give --lr as well."
-        ),
-    ] = None,
+    tiny: TinyOption = False,
+    optimizer: OptimizerOption = None,
     group: Annotated[
         list[str] | None,
         Option(
@@ -44,7 +38,7 @@ def train(
             "weights that it takes); may be given several times."
         ),
     ] = None,
-    lr: Annotated[float | None, Option(help="Learning rate.")] = None,
+    lr: LearningRateOption = None,
     name: Annotated[str | None, Option(help="Name of the run; by default <recipe>-<method>.")] = None,
     out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
     new: Annotated[
@@ -96,8 +90,9 @@ def train(
     """
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train import recut, run
+    from pipeoptim.train.optimizers import kept_note
     from pipeoptim.train.recipes import full_name, get_recipe
-    from pipeoptim.train.rundir import FinishedError, RunDir, same_run
+    from pipeoptim.train.rundir import FinishedError, RunDir
     from pipeoptim.train.shorten import shortened, warmup_note
     from pipeoptim.train.trust import check_trusted, named_targets
     from pipeoptim.train.worker import reports
@@ -107,7 +102,7 @@ def train(
     if "trace_steps" in changed:
         changed["trace"] = True
     wanted = DEFAULT_RECIPE if recipe is None else recipe
-    note = ""
+    notes: list[str] = []
     if resume:
         if group or new:
             option = "--group" if group else "--new"
@@ -119,21 +114,25 @@ def train(
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
             directory = recut(directory, config)
     else:
-        config = _new(get_recipe(wanted, tiny), changed, optimizer, lr, group)
+        chosen = get_recipe(wanted, tiny)
+        config = _new(chosen, changed, optimizer, lr, group)
+        if optimizer is not None:
+            notes.append(kept_note(chosen.optimizer, config.optimizer))
         if "steps" in changed:
-            config, note = shortened(config), warmup_note(config)
+            notes.append(warmup_note(config))
+            config = shortened(config)
         directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
         if new:
             directory = directory.beside()
         elif directory.path.exists():
-            config = same_run(directory, config)
+            config = _same_run(directory, config)
     try:
         result = run(config, directory.path, resume=resume or None, progress=not quiet)
     except FinishedError as finished:  # the result exists already: repeating a command is no error, and says so
         if reports(config):
             print(finished, file=sys.stderr)
         return
-    _report(result, config, directory, quiet, note)
+    _report(result, config, directory, quiet, notes)
 
 
 def _new(
@@ -156,6 +155,18 @@ def _new(
 
         config = replace(config, optimizer=config.optimizer.with_options(groups=[read_group(text) for text in groups]))
     return config
+
+
+def _same_run(directory: RunDir, config: TrainConfig) -> TrainConfig:
+    """``config``, where it is that of the run in ``directory``; what is wrong with it in itself is told before that it is another one."""
+    from pipeoptim.train.api import check_possible
+    from pipeoptim.train.rundir import same_run
+
+    try:
+        return same_run(directory, config)
+    except ConfigError:
+        check_possible(config)
+        raise
 
 
 def _resumed(
@@ -185,7 +196,7 @@ def _checked(name: str) -> str:
     return name
 
 
-def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, note: str) -> None:
+def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, notes: list[str]) -> None:
     import typer
 
     from pipeoptim.telemetry.summary import print_summary
@@ -195,7 +206,7 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, no
     if not quiet and reports(config):
         how = f"{config.method}, {layout_of(config).describe()}, engine {config.engine}"
         print_summary(result, directory.read_config().steps, how)
-        if note:
+        for note in filter(None, notes):
             print(note)
     if result.status == "stopped":
         if reports(config):

@@ -16,6 +16,7 @@ from pipeoptim.compare.summary import Comparison
 from pipeoptim.compare.table import columns, setting, size
 from pipeoptim.compare.table import notes as table_notes
 from pipeoptim.config import TrainConfig
+from pipeoptim.errors import counted
 from pipeoptim.files import read_object
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import to_svg
@@ -249,7 +250,7 @@ def setup(
     pairs |= {"seeds": ", ".join(map(str, comparison.settings.seeds))} if comparison else {"seed": str(config.seed)}
     if machine:
         gpus = f", {', '.join(machine['gpus'])}" if machine["gpus"] else ""
-        pairs["hardware"] = f"{machine['cores']} cores of {machine['processor']}{gpus}; {machine['system']}"
+        pairs["hardware"] = f"{counted(machine['cores'], 'core')} of {machine['processor']}{gpus}; {machine['system']}"
     versions = versions or {key: machine[key] for key in ("pipeoptim", "torch", "python") if key in machine}
     pairs["versions"] = ", ".join(f"{name} {value}" for name, value in versions.items())
     rows = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in pairs.items() if v)

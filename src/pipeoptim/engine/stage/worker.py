@@ -48,7 +48,7 @@ from pipeoptim.engine.stage.update import StageUpdate, UpdateState
 from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
-from pipeoptim.errors import ConfigError, PipeOptimError
+from pipeoptim.errors import ConfigError, PipeOptimError, counted
 from pipeoptim.methods import Method, PredictorContext
 from pipeoptim.options import DEFAULTS, PipelineOptions
 from pipeoptim.schedule import Program
@@ -460,7 +460,7 @@ class StageWorker:
     def _only_at_rest(self, what: str) -> None:
         if self._in_flight or self.update.state is not _IDLE:
             raise PipeOptimError(
-                f"the state of stage {self.k} cannot be {what} while {len(self._in_flight)} micro-batches are in flight; "
+                f"the state of stage {self.k} cannot be {what} while {counted(len(self._in_flight), 'micro-batch')} are in flight; "
                 "call drain() first"
             )
 

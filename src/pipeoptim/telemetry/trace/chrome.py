@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from pipeoptim.errors import counted
 from pipeoptim.schedule import Span as IdealSpan
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten
 from pipeoptim.telemetry.trace.shares import COMMUNICATION, COMPUTE, PACKING, StageShares
@@ -22,7 +23,7 @@ Event = dict[str, Any]
 def to_chrome(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], shares: Sequence[StageShares]) -> dict[str, Any]:
     """The whole file as plain data: ``json.dump`` it."""
     depth, m = len(stages), stages[0].microbatches
-    about = f"{stages[0].method}, {depth} stages, {m} micro-batches"
+    about = f"{stages[0].method}, {counted(depth, 'stage')}, {counted(m, 'micro-batch')}"
     events: list[Event] = [*_names(RUN, f"run: {about}", depth), *_names(IDEAL, "ideal schedule of the same actions", depth)]
     for stage in stages:
         pieces = flatten(stage.spans)
