@@ -163,6 +163,7 @@ def train(
     backward_uses,
     rate=lambda k, version: 1.0,
     gammas=None,
+    correct=None,
     clip=None,
     recompute=False,
     slack=0,
@@ -176,6 +177,7 @@ def train(
         forward_uses, backward_uses: a :class:`Use` -> list of tensors.
         rate: (k, version) -> factor on the learning rate of the next update.
         gammas: per stage, how slowly the average of weight changes forgets.
+        correct: (k, stage, its weights, d, gradients) -> what is applied in place of d.
         recompute: whether a stage's activations are computed again, on the weights of its backward.
         slack: more micro-batches in flight, a number or one per boundary.
         clip: (t, gradients of all stages) -> those that update version t to t + 1.
@@ -218,7 +220,8 @@ def train(
                 now = stage.weights[-1]
                 lr = rule.lr * rate(k, len(stage.weights) - 1)
                 d = rule.step(stage, now, sums[k])
-                stage.note(sums[k], [w - lr * x for w, x in zip(now, d, strict=True)])
+                applied = d if correct is None else correct(k, stage, now, d, sums[k])
+                stage.note(sums[k], [w - lr * x for w, x in zip(now, applied, strict=True)])
                 stage.directions.append(d)
                 sums[k] = None
     return stages, losses

@@ -85,18 +85,57 @@ def looking_back(u):
     return ahead(u.stage.weights[u.at_b], u.stage.delta[u.at_b], u.gap)
 
 
+def error_feedback(gaps):
+    """``u(t) + s u(t) - s u(t-1)``; the learning rate is constant here."""
+
+    def correct(k, stage, weights, d, grads):
+        before = stage.directions[-1] or [torch.zeros_like(x) for x in d]
+        return [(1 + gaps[k]) * x - gaps[k] * old for x, old in zip(d, before, strict=True)]
+
+    return correct
+
+
+def spikes(gaps, rule):
+    """The share of its effect that a gradient has missed, from the sums ``1 + m + m^2 + ...`` of what it would have done."""
+
+    def correct(k, stage, weights, d, grads):
+        if rule.name == "sgd":
+            return d
+        left = 0.9 ** gaps[k]
+        if rule.name == "momentum":
+            decayed = [g + rule.wd * w for g, w in zip(grads, weights, strict=True)]
+            return [left * v + (1 - left) / (1 - 0.9) * g for v, g in zip(d, decayed, strict=True)]
+        t, m, v = (stage.state[name] for name in "tmv")
+        numerators = [left * a / (1 - 0.9**t) + (1 - left) * g for a, g in zip(m, grads, strict=True)]
+        roots = [(b / (1 - 0.999**t)).sqrt() + 1e-8 for b in v]
+        return [n / r + rule.wd * w for n, r, w in zip(numerators, roots, weights, strict=True)]
+
+    return correct
+
+
+def corrections(method, depth, m, rule, slack=0):
+    """What is applied in place of an update; None for most methods."""
+    mean = [sum(max(0, -(-(oracle.ahead(k, depth, slack) - i) // m)) for i in range(m)) / m for k in range(depth)]
+    return {
+        "pipedream_2bw+error_feedback": error_feedback([min(1, depth - 1)] * depth),
+        "spike_compensation": spikes(mean, rule),
+    }.get(method)
+
+
 def uses(method, rule):
     return {
         "naive": (latest_at_forward, latest_at_backward),
         "pipedream": (latest_at_forward, latest_at_forward),
         "pipedream+vertical_sync": (entry_version, entry_version),
         "pipedream_2bw": (double_buffered, double_buffered),
+        "pipedream_2bw+error_feedback": (double_buffered, double_buffered),
         "spectrain": spectrain(rule),
         "xpipe": xpipe(rule),
         "pipemare": (latest_at_forward, looking_back),
         "nesterov": (latest_at_forward, latest_at_forward),
         "nesterov+no_stash": (latest_at_forward, latest_at_backward),
         "pipeoptim": (predictor(rule), latest_at_backward),
+        "spike_compensation": (predictor(rule), latest_at_backward),
         "pipeoptim_stash": (predictor(rule), predictor(rule)),
         "gpipe": (latest_at_backward, latest_at_backward),
         "1f1b": (latest_at_backward, latest_at_backward),
@@ -154,7 +193,8 @@ def test_emulator_equals_the_oracle(method, depth, m, layers, rule, drains, slac
     rate = annealed(depth, m, 1000, slack=slack) if method == "pipemare" else lambda k, version: 1.0
     gammas = [0.135 ** (1 / delay(k, depth, m, slack)) for k in range(depth)]
     used = uses(method, rule)
-    expected, expected_losses = oracle.train(initial, rule, segments, batches, m, *used, rate, gammas, slack=slack)
+    correct = corrections(method, depth, m, rule, slack)
+    expected, expected_losses = oracle.train(initial, rule, segments, batches, m, *used, rate, gammas, correct, slack=slack)
     assert losses == pytest.approx(expected_losses, abs=1e-10, rel=0)
     for k, stage in enumerate(stages):
         assert pipe.version(k) == total

@@ -30,7 +30,7 @@ class LocalStages:
 
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
         self.options = options
-        self.method = get_method(options.method)
+        self.method = get_method(options.method).starting_synchronously(options.synchronous_updates)
         # Before anything is made: an option that could not take effect is refused, not ignored.
         self.program = self.method.program(depth, options.microbatches, processes, options.overlap, options.slack)
         check_effects(options, self.method, self.program)

@@ -38,6 +38,20 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
     return use.gaps[2 * program.warm_up * microbatches + microbatch]
 
 
+def mean_gap(method: Method, program: Program, k: int) -> float:
+    """The version gap of stage ``k``, the mean over the micro-batches of a mini-batch; a whole number where they agree.
+
+    Example:
+        >>> from pipeoptim.methods import get_method
+        >>> pipedream = get_method("pipedream")
+        >>> [mean_gap(pipedream, pipedream.program(4, m), 0) for m in (1, 4)]
+        [3, 0.75]
+    """
+    m = program.microbatches
+    total = sum(gap(method, program.depth, m, k, i, program) for i in range(m))
+    return total // m if total % m == 0 else total / m
+
+
 def copies(
     method: Method, depth: int, microbatches: int, k: int, keep_forward: bool = False, program: Program | None = None
 ) -> int:

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
+
+from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods.predictor_context import PredictorContext
+from pipeoptim.optim import DelayCompensation
+from pipeoptim.rules import CombinedOptimizer
+from pipeoptim.rules.combined import members
 from pipeoptim.schedule import ORDERS, Program, Slack, describe_slack
 from pipeoptim.weights.sources import Source
 from pipeoptim.weights.store import WeightPredictor
@@ -39,8 +44,12 @@ class Method:
             flight, which is D without slack.
         predictor: ``predictor(context)`` makes what predicts the weights of a stage, from a :class:`PredictorContext`; by default
             the update rule of the stage's optimizer does.
-        lr_scale: factor on the learning rate of an update: ``lr_scale(program, k, version)``; None for 1.
-        synchronous_updates: how many updates at the start of training run with a drain after each.
+        lr_scale: factor on the learning rate of an update: ``lr_scale(program, k, t)``, t counting updates from the end of the
+            synchronous start; None for 1.
+        synchronous_updates: how many updates at the start of training run synchronously: with a drain after each, on the latest weights,
+            and without compensation and ``lr_scale``. They are those of ``1f1b``, bit for bit.
+        compensation: ``compensation(optimizer)`` makes what corrects the steps of the stage's optimizer for its version gap, usually a
+            class of :mod:`pipeoptim.optim`; by default nothing does.
         optimizer: the optimizer that belongs to the method, if one does.
         source: where it was published.
         deviations: where this implementation differs from the source, and why.
@@ -64,6 +73,7 @@ class Method:
     lr_scale: Callable[[Program, int, int], float] | None = None
     synchronous_updates: int = 0
     optimizer: OwnOptimizer | None = None
+    compensation: Callable[[Optimizer], DelayCompensation] | None = None
     source: str = ""
     deviations: str = ""
 
@@ -84,7 +94,7 @@ class Method:
                     f"{field} of method {self.name!r} is {getattr(self, field)!r}, must say where the weights come from: a "
                     "pipeoptim.weights.Source, for example Latest()"
                 )
-        for field in ("predictor", "lr_scale"):
+        for field in ("predictor", "lr_scale", "compensation"):
             if getattr(self, field) is not None and not callable(getattr(self, field)):
                 raise ConfigError(f"{field} of method {self.name!r} is {getattr(self, field)!r}, must be a function, or None")
         if self.optimizer is not None and not isinstance(self.optimizer, OwnOptimizer):
@@ -97,6 +107,27 @@ class Method:
             raise ConfigError(
                 f"synchronous_updates of method {self.name!r} is {self.synchronous_updates!r}, must be an integer of at least 0"
             )
+
+    def compensated(self, optimizer: Optimizer | None) -> Optimizer | None:
+        """What steps a stage in place of ``optimizer``: each of its members with the method's compensation, if there is one."""
+        if self.compensation is None or optimizer is None:
+            return optimizer
+        found = [self.compensation(member) for member in members(optimizer)]
+        return CombinedOptimizer(*found) if isinstance(optimizer, CombinedOptimizer) else found[0]
+
+    def starting_synchronously(self, updates: int) -> Method:
+        """This method with its first ``updates`` updates synchronous; as it is for 0.
+
+        Raises:
+            ConfigError: it says itself how many there are.
+        """
+        if not updates:
+            return self
+        if self.synchronous_updates:
+            raise ConfigError(
+                f"synchronous_updates is {updates}, but method {self.name!r} has {self.synchronous_updates} of its own; give it once"
+            )
+        return replace(self, synchronous_updates=updates)
 
     @property
     def predicts(self) -> bool:

@@ -48,6 +48,13 @@ def from_zero(name: str, value: Any) -> float:
     return value
 
 
+def count_from_zero(name: str, value: Any) -> int:
+    """A whole number of at least 0."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 0:
+        raise ConfigError(f"{name} is {value!r}, must be an integer of at least 0")
+    return value
+
+
 def integer_or_none(name: str, value: Any) -> int | None:
     """Whatever counts as an integer, as numpy's do."""
     try:

@@ -14,6 +14,7 @@ from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.options.checks import (
     Check,
     count,
+    count_from_zero,
     every_so_many,
     flag,
     from_zero,
@@ -30,7 +31,7 @@ from pipeoptim.options.checks import (
 )
 from pipeoptim.options.entry import Need, Option, Setting
 from pipeoptim.options.function_types import LossWeight, UpdateHook
-from pipeoptim.schedule import Slack, describe_slack
+from pipeoptim.schedule import ORDERS, Slack, describe_slack
 
 if TYPE_CHECKING:
     import torch
@@ -50,6 +51,7 @@ RENAMED = {"weigh": "loss_weight"}
 
 EQUAL = "Equal in all processes."
 PREDICTS = Need(lambda method: method.predicts, "predicts no weights")
+IS_ASYNCHRONOUS = Need(lambda method: not ORDERS[method.order].flushes, "is synchronous from beginning to end")
 PREDICTS_FORWARDS = Need(lambda method: method.forward.predicts, "predicts no weights of a forward")
 
 
@@ -93,6 +95,19 @@ class PipelineOptions:
         in_runs=True,
         needs=PREDICTS,
         idle=("none",),
+    )
+    synchronous_updates: int = option(
+        0,
+        "how many updates at the start of training run synchronously, with a flush after each, before an asynchronous method begins.",
+        count_from_zero,
+        agreed=EQUAL,
+        settings={
+            "synchronous_updates": Setting(
+                0, "Updates at the start that run synchronously, with a flush after each; 0: none.", least=0
+            )
+        },
+        of_run=lambda run: run.synchronous_updates,
+        needs=IS_ASYNCHRONOUS,
     )
     seed: int | None = option(
         None,

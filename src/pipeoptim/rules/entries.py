@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.optim import DelayCompensation
 from pipeoptim.rules.checks import check_group, check_kind
 from pipeoptim.rules.combined import CHEAPEST, members
 from pipeoptim.rules.move import Group, State, as_real
@@ -108,6 +109,11 @@ def _kind_of(optimizer: Optimizer, group: Group, kind: str, rule: Rule | None, s
         wanted = kind if kind in KINDS and KINDS[kind].in_progress else "displacement"
     check_kind(wanted, rule, optimizer)
     check_group(group)
+    if wanted == "in_progress" and isinstance(optimizer, DelayCompensation):
+        raise ConfigError(
+            f"prediction 'in_progress' knows the steps of {type(optimizer.optimizer).__name__}, not as {type(optimizer).__name__} corrects "
+            "them; choose 'refined' or 'displacement'"
+        )
     chosen = wanted
     if rule is None and wanted in RULE_KINDS:  # in progress by the optimizer's own step
         if KINDS[wanted].in_progress and sharded:

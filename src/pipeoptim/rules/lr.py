@@ -6,6 +6,7 @@ groups. So it costs microseconds at any model size, and no optimizer state is co
 
 from __future__ import annotations
 
+import operator
 import types
 from typing import Any
 
@@ -31,7 +32,7 @@ def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int, 
         >>> next_rates(opt, torch.optim.lr_scheduler.ExponentialLR(opt, 0.5), 3)
         [(1.0, 0.5, 0.25)]
     """
-    if scheduler is not None and getattr(scheduler, "optimizer", None) is not optimizer:
+    if scheduler is not None and not drives(scheduler, optimizer):
         raise ConfigError(f"{type(scheduler).__name__} drives another optimizer: pass the scheduler made for this one")
     present = [scalar(group["lr"]) for group in optimizer.param_groups]
     if scheduler is None or steps + after <= 1 or isinstance(scheduler, ReduceLROnPlateau):
@@ -39,9 +40,18 @@ def next_rates(optimizer: Optimizer, scheduler: LRScheduler | None, steps: int, 
     return [rates[after:] for rates in _rates_of_twin(optimizer, scheduler, steps + after)]
 
 
+def drives(scheduler: Any, optimizer: Optimizer) -> bool:
+    """Whether the scheduler sets the rates of this optimizer: it is made for it, or for one with the same groups (a wrapper)."""
+    other = getattr(scheduler, "optimizer", None)
+    if other is optimizer:
+        return True
+    theirs = getattr(other, "param_groups", ())
+    return len(theirs) == len(optimizer.param_groups) and all(map(operator.is_, theirs, optimizer.param_groups))
+
+
 def _rates_of_twin(optimizer: Optimizer, scheduler: LRScheduler, steps: int) -> list[tuple[Scalar, ...]]:
     stand_in = _StandIn(optimizer)
-    twin = _scheduler_twin(scheduler, optimizer, stand_in)
+    twin = _scheduler_twin(scheduler, stand_in)
     seen = [stand_in.rates()]
     for _ in range(steps - 1):
         # Stepped rather than computed from get_lr(): chainable and sequential schedulers have no closed form.
@@ -77,9 +87,9 @@ def _own_copy(value: Any) -> Any:
     return value.detach().clone() if isinstance(value, Tensor) else value
 
 
-def _scheduler_twin(scheduler: Any, optimizer: Optimizer, stand_in: _StandIn) -> Any:
+def _scheduler_twin(scheduler: Any, stand_in: _StandIn) -> Any:
     """A copy of a scheduler (and of schedulers inside it) that drives `stand_in`."""
-    known: dict[int, Any] = {id(optimizer): stand_in}
+    known: dict[int, Any] = {id(scheduler.optimizer): stand_in}
 
     def separate(value: Any) -> Any:
         if id(value) in known:

@@ -12,7 +12,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.optim import DelayCompensation
 from pipeoptim.rules.checks import check_in_progress, check_steps
+from pipeoptim.rules.combined import members
 from pipeoptim.rules.displacement import PREVIOUS, Buffers, DisplacementMemory
 from pipeoptim.rules.entries import EntrySet, EntryTable, optimizer_parameters
 from pipeoptim.rules.estimate import ClipEstimate
@@ -71,8 +73,9 @@ class Predictor:
     ) -> None:
         self.optimizer = optimizer
         self.scheduler = scheduler
-        # Kernels step whole parameters; the optimizer's own step knows how to treat shards.
-        self.fused: Literal["auto", False] = False if shards else fused
+        # Kernels step whole parameters; the optimizer's own step knows how to treat shards, and what to correct.
+        corrected = any(isinstance(member, DelayCompensation) for member in members(optimizer))
+        self.fused: Literal["auto", False] = False if shards or corrected else fused
         self.shards = shards
         self.scale = 1.0
         self._table = EntryTable(optimizer, kind, shards)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from pipeoptim.optim import ErrorFeedback
 from pipeoptim.rules.registry import refuse
 
 refuse(
@@ -15,4 +16,9 @@ refuse(
     torch.optim.SparseAdam,
     "its gradients are sparse, and a weight that no index touched keeps stale moments; use Adam or AdamW "
     "with sparse=False in the embedding",
+)
+refuse(
+    ErrorFeedback,
+    "its weights lie ahead by the version gap already; use it with a method that predicts nothing, as pipedream_2bw or pipedream, or leave "
+    "it out",
 )

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.optim import DelayCompensation
 from pipeoptim.rules.combined import CombinedOptimizer
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.move import Ahead, Group, Momentum, Move, State
@@ -196,6 +197,8 @@ def find_rule(optimizer: Optimizer) -> Rule | None:
         raise ConfigError(f"{cls.__name__} is not an optimizer: pass a torch.optim.Optimizer (it needs param_groups and step)")
     if isinstance(optimizer, CombinedOptimizer):
         raise ConfigError(f"{cls.__name__} consists of several optimizers: ask for the rule of each of its `optimizers`")
+    if isinstance(optimizer, DelayCompensation) and optimizer.follows_rule:
+        return find_rule(optimizer.optimizer)
     for base in cls.__mro__:  # most derived first: a rule for a subclass wins
         if base not in RULES and base not in REFUSED:
             continue

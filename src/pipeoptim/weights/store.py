@@ -89,6 +89,7 @@ class StageWeights:
     Attributes:
         version: updates applied since the stage was made.
         restart: the version at the last (re)start; micro-batches are counted from there.
+        synchronous: whether no update comes between a forward and its backward now, so that nothing is predicted.
         most_copies: the largest number of copies that was needed at once. It decides whether an update may step and predict in
             one pass, which rounds differently from two, so a resumed run must know it to continue bit for bit.
     """
@@ -102,6 +103,7 @@ class StageWeights:
         self.layout = StorageLayout(self.params)
         self.version = 0
         self.restart = 0
+        self.synchronous = False
         self._sets: dict[tuple[int, int], WeightSet] = {}  # (version, steps predicted) -> the set, while anybody may ask for it
         self._pinned: dict[Hashable, WeightSet] = {}  # sets that a source shares between micro-batches
         self._retained: dict[int, WeightSet] = {}  # versions that coming forwards will ask for by number
@@ -123,9 +125,9 @@ class StageWeights:
         return self._acquire((version, 0), must_exist=version != self.version)
 
     def predicted(self, steps: int) -> WeightSet:
-        """The weights predicted for ``steps`` updates after the latest; the latest themselves for 0."""
+        """The weights predicted for ``steps`` updates after the latest; the latest themselves for 0, or while synchronous."""
         key = (self.version, steps)
-        if steps == 0 or self.predictor is None:  # no predictor: a stage without parameters
+        if steps == 0 or self.predictor is None or self.synchronous:  # no predictor: a stage without parameters
             return self._acquire((self.version, 0))
         weight_set = self._sets.get(key)
         if weight_set is not None and (not weight_set.early or self._still_holds(steps)):

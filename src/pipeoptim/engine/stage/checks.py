@@ -19,6 +19,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.options import PipelineOptions
 from pipeoptim.rules import Predictor
+from pipeoptim.rules.lr import drives
 from pipeoptim.schedule import Program
 from pipeoptim.weights.store import WeightPredictor
 
@@ -100,7 +101,7 @@ def check_scheduler(scheduler: LRScheduler, optimizer: Optimizer, k: int) -> Non
         raise ConfigError(
             f"the scheduler of stage {k} is a {type(scheduler).__name__}, must have a step(), as those of torch.optim do"
         )
-    if getattr(scheduler, "optimizer", optimizer) is not optimizer:
+    if hasattr(scheduler, "optimizer") and not drives(scheduler, optimizer):
         raise ConfigError(f"the scheduler of stage {k} belongs to another optimizer; make it from this stage's optimizer")
     wants = _needs_metric(scheduler)
     if wants is not None:

@@ -34,6 +34,7 @@ from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
+from pipeoptim.optim import DelayCompensation
 from pipeoptim.rules.combined import members
 from pipeoptim.schedule import Program, common_delay
 
@@ -151,14 +152,12 @@ def _check_ties(ties: Sequence[Tied], program: Program, method: Method, clip: Cl
             "without a scaler, or untie the weights"
         )
     for tie in ties:
-        # The two phases that a method may have: a synchronous warm-up, and what comes after it.
-        for version in (0, method.synchronous_updates):
-            rates = [method.lr_scale(program, k, version) if method.lr_scale else 1.0 for k in tie.holders]
-            if len(set(rates)) > 1:
-                raise ConfigError(
-                    f"method {method.name!r} scales the learning rates of stages {list(tie.holders)} by {rates}, so the copies of "
-                    f"the tied weight {tie.names[0]!r} would diverge; use another method, or untie the weights"
-                )
+        rates = [method.lr_scale(program, k, 0) if method.lr_scale else 1.0 for k in tie.holders]
+        if len(set(rates)) > 1:
+            raise ConfigError(
+                f"method {method.name!r} scales the learning rates of stages {list(tie.holders)} by {rates}, so the copies of "
+                f"the tied weight {tie.names[0]!r} would diverge; use another method, or untie the weights"
+            )
 
 
 class TiedWeight:
@@ -286,6 +285,8 @@ def describe_tied(weight: TiedWeight | None, optimizer: Optimizer | None, schedu
             if any(p is optimized for p in group["params"]):
                 options = (f"{name}={_plain_value(group[name])}" for name in sorted(group) if name not in _PER_STAGE_KEYS)
                 found = f"{type(member).__name__}({', '.join(options)})"
+                if isinstance(member, DelayCompensation):
+                    found += f" for a gap of {member.known_gap:g}"
     rate = "" if scheduler is None else f" with {type(scheduler).__name__}"
     shape = f"{str(weight.parameter.dtype).removeprefix('torch.')} {list(weight.parameter.shape)}"
     return f"{found}{rate} on {shape}"

@@ -92,6 +92,7 @@ class StageUpdate:
         self.optimizer, self.scheduler, self.step, self.parameters = optimizer, scheduler, step, parameters
         self.weights, self.forward_weights, self.master_weights = weights, forward_weights, master_weights
         self.program, self.k, self.lr_scale = program, k, method.lr_scale
+        self.synchronous_updates = method.synchronous_updates
         self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
         self.monitor, self.on_update = monitor, on_update
         # A single stage's norm is the global one: there is nobody to wait for, and U can go all the way.
@@ -218,18 +219,22 @@ class StageUpdate:
     def _step(self) -> None:
         if self.optimizer is None:
             return
-        scaled = nullcontext() if self.lr_scale is None else self._scaled_lr(self.optimizer, self.lr_scale)
+        # In the synchronous start torch's own step, at the user's rate: so its updates are those of 1F1B with a flush, bit for bit.
+        lr_scale = None if self.weights.synchronous else self.lr_scale
+        step = self.optimizer.step if self.weights.synchronous else self.step
+        scaled = nullcontext() if lr_scale is None else self._scaled_lr(self.optimizer, lr_scale)
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values, which autograd
         # would refuse if the version counters told it of the step.
         with _unsafe_preserve_version_counter(tuple(self.weights.params)), scaled:
             # Where the rates of this update are not those of the next, no prediction can be made in the same pass.
-            self.weights.update(self.step, self.forward_weights.steps_ahead() if self.lr_scale is None else 0)
+            alone = self.weights.synchronous or lr_scale is not None
+            self.weights.update(step, 0 if alone else self.forward_weights.steps_ahead())
             self.master_weights.write_back()
 
     @contextmanager
     def _scaled_lr(self, optimizer: Optimizer, lr_scale: Callable[[Program, int, int], float]) -> Iterator[None]:
         """The learning rate that the method wants for this update; the user's own is back afterwards."""
-        scale = lr_scale(self.program, self.k, self.weights.version)
+        scale = lr_scale(self.program, self.k, self.weights.version - self.synchronous_updates)
         if scale == 1.0:
             yield
             return

@@ -49,8 +49,10 @@ from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError, counted
-from pipeoptim.methods import Method, PredictorContext
+from pipeoptim.methods import Method, PredictorContext, mean_gap
+from pipeoptim.optim import DelayCompensation
 from pipeoptim.options import DEFAULTS, PipelineOptions
+from pipeoptim.rules.combined import members
 from pipeoptim.schedule import Program
 from pipeoptim.weights import Latest, SavedWeights, StageWeights, WeightSet
 from pipeoptim.weights.store import WeightPredictor
@@ -119,6 +121,7 @@ class StageWorker:
         # Two lists in one order: what the optimizer moves (perhaps float32 masters), and the module's own parameters.
         parameters, params = optimizer_parameters(module, optimizer, scheduler, k)
         check_sharded(reduction, method, options, ties)
+        optimizer = method.compensated(optimizer)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.reduction, self.options, self.is_last = reduction, options, k == program.depth - 1
@@ -184,6 +187,11 @@ class StageWorker:
         self.losses = LossLog(program.microbatches)
         self._in_flight: dict[int, InFlight] = {}  # by number of the micro-batch, counted from the last restart
         self._call_module = ModuleCall()
+        found = [] if optimizer is None else members(optimizer)
+        self._compensations = [member for member in found if isinstance(member, DelayCompensation)]
+        for compensation in self._compensations:
+            compensation.set_stage_gap(mean_gap(method, program, k))
+        self._note_phase()
         # The last stage looks at its loss in the forward; None once the first mini-batch has shown that all is well.
         self._cut_off_check = None if self.is_last else CutOffCheck(k, program.microbatches, self.parameters)
 
@@ -381,6 +389,13 @@ class StageWorker:
         # Gaps and version numbers are counted from the restart: a micro-batch in flight would get weights of the wrong number.
         assert not self._in_flight, f"stage {self.k} restarts with micro-batches {sorted(self._in_flight)} in flight"
         self.forward_weights.restart()
+        self._note_phase()
+
+    def _note_phase(self) -> None:
+        """Synchronous or not: it changes at a restart only, since each synchronous update ends with a drain."""
+        self.weights.synchronous = self.weights.version < self.method.synchronous_updates
+        for compensation in self._compensations:
+            compensation.paused = self.weights.synchronous
 
     def abandon(self) -> None:
         """Give up all that is in flight, at whatever point a failure has left it; :meth:`load_state_dict` must follow.

@@ -14,11 +14,8 @@ from pipeoptim.schedule import Program
 from pipeoptim.weights.sources import Latest, Predicted
 
 
-def annealed(program: Program, k: int, version: int, anneal_updates: int, synchronous_updates: int = 0) -> float:
-    """T1: the factor on the learning rate of stage ``k`` for the update after ``version``; 1 while training is synchronous."""
-    t = version - synchronous_updates
-    if t < 0:
-        return 1.0
+def annealed(program: Program, k: int, t: int, anneal_updates: int) -> float:
+    """T1: the factor on the learning rate of stage ``k`` for update ``t``."""
     # At least 1: the last stage has no delay, and 0 has no negative power.
     tau = max(1, program.steady_gap(k))
     return float(tau ** -(1.0 - min(t / anneal_updates, 1.0)))
@@ -39,14 +36,13 @@ def pipemare(anneal_updates: int = 1000, decay: float = 0.135, correct: bool = T
     """
     parts = [("T1", anneal_updates > 0), ("T2", correct), ("T3", synchronous_updates > 0)]
     plain = (anneal_updates, decay, correct, synchronous_updates) == (1000, 0.135, True, 0)
-    rate = partial(annealed, anneal_updates=anneal_updates, synchronous_updates=synchronous_updates)
     return Method(
         name="pipemare" if plain else "+".join(["pipemare", *(name for name, on in parts if on)]),
         order="async_1f1b",
         forward=Latest(),
         backward=Predicted() if correct else Latest(),
         predictor=partial(WeightDrift, decay=decay) if correct else None,
-        lr_scale=rate if anneal_updates else None,
+        lr_scale=partial(annealed, anneal_updates=anneal_updates) if anneal_updates else None,
         synchronous_updates=synchronous_updates,
         summary="lower lr for older gradients, B on weights corrected back by their average drift; 2 copies and the drift",
         source="Yang et al., PipeMare, MLSys 2021 (arXiv 1910.05124)",
