@@ -109,7 +109,7 @@ def test_options_of_a_method():
     for text, words in (
         ("pipemare(1)", "cannot be read"),
         ("pipemare(x=", "cannot be read"),
-        ("pipemare(speed=3)", "unexpected keyword argument 'speed'"),
+        ("pipemare(speed=3)", "unknown pipemare option 'speed'"),
         ("gpipe(x=1)", "has no options"),
         ("pipemarre(x=1)", "did you mean 'pipemare'"),
     ):
