@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, did_you_mean
 from pipeoptim.options import RUN_SETTINGS, RunOptions, Setting, document, setting
 
 __all__ = ["ENGINES", "Component", "Recipe", "TrainConfig", "recipe"]
@@ -181,13 +181,25 @@ NOT_COMPUTED = tuple(name for name, known in SETTINGS.items() if not known.compu
 
 
 def _from_dict(data: dict[str, Any]) -> TrainConfig:
+    found = read_fields(data)
+    missing = sorted(name for name in ("recipe", "model", "data", "optimizer") if name not in data)
+    if missing:
+        raise ConfigError(f"the configuration has missing fields: {', '.join(missing)}; add them, or start a new run")
+    return TrainConfig(**found)
+
+
+def read_fields(data: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a configuration, perhaps not all of them, from plain data.
+
+    Raises:
+        ConfigError: fields that are unknown or of another type.
+    """
     known = {f.name: f for f in FIELDS}
     unknown = sorted(set(data) - set(known))
-    missing = sorted(name for name in ("recipe", "model", "data", "optimizer") if name not in data)
-    for what, names in (("unknown", unknown), ("missing", missing)):
-        if names:
-            raise ConfigError(f"the configuration has {what} fields: {', '.join(names)}; known: {', '.join(known)}")
-    return TrainConfig(**{name: _value(name, str(known[name].type), value) for name, value in data.items()})
+    if unknown:
+        hint = did_you_mean(unknown[0], known)
+        raise ConfigError(f"the configuration has unknown fields: {', '.join(unknown)}{hint or ';'} known: {', '.join(known)}")
+    return {name: _value(name, str(known[name].type), value) for name, value in data.items()}
 
 
 def _value(name: str, kind: str, value: Any) -> Any:

@@ -52,6 +52,17 @@ def train(
             "--resume, does so as well, and begins the run if there is none.)",
         ),
     ] = False,
+    config_file: Annotated[
+        Path | None,
+        Option(
+            "--config",
+            help="TOML file with settings of the run, of a whole run or of what is changed of a recipe; options given here go before it. "
+            "The functions that it names are called.",
+        ),
+    ] = None,
+    print_config: Annotated[
+        bool, Option("--print-config", help="Print the run's settings as such a file, and what each means, and train nothing.")
+    ] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress and no summary.")] = False,
     **settings: Any,
 ) -> None:
@@ -80,6 +91,8 @@ def train(
           A setting of the paper, small enough for a minute on two cores. Without --tiny it needs CIFAR-100 in data/.
       pipeoptim train --engine processes --stages 2 --replicas 2
           Two pipelines on four processes, each for one half of every mini-batch.
+      pipeoptim train --recipe digits --lr 0.05 --print-config > run.toml; pipeoptim train --config run.toml
+          All settings in a file, to be changed there.
       pipeoptim train --resume --name chars-pipeoptim
           Continue after Ctrl-C or a crash, bit for bit.
       pipeoptim train --resume --name chars-pipeoptim --stages 2
@@ -90,6 +103,7 @@ def train(
     """
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train import recut, run
+    from pipeoptim.train.config_file import to_toml
     from pipeoptim.train.optimizers import kept_note
     from pipeoptim.train.recipes import full_name, get_recipe
     from pipeoptim.train.rundir import FinishedError, RunDir
@@ -104,23 +118,29 @@ def train(
     wanted = DEFAULT_RECIPE if recipe is None else recipe
     notes: list[str] = []
     if resume:
-        if group or new:
-            option = "--group" if group else "--new"
+        if group or new or config_file:
+            option = "--group" if group else "--new" if new else "--config"
             raise ConfigError(f"{option} belongs to a new run, and --resume continues one as it was begun; leave {option} out")
         own = full_name(wanted, tiny) if ":" not in wanted else get_recipe(wanted, tiny).recipe
         directory = RunDir(out / _checked(f"{own}-{changed.get('method', 'pipeoptim')}" if name is None else name))
         config = _resumed(directory, changed, own if recipe else None, optimizer, lr)
         check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method")))
+        if print_config:
+            print(to_toml(config))
+            return
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
             directory = recut(directory, config)
     else:
-        chosen = get_recipe(wanted, tiny)
+        chosen, in_file = _chosen(recipe, tiny, config_file)
         config = _new(chosen, changed, optimizer, lr, group)
         if optimizer is not None:
             notes.append(kept_note(chosen.optimizer, config.optimizer))
-        if "steps" in changed:
+        if "steps" in changed or ("steps" in in_file and "lr_schedule" not in in_file):
             notes.append(warmup_note(config))
             config = shortened(config)
+        if print_config:
+            print(to_toml(config))
+            return
         directory = RunDir(out / _checked(f"{config.recipe}-{config.method}" if name is None else name))
         if new:
             directory = directory.beside()
@@ -133,6 +153,16 @@ def train(
             print(finished, file=sys.stderr)
         return
     _report(result, config, directory, quiet, notes)
+
+
+def _chosen(recipe: str | None, tiny: bool, config_file: Path | None) -> tuple[TrainConfig, dict[str, Any]]:
+    """What the command line changes: a recipe, or what a file makes of it; and what the file itself says."""
+    from pipeoptim.train.config_file import read_config_file
+    from pipeoptim.train.recipes import get_recipe
+
+    if config_file is not None:
+        return read_config_file(config_file, recipe, tiny, DEFAULT_RECIPE)
+    return get_recipe(recipe if recipe is not None else DEFAULT_RECIPE, tiny), {}
 
 
 def _new(
