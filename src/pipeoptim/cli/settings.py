@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated, Any, TypeVar
 
 from typer import Option
 
-from pipeoptim.config import SETTINGS
+from pipeoptim.config import SETTINGS, TrainConfig
+from pipeoptim.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., None])
 
@@ -69,6 +71,23 @@ def _beginning_among(choices: Sequence[str]) -> Callable[[str], list[str]]:
         return [choice for choice in choices if choice.startswith(incomplete)]
 
     return complete
+
+
+def with_given(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
+    """``config`` with what the command line gives.
+
+    Raises:
+        ConfigError: a setting without the one that it says more about.
+    """
+    config = replace(config, **given)
+    for name, value in given.items():
+        other = SETTINGS[name].only_with
+        if other and value != SETTINGS[name].default and getattr(config, other) == SETTINGS[other].default:
+            option = other.replace("_", "-")
+            raise ConfigError(
+                f"{name} is {value!r}, which means nothing without --{option}; give --{option} as well, or leave it out"
+            )
+    return config
 
 
 def given(settings: dict[str, Any]) -> dict[str, Any]:

@@ -127,6 +127,7 @@ class PipelineOptions:
                 "global_delayed",
                 "Whose norm: stage, global (waits for all stages) or global_delayed (the default).",
                 choices=("stage", "global", "global_delayed"),
+                only_with="clip",
             ),
         },
         of_run=lambda run: imported("pipeoptim.engine:Clip")(run.clip, run.clip_scope) if run.clip else None,
@@ -254,6 +255,7 @@ class PipelineOptions:
                 "none",
                 "With --compress, add what a message lost to the next one: none, gradients, activations or both.",
                 choices=("none", "gradients", "activations", "both"),
+                only_with="compress",
             ),
         },
         of_run=lambda run: (
@@ -272,7 +274,9 @@ class PipelineOptions:
                 "Also record what every stage does and when, to runs/<name>/trace: idle shares, Perfetto, a picture.",
                 computes=False,
             ),
-            "trace_steps": Setting(200, "Record this many mini-batches instead of 200.", least=1, computes=False),
+            "trace_steps": Setting(
+                200, "Record this many mini-batches instead of 200.", least=1, computes=False, only_with="trace"
+            ),
         },
         of_run=lambda run: imported("pipeoptim.engine:Trace")(run.trace_steps) if run.trace else None,
     )

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings
+from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings, with_given
 from pipeoptim.config import SETTINGS
 from pipeoptim.errors import ConfigError, counted
 
@@ -125,7 +125,7 @@ def _config(recipe: str, changed: dict[str, Any], optimizer: str | None, lr: flo
     from pipeoptim.train.setup import with_steps
     from pipeoptim.train.shorten import shortened
 
-    config = replace(get_recipe(recipe, tiny), threads=1, **changed)
+    config = with_given(replace(get_recipe(recipe, tiny), threads=1), changed)
     check_settings(config)
     config = with_steps(config)
     if "eval_every" not in changed:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings
+from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings, with_given
 from pipeoptim.config import NOT_COMPUTED, TrainConfig
 from pipeoptim.errors import ConfigError
 
@@ -173,7 +173,7 @@ def _new(
         from pipeoptim.train.change_method import with_method
 
         config = with_method(config, changed["method"])
-    config = replace(config, **changed)
+    config = with_given(config, changed)
     if optimizer is not None:
         from pipeoptim.train.optimizers import switch
 
