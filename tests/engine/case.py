@@ -39,5 +39,15 @@ def scheduler(opt):
     return torch.optim.lr_scheduler.CosineAnnealingLR(opt, UPDATES)
 
 
+def predicted(run):
+    """Method and options of ``run``, which may name a refresh of predictions from the mini-batch in progress: ``pipeoptim/2``."""
+    method, _, refresh = run.partition("/")
+    return method, {"prediction": "in_progress", "refresh": int(refresh)} if refresh else {}
+
+
+def file_name(*parts):
+    return "-".join(map(str, parts)).replace("/", "~") + ".pt"
+
+
 def loss_fn(output, target):
     return nn.functional.cross_entropy(output, target)

@@ -19,7 +19,8 @@ torch.backends.cudnn.deterministic = True
 k, depth = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 dist.init_process_group("gloo")
 late = LateStreams(k, *sys.argv[6:]) if "late" in sys.argv[5:] else None  # as on a device, but for the device
-for method in methods:
+for run in methods:
+    method, options = case.predicted(run)
     if late is not None:
         own = None if method == "1f1b" and k > 0 else late  # there a stage on a CPU beside one on a device
         connect.side_streams = lambda device, own=own: own
@@ -32,7 +33,7 @@ for method in methods:
         torch.rand(k)  # the user's own random numbers must not matter
         stage = PipelineStage(module, k, depth, device)
         transport = "auto" if name == "adamw" else "group"
-        options = {"transport": transport, "timeout": 60, "slack": slack}
+        options |= {"transport": transport, "timeout": 60, "slack": slack}
         pipe = po.Schedule(stage, opt, case.loss_fn, method, int(m), scheduler=case.scheduler(opt), **options)
         links = [*pipe._connections.receivers, *pipe._connections.senders]
         assert all((link.channel is None) == (transport == "group") for link in links)
@@ -47,7 +48,7 @@ for method in methods:
         pipe.drain()
         pipe.close()
         state = pipe.stage_state_dict(k)
-        torch.save({"state": state, "losses": losses, "version": pipe.version(k)}, f"{out}/{method}-{m}-{name}-{k}.pt")
+        torch.save({"state": state, "losses": losses, "version": pipe.version(k)}, f"{out}/{case.file_name(run, m, name, k)}")
 if late is not None:
     late.check()
 dist.destroy_process_group()

@@ -22,6 +22,10 @@ class OracleStage:
     m: list = field(default_factory=list)
     delta: list = field(default_factory=list)
     gamma: float = 0.0  # of delta
+    states: list = field(default_factory=lambda: [{}])  # version -> the optimizer's state
+    gradients: list = field(
+        default_factory=list
+    )  # micro-batch since the last (re)start -> its part of the update's, and its share
 
     def __post_init__(self):
         zeros = [torch.zeros_like(w) for w in self.weights[0]]
@@ -193,12 +197,16 @@ def train(
     losses, fed = [], iter(batches)
     for minibatches in segments:
         start = len(stages[0].weights) - 1
+        for stage in stages:
+            stage.gradients = []
         for n in range(minibatches):
             x_all, y_all = next(fed)
             loss = 0.0
             for j, (x, y) in enumerate(zip(x_all.tensor_split(m), y_all.tensor_split(m), strict=True)):
                 i, share = n * m + j, len(x) / len(x_all)
                 if not share:
+                    for stage in stages:
+                        stage.gradients.append((None, 0.0))
                     continue
                 kept, uses = [], []
                 for k, stage in enumerate(stages):
@@ -212,6 +220,7 @@ def train(
                     weights = backward_uses(uses[k])
                     acts = forward(weights, kept[k][0])[1] if recompute else kept[k]
                     g, grads = backward(weights, acts, g)
+                    stages[k].gradients.append((grads, share))
                     sums[k] = grads if sums[k] is None else [a + b for a, b in zip(sums[k], grads, strict=True)]
             losses.append(loss)
             if clip is not None:
@@ -223,5 +232,6 @@ def train(
                 applied = d if correct is None else correct(k, stage, now, d, sums[k])
                 stage.note(sums[k], [w - lr * x for w, x in zip(now, applied, strict=True)])
                 stage.directions.append(d)
+                stage.states.append(dict(stage.state))
                 sums[k] = None
     return stages, losses

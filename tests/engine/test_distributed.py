@@ -16,11 +16,12 @@ import stage_processes
 HERE = Path(__file__).parent
 
 
-def emulate(depth, method, m, name, device, slack="0"):
+def emulate(depth, run, m, name, device, slack="0"):
+    method, options = case.predicted(run)
     modules = [module.to(device) for module in case.pieces(depth)]
     opts = [case.optimizer(name, module.parameters()) for module in modules]
-    schedulers = [case.scheduler(o) for o in opts]
-    pipe = po.Emulator(modules, opts, case.loss_fn, method, m, schedulers=schedulers, seed=3, slack=slack)
+    options |= {"schedulers": [case.scheduler(o) for o in opts], "seed": 3, "slack": slack}
+    pipe = po.Emulator(modules, opts, case.loss_fn, method, m, **options)
     losses = []
     for n, (x, y) in enumerate(case.batches(device)):
         losses.append(pipe.step(x, target=y))
@@ -42,11 +43,11 @@ def check_equal(folder, depth, methods, device="cpu", *late, cases=CASES):
     stage_processes.run(HERE / "equal_worker.py", depth, str(folder), *texts, device, *late)
     for method in methods:
         for m, name, slack in cases:
-            if po.get_method(method).at_least_depth_microbatches and int(m) < depth:
+            if po.get_method(case.predicted(method)[0]).at_least_depth_microbatches and int(m) < depth:
                 continue
             pipe, losses = emulate(depth, method, int(m), name, device, slack)
             for k in range(depth):
-                theirs = torch.load(folder / f"{method}-{m}-{name}-{k}.pt", weights_only=True)
+                theirs = torch.load(folder / case.file_name(method, m, name, k), weights_only=True)
                 assert theirs["version"] == pipe.version(k) == case.UPDATES
                 ours = tree_leaves(pipe.stage_state_dict(k))
                 for a, b in zip(ours, tree_leaves(theirs["state"]), strict=True):
@@ -58,12 +59,13 @@ def check_equal(folder, depth, methods, device="cpu", *late, cases=CASES):
 
 @pytest.mark.parametrize("depth", [2, 4])
 def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
-    check_equal(tmp_path, depth, [*sorted(po.METHODS), "pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)"])
+    others = ["pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)", "pipeoptim/1", "pipeoptim_stash/2"]
+    check_equal(tmp_path, depth, [*sorted(po.METHODS), *others])
 
 
 def test_so_they_do_with_slack(tmp_path):
     """Receives are posted ahead, also where the format changes (evaluations have other shapes)."""
-    methods = ["pipeoptim", "pipedream+vertical_sync"]
+    methods = ["pipeoptim", "pipedream+vertical_sync", "pipeoptim/1"]
     check_equal(tmp_path, 4, methods, cases=[("1", "adamw", "1"), ("4", "sgd", "0.5,2,0")])
 
 

@@ -9,12 +9,17 @@ import pipeoptim as po
 
 
 def runs():
-    """(method, M, optimizer, overlap)"""
+    """(method as :func:`case.predicted` reads it, M, optimizer, overlap)"""
     able = [
         m for m, x in sorted(po.METHODS.items()) if x.order == "async_1f1b" and x.forward.any_order and x.backward.any_order
     ]
     plain = [(method, m, name, False) for method in able for m, name in ((1, "adamw"), (4, "sgd"))]
-    return [*plain, ("pipeoptim", 1, "adamw", True), ("pipeoptim", 2, "sgd", True)]
+    in_progress = [
+        ("pipeoptim/1", 4, "adamw", False),
+        ("pipeoptim_stash/2", 8, "sgd", False),
+        ("pipeoptim/1", 2, "adamw", True),
+    ]
+    return [*plain, ("pipeoptim", 1, "adamw", True), ("pipeoptim", 2, "sgd", True), *in_progress]
 
 
 DIFFERENT = {

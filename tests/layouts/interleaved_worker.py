@@ -27,8 +27,9 @@ def setup(method, m, name, overlap=False, **options):
     return po.InterleavedSchedule(stages, opts, case.loss_fn, method, m, schedulers=rates, seed=3, timeout=200, **options)
 
 
-for method, m, name, overlap in cases.runs():
-    pipe, losses = setup(method, m, name, overlap), []
+for run in cases.runs():
+    method, options = case.predicted(run[0])
+    pipe, losses = setup(method, *run[1:], **options), []
     for n, (x, y) in enumerate(cases.batches()):
         data = {"target": y} if p == 1 else {}
         losses.append(pipe.step(*([x] if p == 0 else []), **data))
@@ -38,7 +39,7 @@ for method, m, name, overlap in cases.runs():
     pipe.close()
     for k in pipe.local_stages:
         found = {"state": pipe.stage_state_dict(k), "losses": losses, "gap": pipe.version_gap(k)}
-        torch.save(found, f"{out}/{method}-{m}-{name}-{overlap}-{k}.pt")
+        torch.save(found, f"{out}/{case.file_name(*run, k)}")
 
 pipe = setup("pipeoptim", 1, "adamw", False)
 for fed, (x, y) in enumerate(cases.batches()):

@@ -109,6 +109,18 @@ def resumed():
     return found
 
 
+def in_progress(overlap):
+    """Both replicas are fed the same, so that the mean of their gradients is the gradient of each."""
+    module = cases.module(cases.Case(), k)
+    options = {"replicas": mesh["data"], "overlap": overlap, "clip": 0.05, "prediction": "in_progress"}
+    pipe = schedule(module, torch.optim.AdamW(module.parameters(), lr=0.01), 4, **options)
+    for x, y in cases.batches():
+        pipe.step(*([x] if first else []), target=y if last else None)
+    pipe.drain()
+    pipe.close()
+    return pipe.stage_state_dict(k)["module"]
+
+
 def stopped():
     """Replica 1 asks for a stop while it is fed its third mini-batch; how many each process was fed."""
     module = noisy()
@@ -152,7 +164,13 @@ def refusals():
     adamw = torch.optim.AdamW
     words.append(refused(sharded, adamw(sharded.parameters())))
     fully_shard(sharded, mesh=mesh["data"])
-    wrong = ({"scaler": torch.amp.GradScaler("cpu")}, {"method": "spectrain"}, {"uneven": True}, {"tied": cases.TIED})
+    wrong = (
+        {"scaler": torch.amp.GradScaler("cpu")},
+        {"method": "spectrain"},
+        {"uneven": True},
+        {"tied": cases.TIED},
+        {"prediction": "in_progress"},
+    )
     for options in wrong:
         words.append(refused(sharded, adamw(sharded.parameters()), **options))
     wrapper = DistributedDataParallel(module, process_group=mesh["data"].get_group(), static_graph=True)
@@ -173,6 +191,7 @@ def refused(module, opt, **options):
 def extras():
     found = {
         "resumed": resumed(),
+        "in_progress": [in_progress(overlap) for overlap in (False, True)],
         "stopped": stopped(),
         "order": order_of_work(),
         "overlap": order_of_work(overlap=True),

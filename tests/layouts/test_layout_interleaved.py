@@ -21,11 +21,13 @@ def written(tmp_path_factory):
     return path, stage_processes.run(HERE / "interleaved_worker.py", 2, str(path), timeout=400)
 
 
-def emulate(method, m, name, overlap):
+def emulate(run, m, name, overlap):
+    method, options = case.predicted(run)
     modules = case.pieces(4)
     opts = [case.optimizer(name, module.parameters()) for module in modules]
     rates = [case.scheduler(opt) for opt in opts]
-    pipe = po.Emulator(modules, opts, case.loss_fn, method, m, schedulers=rates, seed=3, clip=1.0, processes=2, overlap=overlap)
+    options |= {"schedulers": rates, "seed": 3, "clip": 1.0, "processes": 2, "overlap": overlap}
+    pipe = po.Emulator(modules, opts, case.loss_fn, method, m, **options)
     losses = []
     for n, (x, y) in enumerate(cases.batches()):
         losses.append(pipe.step(x, target=y))
@@ -39,7 +41,7 @@ def emulate(method, m, name, overlap):
 def test_interleaved_processes_equal_the_emulator_bit_for_bit(written, run):
     pipe, losses = emulate(*run)
     for k in range(4):
-        theirs = torch.load(written[0] / f"{'-'.join(map(str, run))}-{k}.pt", weights_only=True)
+        theirs = torch.load(written[0] / case.file_name(*run, k), weights_only=True)
         pairs = zip(tree_leaves(pipe.stage_state_dict(k)), tree_leaves(theirs["state"]), strict=True)
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs), f"stage {k} differs"
         assert theirs["gap"] == pipe.version_gap(k)

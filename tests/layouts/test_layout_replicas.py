@@ -12,6 +12,7 @@ import torch
 from torch.utils._pytree import tree_leaves
 
 import layout_cases as cases
+import pipeoptim as po
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE.parent / "engine"))
@@ -69,6 +70,21 @@ def test_fsdp_equals_ddp_and_holds_two_copies_of_its_shards_only(folder):
         assert fsdp["bytes"] == whole * (2 - k) // cases.REPLICAS
 
 
+@pytest.mark.parametrize("overlap", [False, True])
+def test_predictions_from_the_mini_batch_in_progress_use_a_replicas_own_gradient(folder, overlap):
+    """Fed the same, two replicas train as one does alone, bit for bit: nothing of the other enters their predictions."""
+    modules = [cases.module(cases.Case(), k) for k in range(cases.DEPTH)]
+    options = {"overlap": overlap, "clip": 0.05, "prediction": "in_progress"}
+    adamw = lambda params: torch.optim.AdamW(params, lr=0.01)  # noqa: E731
+    pipe = po.Emulator(modules, adamw, torch.nn.functional.mse_loss, "pipeoptim", 4, **options)
+    for x, y in cases.batches():
+        pipe.step(x, target=y)
+    pipe.drain()
+    for (k, _), found in extras(folder, "in_progress").items():
+        for name, weight in modules[k].state_dict().items():
+            assert torch.equal(found[overlap][name], weight), f"stage {k}, {name}"
+
+
 def extras(folder, what):
     return {p: torch.load(folder / f"extras-{p[0]}-{p[1]}.pt", weights_only=True)[what] for p in PROCESSES}
 
@@ -124,8 +140,9 @@ def test_wrong_replicas_are_refused_with_a_sentence(folder):
         assert "'spectrain' keeps averages" in words[5]
         assert "no uneven micro-batches" in words[6]
         assert "is tied, but the stage's parameters are sharded" in words[7]
-        assert "static_graph=True" in words[8]
-        assert k > 0 or "Adafactor moves each matrix as a whole" in words[9]
+        assert "a process gets its shard of the gradient with" in words[8]
+        assert "static_graph=True" in words[9]
+        assert k > 0 or "Adafactor moves each matrix as a whole" in words[10]
 
 
 def test_a_killed_replica_ends_all_others(tmp_path):

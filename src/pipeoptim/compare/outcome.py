@@ -13,7 +13,7 @@ from pipeoptim.compare.worker import OUTCOME
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import read_object, reading
-from pipeoptim.methods import copies, get_method
+from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.telemetry.metrics import Row, read_rows
 
 #: A run whose final loss is above this many times that of its first step has diverged, although its loss is finite.
@@ -112,7 +112,7 @@ def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcom
     stages = result.get("stages", [])
     if status == "finished" and (lost := _lost(rows, train, last, config.steps)):
         status, reason = "diverged", lost
-    method, stages_of = get_method(config.method), range(config.stages)
+    method, refresh = get_method(config.method), refresh_every(config.prediction, config.refresh or None)
     return Outcome(
         method=config.method,
         seed=config.seed,
@@ -126,7 +126,7 @@ def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcom
         seconds_per_step=config.batch_size / rate if rate else None,
         samples_per_second=rate,
         weight_bytes=max((stage["weight_bytes"] for stage in stages), default=None),
-        weight_copies=max(copies(method, config.stages, config.microbatches, k) for k in stages_of),
+        weight_copies=max(copies(method, config.stages, config.microbatches, k, refresh=refresh) for k in range(config.stages)),
         versions=result.get("versions", {}),
         data=result.get("data", ""),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import fields
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import Method
+from pipeoptim.methods import Method, refresh_every
 from pipeoptim.options import PipelineOptions, about
 from pipeoptim.schedule import Program
 
@@ -23,5 +23,10 @@ def check_effects(options: PipelineOptions, method: Method, program: Program) ->
                 f"{entry.name} is {value!r}, but method {method.name!r} {known.needs.otherwise}; leave it out, or choose a method that "
                 "does, for example 'pipeoptim'"
             )
+    if options.refresh is not None and refresh_every(options.prediction, options.refresh) is None:
+        raise ConfigError(
+            f"refresh is {options.refresh}, but predictions of the kind {options.prediction!r} do not use the mini-batch in progress; "
+            "leave it out, or use prediction='in_progress'"
+        )
     if options.clip is not None:
         options.clip.check(program)

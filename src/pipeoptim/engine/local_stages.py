@@ -13,7 +13,7 @@ from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import copies, get_method
+from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.options import PipelineOptions
 
 
@@ -60,7 +60,9 @@ class LocalStages:
 
     def weight_copies(self, k: int) -> int:
         """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
-        return copies(self.method, self.depth, self.microbatches, k, self.options.recompute == "forward", self.program)
+        refresh = refresh_every(self.options.prediction, self.options.refresh)
+        keeps = self.options.recompute == "forward"
+        return copies(self.method, self.depth, self.microbatches, k, keeps, self.program, refresh)
 
     def weight_bytes(self, k: int) -> int:
         """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""

@@ -4,10 +4,20 @@
 where a name is expected, or :func:`register_method` it to use it by name.
 """
 
-from pipeoptim.methods.facts import copies, gap, mean_gap
+from pipeoptim.methods.facts import copies, gap, mean_gap, refresh_every
 from pipeoptim.methods.lookup import get_method
 from pipeoptim.methods.method import Method
 from pipeoptim.methods.predictor_context import PredictorContext
 from pipeoptim.methods.registry import METHODS, register_method
 
-__all__ = ["METHODS", "Method", "PredictorContext", "copies", "gap", "get_method", "mean_gap", "register_method"]
+__all__ = [
+    "METHODS",
+    "Method",
+    "PredictorContext",
+    "copies",
+    "gap",
+    "get_method",
+    "mean_gap",
+    "refresh_every",
+    "register_method",
+]

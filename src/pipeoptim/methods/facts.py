@@ -14,8 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from pipeoptim.methods.method import Method
+from pipeoptim.rules import KINDS
 from pipeoptim.schedule import Action, ActionKind, Program
-from pipeoptim.weights import StageWeights, WeightSet
+from pipeoptim.weights import StageWeights, UpdateProgress, WeightSet
+
+REFRESH = 1
+"""After how many micro-batches predictions from the mini-batch in progress are made anew, by default."""
 
 
 def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int = 0, program: Program | None = None) -> int:
@@ -34,7 +38,7 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
         [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
     program = program or method.program(depth, microbatches)
-    use = _weight_use(method, program, k, keep_forward=False)
+    use = _weight_use(method, program, k, keep_forward=False, refresh=None)
     return use.gaps[2 * program.warm_up * microbatches + microbatch]
 
 
@@ -53,7 +57,13 @@ def mean_gap(method: Method, program: Program, k: int) -> float:
 
 
 def copies(
-    method: Method, depth: int, microbatches: int, k: int, keep_forward: bool = False, program: Program | None = None
+    method: Method,
+    depth: int,
+    microbatches: int,
+    k: int,
+    keep_forward: bool = False,
+    program: Program | None = None,
+    refresh: int | None = None,
 ) -> int:
     """Copies of the weights that stage ``k`` holds at most, the latest included.
 
@@ -61,13 +71,25 @@ def copies(
         method, depth, microbatches, k: which stage of which pipeline.
         keep_forward: the forward's weights are kept until the backward, whatever the method.
         program: None for that of the method.
+        refresh: predictions are made from the mini-batch in progress, anew every so many micro-batches; None where they are not.
 
     Example:
         >>> from pipeoptim.methods import get_method
         >>> [copies(get_method("pipedream"), 4, 1, k) for k in range(4)]
         [4, 3, 2, 1]
+        >>> [copies(get_method("pipeoptim_stash"), 4, 4, 0, refresh=r) for r in (1, 2, 4)]
+        [4, 4, 3]
     """
-    return _weight_use(method, program or method.program(depth, microbatches), k, keep_forward).copies
+    return _weight_use(method, program or method.program(depth, microbatches), k, keep_forward, refresh).copies
+
+
+def refresh_every(kind: str, refresh: int | None) -> int | None:
+    """After how many micro-batches predictions of ``kind`` are made anew; None where they do not use the mini-batch in progress.
+
+    Args:
+        refresh: as the user chose it; None for :data:`REFRESH`.
+    """
+    return (refresh or REFRESH) if KINDS[kind].in_progress else None
 
 
 @dataclass(frozen=True)
@@ -84,8 +106,8 @@ class WeightUse:
 
 
 @lru_cache(maxsize=1024)
-def _weight_use(method: Method, program: Program, k: int, keep_forward: bool) -> WeightUse:
-    stage = _WeightlessStage(method, program, k, keep_forward)
+def _weight_use(method: Method, program: Program, k: int, keep_forward: bool, refresh: int | None) -> WeightUse:
+    stage = _WeightlessStage(method, program, k, keep_forward, refresh)
     # Long enough for the warm-up and a mini-batch of the steady state, which `gap` reads.
     for action in program.full(k, minibatches=2 * program.warm_up + 2):
         stage.act(action)
@@ -96,9 +118,11 @@ def _weight_use(method: Method, program: Program, k: int, keep_forward: bool) ->
 class _WeightlessStage:
     """One stage going through its program as :class:`~pipeoptim.engine.stage.worker.StageWorker` does, with no weights to move."""
 
-    def __init__(self, method: Method, program: Program, k: int, keep_forward: bool) -> None:
+    def __init__(self, method: Method, program: Program, k: int, keep_forward: bool, refresh: int | None) -> None:
         self.method, self.program = method, program
-        self.weights = StageWeights([], program, k, _NoPredictions() if method.predicts_on(program, k) else None)
+        predictor = _NoPredictions() if method.predicts_on(program, k) else None
+        progress = None if refresh is None else UpdateProgress(program.microbatches, refresh)
+        self.weights = StageWeights([], program, k, predictor, progress)
         self.gaps: dict[int, int] = {}
         self._keeps = keep_forward or method.backward.reuses_forward  # the forward's set until the backward
         self._in_flight: dict[int, tuple[int, WeightSet | None]] = {}  # version that F used, and the set where it is kept
@@ -116,7 +140,7 @@ class _WeightlessStage:
         used = self.method.forward.acquire(self.weights, i)
         if not self._keeps:
             self.weights.release(used)
-        self._in_flight[i] = used.key[0], used if self._keeps else None
+        self._in_flight[i] = used.key.version, used if self._keeps else None
         self._next_forward = i + 1
         self._retain()
 
@@ -127,6 +151,8 @@ class _WeightlessStage:
             self.weights.release(self.method.backward.acquire(self.weights, i))
         if kept is not None:
             self.weights.release(kept)
+        if self.weights.progress is not None:
+            self.weights.progress.note_backward(None)
 
     def _update(self) -> None:
         self._retain()  # before the update, which would overwrite a version that is still to be asked for

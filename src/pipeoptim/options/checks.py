@@ -55,6 +55,11 @@ def count_from_zero(name: str, value: Any) -> int:
     return value
 
 
+def count_or_none(name: str, value: Any) -> int | None:
+    """A whole number of at least 1, or None for the default."""
+    return None if value is None else count(name, value)
+
+
 def integer_or_none(name: str, value: Any) -> int | None:
     """Whatever counts as an integer, as numpy's do."""
     try:

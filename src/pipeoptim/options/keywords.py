@@ -26,6 +26,7 @@ class OptionKeywords(TypedDict, total=False):
     """Keyword arguments of every pipeline."""
 
     prediction: str
+    refresh: int | None
     synchronous_updates: int
     seed: int | None
     clip: Clip | float | None

@@ -15,6 +15,7 @@ class RunOptions:
     """Fields that every :class:`~pipeoptim.config.TrainConfig` has."""
 
     prediction: str = run_setting("prediction")
+    refresh: int = run_setting("refresh")
     synchronous_updates: int = run_setting("synchronous_updates")
     clip: float = run_setting("clip")
     clip_scope: str = run_setting("clip_scope")

@@ -15,6 +15,7 @@ from pipeoptim.options.checks import (
     Check,
     count,
     count_from_zero,
+    count_or_none,
     every_so_many,
     flag,
     from_zero,
@@ -89,12 +90,27 @@ class PipelineOptions:
     )
     prediction: str = option(
         "refined",
-        "kind of weight prediction: refined, paper, decayed, displacement or none.",
+        "kind of weight prediction: refined, paper, decayed, in_progress, displacement or none.",
         one_of_imported("pipeoptim.rules:KINDS"),
         agreed=EQUAL,
         in_runs=True,
         needs=PREDICTS,
         idle=("none",),
+    )
+    refresh: int | None = option(
+        None,
+        "with prediction='in_progress': after how many micro-batches a prediction is made anew, by default 1; M: one per mini-batch.",
+        count_or_none,
+        agreed=EQUAL,
+        settings={
+            "refresh": Setting(
+                0,
+                "With --prediction in_progress: micro-batches after which a prediction is made anew; M: once per mini-batch; 0: as 1.",
+                least=0,
+            )
+        },
+        of_run=lambda run: run.refresh or None,
+        needs=PREDICTS,
     )
     synchronous_updates: int = option(
         0,

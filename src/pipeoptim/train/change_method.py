@@ -21,9 +21,12 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
         >>> with_method(config, "spectrain").prediction, with_method(config, "gpipe").prediction
         ('paper', 'refined')
     """
-    from pipeoptim.methods import get_method
+    from pipeoptim.methods import get_method, refresh_every
 
     method, config = get_method(name), replace(config, method=name)
+    # A method that predicts in a way of its own, or corrects steps, would refuse predictions from the mini-batch in progress.
+    if (method.predictor or method.compensation) is not None and refresh_every(config.prediction, None) is not None:
+        config = replace(config, prediction=TrainConfig.prediction, refresh=TrainConfig.refresh)
     idle = {
         name: known.default
         for entry in fields(PipelineOptions)

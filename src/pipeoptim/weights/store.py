@@ -14,7 +14,7 @@ needed at once.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls
 from pipeoptim.schedule import Program
 from pipeoptim.weights.layout import BufferSet, StorageLayout
+from pipeoptim.weights.progress import UpdateProgress
 
 _data_ptr = torch.Tensor.data_ptr
 
@@ -61,17 +62,31 @@ class FusingPredictor(Protocol):
     def still_holds(self, steps: int) -> bool: ...
 
 
+class WeightKey(NamedTuple):
+    """What the weights of a set are.
+
+    Attributes:
+        version: that they are, or are predicted from.
+        steps: updates predicted from there; 0 for the version itself.
+        seen: micro-batches of the update in progress that the prediction was made from; 0 where it is made without.
+    """
+
+    version: int
+    steps: int = 0
+    seen: int = 0
+
+
 class WeightSet:
     """One set of weights in use: the latest in place (``copy`` is None) or a copy.
 
     Attributes:
-        key: version, and steps predicted from there.
+        key: what they are.
         early: predicted by the update itself, and not used yet.
     """
 
     __slots__ = ("copy", "early", "key", "users")
 
-    def __init__(self, key: tuple[int, int], copy: BufferSet | None = None) -> None:
+    def __init__(self, key: WeightKey, copy: BufferSet | None = None) -> None:
         self.key = key
         self.copy = copy
         self.users = 0
@@ -85,6 +100,8 @@ class StageWeights:
         params: the parameters, in the order of the optimizer's groups.
         program, k: the action program and the stage, for gaps.
         predictor: writes predicted weights; None where the method predicts nothing.
+        progress: of the coming update, where predictions are made from its gradients so far; None where they are not, so that there is
+            one per version and number of steps.
 
     Attributes:
         version: updates applied since the stage was made.
@@ -94,17 +111,25 @@ class StageWeights:
             one pass, which rounds differently from two, so a resumed run must know it to continue bit for bit.
     """
 
-    def __init__(self, params: Sequence[Tensor], program: Program, k: int, predictor: WeightPredictor | None) -> None:
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        program: Program,
+        k: int,
+        predictor: WeightPredictor | None,
+        progress: UpdateProgress | None = None,
+    ) -> None:
         self.params = list(params)
         self.program = program
         self.k = k
         self.predictor = predictor
+        self.progress = progress
         self._fusing = predictor if isinstance(predictor, FusingPredictor) else None  # asked once: it takes 0.1 ms
         self.layout = StorageLayout(self.params)
         self.version = 0
         self.restart = 0
         self.synchronous = False
-        self._sets: dict[tuple[int, int], WeightSet] = {}  # (version, steps predicted) -> the set, while anybody may ask for it
+        self._sets: dict[WeightKey, WeightSet] = {}  # while anybody may ask for the set
         self._pinned: dict[Hashable, WeightSet] = {}  # sets that a source shares between micro-batches
         self._retained: dict[int, WeightSet] = {}  # versions that coming forwards will ask for by number
         self._free: list[BufferSet] = []  # copies that nobody uses; each is among `_copies` as well
@@ -118,26 +143,27 @@ class StageWeights:
 
     def latest(self) -> WeightSet:
         """The latest weights, in place; :meth:`before_update` turns them into a copy if they are still in use then."""
-        return self._acquire((self.version, 0))
+        return self._acquire(WeightKey(self.version))
 
     def numbered(self, version: int) -> WeightSet:
         """The weights of ``version``, which must have been in use or retained ever since."""
-        return self._acquire((version, 0), must_exist=version != self.version)
+        return self._acquire(WeightKey(version), must_exist=version != self.version)
 
     def predicted(self, steps: int) -> WeightSet:
         """The weights predicted for ``steps`` updates after the latest; the latest themselves for 0, or while synchronous."""
-        key = (self.version, steps)
         if steps == 0 or self.predictor is None or self.synchronous:  # no predictor: a stage without parameters
-            return self._acquire((self.version, 0))
-        weight_set = self._sets.get(key)
+            return self._acquire(WeightKey(self.version))
+        weight_set = self._shared_prediction(steps)
         if weight_set is not None and (not weight_set.early or self._still_holds(steps)):
             # Used from here on: a second forward of this version shares it without another check.
             weight_set.early = False
-            return self._acquire(key)
-        if any(s.key[0] == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values()):
+            weight_set.users += 1
+            return weight_set
+        if any(s.key.version == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values()):
             self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
         self._drop_stale_predictions()  # first, so that the new prediction may overwrite the old one
         # Kept under its key with 0 users as well, until an update or another prediction needs the memory.
+        key = WeightKey(self.version, steps, 0 if self.progress is None else self.progress.microbatches_done)
         weight_set = self._sets[key] = WeightSet(key, self._take_copy())
         assert weight_set.copy is not None
         with torch.no_grad():
@@ -147,6 +173,11 @@ class StageWeights:
                     predicted.copy_(p)
         weight_set.users += 1
         return weight_set
+
+    def _shared_prediction(self, steps: int) -> WeightSet | None:
+        """The prediction that there is for ``steps`` updates after the latest, unless it is due to be made anew."""
+        seen = (0,) if self.progress is None else self.progress.shareable
+        return next(filter(None, (self._sets.get(WeightKey(self.version, steps, n)) for n in seen)), None)
 
     def pin(self, tag: Hashable, weight_set: WeightSet) -> None:
         """Keep ``weight_set`` under ``tag`` until :meth:`unpin`; takes over the caller's hold on it."""
@@ -173,7 +204,7 @@ class StageWeights:
     def release(self, weight_set: WeightSet) -> None:
         """Give back what :meth:`latest`, :meth:`numbered` or :meth:`predicted` returned."""
         weight_set.users -= 1
-        if weight_set.users == 0 and weight_set.key[1] == 0:
+        if weight_set.users == 0 and weight_set.key.steps == 0:
             # A prediction stays until it is overwritten: micro-batches of one version share it.
             self._forget_set(weight_set)
 
@@ -182,6 +213,7 @@ class StageWeights:
         self._sets.clear()
         self._pinned.clear()
         self._retained.clear()
+        self._begin_progress()
         # Adopted memory belongs to the gradients of an update that is over; own copies are reused.
         self._copies = [copy for copy in self._copies if not copy.adopted]
         self._free = list(self._copies)
@@ -211,7 +243,7 @@ class StageWeights:
 
     def before_update(self) -> None:
         """Copy the latest weights if they are in use; free unused predictions."""
-        weight_set = self._sets.get((self.version, 0))
+        weight_set = self._sets.get(WeightKey(self.version))
         # Only if a micro-batch in flight still holds the latest set; else the update overwrites in place.
         if weight_set is not None and weight_set.copy is None:
             weight_set.copy = self._take_copy()
@@ -247,8 +279,8 @@ class StageWeights:
             if not self._fusing.fused_step(copy.tensors, ahead):  # nothing was done: torch's step has to run
                 self._free.append(copy)
                 return False
-        # For the coming version: `after_update` counts it right after the step.
-        weight_set = self._sets[self.version + 1, ahead] = WeightSet((self.version + 1, ahead), copy)
+        coming = WeightKey(self.version + 1, ahead)  # `after_update` counts it right after the step
+        weight_set = self._sets[coming] = WeightSet(coming, copy)
         weight_set.early = True
         return True
 
@@ -271,9 +303,14 @@ class StageWeights:
 
     def after_update(self) -> None:
         """Count the update."""
-        self.version += 1
+        self.after_skipped_update()
         if self.predictor is not None:
             self.predictor.after_step()
+
+    def after_skipped_update(self) -> None:
+        """Count an update that has changed nothing, so that the predictor has nothing to take in."""
+        self.version += 1
+        self._begin_progress()
 
     def tensors(self, weight_set: WeightSet) -> list[Tensor] | None:
         """What :func:`~pipeoptim.weights.swap.swapped` puts into the module; None for the latest in place."""
@@ -287,10 +324,14 @@ class StageWeights:
         """Bytes of all copies that there are, in use or free."""
         return sum(copy.nbytes() for copy in self._copies)
 
-    def _acquire(self, key: tuple[int, int], must_exist: bool = False) -> WeightSet:
+    def _begin_progress(self) -> None:
+        if self.progress is not None:
+            self.progress.begin()
+
+    def _acquire(self, key: WeightKey, must_exist: bool = False) -> WeightSet:
         weight_set = self._sets.get(key)
         if weight_set is None:
-            assert not must_exist, f"stage {self.k}: version {key[0]} is gone, the latest is {self.version}"
+            assert not must_exist, f"stage {self.k}: version {key.version} is gone, the latest is {self.version}"
             weight_set = self._sets[key] = WeightSet(key)
         weight_set.users += 1
         return weight_set
@@ -315,7 +356,7 @@ class StageWeights:
 
     def _drop_stale_predictions(self, everything: bool = False) -> None:
         for weight_set in [s for s in self._sets.values() if s.users == 0]:
-            if everything or weight_set.key[1] > 0:
+            if everything or weight_set.key.steps > 0:
                 self._forget_set(weight_set)
 
 

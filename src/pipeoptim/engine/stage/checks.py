@@ -12,13 +12,14 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.engine.stage.gradient_so_far import InProgressPredictor
 from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.tied_weights import TieOnStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.options import PipelineOptions
-from pipeoptim.rules import Predictor
+from pipeoptim.rules import KINDS, Predictor
 from pipeoptim.rules.lr import drives
 from pipeoptim.schedule import Program
 from pipeoptim.weights.store import WeightPredictor
@@ -39,12 +40,14 @@ def step_function(
     """What moves the weights of a stage.
 
     Where the other stages step and predict in one pass, the stage that predicts nothing steps by the same kernel: rounded alike,
-    and it is the slowest stage (it has the loss as well), so that its step decides how fast the pipeline is.
+    and it is the slowest stage (it has the loss as well), so that its step decides how fast the pipeline is. So do stages whose
+    predictions wait for gradients of the next mini-batch.
     """
     if optimizer is None:
         return skip_step
     kernels = method.predictor is None and any(method.predicts_on(program, k) for k in range(program.depth))
-    if predictor is None and kernels and kernel_choice(ties):
+    separate = predictor is None or isinstance(predictor, InProgressPredictor)
+    if separate and kernels and kernel_choice(ties):
         with suppress(ConfigError):  # optimizers that no weights can be predicted for
             return Predictor(optimizer, kind="none", shards=reduction.shards).step
     return lambda: optimizer.step()  # as it is then: a scheduler may put a wrapper there
@@ -155,6 +158,11 @@ def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions
         raise ConfigError(
             f"the weight {ties[0].tie} is tied, but the stage's parameters are sharded; use replicas= without fully_shard, or "
             "untie it in the model"
+        )
+    if KINDS[options.prediction].in_progress and method.predicts:
+        raise ConfigError(
+            f"prediction is {options.prediction!r}, but the stage's parameters are sharded, and a process gets its shard of the gradient "
+            "with the mini-batch's last backward only; use replicas= without fully_shard, or another prediction"
         )
     if method.predictor is not None:
         raise ConfigError(

@@ -19,6 +19,7 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.errors import ConfigError
+from pipeoptim.rules import ClipEstimate
 from pipeoptim.schedule import Program
 
 SCOPES = ("stage", "global", "global_delayed")
@@ -184,6 +185,22 @@ class Clipper:
             # All of params, not only those counted: a copy of a tied weight is scaled like its counterpart on the first holder.
             clip_grads_with_norm_(self.params, self._limit, norm.to(self._own_norm.device))
 
+    def estimate(self) -> ClipEstimate:
+        """How the coming update will be clipped, as far as can be known before its gradient is there.
+
+        By its own norm, which an estimate of the gradient has as well; where the norm of other stages decides, as the newest update was.
+        """
+        return ClipEstimate(None if self.rule.exchanges else self._limit, self._last_factor())
+
+    def _last_factor(self) -> Tensor | float:
+        """The factor that has scaled the gradients of the newest update; 1 before the first."""
+        if self.used is None:
+            return 1.0
+        if isinstance(self.used, Tensor) and self.used.device.type != "cpu":  # not read: that would wait for the device
+            return (self._limit / (self.used + 1e-6)).clamp(max=1.0)
+        factor = self._limit / (float(self.used) + 1e-6)
+        return factor if factor < 1.0 else 1.0  # also where it is not a number
+
     def _receive_up_to(self, newest: int) -> None:
         """Receive the global norms up to that of version ``newest``."""
         while self._sent and self._sent[0] <= newest and self.norms is not None:
@@ -198,16 +215,18 @@ class Clipper:
             self.norms.abandon()
 
     def state_dict(self) -> dict[str, Any]:
-        """Norms that coming updates use."""
+        """Norms that coming updates and predictions use."""
         if self._sent:
             # Sent ones are all received first: after a resume, nobody sends them again.
             self._receive_up_to(self._sent[-1])
-        return {"versions": list(self._global_norms), "norms": list(self._global_norms.values())}
+        used = None if self.used is None else float(self.used)
+        return {"versions": list(self._global_norms), "norms": list(self._global_norms.values()), "used": used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
         self._sent.clear()
         self._global_norms = dict(zip(state["versions"], state["norms"], strict=True))
+        self.used = state.get("used")  # what the next predictions expect of the clipping; earlier versions did not write it
 
 
 def total(norms: Sequence[float]) -> float:

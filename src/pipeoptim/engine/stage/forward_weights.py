@@ -31,9 +31,9 @@ class ForwardWeights:
         if self.chosen is None:
             self.chosen = found = self.source.acquire(self.weights, i)
             self._chosen_for = i
-            # key[1] is the number of steps predicted, 0 for a plain copy, of which there is nothing to measure.
-            if self.monitor is not None and found.copy is not None and found.key[1]:
-                self.monitor.predicted(*found.key, self.weights.params, found.copy.tensors)
+            version, steps, seen = found.key
+            if self.monitor is not None and found.copy is not None and steps:  # of a plain copy there is nothing to measure
+                self.monitor.predicted(version, steps, self.weights.params, found.copy.tensors, seen)
 
     def take(self, i: int) -> WeightSet:
         """Those of forward ``i``, which the caller releases."""
@@ -55,8 +55,9 @@ class ForwardWeights:
     def steps_ahead(self) -> int:
         """The steps that the first predicting forward after the present update will ask for; 0 if none does."""
         program, k = self.weights.program, self.weights.k
-        # No further than one mini-batch: the next update drops predictions that nobody has used.
-        coming = range(self.next_forward, self.next_forward + program.microbatches)
+        # No further than one mini-batch: the next update drops predictions that nobody has used. From gradients of the mini-batch in
+        # progress no further than the next forward: more of them are there for every later one.
+        coming = range(self.next_forward, self.next_forward + (program.microbatches if self.weights.progress is None else 1))
         return next(filter(None, (self.source.steps_ahead(program, k, i) for i in coming)), 0)
 
     def restart(self) -> None:

@@ -89,26 +89,36 @@ class PredictionMonitor:
         self._places = [place for sample in self._samples for place in sample]
         self._sampler = TensorSampler(self._samples) if all(where.is_cpu for _, where in self._places) else None
         self._latest: tuple[int, Tensor] | None = None  # version, a sample of its weights
-        self._pending: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}  # (t + s, s) -> W_t, W_hat
-        self._unread: deque[tuple[int, int, Tensor | list[list[float]]]] = deque()  # measured, perhaps still on the device
+        self._pending: dict[tuple[int, int], tuple[Tensor, dict[int, Tensor]]] = {}  # (t + s, s) -> W_t, and every W_hat
+        self._unread: deque[tuple[int, int, list[Tensor | list[list[float]]]]] = (
+            deque()
+        )  # measured, perhaps still on the device
         self._figures: dict[int, PredictionError] = {}
         self._windows: list[deque[float]] = [deque(maxlen=WINDOW) for _ in groups]
         self._worse = [False for _ in groups]
 
-    def predicted(self, version: int, steps: int, params: Sequence[Tensor], predicted: Sequence[Tensor]) -> None:
-        """At ``version``, ``predicted`` was made for ``steps`` updates later; ``params`` are the latest weights now."""
-        # Micro-batches of one version share a prediction, which is then measured once.
-        if version % self.every == 0 and (version + steps, steps) not in self._pending:
-            self._pending[version + steps, steps] = self._sample_at(version, params), self._sample(predicted)
+    def predicted(self, version: int, steps: int, params: Sequence[Tensor], predicted: Sequence[Tensor], seen: int = 0) -> None:
+        """At ``version``, ``predicted`` was made for ``steps`` updates later; ``params`` are the latest weights now.
+
+        ``seen``: from how many gradients of the mini-batch in progress. Predictions that differ in nothing else are measured as one: the
+        root mean square of their errors.
+        """
+        if version % self.every:
+            return
+        if (version + steps, steps) not in self._pending:
+            self._pending[version + steps, steps] = self._sample_at(version, params), {}
+        _, made = self._pending[version + steps, steps]
+        if seen not in made:  # a prediction that several micro-batches share is measured once
+            made[seen] = self._sample(predicted)
 
     def updated(self, version: int, params: Sequence[Tensor]) -> None:
         """``params`` have become those of ``version``."""
         for target, steps in [key for key in self._pending if key[0] <= version]:
-            before, predicted = self._pending.pop((target, steps))
+            before, made = self._pending.pop((target, steps))
             if target == version:
-                self._unread.append(
-                    (version, steps, self._compare_samples(before, predicted, self._sample_at(version, params)))
-                )
+                now = self._sample_at(version, params)
+                tables = [self._compare_samples(before, predicted, now) for predicted in made.values()]
+                self._unread.append((version, steps, tables))
                 if len(self._unread) > 1:  # the newest may still be on its way through the device's queue
                     self._read_oldest()
 
@@ -142,8 +152,10 @@ class PredictionMonitor:
         return _displacement_products(before, predicted, now, self._group_slices)
 
     def _read_oldest(self) -> None:
-        version, steps, table = self._unread.popleft()
-        for n, row in enumerate(table.tolist() if isinstance(table, Tensor) else table):
+        version, steps, tables = self._unread.popleft()
+        read = [table.tolist() if isinstance(table, Tensor) else table for table in tables]
+        for n, rows in enumerate(zip(*read, strict=True)):
+            row = [sum(products) for products in zip(*rows, strict=True)]
             error, cosine, scale = _figures(row)
             self._judge_error(n, error, version)
             self._figures[n] = PredictionError(self.k, n, version, steps, error, cosine, scale, self._worse[n])

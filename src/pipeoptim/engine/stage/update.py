@@ -149,7 +149,7 @@ class StageUpdate:
         self.weights.before_update()  # versions that a micro-batch in flight will ask for are copied now or lost
         if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
             self.weights.update(skip_step)
-            self.weights.version += 1
+            self.weights.after_skipped_update()
         else:
             self._step()
             self.weights.after_update()

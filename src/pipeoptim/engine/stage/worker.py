@@ -34,6 +34,7 @@ from pipeoptim.engine.stage.checks import (
 )
 from pipeoptim.engine.stage.clip import Clipper
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
+from pipeoptim.engine.stage.gradient_so_far import GradientSoFar, InProgressPredictor, progress_predictor
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.losses import CutOffCheck, LossLog, call_loss, check_graph, collect_losses, read_loss
 from pipeoptim.engine.stage.master_weights import MasterWeightPredictor, MasterWeights
@@ -49,12 +50,12 @@ from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError, PipeOptimError, counted
-from pipeoptim.methods import Method, PredictorContext, mean_gap
+from pipeoptim.methods import Method, PredictorContext, mean_gap, refresh_every
 from pipeoptim.optim import DelayCompensation
 from pipeoptim.options import DEFAULTS, PipelineOptions
 from pipeoptim.rules.combined import members
 from pipeoptim.schedule import Program
-from pipeoptim.weights import Latest, SavedWeights, StageWeights, WeightSet
+from pipeoptim.weights import Latest, SavedWeights, StageWeights, UpdateProgress, WeightSet
 from pipeoptim.weights.store import WeightPredictor
 
 LossFn = Callable[..., Tensor]
@@ -71,6 +72,7 @@ class InFlight:
         saved: puts the backward's weights in place of those that autograd saved; None where they are right by themselves.
         weight_set: the forward's weights, where they are kept for the backward.
         added_losses: raised by the stage itself.
+        share: how much of the mini-batch's loss it is; None for 1/M.
     """
 
     inputs: list[Tensor]
@@ -78,6 +80,7 @@ class InFlight:
     saved: SavedWeights | None
     weight_set: WeightSet | None
     added_losses: list[Tensor] = field(default_factory=list)
+    share: float | None = None
 
 
 class StageWorker:
@@ -130,34 +133,9 @@ class StageWorker:
         self.device = device or (params[0].device if params else torch.device("cpu"))
         seed = torch.initial_seed() if options.seed is None else options.seed
         self.random = StageRandom(seed, k, self.device, reduction.index)
-        self.predictor: WeightPredictor | None = None
-        self.monitor: PredictionMonitor | None = None
-        if optimizer is not None and method.predicts_on(program, k):
-            if options.monitor and method.forward.predicts:
-                every = None if options.monitor is True else options.monitor
-                self.monitor = PredictionMonitor(split_by_group(optimizer, params), k, every)
-            fused, shards = kernel_choice(ties), reduction.shards
-            context = PredictorContext(optimizer, program, k, scheduler, options.prediction, fused, shards, self.monitor)
-            self.predictor = method.make_predictor(context)
-        step = step_function(optimizer, method, program, self.predictor, reduction, ties)
-        self.master_weights = MasterWeights(self.parameters, params)
-        if self.predictor is not None and self.master_weights.pairs:
-            self.predictor = MasterWeightPredictor(self.predictor, self.parameters)
-        # Versions are kept of the module's parameters, not of the masters: that is what a forward runs on.
-        self.weights = StageWeights(params, program, k, self.predictor)
-        self.forward_weights = ForwardWeights(method, self.weights, self.monitor)
-        self._stashes_weights = method.backward.reuses_forward
-        # The weights of a forward until its backward.
-        self._keeps_weights = self._stashes_weights or options.recompute == "forward"
-        if not (self._stashes_weights and options.recompute == "forward"):  # there, forward and backward have the same weights
-            check_recompute(options.recompute, module, reduction.replaces_saved)
         # A tied weight that this stage's optimizer does not move has no gradient to exchange, hence the None that is dropped.
         copies = (tie.on(reduction.unwrapped(module), self.parameters, params, program) for tie in ties)
         self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
-        elsewhere = {weight.parameter: "the other stages that tie it" for weight in self.tied}
-        elsewhere |= {p: "its float32 master" for _, p in self.master_weights.pairs}
-        whole = () if reduction.shards else self.weights.params  # a forward writes into what was gathered from shards
-        self._weight_writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
         self.clipper: Clipper | None = None
         if options.clip is not None:
             # The norm over all stages counts a tied weight once, on its first holder, though every holder scales its copy.
@@ -165,6 +143,39 @@ class StageWorker:
             self.clipper = Clipper(options.clip, self.parameters, program, norms, reduction.whole_norm, twice)
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
+        self.predictor: WeightPredictor | None = None
+        self.monitor: PredictionMonitor | None = None
+        progress: UpdateProgress | None = None
+        if optimizer is not None and method.predicts_on(program, k):
+            if options.monitor and method.forward.predicts:
+                every = None if options.monitor is True else options.monitor
+                self.monitor = PredictionMonitor(split_by_group(optimizer, params), k, every)
+            fused, shards = kernel_choice(ties), reduction.shards
+            context = PredictorContext(optimizer, program, k, scheduler, options.prediction, fused, shards, self.monitor)
+            self.predictor = method.make_predictor(context)
+            told = progress_predictor(self.predictor, method, options.prediction)
+            refresh = refresh_every(options.prediction, options.refresh)
+            if told is not None and refresh is not None:
+                progress = UpdateProgress(program.microbatches, refresh)
+                sums = [weight.optimized for weight in self.tied]
+                gradient = GradientSoFar(self.parameters, progress, sums, self.clipper, self.scaling)
+                self.predictor = InProgressPredictor(told, gradient)
+        step = step_function(optimizer, method, program, self.predictor, reduction, ties)
+        self.master_weights = MasterWeights(self.parameters, params)
+        if self.predictor is not None and self.master_weights.pairs:
+            self.predictor = MasterWeightPredictor(self.predictor, self.parameters)
+        # Versions are kept of the module's parameters, not of the masters: that is what a forward runs on.
+        self.weights = StageWeights(params, program, k, self.predictor, progress)
+        self.forward_weights = ForwardWeights(method, self.weights, self.monitor)
+        self._stashes_weights = method.backward.reuses_forward
+        # The weights of a forward until its backward.
+        self._keeps_weights = self._stashes_weights or options.recompute == "forward"
+        if not (self._stashes_weights and options.recompute == "forward"):  # there, forward and backward have the same weights
+            check_recompute(options.recompute, module, reduction.replaces_saved)
+        elsewhere = {weight.parameter: "the other stages that tie it" for weight in self.tied}
+        elsewhere |= {p: "its float32 master" for _, p in self.master_weights.pairs}
+        whole = () if reduction.shards else self.weights.params  # a forward writes into what was gathered from shards
+        self._weight_writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
         self.update = StageUpdate(
             optimizer,
             scheduler,
@@ -245,7 +256,7 @@ class StageWorker:
         # Added losses are roots of this stage's own backward; nothing of them travels to other stages.
         own = [self._weighted_loss(loss, share) for loss in added.values() if loss.requires_grad]
         outputs = self._loss_roots(i, result, share) if self.is_last else differentiable(as_args(result))
-        self._keep_for_backward(i, InFlight(inputs, outputs, saved, weight_set, own))
+        self._keep_for_backward(i, InFlight(inputs, outputs, saved, weight_set, own, share))
         # Without detach, the caller's loss would keep the graph of the whole stage alive.
         return result.detach() if self.is_last else result
 
@@ -253,7 +264,7 @@ class StageWorker:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""
         self.prepare(i)
         # The weights are chosen and released all the same, so that copies and predictions are those of a full micro-batch.
-        self._keep_for_backward(i, InFlight([], [], None, self.forward_weights.take(i)))
+        self._keep_for_backward(i, InFlight([], [], None, self.forward_weights.take(i), share=0.0))
 
     def _keep_for_backward(self, i: int, flight: InFlight) -> None:
         """Note what the backward of micro-batch ``i`` needs; let go of its forward's weights unless they are stashed."""
@@ -353,6 +364,8 @@ class StageWorker:
                     # One call for all roots: the shared part of the graph is walked, and freed, once.
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.master_weights.collect()
+            if self.weights.progress is not None:
+                self.weights.progress.note_backward(flight.share)
             if (i + 1) % self.program.microbatches == 0:
                 # Begun here and not in U, so that the averages travel while the gradients go back to the previous stage.
                 self.reduction.start()
