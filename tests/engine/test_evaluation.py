@@ -98,11 +98,57 @@ def test_batches_may_be_calls_of_any_form_and_rows_be_in_anything():
         ([torch.ones(2, 3)], r"evaluate was given a Tensor as a batch, must be \(inputs, target\)"),
         ([(torch.ones(2, 3),)], r"evaluate was given a tuple of 1 as a batch"),
         ([], "evaluate was given 0 batches that count"),
+        (None, "evaluate was given a NoneType, must be an iterable of batches"),
     ],
 )
 def test_what_is_no_batch_is_told(batches, words):
     with pytest.raises(po.ConfigError, match=words):
         emulator(2)({}).evaluate(batches)
+
+
+def wide(rows):
+    return torch.ones(6, rows, 2)
+
+
+@pytest.mark.parametrize(
+    ("batches", "words"),
+    [
+        # Sequences with the time first: six "rows" each, however many samples there are.
+        (
+            [(wide(4), torch.ones(4)), (wide(3), torch.ones(3))],
+            "batch 2 .* has 6 rows of inputs and 3 of the target, .* had 6 and 4",
+        ),
+        ([({"a": wide(4), "b": torch.ones(3)}, None)], "inputs of batch 1 .* have 3 and 6 rows"),
+        ([(torch.ones(4, 1), None), (2.0, None)], "batch 2 of the evaluation has none that can be counted, but those before"),
+    ],
+)
+def test_rows_that_are_not_clear_are_told(batches, words):
+    class Mean(nn.Module):
+        def forward(self, a, b=None):
+            return torch.as_tensor(a).mean()
+
+    pipe = po.Emulator([Mean()], [None], lambda out, y: out, "1f1b")
+    with pytest.raises(po.ConfigError, match=words):
+        pipe.evaluate(batches)
+
+
+def test_marks_and_flattened_targets_are_counted_right():
+    pipe = po.Emulator([nn.Identity()], [None], lambda out, y: out.mean(), "1f1b")
+    sizes, values = (4, 4, 1), (1.0, 2.0, 9.0)
+    along = [(po.Along(value * wide(n), 1), torch.ones(n)) for n, value in zip(sizes, values, strict=True)]
+    flat = [(value * torch.ones(n, 5), torch.ones(5 * n)) for n, value in zip(sizes, values, strict=True)]
+    for batches in (along, flat):
+        assert pipe.evaluate(batches).loss == pytest.approx((4 + 8 + 9) / 9)
+
+
+@pytest.mark.parametrize("weight", ["many", torch.ones(2), -1, float("nan"), float("inf")])
+def test_a_loss_weight_that_is_none_is_refused(weight):
+    x, y = torch.ones(4, 3, dtype=torch.float64), torch.ones(4, 3, dtype=torch.float64)
+    pipe = po.Emulator(cases.stages(2), cases.sgd, cases.loss_fn, "1f1b", 2, loss_weight=lambda target: weight)
+    for call in (lambda: pipe.evaluate([(x, y)]), lambda: pipe.step(x, target=y)):
+        with pytest.raises(po.ConfigError, match="loss_weight returned .*, must be a "):
+            call()
+    assert pipe.version(0) == 0
 
 
 def test_a_loss_that_is_not_finite_is_not_hidden():

@@ -83,6 +83,37 @@ CASES = {
     "step without target": (lambda _: emulator().step(x), r"loss_fn failed without a target \(.*step\(\.\.\., target=y\)"),
     "eval_step without target": (lambda _: emulator().eval_step(x), "loss_fn failed without a target"),
     "no loss function": (lambda _: emulator(None), "loss_fn is None, must be a function of output and target"),
+    "loss function of one argument": (
+        lambda _: emulator(lambda out: out.sum()),
+        "loss_fn is <function .* of output and target",
+    ),
+    "class of a loss": (lambda _: emulator(nn.MSELoss), r"loss_fn is the class MSELoss, must be an object of it: MSELoss\(\)"),
+    "complex loss": (
+        lambda _: emulator(lambda out, y: out.sum() * 1j).step(x, target=x),
+        "loss_fn returned a complex number, which cannot be minimised",
+    ),
+    "on_update of one argument": (
+        lambda _: emulator(on_update=lambda k: None),
+        "on_update is <.* which does not take 2 arguments",
+    ),
+    "loss_weight of two": (
+        lambda _: emulator(loss_weight=lambda a, b: 1),
+        "loss_weight is <.* which does not take 1 arguments",
+    ),
+    "training without gradients": (
+        lambda _: torch.inference_mode()(lambda: emulator().step(x, target=x))(),
+        r"step\(\) was called without gradients \(inside no_grad or inference_mode\)",
+    ),
+    "lazy stage": (
+        lambda _: po.Emulator(
+            [nn.Linear(4, 4), nn.LazyLinear(4)], lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss
+        ),
+        "'weight' of stage 1 has no shape yet .* run the model once",
+    ),
+    "lazy model": (
+        lambda _: po.partition(nn.ModuleDict({"a": nn.LazyLinear(4)}), 1, (x,)),
+        "'a.weight' of the ModuleDict has no shape yet .* run the model once",
+    ),
     "seed that is text": (lambda _: emulator(seed="a"), "seed is 'a', must be an integer, or None"),
     "seed that is a float": (lambda _: emulator(seed=1.5), "seed is 1.5, must be an integer"),
     "no list of pins": (lambda _: po.partition(model(), 2, (x,), pins=None), "pins is None, must be a list .* leave it out"),

@@ -155,6 +155,7 @@ x = cases.numbers(4, 0)
         ("the target holds a dict_values", (x,), {"target": dict.fromkeys("abcd").values()}),
         ("holds a tensor of layout torch.sparse_coo", (x.to_sparse(),), {}),
         ("holds a tensor of layout torch.jagged", (torch.nested.nested_tensor(list(x), layout=torch.jagged),), {}),
+        ("holds a tensor of layout torch.strided", (torch.nested.nested_tensor(list(x)),), {}),
         ("NumPy array of object, which cannot become a tensor", (x,), {"target": np.array([{}, {}, {}, {}])}),
         ("NumPy array of float64.*has no mask", (x,), {"target": np.ma.masked_array(np.ones((4, 3)), True)}),
         ("tuple of 4 tensors of 4 rows each.*give a list for one per row, a dict", (x,), {"target": (x, x, x, x)}),
@@ -186,6 +187,18 @@ def test_what_cannot_be_split_is_refused_before_anything_is_computed(words, args
 def test_marks_check_what_they_are_given(mark, words):
     with pytest.raises(po.ConfigError, match=words):
         mark()
+
+
+@pytest.mark.parametrize("layout", [torch.strided, torch.jagged])
+def test_nested_tensors_are_fed_in_one_piece(layout):
+    class Padded(nn.Linear):
+        def forward(self, nested):
+            return super().forward(torch.nested.to_padded_tensor(nested, 0.0)).sum(1)
+
+    nested = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(5, 3)], layout=layout)
+    pipe = po.Emulator([Padded(3, 3)], lambda p: torch.optim.SGD(p, lr=0.001), nn.functional.mse_loss, "1f1b")
+    losses = [pipe.step(nested, target=torch.zeros(2, 3)) for _ in range(3)]
+    assert losses[2] < losses[0] and pipe.evaluate([(nested, torch.zeros(2, 3))]).weight == 2
 
 
 def test_structure_and_constants_keep_their_meaning():

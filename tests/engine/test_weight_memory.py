@@ -113,3 +113,24 @@ def test_a_frozen_weight_is_predicted_to_stay(optimizer, method, drained):
     pipe.drain()
     after = stages[0][0].seen[before:]
     assert torch.equal(stages[0][0].weight, frozen) and all(torch.equal(w, frozen) for w in after)
+
+
+class Numbered(nn.Linear):
+    """Holds whole numbers as a parameter, which its optimizer is given too."""
+
+    def __init__(self):
+        super().__init__(4, 4)
+        self.number = nn.Parameter(torch.tensor([2, 3]), requires_grad=False)
+
+    def forward(self, x):
+        return super().forward(x) * self.number.sum()
+
+
+@pytest.mark.parametrize("method", po.METHODS)
+@pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
+def test_whole_numbers_among_the_parameters_stay_as_they_are(optimizer, method):
+    m = 3 if method == "pipedream_2bw" else 1
+    stages = [Numbered(), Numbered(), nn.Linear(4, 2)]
+    pipe = po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m)
+    train(pipe, 0, 8)
+    assert stages[0].number.tolist() == [2, 3]

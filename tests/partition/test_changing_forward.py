@@ -65,6 +65,65 @@ def test_a_model_that_drops_layers_is_refused_whenever_it_is_cut(drop, p, traini
         assert states() == before
 
 
+class Held(nn.Module):
+    """What decides is held by the model: a generator of its own, or how often it has run."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.layers, self.head = nn.ModuleList(nn.Linear(4, 4) for _ in range(8)), nn.Linear(4, 4)
+        self.kind, self.python, self.numpy, self.runs = kind, random.Random(3), np.random.default_rng(3), 0
+        self.register_buffer("steps", torch.tensor(0))
+
+    def drops(self, n):
+        return {
+            "python": lambda: self.training and self.python.random() < 0.1,
+            "numpy": lambda: self.training and self.numpy.random() < 0.1,
+            "every second run": lambda: n == 2 and self.runs % 2,
+            "every tenth run": lambda: n == 2 and self.runs % 10 == 9,
+            "buffer": lambda: n == 2 and self.steps.item() % 2,
+        }[self.kind]()
+
+    def forward(self, x):
+        self.runs += 1
+        self.steps += 1
+        for n, layer in enumerate(self.layers):
+            if not self.drops(n):
+                x = x + layer(x)
+        return self.head(x)
+
+
+@pytest.mark.parametrize("how", ["auto", "layers"])
+@pytest.mark.parametrize("kind", ["python", "numpy", "every second run", "every tenth run", "buffer"])
+def test_a_model_that_decides_by_what_it_holds_is_refused_and_left_as_it_was(kind, how):
+    model = Held(kind)
+    before = model.python.getstate(), str(model.numpy.bit_generator.state), model.runs, int(model.steps)
+    with pytest.raises(po.ConfigError, match=r"does not run the same layers .*layers\.\d"):
+        po.partition(model, 3, (torch.ones(4, 4),), how=how)
+    assert (model.python.getstate(), str(model.numpy.bit_generator.state), model.runs, int(model.steps)) == before
+
+
+def test_what_a_traced_model_notes_holds_no_tensors_of_the_trace():
+    class Caching(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers, self.mask = nn.ModuleList(nn.Linear(4, 4) for _ in range(3)), None
+
+        def forward(self, x):
+            if self.mask is None:
+                self.mask = torch.full((4,), 2.0)
+            for layer in self.layers:
+                x = x + layer(x) * self.mask
+            return x
+
+    model, x = Caching(), torch.ones(2, 4)
+    cut = po.partition(model, 2, (x,), how="trace")
+    assert model.mask is None
+    pipe = po.Emulator(
+        cut.stages, [torch.optim.SGD(s.parameters(), lr=0.1) for s in cut.stages], nn.functional.mse_loss, "1f1b"
+    )
+    assert pipe.eval_step(x, target=x) == nn.functional.mse_loss(model(x), x)
+
+
 @pytest.mark.parametrize("drop", [torch_item, torch_bool, torch_keep, python, numpy])
 @pytest.mark.parametrize("always", [True, False])
 def test_a_model_that_draws_but_drops_nothing_is_cut_and_trains(drop, always):

@@ -86,3 +86,17 @@ def test_a_resumed_run_equals_the_one_that_went_on(method, optimizer, microbatch
     train(pipe, range(BEFORE))
     train(pipe, range(BEFORE, BEFORE + AFTER))
     assert same(pipe, went_on), "from the very beginning, when no copy of the weights had been needed yet"
+
+
+def test_a_state_in_memory_stays_as_it_was_when_training_goes_on_from_it():
+    """Torch's optimizers take over the tensors that they load, so that a second return to the same state met what the first had changed."""
+    pipe = pipeline("pipeoptim", "adamw", 1)
+    train(pipe, range(BEFORE))
+    states = copy.deepcopy([pipe.stage_state_dict(k) for k in range(DEPTH)])
+    found = []
+    for _ in range(2):
+        for k, state in enumerate(states):
+            pipe.load_stage_state_dict(k, state)
+        train(pipe, range(BEFORE, BEFORE + AFTER))
+        found.append(weights(pipe))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))

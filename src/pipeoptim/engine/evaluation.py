@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from pipeoptim.engine.microbatches import weight_of
+from pipeoptim.engine.splitting import count_rows
 from pipeoptim.errors import ConfigError
+from pipeoptim.options import LossWeight
 
 
 @dataclass(frozen=True)
@@ -60,6 +63,70 @@ def read_batch(batch: Any) -> Batch:
     if isinstance(inputs, Mapping):
         return Batch((), dict(inputs), target, *rest or [None])
     return Batch(inputs if isinstance(inputs, tuple) else (inputs,), {}, target, *rest or [None])
+
+
+def each_batch(batches: Any) -> Iterator[Any]:
+    """An iterator over what ``evaluate`` was given.
+
+    Raises:
+        ConfigError: nothing can be iterated over.
+    """
+    try:
+        return iter(batches)
+    except TypeError:
+        raise ConfigError(
+            f"evaluate was given a {type(batches).__name__}, must be an iterable of batches, such as a DataLoader"
+        ) from None
+
+
+def check_countable(number: int, inputs: Sequence[Any], target: Any) -> None:
+    """For ``inputs`` that do not agree on their rows, which the last stage cannot see.
+
+    Raises:
+        ConfigError: they have different ones, and the target has none either.
+    """
+    found = {rows for rows in map(count_rows, inputs) if rows is not None}
+    if len(found) > 1 and count_rows(target) is None:
+        raise ConfigError(
+            f"inputs of batch {number} of the evaluation have {' and '.join(map(str, sorted(found)))} rows, so it is not clear how many it "
+            "counts; wrap what has other rows in pipeoptim.Whole or pipeoptim.Along, or count by loss_weight="
+        )
+
+
+class BatchWeights:
+    """What each batch of an evaluation counts: its rows, or what ``loss_weight`` says of its target."""
+
+    def __init__(self, loss_weight: LossWeight | None) -> None:
+        self._loss_weight = loss_weight
+        self._first: tuple[int, int] | None = None  # rows of input and target of the first batch that has both
+        self._countable: bool | None = None
+
+    def weight(self, number: int, rows: int, target: Any) -> float:
+        """Of batch ``number``, whose inputs have ``rows``; 0 where they have none or nobody knows.
+
+        Raises:
+            ConfigError: ``loss_weight`` returns no weight, or it is unclear what the rows are.
+        """
+        if self._loss_weight is not None:
+            return weight_of(self._loss_weight, target)
+        theirs = count_rows(target) or 0
+        if rows and theirs:
+            # Targets may be flattened. As long as they have always as many entries for a row, both counts give the same mean.
+            first = self._first = self._first or (rows, theirs)
+            if rows * first[1] != theirs * first[0]:
+                raise ConfigError(
+                    f"batch {number} of the evaluation has {rows} rows of inputs and {theirs} of the target, but one before it had "
+                    f"{first[0]} and {first[1]}, so it is not clear how many it counts; give both one row for each sample, "
+                    "wrap what has another batch dimension in pipeoptim.Along, or count by loss_weight="
+                )
+        countable = bool(rows or theirs)
+        if self._countable not in (None, countable):
+            raise ConfigError(
+                f"batch {number} of the evaluation has {'rows' if countable else 'none'} that can be counted, but those before it had "
+                f"{'none' if countable else 'some'}; wrap what has other rows than the inputs in pipeoptim.Whole, or count by loss_weight="
+            )
+        self._countable = countable
+        return float(rows or theirs or 1)  # without rows anywhere, all batches count alike
 
 
 class WeightedMeans:

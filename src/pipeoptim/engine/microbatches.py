@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -138,12 +139,10 @@ class BatchSplitter:
         if self.loss_weight is None or all(target is None for target in targets):  # no target here: not the last stage
             return [None] * self.m
         # an empty list has no entries to count, and a function of the user's need not expect one
-        weights = [float(self.loss_weight(target)) if not rows or rows[i] else 0.0 for i, target in enumerate(targets)]
+        weights = [weight_of(self.loss_weight, target) if not rows or rows[i] else 0.0 for i, target in enumerate(targets)]
         total = sum(weights)
-        if not total > 0 or min(weights) < 0:
-            raise ConfigError(
-                f"loss_weight returned {weights} for the {self.m} micro-batches; they must be at least 0, and one above"
-            )
+        if not total > 0:
+            raise ConfigError(f"loss_weight returned {weights} for the {self.m} micro-batches; one of them must be above 0")
         return [weight / total for weight in weights]
 
     def share(self, micro_batch: MicroBatch, row_share: RowShare, of_target: bool) -> float | None:
@@ -165,6 +164,22 @@ class BatchSplitter:
         return None if row_share.of == row_share.rows * self.m else row_share.rows / row_share.of
 
 
+def weight_of(loss_weight: LossWeight, target: Any) -> float:
+    """What ``loss_weight`` returns for ``target``.
+
+    Raises:
+        ConfigError: it is no finite number of at least 0.
+    """
+    found = loss_weight(target)
+    try:
+        weight = float(found)
+    except (TypeError, ValueError, RuntimeError):
+        raise ConfigError(f"loss_weight returned {_short_description(found)}, must be a number") from None
+    if not 0 <= weight < math.inf:
+        raise ConfigError(f"loss_weight returned {weight}, must be a finite number of at least 0")
+    return weight
+
+
 def check_weighable(loss_weight: LossWeight | None, target: Any) -> None:
     """Raise ConfigError where ``loss_weight`` is given but no ``target``, on the last stage."""
     if loss_weight is not None and target is None:
@@ -182,7 +197,7 @@ def _all_plain(values: Sequence[Any]) -> bool:
 def _check_rows(where: str, inputs: Any) -> None:
     """``inputs``: those of stage 0."""
     batches = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
-    if batches and not any(leaf.shape[0] for leaf in batches):
+    if batches and not any(leaf.size(0) for leaf in batches):  # not .shape, which nested tensors do not have
         raise ConfigError(_no_rows(where))
 
 

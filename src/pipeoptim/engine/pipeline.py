@@ -9,7 +9,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeoptim.engine.evaluation import Batch, Evaluation, WeightedMeans, evaluation_of, read_batch
+from pipeoptim.engine.evaluation import (
+    Batch,
+    BatchWeights,
+    Evaluation,
+    WeightedMeans,
+    check_countable,
+    each_batch,
+    evaluation_of,
+    read_batch,
+)
 from pipeoptim.engine.local_stages import LocalStages
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, check_weighable, merge_kwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
@@ -67,6 +76,10 @@ class Pipeline(LocalStages):
             StageFailure: another stage died or does not answer.
         """
         # Everything that can be refused is refused before anything moves, on this process at least.
+        if not torch.is_grad_enabled():
+            raise ConfigError(
+                "step() was called without gradients (inside no_grad or inference_mode); call it outside, or eval_step()"
+            )
         micro_batches = self._split_batch(self._splitter, args, kwargs, stage_kwargs, target)
         self._note_training()
         if 0 in self._runners:
@@ -131,10 +144,10 @@ class Pipeline(LocalStages):
         """
         if drain:
             self.drain()
-        means = WeightedMeans()
-        for number, batch in enumerate(batches, 1):
+        means, weights = WeightedMeans(), BatchWeights(self.options.loss_weight)
+        for number, batch in enumerate(each_batch(batches), 1):
             self._note_end(number)
-            self._evaluate_batch(read_batch(batch), means)
+            self._evaluate_batch(number, read_batch(batch), means, weights)
         with self._guard():
             found = self._of_last_stage(means.result())
         return evaluation_of(found)
@@ -195,7 +208,7 @@ class Pipeline(LocalStages):
         # In the order of stages: where the last one lives here, its loss is at the end.
         return outputs[-1]
 
-    def _evaluate_batch(self, batch: Batch, means: WeightedMeans) -> None:
+    def _evaluate_batch(self, number: int, batch: Batch, means: WeightedMeans, weights: BatchWeights) -> None:
         first, last = 0 in self._runners, self.depth - 1 in self._runners
         args, kwargs = (batch.args, batch.kwargs) if first else ((), {})
         target = batch.target if last else None
@@ -204,12 +217,12 @@ class Pipeline(LocalStages):
         (micro_batch,) = self._split_batch(BatchSplitter(1), args, kwargs, batch.stage_kwargs, target)
         # Counted here and sent along: the last stage, which weights the batch, may not have the inputs.
         rows = count_rows(*args, *kwargs.values()) or 0
+        if first and not rows and self.options.loss_weight is None:
+            check_countable(number, [*args, *kwargs.values()], batch.target)
         with self._guard():
             loss, share = self._evaluate(micro_batch._replace(row_share=RowShare(rows, rows)))
         if loss is not None:
-            weigh = self.options.loss_weight
-            by_rows = share.rows or count_rows(target) or 1  # without rows anywhere, all batches count alike
-            weight = float(by_rows if weigh is None else weigh(micro_batch.target))
+            weight = weights.weight(number, share.rows, micro_batch.target)
             means.add(loss, self._worker(self.depth - 1).losses.means(), weight)
 
     def _of_last_stage(self, result: dict[str, Any]) -> dict[str, Any]:

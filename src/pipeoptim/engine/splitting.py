@@ -193,8 +193,10 @@ def count_rows(*values: Any) -> int | None:
                 counts.add(None if None in parts else sum(part or 0 for part in parts))
             elif isinstance(leaf, Along):
                 counts |= {part.shape[leaf.dim] for part in tree_leaves(leaf.value) if isinstance(part, Tensor)}
-            elif isinstance(leaf, Tensor) or _is_numpy(leaf):
-                counts |= {leaf.shape[0]} if leaf.ndim else set()
+            elif isinstance(leaf, Tensor):
+                counts |= {leaf.size(0)} if leaf.dim() else set()  # not .shape, which nested tensors do not have
+            elif _is_numpy(leaf):
+                counts |= {*leaf.shape[:1]}
             elif isinstance(leaf, (list, tuple, deque)):
                 counts.add(len(leaf))
     return counts.pop() if len(counts) == 1 else None

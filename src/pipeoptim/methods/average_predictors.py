@@ -15,7 +15,8 @@ from pipeoptim.rules.checks import check_dense
 class AveragePredictor:
     """Base: exponential averages per parameter, updated at each optimizer step, and a direction made of them.
 
-    ``W_hat = W - steps * lr * direction``, lr that of the parameter's group at the time of the prediction.
+    ``W_hat = W - steps * lr * direction``, lr that of the parameter's group at the time of the prediction. Frozen parameters, which may be
+    whole numbers, are left to :class:`~pipeoptim.weights.StageWeights`, which predicts that they stay.
     """
 
     needs_previous: bool = False
@@ -48,9 +49,10 @@ class AveragePredictor:
         n = 0
         for group in self.optimizer.param_groups:
             for p in group["params"]:
-                direction = self.direction({name: self.state[name][n] for name in self.names})
-                # The rate is read now, not at the step: a scheduler has advanced it for the coming update.
-                torch.sub(p.detach(), direction * (group["lr"] * steps), out=out[n])
+                if p.requires_grad:
+                    direction = self.direction({name: self.state[name][n] for name in self.names})
+                    # The rate is read now, not at the step: a scheduler has advanced it for the coming update.
+                    torch.sub(p.detach(), direction * (group["lr"] * steps), out=out[n])
                 n += 1
 
     def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
@@ -132,12 +134,18 @@ class WeightDrift(AveragePredictor):
         with torch.no_grad():
             for delta, now, before in zip(self.state["delta"], self._params(), self._before, strict=True):
                 # The same formula for every optimizer: it sees what the step did, decay included.
-                delta.mul_(self.gamma).add_(now - before, alpha=1 - self.gamma)
+                if _can_move(delta):
+                    delta.mul_(self.gamma).add_(now - before, alpha=1 - self.gamma)
 
     def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
         for buffer, p, delta in zip(out, self._params(), self.state["delta"], strict=True):
-            torch.sub(p, delta, alpha=steps, out=buffer)
+            if _can_move(delta):
+                torch.sub(p, delta, alpha=steps, out=buffer)
 
 
 def _as_real(tensor: Tensor) -> Tensor:
     return torch.view_as_real(tensor) if tensor.is_complex() else tensor
+
+
+def _can_move(tensor: Tensor) -> bool:
+    return tensor.is_floating_point() or tensor.is_complex()

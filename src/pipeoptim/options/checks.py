@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
@@ -23,15 +24,28 @@ def flag(name: str, value: Any) -> bool:
     return value
 
 
-def function(what: str) -> Check:
-    """Something that can be called, or None."""
+def function(what: str, arguments: int) -> Check:
+    """Something that can be called with so many ``arguments``, or None."""
 
     def check(name: str, value: Any) -> Any:
         if value is not None and not callable(value):
             raise ConfigError(f"{name} is {value!r}, must be {what}, or None")
+        if value is not None and not takes(value, arguments):
+            raise ConfigError(f"{name} is {value!r}, which does not take {arguments} arguments; must be {what}, or None")
         return value
 
     return check
+
+
+def takes(function: Callable[..., Any], arguments: int) -> bool:
+    """Whether ``function`` can be called with so many positional ``arguments``; True where nothing can be known."""
+    try:
+        inspect.signature(function).bind(*range(arguments))
+    except TypeError:
+        return False
+    except ValueError:  # builtins without a signature
+        return True
+    return True
 
 
 def count(name: str, value: Any) -> int:

@@ -178,7 +178,7 @@ class PipelineOptions:
     on_update: UpdateHook | None = option(
         None,
         "on_update(k, version), called after every update of every stage; averages of weights go here.",
-        function("a function of a stage and its version"),
+        function("a function of a stage and its version", 2),
     )
     monitor: bool | int = option(
         False,
@@ -208,7 +208,7 @@ class PipelineOptions:
         None,
         "loss_weight(target) -> number: the loss of a micro-batch counts by its share of these numbers; used on the last stage. For "
         "losses that are a mean over something other than rows, for instance lambda target: (target != -100).sum().",
-        function("a function of the target that returns a number"),
+        function("a function of the target that returns a number", 1),
     )
     recompute: str = option(
         "backward",

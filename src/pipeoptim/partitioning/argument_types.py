@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed import ProcessGroup
 
 from pipeoptim.errors import ConfigError
@@ -18,6 +18,12 @@ def check_types(
     """Raises ConfigError for the first argument that ``partition`` cannot use."""
     if not isinstance(model, nn.Module) and not _list_of(nn.Module, model):
         raise ConfigError(f"model is {model!r}, must be a torch.nn.Module, or a list of modules that run one after the other")
+    for module in [model] if isinstance(model, nn.Module) else model:
+        lazy = next((name for name, tensor in _tensors(module) if nn.parameter.is_lazy(tensor)), None)
+        if lazy is not None:
+            raise ConfigError(
+                f"{lazy!r} of the {type(module).__name__} has no shape yet (a lazy module); run the model once on a mini-batch, then cut it"
+            )
     if sample_kwargs is not None and not isinstance(sample_kwargs, Mapping):
         raise ConfigError(f"sample_kwargs is {sample_kwargs!r}, must be a dictionary of the model's keyword arguments")
     if layers is not None and not isinstance(layers, str) and not _list_of(str, layers):
@@ -35,3 +41,8 @@ def check_types(
 
 def _list_of(kind: Any, values: Any) -> bool:
     return isinstance(values, (list, tuple)) and all(isinstance(value, kind) for value in values)
+
+
+def _tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    yield from module.named_parameters()
+    yield from module.named_buffers()

@@ -1,4 +1,8 @@
-"""Models that decide in every forward anew which layers run, such as with LayerDrop: a stage needs all its layers in all of them."""
+"""Models that decide in every forward anew which layers run, such as with LayerDrop: a stage needs all its layers in all of them.
+
+What decides may be a random number of torch, Python or NumPy, or something that the model itself holds and changes: a counter, a generator
+of its own. So one copy of the model runs several times, and keeps what it holds from run to run.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +17,10 @@ from torch import nn
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.arguments import Inputs
-from pipeoptim.partitioning.operation_log import ModuleExit, Operation, OperationLog, record_operations
+from pipeoptim.partitioning.operation_log import ModuleExit, Operation, OperationLog, record_run
+from pipeoptim.partitioning.weight_slots import shadow_copy
 
-_TRIES = 16  # with Python's or NumPy's random numbers: a layer dropped in 5 % shows with 99.99 % where there are 12 of them
+_TRIES = 16  # where something else than torch's numbers decides: a layer dropped in 5 % shows with 99.99 % where there are 12 of them
 _EXTREMES = (0.0, 1 - 2**-24)  # of what torch.rand draws: every probability above 0 and below 1 decides differently on them
 
 
@@ -56,21 +61,30 @@ def decides_at_random(log: OperationLog) -> bool:
 
 def _difference(model: nn.Module, inputs: Inputs, expected: list[str], layers: Sequence[str]) -> str:
     """What runs differently in training mode; empty where nothing does."""
-    runs: list[tuple[int, float | None]] = [(0, None)]
+    twin = shadow_copy(model)
+    # Layers that were dropped in the first run of all are not among `layers`, but stand beside one of them.
+    beside = {name.rpartition(".")[0] for name in layers}
+    watched = [name for name, _ in model.named_modules() if name and name.rpartition(".")[0] in beside]
+    trained: list[str] | None = None
+    runs: list[tuple[int, float | None]] = [(0, None), (0, None)]  # twice alike: a counter would tell them apart
     for seed, fill in runs:
         with _random_numbers_from(seed):
-            begun = _state()
+            begun = _state(twin)
             try:
-                log = record_operations(model, tuple(inputs[0]), inputs[1], training=True, uniform=fill)
+                log = record_run(twin, tuple(inputs[0]), inputs[1], training=True, uniform=fill)
             except ConfigError:
                 return ""  # models that refuse to train on this sample are measured and checked as they are
-            drew = _state() != begun
-        found = _order(log, layers)
+            changed = _state(twin) != begun
+        found, ran = _order(log, layers), _order(log, watched)
         if found != expected:
             return min(set(expected) ^ set(found), default="their order")
-        if len(runs) == 1:
+        # Beside the layers training may run others than evaluation, an auxiliary head for instance, but always the same.
+        if trained not in (None, ran):
+            return min(set(trained or ()) ^ set(ran), default="their order")
+        if trained is not None and len(runs) == 2:  # in the second run, for the first one may fill a cache
             runs += [(0, extreme) for extreme in _EXTREMES if decides_at_random(log)]
-            runs += [(other, None) for other in range(1, _TRIES) if drew]
+            runs += [(other, None) for other in range(1, _TRIES) if changed]
+        trained = ran
     return ""
 
 
@@ -78,13 +92,25 @@ def _order(log: OperationLog, layers: Sequence[str]) -> list[str]:
     return [event.name for event in log.events if isinstance(event, ModuleExit) and event.name in layers]
 
 
-def _state() -> tuple[Any, ...]:
-    """How far the random numbers of Python and NumPy have been drawn."""
+def _state(twin: nn.Module) -> list[Any]:
+    """How far random numbers have been drawn, those of Python, of NumPy and of ``twin``, and the plain values that its modules hold."""
+    held = [_plain(value) for module in twin.modules() for value in vars(module).values()]
     numpy: Any = sys.modules.get("numpy")
     if numpy is None:
-        return (random.getstate(),)
+        return [held, random.getstate()]
     _, key, position, *_ = numpy.random.get_state()
-    return random.getstate(), key.tobytes(), position
+    return [held, random.getstate(), key.tobytes(), position]
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, random.Random):
+        return value.getstate()
+    numpy: Any = sys.modules.get("numpy")
+    if numpy is not None and isinstance(value, numpy.random.Generator):
+        return repr(value.bit_generator.state)
+    return None
 
 
 @contextmanager

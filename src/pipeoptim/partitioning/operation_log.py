@@ -75,8 +75,19 @@ def record_operations(
     Raises:
         ConfigError: the model does not run on these arguments.
     """
+    return record_run(shadow_copy(model), args, kwargs, training, uniform)
+
+
+def record_run(
+    twin: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    training: bool | None = None,
+    uniform: float | None = None,
+) -> OperationLog:
+    """As :func:`record_operations`, of a copy of the model: what it notes of this run (a counter, its own random numbers) stays in it."""
     log, recorder = OperationLog(), _OperationRecorder(uniform)
-    twin, meta = shadow_copy(model), is_meta(model)
+    meta = is_meta(twin)
     device = next((t.device for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)), torch.device("cpu"))
     for slot in weight_slots(twin):
         own = _own(slot.tensor, slot.buffer, meta, device)
@@ -100,7 +111,7 @@ def record_operations(
         raise
     except Exception as error:
         raise ConfigError(
-            f"the {type(model).__name__} does not run on sample_args ({type(error).__name__}: {error}); "
+            f"the {type(twin).__name__} does not run on sample_args ({type(error).__name__}: {error}); "
             "pass one mini-batch as the model takes it, on the model's device"
         ) from error
     finally:

@@ -128,8 +128,9 @@ class TraceSplitter:
 
     def _trace(self, found: list[str]) -> fx.GraphModule:
         ends = dict.fromkeys(found, SplitPoint.END)
-        layers = [self.model.get_submodule(name) for name in found]
-        before = [vars(layer).get("forward") for layer in layers]
+        # pipeline() leaves methods of its own in the layers, which no second trace survives; and what a forward notes while it is traced
+        # (a cache, a counter) holds tensors without values.
+        before = {module: dict(vars(module)) for module in self.model.modules()}
         try:
             return pipeline(self.model, tuple(self.inputs[0]), self.inputs[1], split_spec=ends).split_gm
         except Exception as error:
@@ -139,13 +140,9 @@ class TraceSplitter:
                 'how="layers", or pass the list of its blocks'
             ) from error
         finally:
-            for layer, forward in zip(
-                layers, before, strict=True
-            ):  # pipeline() leaves its own there, which no second trace survives
-                vars(layer).pop("_orig_forward", None)
-                vars(layer).pop("forward", None)
-                if forward is not None:
-                    vars(layer)["forward"] = forward
+            for module, attributes in before.items():
+                vars(module).clear()
+                vars(module).update(attributes)
 
     def may_cut(self, c: int) -> bool:
         """Between any two."""

@@ -182,7 +182,9 @@ class EntryTable:
         if self._built_from != built_from:
             entries = parameter_entries(self._optimizer, self._kind, self._shards)
             one_per_group = list({entry.group_number: entry for entry in entries}.values())
-            displaced = [entry for entry in entries if entry.kind == "displacement"]
+            # Whole numbers are not trained, so they never move: whoever holds the buffers copies them.
+            moving = [entry for entry in entries if entry.weight.is_floating_point() or entry.weight.is_complex()]
+            displaced = [entry for entry in moving if entry.kind == "displacement"]
             in_progress = any(entry.in_progress for entry in one_per_group)
             self._entries = EntrySet(entries, one_per_group, displaced, in_progress)
             self._built_from = built_from

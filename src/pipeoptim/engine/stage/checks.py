@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any, Literal
@@ -19,6 +20,7 @@ from pipeoptim.engine.stage.tied_weights import TieOnStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.options import PipelineOptions
+from pipeoptim.options.checks import takes
 from pipeoptim.rules import KINDS, Predictor
 from pipeoptim.rules.lr import drives
 from pipeoptim.schedule import Program
@@ -66,10 +68,29 @@ def check_optimizer(optimizer: Any, k: int) -> None:
         )
 
 
+def check_loss_function(loss_fn: Any) -> None:
+    """Raises ConfigError for what is no function of output and target."""
+    if isinstance(loss_fn, type) and issubclass(loss_fn, nn.Module):
+        raise ConfigError(f"loss_fn is the class {loss_fn.__name__}, must be an object of it: {loss_fn.__name__}()")
+    if not callable(loss_fn) or not takes(loss_fn, 2):
+        raise ConfigError(f"loss_fn is {loss_fn!r}, must be a function of output and target on the last stage")
+
+
+def check_initialized(module: nn.Module, k: int) -> None:
+    """Raise ConfigError for a lazy module that has not seen an input yet."""
+    for name, tensor in itertools.chain(module.named_parameters(), module.named_buffers()):
+        if nn.parameter.is_lazy(tensor):
+            raise ConfigError(
+                f"{name!r} of stage {k} has no shape yet (a lazy module); run the model once on a mini-batch, and make the optimizers "
+                "after that"
+            )
+
+
 def optimizer_parameters(
     module: nn.Module, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int
 ) -> tuple[list[Tensor], list[Tensor]]:
     """What ``optimizer`` holds, and the module's parameters that it moves (other ones for masters), after checks."""
+    check_initialized(module, k)
     if optimizer is None:
         if any(p.requires_grad for p in module.parameters()):
             raise ConfigError(f"stage {k} has parameters to train but no optimizer; make one from stage.parameters()")

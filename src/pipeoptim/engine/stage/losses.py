@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from numbers import Real
 from typing import Any
 
 import torch
@@ -137,6 +138,8 @@ def check_loss(loss: Any) -> Tensor:
         raise ConfigError(
             f"loss_fn returned {_describe_value(loss)}, must be a scalar tensor; reduce it, for instance with .mean()"
         )
+    if loss.is_complex():
+        raise ConfigError("loss_fn returned a complex number, which cannot be minimised; take its .abs() or .real")
     return loss
 
 
@@ -181,7 +184,7 @@ def warn_cut_off(k: int, sent: bool) -> None:
 
 
 def _reported_part(name: str, value: Any) -> Tensor:
-    if isinstance(value, (int, float)):
+    if isinstance(value, Real):  # NumPy's numbers, too
         return torch.tensor(float(value))
     if not isinstance(value, Tensor) or value.dim():
         raise ConfigError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, Protocol
 
 from torch import nn
@@ -66,10 +67,11 @@ def state_of(stage: SavedStage) -> dict[str, Any]:
 def restore(stage: SavedStage, state: dict[str, Any]) -> None:
     """Put :func:`state_of` back; what was not in use when it was saved begins anew."""
     stage.reduction.unwrapped(stage.module).load_state_dict(state["module"])
+    # Copies: torch's optimizers go on writing into the tensors that they are given, which may be loaded once more later.
     if stage.optimizer is not None:
-        stage.optimizer.load_state_dict(state["optimizer"])
+        stage.optimizer.load_state_dict(copy.deepcopy(state["optimizer"]))
     if stage.scheduler is not None and state["scheduler"] is not None:
-        stage.scheduler.load_state_dict(state["scheduler"])
+        stage.scheduler.load_state_dict(copy.deepcopy(state["scheduler"]))
     stage.random.load_state_dict(state["random"])
     stage.weights.version = state["version"]
     stage.weights.most_copies = state.get("most_copies", stage.weights.most_copies)

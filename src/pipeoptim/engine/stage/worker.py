@@ -25,6 +25,7 @@ from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.engine.stage.autocast import autocast_to
 from pipeoptim.engine.stage.checks import (
     check_groups,
+    check_loss_function,
     check_sharded,
     check_still_held,
     kernel_choice,
@@ -36,7 +37,14 @@ from pipeoptim.engine.stage.clip import Clipper
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
 from pipeoptim.engine.stage.gradient_so_far import GradientSoFar, InProgressPredictor, progress_predictor
 from pipeoptim.engine.stage.loss_scaling import LossScale
-from pipeoptim.engine.stage.losses import CutOffCheck, LossLog, call_loss, check_graph, collect_losses, read_loss
+from pipeoptim.engine.stage.losses import (
+    CutOffCheck,
+    LossLog,
+    call_loss,
+    check_graph,
+    collect_losses,
+    read_loss,
+)
 from pipeoptim.engine.stage.master_weights import MasterWeightPredictor, MasterWeights
 from pipeoptim.engine.stage.module_call import ModuleCall
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
@@ -119,8 +127,8 @@ class StageWorker:
         reduction: Reduction = NO_REPLICAS,
         ties: Sequence[TieOnStage] = (),
     ) -> None:
-        if k == program.depth - 1 and not callable(loss_fn):
-            raise ConfigError(f"loss_fn is {loss_fn!r}, must be a function of output and target on the last stage")
+        if k == program.depth - 1:
+            check_loss_function(loss_fn)
         # Two lists in one order: what the optimizer moves (perhaps float32 masters), and the module's own parameters.
         parameters, params = optimizer_parameters(module, optimizer, scheduler, k)
         check_sharded(reduction, method, options, ties)
