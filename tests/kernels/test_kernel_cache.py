@@ -17,9 +17,23 @@ STRANGER = 54321
 as_root = pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 
 
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What the compiler makes, once for all tests: where it is put is what they are about."""
+    path = tmp_path_factory.mktemp("compiled") / "optim.so"
+    compiler.compile_native(compiler.find_compiler(), path)
+    return path
+
+
 @pytest.fixture
-def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def place(tmp_path: Path, compiled: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder that is ours alone, a private temporary directory, and a process that has not asked for kernels yet."""
+
+    def compile_native(_: str, path: Path) -> None:
+        path.write_bytes(compiled.read_bytes())
+        path.chmod(0o600)
+
+    monkeypatch.setattr(build, "compile_native", compile_native)
     cache, temporary = tmp_path / "cache", tmp_path / "tmp"
     cache.mkdir(mode=0o700)
     temporary.mkdir(mode=0o700)
@@ -90,8 +104,17 @@ def open_parent_to_all(file: Path) -> None:
     file.parent.parent.chmod(0o777)
 
 
+def open_parent_to_group(file: Path) -> None:
+    os.chown(file.parent.parent, -1, STRANGER)
+    file.parent.parent.chmod(0o770)
+
+
+def give_parent_away(file: Path) -> None:
+    os.chown(file.parent.parent, STRANGER, -1)
+
+
 HARMLESS_WITHOUT_ROOT = [open_folder_to_group, open_folder_to_all, open_file, replace_file_by_link, open_parent_to_all]
-BY_ROOT = [give_folder_away, give_file_away, replace_folder_by_link_of_a_stranger]
+BY_ROOT = [give_folder_away, give_file_away, replace_folder_by_link_of_a_stranger, open_parent_to_group, give_parent_away]
 
 
 @pytest.mark.parametrize(
@@ -140,7 +163,17 @@ def test_a_folder_of_our_own_elsewhere_may_be_linked_to(place: Path) -> None:
     assert len(list(real.glob("optim-*.so"))) == 1
 
 
-def test_what_was_built_is_used_again_whatever_the_umask(place: Path) -> None:
+def test_a_parent_that_only_the_users_own_group_may_write_to_is_as_safe_as_one_of_the_user(place: Path) -> None:
+    if not build._only_ours(os.getegid()):
+        pytest.skip("this user has no group of its own")
+    os.chown(place.parent, -1, os.getegid())
+    place.parent.chmod(0o770)
+    assert library.available()
+    assert list(place.glob("optim-*.so"))
+
+
+def test_what_was_built_is_used_again_whatever_the_umask(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(build, "compile_native", compiler.compile_native)
     before = os.umask(0)
     try:
         assert library.available()

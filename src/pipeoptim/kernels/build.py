@@ -10,9 +10,11 @@ file belong to this user and nobody else may write to them. Where no such place 
 from __future__ import annotations
 
 import fcntl
+import grp
 import hashlib
 import os
 import platform
+import pwd
 import shutil
 import stat
 import tempfile
@@ -75,10 +77,28 @@ def check_folder(folder: Path) -> None:
         raise NotADirectoryError(f"{folder} is no directory")
     _check_owner(folder, info)
     _check_mode(folder, info)
-    for parent in real.parents:
-        mode = parent.stat().st_mode
-        if mode & stat.S_IWOTH and not mode & stat.S_ISVTX:  # with the sticky bit others cannot rename what is ours
-            raise PermissionError(f"{parent} can be written by everybody, so {folder} could be replaced by another one")
+    for parent in (*real.parents, *folder.absolute().parents):  # also where a link lies
+        _check_parent(parent, folder)
+
+
+def _check_parent(parent: Path, folder: Path) -> None:
+    """Raises PermissionError where others could rename what is in ``parent`` after ``folder`` was checked and before it is used."""
+    info = parent.stat()
+    if info.st_uid not in (0, os.geteuid()):
+        raise PermissionError(f"{parent} belongs to user {info.st_uid}, who could replace {folder} by another one")
+    others = info.st_mode & stat.S_IWOTH or (info.st_mode & stat.S_IWGRP and not _only_ours(info.st_gid))
+    if others and not info.st_mode & stat.S_ISVTX:  # with the sticky bit others cannot rename what is ours
+        raise PermissionError(f"{parent} can be written by others, so {folder} could be replaced by another one")
+
+
+def _only_ours(group: int) -> bool:
+    """Whether nobody else is in a group: that of root, or one that has this user's name, as many systems make one for each user."""
+    try:
+        found = grp.getgrgid(group)
+        own = pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return False
+    return (group == 0 or found.gr_name == own) and set(found.gr_mem) <= {own, "root"}
 
 
 def _check_file(path: Path) -> None:
