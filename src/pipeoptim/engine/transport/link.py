@@ -235,8 +235,9 @@ class Receiver(LinkEnd):
         header, block = self._next_posted()
         if header.following:
             return self._receive_described(header.following)
+        if self.format is None:
+            raise PipeOptimError(f"the first message from stage {self.peer} has no description")
         self._note_taken(header)
-        assert self.format is not None
         return Message(
             self._read_tree(block, message.HEADER, self.format), header.flags, header.loss_scale, (header.rows, header.of)
         )
@@ -254,10 +255,22 @@ class Receiver(LinkEnd):
         self._posted.append(self._begin_receive(size))
         header, block = self._next_posted()
         text = bytes(block[message.HEADER : message.HEADER + header.described].cpu().numpy())
-        self.format = message.Format.parse(text)
-        self.size = self.format.size
+        form, start = message.Format.parse(text), message.HEADER + -(-header.described // 64) * 64
+        # Before memory is taken for the next messages of this format, and before its tensors are looked for in this one.
+        if start + form.payload != size:
+            raise PipeOptimError(f"a message of {size} bytes from stage {self.peer} describes {start + form.payload} bytes")
+        self.format, self.size = form, form.size
         self._note_taken(header)
-        tree = self._read_tree(block, message.HEADER + -(-header.described // 64) * 64, self.format)
+        try:
+            tree = self._read_tree(block, start, form)
+        except (
+            ValueError,
+            TypeError,
+            KeyError,
+            AttributeError,
+            RuntimeError,
+        ) as error:  # contents that do not fit their containers
+            raise PipeOptimError(f"a message from stage {self.peer} has no valid description ({error})") from error
         return Message(tree, header.flags, header.loss_scale, (header.rows, header.of))
 
     def _note_taken(self, header: message.Header) -> None:
@@ -271,8 +284,8 @@ class Receiver(LinkEnd):
 
     def _begin_receive(self, size: int) -> tuple[Any, Tensor]:
         # New memory for every message: its tensors are views of it and live as long as the stage's graph wants them.
-        block = torch.empty(size, dtype=torch.uint8, device=self.device)
         try:
+            block = torch.empty(size, dtype=torch.uint8, device=self.device)  # the size is the peer's word
             return self.group.recv([block], self.place, 0), block
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error

@@ -146,7 +146,7 @@ class Format:
         # Says more than "damaged": which class is missing here.
         except ConfigError:
             raise
-        except (ValueError, TypeError, KeyError, AttributeError, RuntimeError, RecursionError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError, RuntimeError, RecursionError) as error:
             raise PipeOptimError(f"a message from another process has no valid description ({error})") from error
         return Format(spec, tuple(leaves), offset)
 
@@ -166,15 +166,18 @@ def _slot_at(offset: int, shape: list[int], stride: list[int], dtype: str, requi
     # From the innermost dimension outwards, each stride must be the product of the lengths inside it.
     for length, step in sorted(zip(shape, stride, strict=True), key=lambda pair: pair[1]):
         if (
-            not isinstance(length, int)
-            or not isinstance(step, int)
-            or length < 0
-            or step < 0
+            type(length) is not int
+            or type(step) is not int
+            or not 0 <= length < _FAR
+            or not 0 <= step < _FAR
             or (length > 1 and count and step != dense)
         ):
             raise ValueError(f"no dense tensor has shape {shape} and strides {stride}")
         dense *= max(length, 1)
     return TensorSlot(offset, count * kind.itemsize, tuple(shape), tuple(stride), kind, bool(requires_grad))
+
+
+_FAR = 1 << 62  # beyond all memory
 
 
 def _padded_size(nbytes: int) -> int:

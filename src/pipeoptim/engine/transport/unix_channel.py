@@ -210,21 +210,32 @@ class UnixChannel:
         record = bytearray(_RECORD.size)
         self.get([record])
         number, size, new = _RECORD.unpack(record)
+        # Checked before anything is mapped, since number and size are the peer's word.
+        if size != block.numel():
+            raise RuntimeError(f"a message of {size} bytes came where one of {block.numel()} was awaited")
         if size != self._size:
             self._size = size
             self._theirs.clear()
         if new:
-            _, (fd,), _, _ = socket.recv_fds(self._socket, 1, 1)
-            # Mapped once and kept: later messages in this block cost one copy on either side, and no new memory.
-            self._theirs[number] = torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
-            os.close(fd)
-        # Checked before the copy, since number and size are the peer's word.
-        if size != block.numel():
-            raise RuntimeError(f"a message of {size} bytes came where one of {block.numel()} was awaited")
+            self._theirs[number] = self._mapped(size)
+        if number not in self._theirs:
+            raise RuntimeError(f"a message came in block {number}, which is not known")
         # Copied out, not used in place: the stage keeps a message until its backward, and the peer could not reuse the block until then.
         block.copy_(self._theirs[number])
         with suppress(OSError):  # the peer may have ended: what it sent still counts
             self._socket.send(b".")
+
+    def _mapped(self, size: int) -> Tensor:
+        """The block whose descriptor comes next. Mapped once and kept: later messages in it cost one copy on either side."""
+        _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
+        if not fds:
+            raise RuntimeError("a message came without its memory")
+        try:
+            return torch.frombuffer(mmap.mmap(fds[0], size), dtype=torch.uint8)
+        except (ValueError, OSError) as error:
+            raise RuntimeError(f"the memory of a message cannot be mapped ({error})") from error
+        finally:
+            os.close(fds[0])
 
     # -- for both ------------------------------------------------------------------------------------------------------
 
