@@ -273,3 +273,18 @@ def test_options_that_are_trivially_satisfied_are_taken():
     pipe = emulator(uneven=True, recompute="forward", clip=po.Clip(1.0, "global"), **weighed)
     pipe.step(x, target=x)
     emulator(method="1f1b", prediction="none").step(x, target=x)
+
+
+@pytest.mark.parametrize("given", [None, 3, "ab", range(10**12), iter([nn.Linear(2, 2), 5])])
+def test_stages_that_are_no_modules_are_refused(given):
+    with pytest.raises(po.ConfigError, match="must be a list of modules|must be a torch.nn.Module"):
+        po.Emulator(given, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss)
+
+
+def test_a_function_that_fails_is_named_and_its_error_is_the_cause():
+    def fails(_):
+        return 1 / 0
+
+    with pytest.raises(po.ConfigError, match="optimizers is a function that failed for stage 0: ZeroDivisionError: ") as told:
+        po.Emulator([nn.Linear(2, 2)], fails, nn.functional.mse_loss)
+    assert isinstance(told.value.__cause__, ZeroDivisionError)

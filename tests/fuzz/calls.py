@@ -23,11 +23,11 @@ from pipeoptim.weights import Latest, Predicted, Stashed
 ODD: list[Callable[[], Any]] = [
     *(
         lambda value=value: value
-        for value in (None, True, 0, -1, 3, 2.5, -0.0, 1e300, 10**400, 1e-320, 10**30, float("nan"), float("inf"), 1j)
+        for value in (None, True, 0, -1, 3, 2.5, -0.0, 1e300, 10**9, 10**400, 1e-320, 10**30, float("nan"), float("inf"), 1j)
     ),
     *(
         lambda value=value: value
-        for value in ("", "x", "ü∆", "1", "a\nb", "x" * 2000, b"x", (), (1, 2), range(3), object(), len, int)
+        for value in ("", "x", "ü∆", "1", "a\nb", "x" * 2000, b"x", (), (1, 2), range(3), range(10**12), object(), len, int)
     ),
     *(
         list,

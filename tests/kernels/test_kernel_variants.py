@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -25,19 +24,6 @@ def portable(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("portable") / "optim.so"
     compiler.compile_portable(compiler.find_compiler(), path)
     return path
-
-
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[pytest.MonkeyPatch]:
-    """As in a process that has not asked for kernels yet, on a machine without a compiler."""
-    for name in ("CC", "LOCAL_RANK", "PIPEOPTIM_KERNELS"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", str(tmp_path / "nothing"))
-    monkeypatch.setenv("PIPEOPTIM_CACHE", str(tmp_path / "cache"))
-    library.loaded_library.cache_clear()
-    yield monkeypatch
-    monkeypatch.undo()
-    library.loaded_library.cache_clear()
 
 
 def runnable(path: Path) -> list[LoadedLibrary]:

@@ -62,6 +62,9 @@ def check_in_progress(
     in_progress: Sequence[PartialGradient | None], clip: Any, weights: Sequence[Tensor], *, used: bool
 ) -> None:
     """One gradient in progress per parameter, in its shape, where predictions use them."""
+    listed = isinstance(in_progress, (list, tuple))
+    if not listed or not all(partial is None or isinstance(partial, PartialGradient) for partial in in_progress):
+        raise ConfigError(f"in_progress is {in_progress!r}, must be a list with one PartialGradient or None for each parameter")
     if not used and (clip is not None or len(in_progress)):
         raise ConfigError(
             "the gradient of the mini-batch in progress enters only predictions of the kind 'in_progress', which no parameter has: "

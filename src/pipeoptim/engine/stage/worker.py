@@ -57,7 +57,7 @@ from pipeoptim.engine.stage.update import StageUpdate, UpdateState
 from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
-from pipeoptim.errors import ConfigError, PipeOptimError, counted
+from pipeoptim.errors import PipeOptimError, counted
 from pipeoptim.methods import Method, PredictorContext, mean_gap, refresh_every
 from pipeoptim.optim import DelayCompensation
 from pipeoptim.options import DEFAULTS, PipelineOptions
