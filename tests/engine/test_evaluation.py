@@ -1,6 +1,5 @@
 """Evaluation: parts of its own, and means over whole sets that every process gets; and processes that are fed unequally."""
 
-import json
 import math
 from pathlib import Path
 
@@ -11,7 +10,6 @@ from torch.nn.functional import cross_entropy
 
 import evaluation_cases as cases
 import pipeoptim as po
-import stage_processes
 
 HERE = Path(__file__).parent
 
@@ -154,35 +152,3 @@ def test_a_loss_weight_that_is_none_is_refused(weight):
 def test_a_loss_that_is_not_finite_is_not_hidden():
     pipe = po.Emulator([nn.Identity()], [None], lambda out, y: out.mean() * math.inf, "1f1b")
     assert pipe.evaluate([(torch.ones(2, 1), None)]).loss == math.inf
-
-
-@pytest.fixture(scope="module")
-def told():
-    return [output.splitlines() for output in stage_processes.run(HERE / "evaluation_worker.py", 2, timeout=200)]
-
-
-@pytest.mark.parametrize(("line", "depth", "processes"), [(0, 2, None), (1, 4, 2)])
-def test_all_processes_find_what_the_emulator_finds(line, depth, processes, told):
-    ours = list(cases.evaluations(emulator(depth, processes)))
-    assert json.loads(told[0][line]) == json.loads(told[1][line]) == ours
-
-
-def test_a_process_that_is_fed_less_is_named_by_the_others(told):
-    for short in (0, 1):
-        waiting = told[1 - short][2 + short]
-        assert f"stage {short} ended after 4 mini-batches, but stage {1 - short} was given" in waiting
-        assert "loaders of one length" in waiting
-        assert waiting.removeprefix(f"{short} drain: ").removeprefix("first failure: ").startswith(f"stage {short} ended")
-
-
-def test_nobody_trains_on_what_another_evaluates(told):
-    """Where one process evaluates already, the next message is not of the kind that the other waits for."""
-    assert "0 evaluate: stage 0 evaluates while stage 1 trains" in told[1][4]
-    assert "1 evaluate: stage 0 trains while stage 1 evaluates" in told[1][5]
-    assert "1 evaluate: stage 1 ended after 4 mini-batches, but stage 0 was given" in told[0][5]
-
-
-def test_evaluations_of_different_length_and_empty_ones_are_told(told):
-    for lines in told:
-        assert "stage 1 ended after 2 batches to evaluate, but stage 0 was given 3" in lines[6]
-        assert "None nothing: evaluate was given 0 batches" in lines[7]

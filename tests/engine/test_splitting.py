@@ -10,11 +10,9 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch.utils._pytree import tree_leaves
 
 import pipeoptim as po
 import split_cases as cases
-import stage_processes
 
 HERE = Path(__file__).parent
 mse = nn.functional.mse_loss
@@ -229,31 +227,3 @@ def test_a_sample_for_partition_is_split_as_training_splits_it():
     stages = nn.Sequential(cases.Reader(), cases.Gate(), cases.Gate())
     cut = po.partition(stages, 2, (cases.boxes(cases.numbers(6, 0)),), microbatches=3)
     assert len(cut.stages) == 2
-
-
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("split")
-    told = stage_processes.run(HERE / "split_worker.py", 2, str(folder), timeout=120)
-    return told, lambda name: torch.load(folder / f"{name}.pt", weights_only=True)
-
-
-@pytest.mark.parametrize(("kind", "depth"), [("plain", 2), ("interleaved", 4)])
-def test_processes_split_as_the_emulator_does(kind, depth, theirs):
-    stages = cases.stages(depth)
-    pipe = po.Emulator(
-        stages, cases.sgd, cases.loss_fn, "pipeoptim", 2, uneven=True, processes=2 if kind == "interleaved" else None
-    )
-    losses = [pipe.step(x, target=y, stage_kwargs={1: {"gate": gate}}) for x, gate, y in cases.batches()]
-    pipe.drain()
-    found = [theirs[1](f"{kind}-{p}") for p in range(2)]
-    assert torch.equal(torch.stack(losses), torch.stack(found[1]["losses"]))
-    for k in range(depth):
-        ours = tree_leaves(pipe.stage_state_dict(k))
-        other = tree_leaves(found[k % 2]["states"][k])
-        assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in zip(ours, other, strict=True))
-
-
-@pytest.mark.parametrize("name", ["keywords", "target"])
-def test_a_stage_that_is_given_other_rows_than_the_first_says_so(name, theirs):
-    assert f"2 of the 4 rows of the input, but 3 of 6 of the {name}" in theirs[0][1]

@@ -16,7 +16,7 @@ OPTIMIZERS = {
 def made(optimizer, method, **options):
     torch.manual_seed(0)
     stages = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)]
-    m = 3 if method == "pipedream_2bw" else 1
+    m = 3 if po.METHODS[method].at_least_depth_microbatches else 1
     return stages, po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m, **options)
 
 
@@ -100,7 +100,7 @@ class Seen(nn.Linear):
 def test_a_frozen_weight_is_predicted_to_stay(optimizer, method, drained):
     stages, _ = made(optimizer, method)
     stages[0][0] = Seen(4, 4)
-    m = 3 if method == "pipedream_2bw" else 1
+    m = 3 if po.METHODS[method].at_least_depth_microbatches else 1
     if m > 1 and not drained:
         pytest.skip("half of a mini-batch's gradients are there, which the update then uses, as torch's own does")
     pipe = po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m)
@@ -129,7 +129,7 @@ class Numbered(nn.Linear):
 @pytest.mark.parametrize("method", po.METHODS)
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 def test_whole_numbers_among_the_parameters_stay_as_they_are(optimizer, method):
-    m = 3 if method == "pipedream_2bw" else 1
+    m = 3 if po.METHODS[method].at_least_depth_microbatches else 1
     stages = [Numbered(), Numbered(), nn.Linear(4, 2)]
     pipe = po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m)
     train(pipe, 0, 8)
