@@ -16,8 +16,15 @@ OPTIMIZERS = {
 def made(optimizer, method, **options):
     torch.manual_seed(0)
     stages = [nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Sequential(nn.Linear(4, 4), nn.Tanh()), nn.Linear(4, 2)]
+    return stages, emulated(stages, optimizer, method, **options)
+
+
+def emulated(stages, optimizer, method, **options):
     m = 3 if po.METHODS[method].at_least_depth_microbatches else 1
-    return stages, po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m, **options)
+    try:
+        return po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m, **options)
+    except po.ConfigError as refusal:  # a method that is made for other optimizers
+        pytest.skip(str(refusal))
 
 
 def train(pipe, first, count):
@@ -100,10 +107,9 @@ class Seen(nn.Linear):
 def test_a_frozen_weight_is_predicted_to_stay(optimizer, method, drained):
     stages, _ = made(optimizer, method)
     stages[0][0] = Seen(4, 4)
-    m = 3 if po.METHODS[method].at_least_depth_microbatches else 1
-    if m > 1 and not drained:
+    pipe = emulated(stages, optimizer, method)
+    if pipe.microbatches > 1 and not drained:
         pytest.skip("half of a mini-batch's gradients are there, which the update then uses, as torch's own does")
-    pipe = po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m)
     train(pipe, 0, 6)
     if drained:
         pipe.drain()
@@ -129,8 +135,7 @@ class Numbered(nn.Linear):
 @pytest.mark.parametrize("method", po.METHODS)
 @pytest.mark.parametrize("optimizer", ["adam", "rmsprop"])
 def test_whole_numbers_among_the_parameters_stay_as_they_are(optimizer, method):
-    m = 3 if po.METHODS[method].at_least_depth_microbatches else 1
     stages = [Numbered(), Numbered(), nn.Linear(4, 2)]
-    pipe = po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.mse_loss, method, m)
+    pipe = emulated(stages, optimizer, method)
     train(pipe, 0, 8)
     assert stages[0].number.tolist() == [2, 3]

@@ -23,6 +23,8 @@ Slack = float | tuple[float, ...]
 MOST_SLACK = 1000
 """On a boundary: far beyond what any link needs, and little enough to be counted."""
 
+MOST_BOUNDARIES = 10_000
+
 
 def read_slack(value: Any) -> Slack:
     """``value`` as users give it: a number, one per boundary, or either as text.
@@ -36,10 +38,14 @@ def read_slack(value: Any) -> Slack:
     """
     parts = value.split(",") if isinstance(value, str) else value
     try:
+        if (
+            isinstance(parts, Sequence) and len(parts) > MOST_BOUNDARIES
+        ):  # before they are looked at: range(10**12) is a sequence, too
+            raise ValueError
         if isinstance(parts, bool) or (isinstance(parts, Sequence) and any(isinstance(part, bool) for part in parts)):
             raise TypeError
         found = tuple(map(float, parts)) if isinstance(parts, Sequence) else (float(parts),)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         found = (-1.0,)
     if not found or not all(0 <= x <= MOST_SLACK for x in found):
         raise ConfigError(
