@@ -15,7 +15,7 @@ from pipeoptim.bench.plot import growth_bars, throughput_bars
 from pipeoptim.bench.record import Record
 from pipeoptim.bench.tables import render_document
 from pipeoptim.partitioning import BlockCost, Partition
-from pipeoptim.rules import KINDS, RULES
+from pipeoptim.rules import KINDS, RULES, Rule
 from pipeoptim.schedule import Program, to_svg
 
 ROOT = Path(__file__).parents[1]
@@ -27,15 +27,26 @@ def tables(text: str) -> str:
     kinds += [
         f"| `{name}` | {_cell(k.formula)} | {_cell(k.exact)} | {k.lr_order} | {k.steps_order} |" for name, k in KINDS.items()
     ]
-    rules = ["| optimizer | exact | `decayed` | source |", "|---|---|---|---|"]
-    for cls in sorted((c for c in RULES if c.__module__.startswith("torch.optim")), key=lambda c: c.__name__):
+    rules = [
+        "| optimizer | exact | `decayed` | `in_progress`: dry step; micro-batches to come | source |",
+        "|---|---|---|---|---|",
+    ]
+    own = ("torch.optim", "pipeoptim.optim")
+    for cls in sorted((c for c in RULES if c.__module__.startswith(own)), key=lambda c: c.__name__):
         rule = RULES[cls]
-        rules.append(f"| {cls.__name__} | {_cell(rule.exact)} | {_cell(rule.no_decayed or 'offered')} | {_cell(rule.source)} |")
+        cells = [cls.__name__, rule.exact, rule.no_decayed or "offered", _in_progress(rule), rule.source]
+        rules.append(f"| {' | '.join(map(_cell, cells))} |")
     for name, lines in (("kinds", kinds), ("rules", rules)):
         mark = re.compile(f"<!-- {name} -->\n.*?<!-- end of {name} -->", re.DOTALL)
         found = "\n".join([f"<!-- {name} -->", *lines, f"<!-- end of {name} -->"])
         text = mark.sub(lambda _, found=found: found, text)
     return text
+
+
+def _in_progress(rule: Rule) -> str:
+    """How a rule predicts from the mini-batch in progress."""
+    step = "by rule" if rule.steps_dry else "the optimizer's step on copies"
+    return f"{step}; {'its momentum, if any' if rule.keeps_momentum else 'the shrunk mean of those so far'}"
 
 
 def _cell(text: str) -> str:

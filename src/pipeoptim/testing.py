@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
-from pipeoptim.rules import REFUSED, RULES, find_rule, predict_weights, track
+from pipeoptim.rules import REFUSED, RULES, PartialGradient, find_rule, predict_weights, track
 from pipeoptim.rules.fallback import copy_optimizer
 from pipeoptim.rules.registry import RULE_KINDS
 from pipeoptim.rules.scratch import unhooked_step
@@ -54,7 +54,8 @@ def check_rule(
 
     Checked for every kind that is offered: it changes nothing (weights, gradients, state, random numbers); s = 0, and s > 0
     before the first update, give the weights bit for bit; shape, type and strides are kept; it is linear in the
-    displacement where that is claimed; each param group is predicted with its own options.
+    displacement where that is claimed; each param group is predicted with its own options; a dry step with the gradient of the next
+    update is that update.
 
     Args:
         optimizer: the class.
@@ -90,6 +91,8 @@ def check_rule(
         case.check_form(kind, updates)
         case.check_groups(kind, updates)
         one_step[kind] = case.one_step_error(kind, updates)
+    for before in (0, updates):
+        case.check_in_progress(before)
     if repeats:
         case.check_displacement(kinds[0], updates)
     if exact:
@@ -198,6 +201,22 @@ class _Case:
                 assert error <= self.tolerance, (
                     f"{self.name(kind)}: {error:g} off the real weights after {steps} steps under a constant gradient"
                 )
+
+    def check_in_progress(self, updates: int) -> None:
+        """With the whole mini-batch seen, "in_progress" is the next step, whether by the rule or by the optimizer's step on copies."""
+        optimizer, _ = self.trained(updates)
+        self.give_gradients(optimizer, updates)
+        before, real = _snapshot(optimizer), _really_stepped(optimizer, 1)
+        for share in (1.0, 0.5):
+            known = [PartialGradient(w.grad, share) for w in _weights(optimizer)]
+            predicted = predict_weights(optimizer, 1, kind="in_progress", in_progress=known)
+            assert _same(before, _snapshot(optimizer)), (
+                f"{self.name('in_progress')}: a dry step changed weights, gradients or state"
+            )
+            error = _distance(predicted, real)
+            assert share < 1 or error <= self.tolerance, (
+                f"{self.name('in_progress')}: a dry step with the gradient of the next update is {error:g} off that update"
+            )
 
     def one_step_error(self, kind: str, updates: int) -> float:
         optimizer, _ = self.trained(updates)

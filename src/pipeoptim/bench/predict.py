@@ -28,7 +28,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls, triton_move
 from pipeoptim.kernels.allocation import empty_like
 from pipeoptim.kernels.library import available
-from pipeoptim.rules import RULES, Predictor
+from pipeoptim.rules import RULES, ClipEstimate, PartialGradient, Predictor
 from pipeoptim.rules.entries import parameter_entries
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
@@ -37,6 +37,10 @@ from pipeoptim.weights import StorageLayout
 
 STEPS = 3
 FUSED = "fused step and"
+IN_PROGRESS, CLIPPED = "predict in progress", "predict in progress, clipped"
+IN_PROGRESS_TABLE = "in_progress"
+"""Setting "table" of the rows of these two, which have a table of their own."""
+
 DISPLACEMENT_PASSES = 5  # copy W before the step: 2; W_hat from both afterwards: 3
 
 
@@ -61,6 +65,11 @@ class OptimizerSetting:
         """The class."""
         cls: type[Optimizer] = getattr(torch.optim, self.name.split()[0])
         return cls
+
+    @property
+    def dry(self) -> int:
+        """Passes of a dry step: what the step reads (weights, gradient, states), and the result; the step writes all but the gradient."""
+        return (self.step + 3) // 2
 
 
 SETTINGS = (
@@ -253,6 +262,13 @@ class _Bench:
         if fused.fuses and fused.fused_step(self.out, STEPS):
             found[f"{FUSED} predict"] = (step + 1, lambda: self._fused(fused))
             found[f"{FUSED} displacement"] = (step + 1, lambda: self._fused(moved_fused))
+        dry = Predictor(self.optimizer, kind="in_progress")
+        known = [PartialGradient(grad, 0.5) for grad in self._grads]
+        found[IN_PROGRESS] = (self.setting.dry, lambda: dry.predict_into(self.out, 1, known))
+        norm = self.setting.dry + (
+            1 if self.setting.dry < 4 else 2
+        )  # reads the gradient, and the mean of gradients where there is one
+        found[CLIPPED] = (norm, lambda: dry.predict_into(self.out, 1, known, ClipEstimate(1.0)))
         if self.timer.on_gpu:
             found["predict, without Triton"] = (own, self._predict_by_foreach)
         return found
@@ -310,6 +326,8 @@ class _Bench:
                 "gigabytes_per_second": 4e-6 * passes * self.weights / middle,
                 "copy_gigabytes_per_second": copied,
             }
+            if name in (IN_PROGRESS, CLIPPED):
+                settings["table"] = IN_PROGRESS_TABLE
             if self.timer.on_gpu:
                 settings["host_ms"], settings["late"] = queued[name]
             rows.append(ResultRow(f"{self.setting.name}, {name}, threads {threads}", samples[name], settings))
@@ -350,6 +368,8 @@ def _copy_row(weights: int, threads: int, repeats: int, timer: WorkTimer) -> Res
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: one line per optimizer and number of threads, ratios to torch's own fastest step."""
+    if record.settings.get("table") == IN_PROGRESS_TABLE:
+        return _dry_columns(record)
     if record.settings.get("device", "cpu") != "cpu":
         return _device_columns(record)
     head = ["optimizer", "threads", "million weights", "torch's step", "fused", "by passes", "step, then predict", "by passes"]
@@ -397,6 +417,17 @@ def _speed(row: ResultRow) -> str:
     speed, copied = row.settings["gigabytes_per_second"], row.settings.get("copy_gigabytes_per_second")  # older files have none
     late = ", with waiting for Python" if row.settings.get("late") else ""
     return f"{speed:.0f} GB/s" + (f", {speed / copied:.0%} of a copy" if copied else "") + late
+
+
+def _dry_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Those of dry steps: alone, and clipped by the norm of their estimates; ratios to torch's own fastest step."""
+    head = ["optimizer", "threads", "million weights", "dry step", "by passes", "its speed", "clipped", "by passes"]
+    body = []
+    for (name, threads), rows in _lines(record).items():
+        dry = rows[IN_PROGRESS]
+        cells = [name, str(threads), f"{dry.settings['weights'] / 1e6:.0f}", *_ratios(dry), _speed(dry)]
+        body.append(cells + _ratios(rows.get(CLIPPED)))
+    return head, body
 
 
 def _ratios(row: ResultRow | None) -> list[str]:

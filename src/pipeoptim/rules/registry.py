@@ -104,6 +104,11 @@ class Rule(ABC):
         return type(self).dry_step is not Rule.dry_step
 
     @property
+    def keeps_momentum(self) -> bool:
+        """Whether a `momentum` stands for micro-batches to come, in some setting of the optimizer at least."""
+        return type(self).momentum is not Rule.momentum
+
+    @property
     def kinds(self) -> tuple[str, ...]:
         """The kinds of prediction that this rule offers."""
         return tuple(kind for kind in KINDS if kind != "decayed" or not self.no_decayed)

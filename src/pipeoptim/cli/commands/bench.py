@@ -237,7 +237,8 @@ def predict(
     """What a prediction adds to the step of every optimizer, beside the number of passes over memory that it needs.
 
     Ratios to the fastest step that torch has for the optimizer: step and prediction in one pass (fused), one after the other,
-    and by the last displacement. With 100 million weights it takes 10 minutes and 6 GB of memory.
+    and by the last displacement; and of a dry step (prediction "in_progress"). With 100 million weights it takes 10 minutes and
+    6 GB of memory.
 
     \b
     Examples:
@@ -248,7 +249,7 @@ def predict(
       pipeoptim bench predict --device cuda --optimizer AdamW
           What the prediction's kernel for GPUs reaches of the speed of a copy.
     """
-    from pipeoptim.bench.predict import measure, merged
+    from pipeoptim.bench.predict import IN_PROGRESS_TABLE, measure, merged
     from pipeoptim.bench.record import Record
     from pipeoptim.kernels.allocation import keep_freed_memory
 
@@ -260,6 +261,9 @@ def predict(
     record = measure(weights, threads, repeats, budget, optimizer, device)
     out = out or Path("benchmarks/results") / ("predict.json" if device == "cpu" else "predict_cuda.json")
     _report(merged(Record.read(out), record) if add and out.is_file() else record, out)
+    for row in record.rows:
+        if row.settings.get("table") == IN_PROGRESS_TABLE:
+            typer.echo(f"{row.name}: {row.settings['ratio']:.2f} of the step, by passes {row.settings['model_ratio']:.2f}")
 
 
 def _sized(text: str) -> tuple[str, int]:
