@@ -188,6 +188,75 @@ def test_without_momentum_the_rest_is_shrunk_to_what_is_seen() -> None:
         assert same(predict_weights(optimizer, 1, kind="in_progress", in_progress=nothing), values_of(optimizer))
 
 
+# ---- what stands for the micro-batches to come, from the history of gradients instead of the state -------------------------------
+
+History = list[tuple[Tensor, Tensor]]
+"""Of every update so far the gradient and the weight it was taken with."""
+
+
+def running_mean(history: History, now: Tensor, decay: float, *, corrected: bool = True, weight_decay: float = 0.0) -> Tensor:
+    """``(1 - decay) sum decay^(t-i) g_i``, by default over ``1 - decay^t``; of coupled decay remains what W has changed since."""
+    t = len(history)
+    total = sum((1 - decay) * decay ** (t - i) * (g + weight_decay * w) for i, (g, w) in enumerate(history, start=1))
+    assert isinstance(total, Tensor)
+    return total / (1 - decay**t if corrected else 1) - weight_decay * now
+
+
+def normalized_mean(history: History, momentum: float, alpha: float, eps: float) -> Tensor:
+    """RMSprop's buffer, in the units of a gradient."""
+    square = buffer = torch.zeros_like(history[0][0])
+    for g, _ in history:
+        square = alpha * square + (1 - alpha) * g * g
+        buffer = momentum * buffer + g / (square.sqrt() + eps)
+    return (1 - momentum) * buffer * (square.sqrt() + eps)
+
+
+optim = torch.optim
+MEANS: dict[str, tuple[type[Optimizer], dict[str, Any], Any]] = {
+    "adam": (optim.Adam, {"betas": (0.8, 0.9)}, lambda h, w: running_mean(h, w, 0.8)),
+    "adam_coupled": (optim.Adam, {"weight_decay": 0.3}, lambda h, w: running_mean(h, w, 0.9, weight_decay=0.3)),
+    "adamw": (optim.AdamW, {"weight_decay": 0.3, "amsgrad": True}, lambda h, w: running_mean(h, w, 0.9)),
+    "nadam": (optim.NAdam, {"weight_decay": 0.3}, lambda h, w: running_mean(h, w, 0.9, weight_decay=0.3)),
+    "radam": (optim.RAdam, {"weight_decay": 0.3, "decoupled_weight_decay": True}, lambda h, w: running_mean(h, w, 0.9)),
+    "adamax": (optim.Adamax, {"betas": (0.7, 0.9)}, lambda h, w: running_mean(h, w, 0.7)),
+    "rotated": (RotatedAdam, {"weight_decay": 0.3, "refresh_every": 4}, lambda h, w: running_mean(h, w, 0.9)),
+    "muon": (optim.Muon, {"momentum": 0.8}, lambda h, w: running_mean(h, w, 0.8, corrected=False)),
+    "rmsprop_centered": (optim.RMSprop, {"alpha": 0.9, "centered": True}, lambda h, w: running_mean(h, w, 0.9)),
+    "rmsprop_momentum": (
+        optim.RMSprop,
+        {"alpha": 0.9, "momentum": 0.8, "eps": 1e-3},
+        lambda h, _: normalized_mean(h, 0.8, 0.9, 1e-3),
+    ),
+    "rprop": (optim.Rprop, {}, lambda h, _: h[-1][0]),
+}
+
+
+@pytest.mark.parametrize("maximize", [False, True])
+@pytest.mark.parametrize("name", MEANS)
+def test_the_mean_of_the_gradients_so_far_stands_for_the_rest(name: str, maximize: bool) -> None:
+    cls, options, mean = MEANS[name]
+    if maximize:
+        if "maximize" not in inspect.signature(cls).parameters:
+            return
+        options = {**options, "maximize": True}
+    torch.manual_seed(3)
+    weight = torch.nn.Parameter(torch.randn(4, 3, dtype=torch.float64))
+    optimizer = cls([weight], lr=0.02, **options)  # type: ignore[call-arg]
+    sign = -1 if maximize else 1
+    history: History = []
+    for update in range(1, 9):  # refreshed bases and a rectified RAdam on the way
+        weight.grad = torch.randn(4, 3, dtype=torch.float64)
+        history.append((sign * weight.grad, weight.detach().clone()))
+        optimizer.step()
+        value = torch.randn(4, 3, dtype=torch.float64)
+        found = predict_weights(optimizer, 1, kind="in_progress", in_progress=[PartialGradient(value, 0.25)])
+        rest = sign * mean(history, weight.detach())
+        if name == "rprop":  # 0 where a sign has flipped and the weight pauses
+            rest = rest * (optimizer.state[weight]["prev"] != 0)
+        expected = really_stepped(optimizer, [value + 0.75 * rest])
+        assert largest_difference(found, expected) <= tolerance(optimizer), update
+
+
 # ---- clipping ----------------------------------------------------------------------------------------------------------------------
 
 
