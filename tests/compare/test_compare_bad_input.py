@@ -37,6 +37,7 @@ CASES = {
             "pipeoptim methods pipemare",
         ],
     ),
+    "results into a folder": (["bench", "memory", "--out", "."], ["out is '.'", "name of a file"]),
     "report of nothing": (["report", "nowhere"], ["nowhere", "not a folder"]),
     "report of another folder": (["report", "."], ["holds no comparison", "no run"]),
     "methods unknown": (["methods", "pipdream"], ["'pipdream'", "did you mean 'pipedream'?"]),

@@ -59,7 +59,7 @@ assert "pauses: rests between updates. Equal in all processes." in po.Schedule._
 config = TrainConfig("mine", *[Component("m:f")] * 3, pauses=2)
 assert options_of_run(config)["pauses"] == 2 and TrainConfig.from_json(config.to_json()) == config
 assert config.fingerprint() != TrainConfig("mine", *[Component("m:f")] * 3).fingerprint()
-assert _run(["train", "--help"]) == 0
+assert [_run([command, "--help"]) for command in ("train", "compare")] == [0, 0]
 """
 
 
@@ -75,7 +75,7 @@ def test_a_new_option_is_one_entry(tmp_path):
             [sys.executable, *command], env=environment, capture_output=True, text=True, timeout=120, check=False
         )
         assert done.returncode == 0, done.stderr
-    assert "--pauses <int>" in done.stdout and "Rests between updates." in done.stdout
+    assert done.stdout.count("--pauses <int>") == done.stdout.count("Rests between updates.") == 2
 
 
 def test_every_option_says_what_it_means():

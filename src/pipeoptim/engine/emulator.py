@@ -21,8 +21,8 @@ from pipeoptim.engine.processes.gradient_exchange import LocalGradientSum
 from pipeoptim.engine.processes.norm_exchange import LocalNormExchange
 from pipeoptim.engine.runner import CountedLoss, StageRunner
 from pipeoptim.engine.stage.checks import check_optimizer
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.stage.tied_weights import (
-    Tied,
     TieOnStage,
     carried_ties,
     check_tied_equal,

@@ -26,8 +26,8 @@ from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
 from pipeoptim.engine.runner import StageRunner
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.stage.tied_weights import (
-    Tied,
     TiedWeight,
     TieOnStage,
     carried_ties,

@@ -1,6 +1,6 @@
 """Cutting a model into stages: measured costs of its blocks, and the best contiguous cut for these costs."""
 
-from pipeoptim.engine.stage.tied_weights import Tied
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.partitioning.api import partition
 from pipeoptim.partitioning.balance import best_cut, best_replicas
 from pipeoptim.partitioning.block_costs import BlockCost, profile

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from pipeoptim.checkpoint.parameter_names import inverted, merge
 from pipeoptim.engine.stage.origin import note_ties
-from pipeoptim.engine.stage.tied_weights import Tied
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.weight_slots import shadow_copy, weight_slots
 

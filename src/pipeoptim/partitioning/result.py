@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor, nn
 
-from pipeoptim.engine.stage.tied_weights import Tied
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.parameter_places import full_state_dict
 from pipeoptim.partitioning.stage_row import StageRow, bytes_in_words

@@ -19,7 +19,7 @@ from torch import nn
 
 from pipeoptim.checkpoint import load_sharded, load_stage, save, save_sharded
 from pipeoptim.config import TrainConfig
-from pipeoptim.engine.stage.tied_weights import Tied
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.checks import check
 from pipeoptim.train.engines import make_emulator

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.config import TrainConfig
-from pipeoptim.engine.stage.tied_weights import Tied, read_tied
+from pipeoptim.engine.stage.tied import Tied
+from pipeoptim.engine.stage.tied_weights import read_tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
 from pipeoptim.options import options_of_run

@@ -9,6 +9,7 @@ import typer
 from typer import Option
 
 from pipeoptim.bench.checks import above_zero, at_least, at_most
+from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeoptim.bench.record import Record
@@ -28,6 +29,14 @@ def _group() -> None:
     pass
 
 
+def _checked_file(path: Path | None) -> Path | None:
+    """Before anything is measured: what was measured must not be lost."""
+    if path is not None and (not path.name or path.is_dir()):
+        raise ConfigError(f"out is {str(path)!r}, must be the name of a file, for example {path / 'result.json'}")
+    return path
+
+
+_OUT = Option(help="Where the JSON goes.", callback=_checked_file)
 _ADD = Option("--add", help="Keep what the file holds of what is not measured now.")
 
 
@@ -47,7 +56,7 @@ def throughput(
     window: Annotated[float, Option(help="Seconds per window.")] = 0.5,
     fused: Annotated[bool, Option("--fused", help="All contenders get torch's fused step of the optimizer.")] = False,
     add: Annotated[bool, _ADD] = False,
-    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/throughput.json"),
+    out: Annotated[Path, _OUT] = Path("benchmarks/results/throughput.json"),
 ) -> None:
     """Samples per second of all methods beside torch's own schedules, each at its best M.
 
@@ -85,7 +94,7 @@ def efficiency(
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 3,
     steps: Annotated[int, Option(help="Mini-batches per window.")] = 40,
     add: Annotated[bool, _ADD] = False,
-    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/efficiency.json"),
+    out: Annotated[Path, _OUT] = Path("benchmarks/results/efficiency.json"),
 ) -> None:
     """Throughput times the slowest stage's own time, on stages that wait instead of computing: 1 is the limit.
 
@@ -131,7 +140,7 @@ def transfer(
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 5,
     window: Annotated[float, Option(help="Seconds per window.")] = 0.5,
     add: Annotated[bool, _ADD] = False,
-    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/transfer.json"),
+    out: Annotated[Path, _OUT] = Path("benchmarks/results/transfer.json"),
 ) -> None:
     """Samples per second over slow links, with activations and gradients sent as they are, as bf16 and as int8.
 
@@ -155,7 +164,7 @@ def memory(
     depth: Annotated[list[int] | None, Option(help="Stages; several times. By default 2 to 8.")] = None,
     method: Annotated[list[str] | None, Option(help="Method; several times. By default all.")] = None,
     add: Annotated[bool, _ADD] = False,
-    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/memory.json"),
+    out: Annotated[Path, _OUT] = Path("benchmarks/results/memory.json"),
 ) -> None:
     """The most weights and activations that each stage holds under each method, measured beside what is promised.
 
@@ -168,7 +177,7 @@ def memory(
 
 
 @bench.command()
-def stability(out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/stability.json")) -> None:
+def stability(out: Annotated[Path, _OUT] = Path("benchmarks/results/stability.json")) -> None:
     """The tables of docs/theory.md: largest stable learning rates, errors of predictions. Computed in some seconds, not measured."""
     from pipeoptim.bench.stability import measure
 
@@ -180,7 +189,7 @@ def scaling(
     method: Annotated[str, Option(help="Method.")] = "pipeoptim",
     updates: Annotated[int, Option(help="Length of the long run.")] = 10_000,
     repeats: Annotated[int, Option(help="Turns per contender; the median is reported.")] = 5,
-    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/scaling.json"),
+    out: Annotated[Path, _OUT] = Path("benchmarks/results/scaling.json"),
 ) -> None:
     """What a mini-batch costs as stages, tensors, weights, M and the length of the run grow. About two minutes."""
     from pipeoptim.bench.scaling import measure
@@ -231,7 +240,10 @@ def predict(
     add: Annotated[bool, Option("--add", help="Keep what the file holds of other optimizers and numbers of threads.")] = False,
     out: Annotated[
         Path | None,
-        Option(help="Where the JSON goes. By default benchmarks/results/predict.json, of a GPU predict_cuda.json beside it."),
+        Option(
+            help="Where the JSON goes. By default benchmarks/results/predict.json, of a GPU predict_cuda.json beside it.",
+            callback=_checked_file,
+        ),
     ] = None,
 ) -> None:
     """What a prediction adds to the step of every optimizer, beside the number of passes over memory that it needs.
@@ -267,8 +279,6 @@ def predict(
 
 
 def _sized(text: str) -> tuple[str, int]:
-    from pipeoptim.errors import ConfigError
-
     name, _, batch = text.rpartition("=")
     if not name or not batch.isdecimal() or int(batch) < 1:
         raise ConfigError(f"model is {text!r}, must be a model and its mini-batch, for example mlp=64")

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from torch import nn
 
 if TYPE_CHECKING:
-    from pipeoptim.engine.stage.tied_weights import Tied
+    from pipeoptim.engine.stage.tied import Tied
 
 _NOTE = "_pipeoptim_origin"
 

@@ -32,37 +32,12 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine.processes.exchange import GradientExchange
 from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.engine.stage.origin import find_origins
+from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
 from pipeoptim.optim import DelayCompensation
 from pipeoptim.rules.combined import members
 from pipeoptim.schedule import Program, common_delay
-
-
-@dataclass(frozen=True)
-class Tied:
-    """One weight that several stages use; each of them has a copy of its own.
-
-    Attributes:
-        names: in the model.
-        places: (stage, name of the parameter in that stage), the first one first.
-    """
-
-    names: tuple[str, ...]
-    places: tuple[tuple[int, str], ...]
-
-    @property
-    def holders(self) -> tuple[int, ...]:
-        """The stages."""
-        return tuple(k for k, _ in self.places)
-
-    def name_on(self, k: int) -> str:
-        """Its name on stage ``k``."""
-        return dict(self.places)[k]
-
-    def __str__(self) -> str:
-        return " = ".join(f"{name!r} of stage {k}" for k, name in self.places)
-
 
 TiedWeights = Sequence[Tied | Sequence[tuple[int, str]]]
 """What users give: entries of ``Partition.tied``, or plain lists of (stage, name) of each copy."""

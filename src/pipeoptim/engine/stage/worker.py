@@ -52,7 +52,8 @@ from pipeoptim.engine.stage.recompute import check_recompute, recomputing
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.rng import StageRandom
 from pipeoptim.engine.stage.state import restore, state_of
-from pipeoptim.engine.stage.tied_weights import Tied, TiedWeight, TieOnStage
+from pipeoptim.engine.stage.tied import Tied
+from pipeoptim.engine.stage.tied_weights import TiedWeight, TieOnStage
 from pipeoptim.engine.stage.update import StageUpdate, UpdateState
 from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
