@@ -22,7 +22,7 @@ ALONE = {"muon"}  # takes matrices only: it runs as muon_adamw
 
 CASES: dict[str, Component] = {
     name: Component(name, {"lr": RATES.get(name, 0.002)})
-    for name in sorted({*optimizers.known(), *optimizers.ALIASES, "muon_adamw"} - ALONE)
+    for name in sorted({*optimizers.known(), *optimizers.ALIASES, *optimizers.OWN} - ALONE)
 }
 CASES["one per stage"] = Component("muon_adamw,sgd,nadam,adamw", {"lr": {"by_stage": [0.002, 0.1, 0.002, 0.003]}})
 CASES["groups"] = Component("adamw", {"lr": 0.003, "groups": GROUPS})

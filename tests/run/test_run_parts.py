@@ -16,6 +16,7 @@ from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.cut import balance, cut
+from pipeoptim.train.parameter_groups import check_all_used
 
 
 @given(st.lists(st.integers(0, 9), min_size=1, max_size=8), st.integers(1, 5))
@@ -69,6 +70,22 @@ def test_optimizer_options_are_not_guessed() -> None:
     assert momentum.param_groups[0]["momentum"] == 0.9
     own = optimizers.factory(Component("torch.optim:Adam", {"lr": 0.1}))([nn.Parameter(torch.ones(2))])
     assert isinstance(own, torch.optim.Adam)
+
+
+def test_layers_choose_the_weights_of_a_group() -> None:
+    """An embedding, its tied head and a linear layer; of bare parameters no layer is known."""
+    embedding, head = nn.Embedding(5, 3), nn.Linear(3, 5)
+    head.weight = embedding.weight
+    model = nn.Sequential(embedding, nn.Linear(3, 3), head)
+    groups = [{"layer": "Embedding", "rotate": False}, {"layer": "Linear", "ndim": 2, "sides": "unilateral"}]
+    make = optimizers.factory(Component("Rotated_Adam", {"lr": 0.1, "groups": groups}))
+    found = [([tuple(p.shape) for p in g["params"]], g["rotate"], g["sides"]) for g in make(model).param_groups]
+    assert found == [([(5, 3)], False, "bilateral"), ([(3, 3)], True, "unilateral"), ([(3,), (5,)], True, "bilateral")]
+    assert len(make(model.parameters()).param_groups) == 1
+    with pytest.raises(ConfigError, match="layer of a parameter group is 3, must be a class of modules"):
+        optimizers.factory(Component("adamw", {"groups": [{"layer": 3}]}))
+    with pytest.raises(ConfigError, match="takes no weights: the model has none of that kind"):
+        check_all_used([model], [{"layer": "Conv2d"}])
 
 
 def rates(component: Component, updates: int) -> list[float]:

@@ -18,8 +18,8 @@ F = TypeVar("F", bound=Callable[..., None])
 OptimizerOption = Annotated[
     str | None,
     Option(
-        help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), or module:Class; one, or one per stage between "
-        "commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where the new one has them."
+        help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), rotated_adam, or module:Class; one, or one "
+        "per stage between commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where the new one has them."
     ),
 ]
 LearningRateOption = Annotated[float | None, Option(help="Learning rate.")]

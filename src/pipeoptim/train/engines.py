@@ -31,7 +31,7 @@ def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Op
     """All stages in this process, and their optimizers."""
     from pipeoptim.engine import Emulator
 
-    optimizers = [setup.optimizer(stage.parameters(), k) for k, stage in enumerate(setup.stages)]
+    optimizers = [setup.optimizer(stage, k) for k, stage in enumerate(setup.stages)]
     rates = [setup.scheduler(optimizer) for optimizer in optimizers]
     layout = layout_of(setup.config)
     processes = layout.width if layout.chunks > 1 else None
@@ -51,7 +51,7 @@ def make_schedule(
     depth, device = setup.config.stages, torch.device("cpu")
     group = None if mesh is None else mesh["pipe"].get_group()
     made = [PipelineStage(setup.stages[k], k, depth, device, group=group) for k in stages]
-    optimizers = {k: setup.optimizer(setup.stages[k].parameters(), k) for k in stages}
+    optimizers = {k: setup.optimizer(setup.stages[k], k) for k in stages}
     rates = [setup.scheduler(optimizer) for optimizer in optimizers.values()]
     options = {**_options(setup), "replicas": None if mesh is None else mesh["data"]}
     if len(made) > 1:

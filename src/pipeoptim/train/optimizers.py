@@ -6,11 +6,13 @@ from collections.abc import Callable, Iterable
 from typing import Any, Protocol
 
 import torch
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError, counted, unknown_name
+from pipeoptim.optim import RotatedAdam
 from pipeoptim.rules import muon_adamw
 from pipeoptim.train.parameter_groups import check_group, split_parameters
 from pipeoptim.train.targets import accepts, call, load
@@ -21,6 +23,9 @@ ALIASES: dict[str, tuple[str, dict[str, Any]]] = {
     "nesterov": ("SGD", {"momentum": 0.9, "nesterov": True}),
     "amsgrad": ("Adam", {"amsgrad": True}),
 }
+
+#: name -> optimizers of this library.
+OWN: dict[str, Callable[..., Optimizer]] = {"muon_adamw": muon_adamw, "rotated_adam": RotatedAdam}
 
 #: They need what a pipeline cannot provide: a closure that evaluates the loss again, or sparse gradients.
 _IMPOSSIBLE = {"LBFGS": "calls the loss several times per update", "SparseAdam": "needs sparse gradients"}
@@ -44,17 +49,15 @@ def resolve(name: str) -> tuple[Callable[..., Optimizer], dict[str, Any]]:
     """
     if ":" in name:
         return load("optimizer", name), {}
-    if name.lower() == "muon_adamw":
-        return muon_adamw, {}
+    if name.lower() in OWN:
+        return OWN[name.lower()], {}
     classes = known()
     for impossible, reason in _IMPOSSIBLE.items():
         if name.lower() == impossible.lower():
             raise ConfigError(f"optimizer {name!r} cannot be used in a pipeline: it {reason}; use adamw or sgd")
     class_name, options = ALIASES.get(name.lower(), (name, {}))
     if class_name.lower() not in classes:
-        raise unknown_name(
-            "optimizer", name, [*classes, *ALIASES, "muon_adamw"], more=", or 'module:Class' for one of your own"
-        )
+        raise unknown_name("optimizer", name, [*classes, *ALIASES, *OWN], more=", or 'module:Class' for one of your own")
     return classes[class_name.lower()], options
 
 
@@ -93,9 +96,9 @@ def kept_note(before: Component, after: Component) -> str:
 
 
 class Factory(Protocol):
-    """Makes the optimizer of stage ``k`` from its parameters."""
+    """Makes the optimizer of stage ``k`` from its module or its parameters; only a module can tell their layers."""
 
-    def __call__(self, parameters: Iterable[Parameter], k: int = 0, /) -> Optimizer: ...
+    def __call__(self, stage: nn.Module | Iterable[Parameter], k: int = 0, /) -> Optimizer: ...
 
 
 def factory(component: Component, stages: int | None = None) -> Factory:
@@ -126,9 +129,9 @@ def factory(component: Component, stages: int | None = None) -> Factory:
             options = {name: value for name, value in options.items() if accepts(function, name)}
         return target, function, options
 
-    def make(parameters: Iterable[Parameter], k: int = 0) -> Optimizer:
+    def make(stage: nn.Module | Iterable[Parameter], k: int = 0) -> Optimizer:
         target, function, options = options_of(k)
-        optimizer: Optimizer = call("optimizer", function, target, split_parameters(list(parameters), groups), **options)
+        optimizer: Optimizer = call("optimizer", function, target, split_parameters(stage, groups), **options)
         return optimizer
 
     for group in groups:

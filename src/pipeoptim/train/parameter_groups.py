@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any
 
 import torch
+from torch import nn
 from torch.nn import Parameter
 from torch.optim import Optimizer
 
@@ -60,9 +61,13 @@ def check_group(group: Any, each: Sequence[tuple[str, Callable[..., Optimizer], 
         raise unknown_name("prediction of a parameter group", str(kind), KINDS)
     if isinstance(ndim, bool) or not isinstance(ndim, int) or ndim < 0:
         raise ConfigError(f"ndim of a parameter group is {ndim!r}, must be a number of dimensions, for example 2 for matrices")
+    if not isinstance(group.get("layer", ""), str):
+        raise ConfigError(
+            f"layer of a parameter group is {group['layer']!r}, must be a class of modules, for example Embedding"
+        )
     if "lr" in group:
         check_rate("lr of a parameter group", group["lr"])
-    options = {name: value for name, value in group.items() if name not in ("prediction", "ndim")}
+    options = {name: value for name, value in group.items() if name not in ("prediction", *_SELECTORS)}
     for name in options:
         if name == "params" or not any(accepts(function, name) for _, function, _ in each):
             targets = ",".join(target for target, _, _ in each)
@@ -89,49 +94,73 @@ def check_rate(name: str, value: Any) -> None:
         raise ConfigError(f"{name} is {value!r}, more than float32 holds, must be a number such as 0.001")
 
 
-def split_parameters(parameters: list[Parameter], groups: Any) -> list[Parameter] | list[dict[str, Any]]:
-    """``parameters`` in groups, for instance to predict matrices in another way than the rest.
+_SELECTORS = ("ndim", "layer")
+"""Entries of a group that say which parameters it takes."""
+
+
+def split_parameters(stage: nn.Module | Iterable[Parameter], groups: Any) -> list[Parameter] | list[dict[str, Any]]:
+    """The parameters of ``stage`` in groups, for instance to predict matrices in another way than the rest.
 
     Args:
-        groups: each a dictionary of options of ``torch.optim``, optionally with ``prediction``, and with ``ndim``, which
-            restricts the group to parameters with that many dimensions. A parameter goes to the first group that takes it, or to a
-            last one without options of its own.
+        stage: a module, or parameters, of which no layer is known.
+        groups: each a dictionary of options of ``torch.optim``, optionally with ``prediction``, and with what restricts the group:
+            ``ndim``, to parameters with that many dimensions, and ``layer``, to those of modules of that class. A parameter goes to the
+            first group that takes it, or to a last one without options of its own.
 
     >>> w, b = Parameter(torch.ones(2, 2)), Parameter(torch.ones(2))
     >>> found = split_parameters([w, b], [{"ndim": 2, "prediction": "displacement"}, {"lr": 0.1}])
     >>> [(len(g["params"]), g.get("prediction"), g.get("lr")) for g in found]
     [(1, 'displacement', None), (1, None, 0.1)]
+    >>> model = nn.Sequential(nn.Embedding(3, 2), nn.Linear(2, 2))
+    >>> [len(g["params"]) for g in split_parameters(model, [{"layer": "Embedding", "lr": 0.1}])]
+    [1, 2]
     """
     if not groups:
-        return parameters
-    taken = _taken(parameters, groups)
+        return _parameters([stage])
+    taken = _taken([stage], groups)
     return [
-        {"params": own, **{name: value for name, value in group.items() if name != "ndim"}}
+        {"params": own, **{name: value for name, value in group.items() if name not in _SELECTORS}}
         for group, own in zip([*groups, {}], taken, strict=True)
         if own
     ]
 
 
-def check_all_used(parameters: Iterable[Parameter], groups: Sequence[dict[str, Any]]) -> None:
-    """Check that every group takes some of the ``parameters`` of a model.
+def check_all_used(stages: Sequence[nn.Module], groups: Sequence[dict[str, Any]]) -> None:
+    """Check that every group takes some of the parameters of a model.
 
     Raises:
         ConfigError: one takes none, so that its options would be ignored.
     """
-    for group, own in zip(groups, _taken(list(parameters), groups), strict=False):
+    for group, own in zip(groups, _taken(stages, groups), strict=False):
         if not own:
             raise ConfigError(
-                f"the parameter group {group} takes no weights: the model has none of so many dimensions, or groups before it take "
+                f"the parameter group {group} takes no weights: the model has none of that kind, or groups before it take "
                 "them; leave it out, or name it earlier"
             )
 
 
-def _taken(parameters: list[Parameter], groups: Sequence[dict[str, Any]]) -> list[list[Parameter]]:
+def _taken(stages: Sequence[nn.Module | Iterable[Parameter]], groups: Sequence[dict[str, Any]]) -> list[list[Parameter]]:
     """The parameters of each group, then those that no group takes."""
-    found = []
-    left = parameters
-    for group in groups:
-        found.append([p for p in left if "ndim" not in group or p.ndim == group["ndim"]])
-        # A group without ndim takes all that is left.
-        left = [p for p in left if "ndim" in group and p.ndim != group["ndim"]]
-    return [*found, left]
+    layers = _layers([stage for stage in stages if isinstance(stage, nn.Module)])
+    found: list[list[Parameter]] = [[] for _ in range(len(groups) + 1)]
+    for p in _parameters(stages):
+        numbers = (n for n, group in enumerate(groups) if _takes(group, p, layers))
+        found[next(numbers, len(groups))].append(p)
+    return found
+
+
+def _takes(group: Mapping[str, Any], p: Parameter, layers: Mapping[Parameter, set[str]]) -> bool:
+    return group.get("ndim", p.ndim) == p.ndim and ("layer" not in group or group["layer"] in layers.get(p, ()))
+
+
+def _layers(stages: Sequence[nn.Module]) -> dict[Parameter, set[str]]:
+    """Parameter -> classes of the modules that hold it themselves; several where it is shared."""
+    found: dict[Parameter, set[str]] = {}
+    for module in (inner for stage in stages for inner in stage.modules()):
+        for p in module.parameters(recurse=False):
+            found.setdefault(p, set()).add(type(module).__name__)
+    return found
+
+
+def _parameters(stages: Sequence[nn.Module | Iterable[Parameter]]) -> list[Parameter]:
+    return [p for stage in stages for p in (stage.parameters() if isinstance(stage, nn.Module) else stage)]

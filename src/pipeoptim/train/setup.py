@@ -168,10 +168,9 @@ def probe_setup(setup: RunSetup) -> None:
     """
     x, y = setup.task.train_batch(0, setup.config.batch_size)
     size = max(1, len(x) // (setup.config.microbatches * setup.config.replicas))
-    everything = [p for stage in setup.stages for p in stage.parameters()]
-    check_all_used(everything, setup.config.optimizer.options.get("groups", ()))
+    check_all_used(setup.stages, setup.config.optimizer.options.get("groups", ()))
     for k, stage in enumerate(setup.stages):
-        setup.scheduler(setup.optimizer(stage.parameters(), k))
+        setup.scheduler(setup.optimizer(stage, k))
     try:
         loss = _probe_forward(setup, x[:size].clone(), y[:size])
     except ConfigError:

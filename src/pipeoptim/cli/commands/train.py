@@ -34,8 +34,8 @@ def train(
     group: Annotated[
         list[str] | None,
         Option(
-            help="Parameter group with options of its own, as ndim=2,prediction=displacement,lr=0.01 (ndim: dimensions of the "
-            "weights that it takes); may be given several times."
+            help="Parameter group with options of its own, as ndim=2,prediction=displacement,lr=0.01 or layer=Embedding,rotate=false "
+            "(ndim: dimensions of the weights that it takes; layer: class of the modules); may be given several times."
         ),
     ] = None,
     lr: LearningRateOption = None,
