@@ -19,7 +19,8 @@ OptimizerOption = Annotated[
     str | None,
     Option(
         help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), rotated_adam, or module:Class; one, or one "
-        "per stage between commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where the new one has them."
+        "per stage between commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where "
+        "the new one has them."
     ),
 ]
 LearningRateOption = Annotated[float | None, Option(help="Learning rate.")]
