@@ -66,6 +66,7 @@ CASES = {
     "clip nan": ([*TINY, "--clip", "nan"], ["clip is nan", "finite number"]),
     "unknown scope without clip": ([*TINY, "--clip-scope", "globl"], ["'globl'", "global_delayed"]),
     "scope without clip": ([*TINY, "--clip-scope", "stage"], ["clip_scope is 'stage'", "without --clip"]),
+    "refresh of another prediction": ([*TINY, "--refresh", "2"], ["refresh is 2", "without --prediction in_progress"]),
     "unknown compression": ([*TINY, "--compress", "int4"], ["compress is 'int4'", "'bf16' or 'int8'"]),
     "feedback of nothing": ([*TINY, "--error-feedback", "both"], ["'both'", "without --compress"]),
     "name that is empty": ([*TINY, "--name", ""], ["name is ''", "one folder"]),

@@ -59,12 +59,14 @@ def another(name: str) -> object:
 
 @pytest.mark.parametrize("entry", [f for f in fields(PipelineOptions) if settings_of(f)], ids=lambda f: f.name)
 def test_an_option_of_pipelines_that_a_run_has_reaches_the_pipeline(entry: Field[object]) -> None:
-    config = replace(tiny.recipe(), **{name: another(name) for name in settings_of(entry)})
+    settings = settings_of(entry)
+    needed = [known.only_with.split("=") for known in settings.values() if "=" in known.only_with]
+    config = replace(tiny.recipe(), **{name: another(name) for name in settings}, **dict(needed))
     check(config)
     assert TrainConfig.from_json(config.to_json()) == config
     setup = build_setup(config)
     pipe, _ = make_emulator(setup, setup.task.loss)
-    assert set(pipe.options.keywords()) - {"seed", "tied"} == {entry.name}
+    assert set(pipe.options.keywords()) - {"seed", "tied"} == {entry.name, *(name for name, _ in needed)}
 
 
 def edited(**changes: object) -> str:

@@ -82,11 +82,14 @@ def with_given(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """
     config = replace(config, **given)
     for name, value in given.items():
-        other = SETTINGS[name].only_with
-        if other and value != SETTINGS[name].default and getattr(config, other) == SETTINGS[other].default:
-            option = other.replace("_", "-")
+        other, _, wanted = SETTINGS[name].only_with.partition("=")
+        if not other or value == SETTINGS[name].default:
+            continue
+        has = getattr(config, other)
+        if has != wanted if wanted else has == SETTINGS[other].default:
+            option = f"--{other.replace('_', '-')} {wanted}".strip()
             raise ConfigError(
-                f"{name} is {value!r}, which means nothing without --{option}; give --{option} as well, or leave it out"
+                f"{name} is {value!r}, which means nothing without {option}; give {option} as well, or leave it out"
             )
     return config
 

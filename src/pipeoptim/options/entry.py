@@ -26,7 +26,7 @@ class Setting:
         check_value: applied to every value.
         offered: whether ``pipeoptim train`` has an option for it.
         computes: whether it changes what a run computes. What does not may differ in the two halves of a resumed run.
-        only_with: the setting that it says more about, without which it has no effect.
+        only_with: the setting that it says more about, without which it has no effect; ``name=value`` where only that value gives it one.
         type: str, int, float or bool, perhaps with ``| None``; by default the type of ``default``.
     """
 

@@ -107,6 +107,7 @@ class PipelineOptions:
                 0,
                 "With --prediction in_progress: micro-batches after which a prediction is made anew; M: once per mini-batch; 0: as 1.",
                 least=0,
+                only_with="prediction=in_progress",
             )
         },
         of_run=lambda run: run.refresh or None,
