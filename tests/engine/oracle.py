@@ -177,6 +177,7 @@ def train(
     Args:
         initial: per stage, its list of tensors.
         segments: numbers of mini-batches between two drains.
+        m: micro-batches of a mini-batch, or a list with one number per segment.
         batches: list of (x, y), one per mini-batch, in order.
         forward_uses, backward_uses: a :class:`Use` -> list of tensors.
         rate: (k, version) -> factor on the learning rate of the next update.
@@ -195,7 +196,8 @@ def train(
         stages[k].gamma = gamma
     sums = [None] * depth
     losses, fed = [], iter(batches)
-    for minibatches in segments:
+    each = m if isinstance(m, list) else [m] * len(segments)
+    for minibatches, m in zip(segments, each, strict=True):
         start = len(stages[0].weights) - 1
         for stage in stages:
             stage.gradients = []

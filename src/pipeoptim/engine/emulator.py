@@ -124,7 +124,7 @@ class Emulator(Pipeline):
                 k,
                 loss_fn,
                 scheduler=rates[k],
-                options=replace(read, scaler=scalers[k]),
+                options=replace(read, scaler=scalers[k], on_update=self._changes.noted(read.on_update)),
                 norms=None if norms is None else norms.end(k),
                 ties=[
                     TieOnStage(tie, k, exchange.end(k))

@@ -15,6 +15,7 @@ from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.options import PipelineOptions
+from pipeoptim.schedule import Program
 
 
 class LocalStages:
@@ -29,13 +30,36 @@ class LocalStages:
     """
 
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
-        self.options = options
+        self.options, self._asked_processes = options, processes
         self.method = get_method(options.method).starting_synchronously(options.synchronous_updates)
         # Before anything is made: an option that could not take effect is refused, not ignored.
         self.program = self.method.program(depth, options.microbatches, processes, options.overlap, options.slack)
         check_effects(options, self.method, self.program)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
+
+    def _program_with(self, microbatches: int) -> Program:
+        """The action program with another number of micro-batches.
+
+        Raises:
+            ConfigError: the method, or an option, does not work with it.
+        """
+        if self.trace is not None:
+            raise ConfigError(
+                "a trace numbers micro-batches by their place in mini-batches of one size; leave trace out to change M"
+            )
+        options = self.options
+        program = self.method.program(self.depth, microbatches, self._asked_processes, options.overlap, self.program.slack)
+        check_effects(options, self.method, program)
+        for runner in self._runners.values():
+            runner.worker.check_program(program)
+        return program
+
+    def _use_program(self, program: Program) -> None:
+        """Go over to ``program``; nothing is in flight."""
+        self.program, self.microbatches = program, program.microbatches
+        for runner in self._runners.values():
+            runner.worker.use_program(program)
 
     @property
     def local_stages(self) -> list[int]:

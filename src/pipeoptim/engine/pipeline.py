@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -20,13 +21,15 @@ from pipeoptim.engine.evaluation import (
     read_batch,
 )
 from pipeoptim.engine.local_stages import LocalStages
+from pipeoptim.engine.microbatch_changes import PlannedChanges
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, check_weighable, merge_kwargs
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss
 from pipeoptim.engine.splitting import count_rows
 from pipeoptim.errors import ConfigError
 from pipeoptim.options import PipelineOptions
-from pipeoptim.schedule import Action
+from pipeoptim.options.checks import count
+from pipeoptim.schedule import Action, Program
 
 
 class Pipeline(LocalStages):
@@ -45,6 +48,7 @@ class Pipeline(LocalStages):
 
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
         super().__init__(options, depth, processes)
+        self._changes = PlannedChanges()
         self._splitter = BatchSplitter(options.microbatches, options.uneven, options.loss_weight)
         self._steps = 0  # mini-batches fed since the last (re)start
         self._fed = 0  # mini-batches fed since the beginning of training
@@ -75,6 +79,8 @@ class Pipeline(LocalStages):
             ConfigError: arguments on the wrong stage, a batch that M does not divide, or a loss that is no scalar.
             StageFailure: another stage died or does not answer.
         """
+        if self._changes.planned and (m := self._changes.due(self._fed)):
+            self._change_microbatches(m)
         # Everything that can be refused is refused before anything moves, on this process at least.
         if not torch.is_grad_enabled():
             raise ConfigError(
@@ -101,6 +107,27 @@ class Pipeline(LocalStages):
         if not self._closed:
             self._note_end()
             self._drain()
+
+    def set_microbatches(self, m: int) -> None:
+        """Cut the mini-batches that follow into ``m`` micro-batches. All processes call it between the same two steps.
+
+        Drains first, so that the version gaps of the new order count from here; the batch size may change as well, and learning rates
+        stay what they are. A checkpoint does not hold M: who resumes gives the M of that moment.
+
+        May also be called from ``on_update(k, version)``, on all stages at the same version. It then takes effect before mini-batch
+        ``version + g``, counted from the beginning of training, g the largest version gap: the first that every stage begins with
+        that update made.
+
+        Raises:
+            ConfigError: the method or an option does not work with ``m``; nothing has changed then.
+            PipeOptimError: another stage was given another number, or none.
+        """
+        m = count("microbatches", m)
+        program = self._program_with(m)
+        if self._changes.version is not None:
+            self._changes.plan(m, self._changes.version, self.program)
+        elif program != self.program:
+            self._change_microbatches(m)
 
     def eval_step(
         self, *args: Any, target: Any = None, drain: bool = True, stage_kwargs: StageKwargs | None = None, **kwargs: Any
@@ -173,6 +200,21 @@ class Pipeline(LocalStages):
 
     def close(self) -> None:
         """Release what the pipeline holds outside this process: the connections of a ``Schedule``; nothing of an ``Emulator``."""
+
+    def _change_microbatches(self, m: int) -> None:
+        program = self._program_with(m)
+        with self._guard():
+            # Before the drain, in which a stage would wait for one that goes on training.
+            for runner in self._runners.values():
+                runner.pass_on_change(m)
+        self.drain()
+        self._use_program(program)
+
+    def _use_program(self, program: Program) -> None:
+        super()._use_program(program)
+        self._splitter = replace(self._splitter, m=program.microbatches)
+        for runner in self._runners.values():
+            runner.splitter = self._splitter
 
     # -- carrying actions out ----------------------------------------------------------------------------------------
 

@@ -141,7 +141,8 @@ class ProcessPipeline(Pipeline):
 
     def _make_runner(self, place: StagePlace, arguments: StageArguments, loss_fn: LossFn) -> StageRunner:
         """The stage ``place``, not connected yet."""
-        options = replace(self.options, scaler=arguments.scaler or self.options.scaler)
+        scaler, on_update = arguments.scaler or self.options.scaler, self._changes.noted(self.options.on_update)
+        options = replace(self.options, scaler=scaler, on_update=on_update)
         reduction: Reduction = NO_REPLICAS
         if self._replicas.count > 1:
             replicas = ReplicaSet(self._replicas, place.k, place.depth, options.timeout, self._settings)
@@ -267,6 +268,11 @@ class ProcessPipeline(Pipeline):
             self._runners[0].stop = replicas.agree_to_stop(self._stop_wanted) or self._runners[0].stop
         else:
             super()._note_stop()
+
+    def _change_microbatches(self, m: int) -> None:
+        for replicas in self._replica_sets.values():
+            replicas.agree_on_microbatches(m, self._fed)
+        super()._change_microbatches(m)
 
     def stage_state_dict(self, k: int) -> dict[str, Any]:
         """As :meth:`Pipeline.stage_state_dict <pipeoptim.engine.pipeline.Pipeline.stage_state_dict>`.

@@ -23,6 +23,12 @@ STOP = 1
 EVALUATION = 2
 """Flag of a message: it belongs to an evaluation, so that no stage trains on it whose process was fed more mini-batches."""
 
+CHANGE = 4
+"""Flag of an empty message: mini-batches are cut into another number of micro-batches from here on; its other bits say how many."""
+
+_NUMBER = 8  # the first of these other bits
+_PURPOSES = {0: "trains", EVALUATION: "evaluates", CHANGE: "changes its number of micro-batches"}
+
 CountedLoss = tuple[Tensor, float | None]
 """The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
 
@@ -110,11 +116,34 @@ class StageRunner:
         target.send(output, EVALUATION | (STOP if self.stop else 0), share=row_share)
         return None, row_share
 
+    def pass_on_change(self, m: int) -> None:
+        """Tell the next stage, after the previous one has told this one, that from here on mini-batches have ``m`` micro-batches.
+
+        Raises:
+            PipeOptimError: the previous stage does not, or says another number.
+        """
+        source, target = self.ports.from_previous, self.ports.to_next
+        if source is not None:
+            flags = source.receive().flags
+            self._note_flags(flags, CHANGE)
+            if flags >> _NUMBER != m:
+                raise PipeOptimError(
+                    f"stage {self.worker.k - 1} was told to cut mini-batches into {flags >> _NUMBER} micro-batches, stage {self.worker.k} "
+                    f"into {m}; call set_microbatches() with the same number in all processes"
+                )
+        if target is not None:
+            target.send(None, CHANGE | m << _NUMBER | (STOP if self.stop else 0))
+
     def _note_flags(self, flags: int, purpose: int) -> None:
         self.stop = bool(flags & STOP)
-        if flags & EVALUATION != purpose:
-            doing = ("trains", "evaluates") if purpose else ("evaluates", "trains")
+        found = flags & (EVALUATION | CHANGE)
+        if found != purpose:
+            remedy = (
+                "call set_microbatches() in all processes, at the same mini-batch"
+                if CHANGE in (found, purpose)
+                else "their processes were given different numbers of mini-batches; give all processes equally many, from loaders of "
+                "one length"
+            )
             raise PipeOptimError(
-                f"stage {self.worker.k - 1} {doing[0]} while stage {self.worker.k} {doing[1]}: their processes were given different "
-                "numbers of mini-batches; give all processes equally many, from loaders of one length"
+                f"stage {self.worker.k - 1} {_PURPOSES[found]} while stage {self.worker.k} {_PURPOSES[purpose]}: {remedy}"
             )

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeoptim.methods.predictor_context import PredictorContext
 from pipeoptim.rules.checks import check_dense
+from pipeoptim.schedule import Program
 
 
 class AveragePredictor:
@@ -54,6 +55,9 @@ class AveragePredictor:
                     # The rate is read now, not at the step: a scheduler has advanced it for the coming update.
                     torch.sub(p.detach(), direction * (group["lr"] * steps), out=out[n])
                 n += 1
+
+    def use_program(self, program: Program, stage: int) -> None:
+        """Go over to ``program``: nothing here depends on it."""
 
     def absorb(self, state: dict[str, Tensor], gradient: Tensor) -> None:
         """Update the averages of one parameter."""
@@ -120,8 +124,13 @@ class WeightDrift(AveragePredictor):
 
     def __init__(self, context: PredictorContext, decay: float) -> None:
         super().__init__(context)
-        self.gamma = decay ** (1 / max(1, context.program.steady_gap(context.stage)))
+        self.decay = decay
+        self.use_program(context.program, context.stage)
         self._before: Sequence[Tensor] | None = None
+
+    def use_program(self, program: Program, stage: int) -> None:
+        """Forget at the pace of the delay of ``stage`` in ``program``."""
+        self.gamma = self.decay ** (1 / max(1, program.steady_gap(stage)))
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None:
         assert spare is not None

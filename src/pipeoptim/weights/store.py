@@ -76,6 +76,13 @@ class WeightKey(NamedTuple):
     seen: int = 0
 
 
+@runtime_checkable
+class FollowsProgram(Protocol):
+    """A predictor of a method's own, which depends on the program and can go over to another one."""
+
+    def use_program(self, program: Program, stage: int) -> None: ...
+
+
 class WeightSet:
     """One set of weights in use: the latest in place (``copy`` is None) or a copy.
 

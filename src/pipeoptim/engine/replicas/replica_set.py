@@ -100,6 +100,7 @@ class ReplicaSet:
         # One per stage: the replicas of different stages are different processes.
         self.rendezvous = Rendezvous("replicas", replicas.ranks, timeout, f"replica {{}} of stage {k}")
         self._votes: deque[tuple[Any, Tensor]] = deque()
+        self._changes = 0  # of the number of micro-batches, each of which all agree on
         self._heartbeat: Heartbeat | None = None
         place = f"stage {k} of {depth}"
         for rank, text in zip(replicas.ranks, self.rendezvous.exchange_settings(f"{place}\n{settings.write()}"), strict=True):
@@ -160,6 +161,24 @@ class ReplicaSet:
         except RuntimeError as error:
             raise failure(error) from error
         return bool(vote.item())
+
+    def agree_on_microbatches(self, m: int, fed: int) -> None:
+        """Before mini-batch ``fed``, M becomes ``m`` on all replicas.
+
+        Raises:
+            ConfigError: another one was given another number, or at another mini-batch.
+        """
+        self._changes += 1
+        own = f"{m} micro-batches before mini-batch {fed}"
+        for rank, theirs in zip(
+            self.replicas.ranks,
+            self.rendezvous.all_gather(f"microbatches/{self._changes}", own, "in set_microbatches()"),
+            strict=True,
+        ):
+            if theirs != own:
+                raise ConfigError(
+                    f"set_microbatches() was called for {own} here, for {theirs} in the replica on rank {rank}; give all the same"
+                )
 
     def interrupt(self) -> None:
         """End a wait of this process for its replicas, from another thread, and all later ones."""

@@ -150,6 +150,14 @@ class Clipper:
         self._sent: deque[int] = deque()  # versions whose global norm was not received yet
         self._global_norms: dict[int, float] = {}  # version -> its global norm
 
+    def use_program(self, program: Program) -> None:
+        """Go over to ``program``, in which the global norm may be older or newer; only with nothing in flight."""
+        if self._sent:
+            self._receive_up_to(self._sent[-1])
+        # Where the norm is older now, the first updates go by their own.
+        self.delay = self.rule.delay(program)
+        self._keep_norms(self._global_norms)
+
     def send_norm(self, version: int) -> None:
         """Measure the gradients of the update after ``version``, which are complete, and send their norm to the other stages."""
         grads = [p.grad for p in self._counted if p.grad is not None]
@@ -225,8 +233,13 @@ class Clipper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
         self._sent.clear()
-        self._global_norms = dict(zip(state["versions"], state["norms"], strict=True))
+        self._keep_norms(dict(zip(state["versions"], state["norms"], strict=True)))
         self.used = state.get("used")  # what the next predictions expect of the clipping; earlier versions did not write it
+
+    def _keep_norms(self, norms: dict[int, float]) -> None:
+        """Of those of the newest versions, what coming updates will ask for."""
+        newest = max(norms, default=-1)
+        self._global_norms = {version: norm for version, norm in norms.items() if version > newest - self.delay}
 
 
 def total(norms: Sequence[float]) -> float:

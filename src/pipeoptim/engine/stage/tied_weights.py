@@ -143,14 +143,22 @@ class TiedWeight:
         optimized: what the optimizer moves: the parameter, or its master.
         exchange: with the other holders.
         delay: d.
-        counted: whether this is the stage that counts it in a norm over all stages; one holder does.
+        holders: the stages that have a copy; the first counts it in a norm over all stages.
+        counted: whether that is this one.
     """
 
     def __init__(
-        self, name: str, parameter: Tensor, optimized: Tensor, exchange: GradientExchange, delay: int, counted: bool
+        self,
+        name: str,
+        parameter: Tensor,
+        optimized: Tensor,
+        exchange: GradientExchange,
+        delay: int,
+        holders: tuple[int, ...],
+        counted: bool,
     ) -> None:
         self.name, self.parameter, self.optimized = name, parameter, optimized
-        self.exchange, self.delay, self.counted = exchange, delay, counted
+        self.exchange, self.delay, self.holders, self.counted = exchange, delay, holders, counted
         self._sent: deque[int] = deque()  # versions whose sum was not received yet
         self._sums: dict[int, Tensor] = {}  # version -> its sum
 
@@ -158,6 +166,15 @@ class TiedWeight:
     def values(self) -> list[Tensor]:
         """What must start equal on all holders."""
         return [self.optimized] if self.optimized is self.parameter else [self.optimized, self.parameter]
+
+    def check_program(self, program: Program) -> None:
+        """Raises ConfigError where gradients would travel for another number of updates: those on their way were sent for this one."""
+        delay = common_delay(program, self.holders)
+        if delay != self.delay:
+            raise ConfigError(
+                f"the gradients of the tied weight {self.name!r} are {self.delay} updates old, and would be {delay} with "
+                f"{program.microbatches} micro-batches; keep their number, untie the weights, or make a new pipeline"
+            )
 
     def send_gradient(self, version: int) -> None:
         """Send this stage's own gradient of the update after ``version``; zeros if it has none."""
@@ -235,8 +252,9 @@ class TieOnStage:
         found = next((h for h, p in zip(optimized, params, strict=True) if p is parameter), None)
         if found is None:
             return None
-        delay, counted = common_delay(program, self.tie.holders), self.k == self.tie.holders[0]
-        return TiedWeight(name, parameter, found, self.exchange, delay, counted)
+        holders = self.tie.holders
+        delay, counted = common_delay(program, holders), self.k == holders[0]
+        return TiedWeight(name, parameter, found, self.exchange, delay, holders, counted)
 
 
 def _named_parameter(module: nn.Module, name: str) -> Tensor | None:

@@ -65,7 +65,7 @@ from pipeoptim.options import DEFAULTS, PipelineOptions
 from pipeoptim.rules.combined import members
 from pipeoptim.schedule import Program
 from pipeoptim.weights import Latest, SavedWeights, StageWeights, UpdateProgress, WeightSet
-from pipeoptim.weights.store import WeightPredictor
+from pipeoptim.weights.store import FollowsProgram, WeightPredictor
 
 LossFn = Callable[..., Tensor]
 _IDLE = UpdateState.IDLE
@@ -405,6 +405,48 @@ class StageWorker:
     def tied_weight(self, tie: Tied) -> TiedWeight | None:
         """This stage's copy of a tied weight; None where nothing trains it."""
         return next((weight for weight in self.tied if weight.name == tie.name_on(self.k)), None)
+
+    def use_program(self, program: Program) -> None:
+        """Follow ``program`` from here on, which differs in its micro-batches or slack. Only with nothing in flight."""
+        self._only_at_rest("given another program")
+        m = program.microbatches
+        self.program = self.weights.program = self.update.program = self._weight_writes.program = program
+        self.losses.microbatches = m
+        self.compressor.use_positions(m)
+        if self.scaling is not None:
+            self.scaling.microbatches = m
+        if self.clipper is not None:
+            self.clipper.use_program(program)
+        if self._cut_off_check is not None:
+            self._cut_off_check.microbatches = m
+        predictor = self._inner_predictor
+        if isinstance(predictor, FollowsProgram):
+            predictor.use_program(program, self.k)
+
+    def check_program(self, program: Program) -> None:
+        """Whether :meth:`use_program` can be given ``program``.
+
+        Raises:
+            ConfigError: something here depends on the present one, and cannot follow.
+        """
+        k, method = self.k, self.method
+        if self.optimizer is not None and method.predicts_on(program, k) != (self.predictor is not None):
+            raise ConfigError(
+                f"method {method.name!r} predicts weights of stage {k} with {max(program.microbatches, self.program.microbatches)} "
+                "micro-batches and not with fewer, so that their number cannot be changed; make a new pipeline"
+            )
+        predictor = self._inner_predictor
+        if method.predictor is not None and predictor is not None and not isinstance(predictor, FollowsProgram):
+            raise ConfigError(
+                f"the predictor of method {method.name!r} was made for {self.program.microbatches} micro-batches; give it a method "
+                "use_program(program, stage), or make a new pipeline"
+            )
+        for weight in self.tied:
+            weight.check_program(program)
+
+    @property
+    def _inner_predictor(self) -> WeightPredictor | None:
+        return self.predictor.inner if isinstance(self.predictor, MasterWeightPredictor) else self.predictor
 
     def restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""

@@ -220,6 +220,12 @@ class Compressor:
         self.activations = CompressedDirection(chosen.activations, chosen.feeds("activations"), microbatches)
         self.gradients = CompressedDirection(chosen.gradients, chosen.feeds("gradients"), microbatches)
 
+    def use_positions(self, microbatches: int) -> None:
+        """M changes; what was lost at positions that there are no more is forgotten."""
+        for direction in (self.activations, self.gradients):
+            direction.positions = microbatches
+            direction.lost = {key: lost for key, lost in direction.lost.items() if key[0] < microbatches}
+
     def pack_activations(self, i: int, tree: Any) -> Any:
         """What goes to the next stage instead of the output of micro-batch ``i``."""
         return self.activations.pack(i, tree)
