@@ -44,6 +44,29 @@ class Component:
         return replace(self, options={**self.options, **options})
 
 
+def read_ramp(text: str, name: str = "the schedule") -> dict[int, int]:
+    """``"0:1,2000:8"``: from which mini-batch on which number holds; ``{}`` for ``""``.
+
+    Raises:
+        ConfigError: another form, or mini-batches that do not rise.
+
+    Example:
+        >>> read_ramp("0:1,2000:8")
+        {0: 1, 2000: 8}
+    """
+    try:
+        pairs = [tuple(map(int, part.split(":"))) for part in text.split(",")] if text else []
+        found = {pair[0]: pair[1] for pair in pairs}
+    except (AttributeError, ValueError, IndexError):
+        pairs, found = [(1,)], {}
+    known = all(len(pair) == 2 and pair[0] >= 0 and pair[1] >= 1 for pair in pairs)
+    if not known or [pair[0] for pair in pairs] != sorted(found):
+        raise ConfigError(
+            f"{name} is {text!r}, must be mini-batches and numbers, MINI_BATCH:NUMBER, the mini-batches rising from 0 on: 0:1,2000:8"
+        )
+    return found
+
+
 def own_setting(default: Any, help: str, **known: Any) -> Any:
     """A setting of a run that is no option of pipelines; ``known``: see :class:`~pipeoptim.options.Setting`."""
     return setting(Setting(default, help, **known))
@@ -80,6 +103,17 @@ class TrainConfig(RunOptions):
         32,
         "Samples per mini-batch, that is, per update, of all replicas together: a multiple of micro-batches x replicas.",
         least=1,
+    )
+    microbatches_schedule: str = own_setting(
+        "",
+        "Micro-batches that change in mid-run, as 0:1,2000:8: 1 up to mini-batch 1999, 8 from there on. The pipeline drains there, and "
+        "version gaps follow; learning rates do not.",
+        check_value=lambda name, value: read_ramp(value, name),
+    )
+    batch_size_schedule: str = own_setting(
+        "",
+        "Batch sizes that change in mid-run, as 0:32,1000:64; validations keep --batch-size.",
+        check_value=lambda name, value: read_ramp(value, name),
     )
     chunks: int = own_setting(
         1,

@@ -10,7 +10,7 @@ from functools import lru_cache
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, copies, gap, get_method
 from pipeoptim.methods.registry import EXPLANATIONS, FACTORIES
-from pipeoptim.schedule import ORDERS, Program, timeline
+from pipeoptim.schedule import ORDERS, Program, Slack, timeline
 from pipeoptim.weights import Source
 
 
@@ -34,7 +34,7 @@ class Facts:
     bubble: float
 
 
-def facts(name: str, depth: int, microbatches: int) -> Facts:
+def facts(name: str, depth: int, microbatches: int, slack: Slack = 0.0) -> Facts:
     """The facts of method ``name``.
 
     Raises:
@@ -45,12 +45,12 @@ def facts(name: str, depth: int, microbatches: int) -> Facts:
         ((4, 3, 2, 1), (2, 2, 2, 1))
     """
     method = get_method(name)
-    program = method.program(depth, microbatches)
-    first = depth * microbatches
+    program = method.program(depth, microbatches, slack=slack)
+    first = program.warm_up * microbatches
     stages = range(depth)
     return Facts(
-        gaps=tuple(gap(method, depth, microbatches, k) for k in stages),
-        copies=tuple(copies(method, depth, microbatches, k) for k in stages),
+        gaps=tuple(gap(method, depth, microbatches, k, program=program) for k in stages),
+        copies=tuple(copies(method, depth, microbatches, k, program=program) for k in stages),
         ahead_forward=tuple(method.forward.steps_ahead(program, k, first) for k in stages),
         ahead_backward=tuple(method.backward.steps_ahead(program, k, first) for k in stages),
         in_flight=tuple(program.in_flight(k) for k in stages),
@@ -65,7 +65,7 @@ def steady_bubble(program: Program) -> float:
     >>> steady_bubble(Program("async_1f1b", 4)), round(steady_bubble(Program("gpipe", 4, 4)), 3)
     (0.0, 0.429)
     """
-    n = 2 * -(-program.depth // program.microbatches) + 4  # the pipeline is full after 2 D micro-batches
+    n = 2 * -(-program.warm_up // program.microbatches) + 4  # the pipeline is full after 2 D micro-batches
     spans = timeline(program, n)
     end = {mini: max(s.end for s in spans if s.action.number == mini and s.action.kind == "U") for mini in (n - 4, n - 2)}
     window = end[n - 2] - end[n - 4]
@@ -75,13 +75,13 @@ def steady_bubble(program: Program) -> float:
 
 def minibatches(program: Program) -> int:
     """How many mini-batches a drawing needs to show filling, steady state and draining."""
-    return 2 if program.flushes else max(2, -(-(program.depth + 2) // program.microbatches))
+    return 2 if program.flushes else max(2, -(-(program.warm_up + 2) // program.microbatches))
 
 
-def refusal(name: str, depth: int, microbatches: int) -> str | None:
+def refusal(name: str, depth: int, microbatches: int, slack: Slack = 0.0) -> str | None:
     """Why the method is not defined for this setting; None if it is."""
     try:
-        get_method(name).program(depth, microbatches)
+        get_method(name).program(depth, microbatches, slack=slack)
     except ConfigError as error:
         return str(error)
     return None

@@ -15,6 +15,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.files import read_object, reading
 from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.telemetry.metrics import Row, read_rows
+from pipeoptim.train.checks import program
 
 #: A run whose final loss is above this many times that of its first step has diverged, although its loss is finite.
 LOST = 2.0
@@ -112,7 +113,7 @@ def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcom
     stages = result.get("stages", [])
     if status == "finished" and (lost := _lost(rows, train, last, config.steps)):
         status, reason = "diverged", lost
-    method, refresh = get_method(config.method), refresh_every(config.prediction, config.refresh or None)
+    method, made, refresh = get_method(config.method), program(config), refresh_every(config.prediction, config.refresh or None)
     return Outcome(
         method=config.method,
         seed=config.seed,
@@ -126,7 +127,9 @@ def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcom
         seconds_per_step=config.batch_size / rate if rate else None,
         samples_per_second=rate,
         weight_bytes=max((stage["weight_bytes"] for stage in stages), default=None),
-        weight_copies=max(copies(method, config.stages, config.microbatches, k, refresh=refresh) for k in range(config.stages)),
+        weight_copies=max(
+            copies(method, config.stages, config.microbatches, k, program=made, refresh=refresh) for k in range(config.stages)
+        ),
         versions=result.get("versions", {}),
         data=result.get("data", ""),
     )

@@ -12,6 +12,7 @@ from pipeoptim.compare.outcome import Outcome
 from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.compare.statistics import Spread, default_target, share_of_gap, steps_to
 from pipeoptim.methods import get_method
+from pipeoptim.train.change_method import with_method
 
 #: What the gap is measured between: the first of each that takes part.
 SYNCHRONOUS, UNCORRECTED = ("1f1b", "gpipe"), ("naive", "pipedream")
@@ -83,6 +84,7 @@ class Comparison:
             "recipe": config.recipe,
             "stages": config.stages,
             "microbatches": config.microbatches,
+            "slack": with_method(config, o.method).slack,
             "batch_size": config.batch_size,
             "steps": o.steps,
             "prediction": config.prediction if get_method(o.method).predicts else None,

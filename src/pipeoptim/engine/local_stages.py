@@ -38,6 +38,11 @@ class LocalStages:
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
 
+    def check_microbatches(self, m: int) -> None:
+        """Raises ConfigError where M could not be changed to ``m``, now or in the middle of a run."""
+        if m != self.microbatches:
+            self._program_with(m)
+
     def _program_with(self, microbatches: int) -> Program:
         """The action program with another number of micro-batches.
 

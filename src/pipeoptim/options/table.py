@@ -54,6 +54,7 @@ EQUAL = "Equal in all processes."
 PREDICTS = Need(lambda method: method.predicts, "predicts no weights")
 IS_ASYNCHRONOUS = Need(lambda method: not ORDERS[method.order].flushes, "is synchronous from beginning to end")
 PREDICTS_FORWARDS = Need(lambda method: method.forward.predicts, "predicts no weights of a forward")
+NEVER_FLUSHES = Need(lambda method: not ORDERS[method.order].flushes, "flushes the pipeline after each mini-batch")
 
 
 def option(default: Any, help: str, check: Check, **known: Any) -> Any:
@@ -253,6 +254,7 @@ class PipelineOptions:
             )
         },
         of_run=lambda run: run.slack,
+        needs=NEVER_FLUSHES,
     )
     compress: Compression | None = option(
         None,

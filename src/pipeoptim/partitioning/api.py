@@ -23,6 +23,7 @@ from pipeoptim.partitioning.parameter_places import find_parameter_places, witho
 from pipeoptim.partitioning.result import Partition
 from pipeoptim.partitioning.shared_measurement import measured_by_first
 from pipeoptim.partitioning.shared_weights import BlockWeights, shared_weights
+from pipeoptim.schedule import Slack, read_slack
 
 HOW = ("auto", "blocks", "layers", "trace")
 
@@ -57,6 +58,7 @@ def partition(
     group: ProcessGroup | None = None,
     method: str | Method = "pipeoptim",
     microbatches: int = 1,
+    slack: Slack | str | Sequence[float] = 0.0,
 ) -> Partition:
     """Cut ``model`` into ``num_stages`` contiguous stages so that the slowest one is as fast as possible.
 
@@ -90,6 +92,7 @@ def partition(
             not needed when ``costs`` are given or all cuts are pinned.
         method: what will train, for the memory.
         microbatches: M of a mini-batch.
+        slack: more micro-batches in flight, as for :class:`~pipeoptim.Schedule`; they cost activations.
 
     Raises:
         StageFailure: the first process of ``group`` could not measure.
@@ -117,7 +120,9 @@ def partition(
     if len(costs) != blocks:
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
     allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
-    request = CutRequest(num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed)
+    request = CutRequest(
+        num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed, read_slack(slack)
+    )
     plan = choose_cut(list(costs), request, shared_weights(splitter.weights()))
     shared = splitter.stages(plan.ranges)
     whole = model if isinstance(model, nn.Module) else nn.ModuleList(model)

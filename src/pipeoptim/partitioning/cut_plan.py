@@ -12,7 +12,7 @@ from pipeoptim.methods import Method, copies
 from pipeoptim.partitioning.balance import best_cut, best_replicated_cut, shared
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.shared_weights import SharedWeight
-from pipeoptim.schedule import common_delay
+from pipeoptim.schedule import Slack, common_delay
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,7 @@ class CutRequest:
     bandwidth: float | None
     pins: set[int]
     allowed: set[int]
+    slack: Slack = 0.0
 
 
 @dataclass(frozen=True)
@@ -98,8 +99,8 @@ class _StageCosts:
         self.shared_by = shared_by
         self.costs, self.m, self.bandwidth = costs, request.microbatches, request.bandwidth
         self.speeds = request.speeds or [1.0] * depth
-        program = request.method.program(depth, self.m)
-        self.copies = [copies(request.method, depth, self.m, k) for k in range(depth)]
+        program = request.method.program(depth, self.m, slack=request.slack)
+        self.copies = [copies(request.method, depth, self.m, k, program=program) for k in range(depth)]
         self.in_flight = [program.in_flight(k) for k in range(depth)]
         self._delay = common_delay(program, (0, depth - 1)) if shared_by else 0  # of gradients of shared weights, at most
         self._time = [0.0, *accumulate(c.seconds for c in costs)]

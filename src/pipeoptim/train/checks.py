@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 from pipeoptim.config import SETTINGS, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.options import PipelineOptions, options_of_run
+from pipeoptim.train.ramps import parts_of
 
 if TYPE_CHECKING:
     from pipeoptim.schedule import Program
@@ -29,7 +30,12 @@ def check_settings(config: TrainConfig) -> None:
     if not config.steps and not config.epochs:
         raise ConfigError("steps is 0, must be an integer of at least 1, or 0 where epochs says how long to train")
     _check_layout(config)
-    _check_microbatches(config)
+    for part in parts_of(config):
+        _check_microbatches(part)
+    if config.batch_size_schedule and not config.steps:
+        raise ConfigError("epochs cannot be counted where batch_size_schedule changes the size of mini-batches; set steps")
+    if config.trace and len({part.microbatches for part in parts_of(config)}) > 1:
+        raise ConfigError("a trace numbers micro-batches by their place in mini-batches of one size; leave trace out")
     _check_lr(config)
     if config.tensorboard:
         from pipeoptim.telemetry.tensorboard import check_installed
@@ -42,9 +48,10 @@ def check_method(config: TrainConfig) -> None:
     from pipeoptim.engine.effects import check_effects
     from pipeoptim.methods import get_method
 
-    made = program(config)
-    options = PipelineOptions(config.method, config.microbatches, **options_of_run(config))
-    check_effects(options, get_method(config.method), made)
+    for part in parts_of(config):
+        made = program(part)
+        options = PipelineOptions(part.method, part.microbatches, **options_of_run(part))
+        check_effects(options, get_method(part.method), made)
 
 
 def _check_layout(config: TrainConfig) -> None:

@@ -23,7 +23,7 @@ LossFn = Callable[[Any, Any], Tensor]
 def _options(setup: RunSetup) -> dict[str, Any]:
     """The options that both engines share."""
     config = setup.config
-    given = {"method": config.method, "microbatches": config.microbatches, "seed": config.seed, "tied": setup.tied}
+    given = {"method": config.method, "microbatches": setup.sizes.at(0).microbatches, "seed": config.seed, "tied": setup.tied}
     return given | options_of_run(config)
 
 

@@ -7,7 +7,7 @@ from the step number and from the stop flag that travels with the activations.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -18,6 +18,7 @@ from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.telemetry import prediction
 from pipeoptim.train.evaluate import ObservedLoss, evaluate
 from pipeoptim.train.measurements import StageMeasurements
+from pipeoptim.train.ramps import Sizes
 from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopOnInterrupt
@@ -90,7 +91,9 @@ class Loop:
         return done
 
     def _step(self, step: int) -> None:
-        pipe, batch_size = self.pipe, self.setup.config.batch_size
+        pipe, sizes = self.pipe, self.setup.sizes.at(step)
+        if sizes.microbatches != pipe.microbatches:
+            pipe.set_microbatches(sizes.microbatches)
         first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
         # Stage 0 alone asks: the request travels with its activations, so every stage stops at the same step.
         if first and self.stop.wanted:
@@ -99,15 +102,17 @@ class Loop:
         lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
         began = time.perf_counter()
         with self._traced_block("data"):
-            x, y = (
-                map(self.setup.replica_rows, self.setup.task.train_batch(step, batch_size)) if first or last else (None, None)
-            )
+            x, y = self._batch(sizes, step) if first or last else (None, None)
         value = pipe.step(*((x,) if first else ()), target=y if last else None)
         if value is None:
             return
         value = self.mean_loss(value)
         if self.recorder:
-            self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began)
+            self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began, sizes.batch_size)
+
+    def _batch(self, sizes: Sizes, step: int) -> Iterable[Tensor]:
+        batch = self.setup.task.train_batch(sizes.batch(step), sizes.batch_size)
+        return (self.setup.replica_rows(part, sizes.microbatches) for part in batch)
 
     def _validate(self, step: int) -> None:
         # Where a checkpoint is due the pipeline is drained already; elsewhere draining would change what is trained.

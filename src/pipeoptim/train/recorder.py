@@ -24,19 +24,17 @@ class DivergedError(PipeOptimError):
 class Recorder:
     """Writes the rows of a session and remembers what its result needs."""
 
-    def __init__(
-        self, file: MetricsFile, view: ProgressView, batch_size: int, tensorboard_log: TensorBoardLog | None = None
-    ) -> None:
-        self._file, self._view, self._batch_size, self._tensorboard_log = file, view, batch_size, tensorboard_log
+    def __init__(self, file: MetricsFile, view: ProgressView, tensorboard_log: TensorBoardLog | None = None) -> None:
+        self._file, self._view, self._tensorboard_log = file, view, tensorboard_log
         self._changes = Changes()
         self._losses: deque[float] = deque(maxlen=WINDOW)
-        self._times: deque[float] = deque(maxlen=WINDOW)
-        self._steps, self._seconds = 0, 0.0
+        self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # samples and seconds of each
+        self._samples, self._seconds = 0, 0.0
         self.val_loss: float | None = None
         self.val_metrics: dict[str, float] = {}
 
-    def step(self, step: int, loss: float, lr: float, seconds: float) -> None:
-        """Mini-batch ``step`` (from 1) took ``seconds``.
+    def step(self, step: int, loss: float, lr: float, seconds: float, samples: int) -> None:
+        """Mini-batch ``step`` (from 1), of so many ``samples``, took ``seconds``.
 
         Raises:
             DivergedError: the loss is NaN or infinite.
@@ -44,9 +42,9 @@ class Recorder:
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step} with lr {lr:g}; lower --lr, or choose another method")
         self._losses.append(loss)
-        self._times.append(seconds)
-        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
-        rate = self._batch_size * len(self._times) / max(1e-9, sum(self._times))
+        self._times.append((samples, seconds))
+        self._samples, self._seconds = self._samples + samples, self._seconds + seconds
+        rate = sum(n for n, _ in self._times) / max(1e-9, sum(t for _, t in self._times))
         self._file.write(step=step, loss=loss, lr=lr, samples_per_second=round(rate, 2))
         self._view.step(step, loss, rate)
         self._log_scalars(step, {"train/loss": loss, "train/lr": lr, "train/samples_per_second": rate})
@@ -99,4 +97,4 @@ class Recorder:
     @property
     def samples_per_second(self) -> float | None:
         """Over the whole session, validations and checkpoints not counted."""
-        return self._batch_size * self._steps / max(1e-9, self._seconds) if self._steps else None
+        return self._samples / max(1e-9, self._seconds) if self._samples else None

@@ -49,6 +49,8 @@ def run_session(
     if start.checkpoint is not None:
         for k in pipe.local_stages:
             pipe.load_stage_state_dict(k, load_stage(start.checkpoint, k))
+    for sizes in setup.sizes.parts:
+        pipe.check_microbatches(sizes.microbatches)  # now, and not in the middle of the run
     began = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -60,7 +62,7 @@ def run_session(
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
             tensorboard_log = stack.enter_context(TensorBoardLog(run.tensorboard, start.step)) if config.tensorboard else None
-            recorder = Recorder(file, view, config.batch_size, tensorboard_log)
+            recorder = Recorder(file, view, tensorboard_log)
 
         def check(step: int) -> None:
             sick = next(filter(None, group.gather(sick_weight(pipe))), None)

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -27,6 +28,7 @@ from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.checks import program
 from pipeoptim.train.cut import cut
 from pipeoptim.train.parameter_groups import check_all_used
+from pipeoptim.train.ramps import SizePlan, parts_of
 from pipeoptim.train.recomputed import checkpoint_blocks
 from pipeoptim.train.targets import build
 
@@ -54,14 +56,20 @@ class RunSetup:
     tied: Sequence[Tied] = ()
     replica: int = 0
 
+    @cached_property
+    def sizes(self) -> SizePlan:
+        """How large each mini-batch is, and how many micro-batches it has."""
+        return SizePlan(self.config)
+
     def local_to(self, replica: int, stages: Sequence[int]) -> RunSetup:
         """The setup of some stages of a replica, without the weights of the others."""
         mine = [stage if k in stages else nn.Identity() for k, stage in enumerate(self.stages)]
         return replace(self, stages=mine, replica=replica)
 
-    def replica_rows(self, batch: Tensor) -> Tensor:
-        """This replica's part of a mini-batch: of each micro-batch, so that together the replicas train on the same ones as one."""
-        replicas, m = self.config.replicas, self.config.microbatches
+    def replica_rows(self, batch: Tensor, m: int) -> Tensor:
+        """This replica's part of a mini-batch: of each of its ``m`` micro-batches, so that together the replicas train on the same ones
+        as one."""
+        replicas = self.config.replicas
         if replicas == 1:
             return batch
         slices = batch.chunk(m) if len(batch) % (replicas * m) == 0 else (batch,)
@@ -87,7 +95,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
     read_tied(
         tied,
         (),
-        program(config),
+        program(parts_of(config)[0]),
         get_method(config.method),
         options_of_run(config)["clip"],
         scaled=False,  # copies of a weight that several stages use would diverge under some settings
@@ -166,8 +174,9 @@ def probe_setup(setup: RunSetup) -> None:
         ConfigError: model and data do not fit, the loss is not a scalar or has no gradient, or an optimizer or schedule
             refuses its options.
     """
-    x, y = setup.task.train_batch(0, setup.config.batch_size)
-    size = max(1, len(x) // (setup.config.microbatches * setup.config.replicas))
+    sizes = setup.sizes.at(0)
+    x, y = setup.task.train_batch(0, sizes.batch_size)
+    size = max(1, len(x) // (sizes.microbatches * setup.config.replicas))
     check_all_used(setup.stages, setup.config.optimizer.options.get("groups", ()))
     for k, stage in enumerate(setup.stages):
         setup.scheduler(setup.optimizer(stage, k))

@@ -13,6 +13,8 @@ from pipeoptim.errors import ConfigError, counted
 if TYPE_CHECKING:
     from rich.console import Console
 
+    from pipeoptim.schedule import Program
+
 #: Columns of the table whose words may stand below one another.
 MAY_WRAP = ("F uses", "B uses")
 
@@ -26,10 +28,12 @@ WIDEST = 200
 @takes_settings(
     "stages",
     "microbatches",
+    "slack",
     after="name",
-    defaults=("stages", "microbatches"),
+    defaults=("stages", "microbatches", "slack"),
     stages="Depth D.",
     microbatches="Micro-batches M per mini-batch.",
+    slack="More micro-batches in flight: x, or 0,x,0 with one x for each boundary between stages.",
 )
 def methods(
     name: Annotated[str | None, Argument(help="Show one method in detail.")] = None,
@@ -46,6 +50,8 @@ def methods(
           All of them at depth 4.
       pipeoptim methods --stages 8 --microbatches 8
           The same at depth 8 with 8 micro-batches per update.
+      pipeoptim methods pipeoptim --slack 1
+          One with more micro-batches in flight, so that late messages hold nobody up: what it costs, and its drawing.
       pipeoptim methods pipeoptim
           How it works, where it comes from, and its schedule.
       pipeoptim methods 1f1b --microbatches 4 --svg 1f1b.svg
@@ -56,21 +62,23 @@ def methods(
     from pipeoptim.telemetry.console import table_console
 
     wanted = given(settings)
-    stages, microbatches = wanted["stages"], wanted["microbatches"]
-    Program("async_1f1b", stages, microbatches)  # refuses impossible numbers
-    _check_size(stages, microbatches, 4 if name is not None else len(METHODS))
+    program = Program(
+        "async_1f1b", wanted["stages"], wanted["microbatches"], slack=wanted["slack"]
+    )  # refuses impossible numbers
+    _check_size(program, 4 if name is not None else len(METHODS))
     console = table_console(WIDEST)
     if name is not None:
-        _one(console, name, stages, microbatches, svg)
+        _one(console, name, program, svg)
     elif svg is not None:
         raise ConfigError("--svg draws one method; name it, for example: pipeoptim methods pipeoptim --svg schedule.svg")
     else:
-        _all(console, stages, microbatches)
+        _all(console, program)
 
 
-def _check_size(stages: int, microbatches: int, methods: int) -> None:
+def _check_size(program: Program, methods: int) -> None:
     """Everything that is shown is counted action by action, which must not take minutes."""
-    actions = 2 * stages * (2 * stages + 2) * microbatches * methods
+    stages, microbatches = program.depth, program.microbatches
+    actions = 2 * stages * (2 * program.warm_up + 2) * microbatches * methods
     if actions > MOST_ACTIONS:
         raise ConfigError(
             f"{counted(stages, 'stage')} with {counted(microbatches, 'micro-batch')} would take minutes to count ({actions:,} actions, at "
@@ -78,32 +86,34 @@ def _check_size(stages: int, microbatches: int, methods: int) -> None:
         )
 
 
-def _all(console: Console, stages: int, microbatches: int) -> None:
+def _all(console: Console, setting: Program) -> None:
     from rich.table import Table
 
     from pipeoptim.compare.facts import refusal
     from pipeoptim.methods import METHODS
     from pipeoptim.methods.registry import FACTORIES
+    from pipeoptim.schedule import describe_slack
 
-    headings, rows = _rows(stages, microbatches, console.width)
+    headings, rows = _rows(setting, console.width)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         figures = heading in ("copies", "gap", "bubble")
         table.add_column(heading, justify="right" if figures else "left", no_wrap=heading not in MAY_WRAP)
     for row in rows:
         table.add_row(*row)
-    console.print(f"depth {stages}, {counted(microbatches, 'micro-batch')} per update")
+    slack = f", slack {describe_slack(setting.slack)}" if setting.slack else ""
+    console.print(f"depth {setting.depth}, {counted(setting.microbatches, 'micro-batch')} per update{slack}")
     console.print(table)
     console.print(
         "copies: of the weights, the most of any stage. gap: updates from the weights of F to B, by stage. bubble: idle in steady state."
     )
     for name in METHODS:
-        if reason := refusal(name, stages, microbatches):
+        if reason := refusal(name, setting.depth, setting.microbatches, setting.slack):
             console.print(f"{name} is not defined here: {reason}", soft_wrap=True)
     console.print(f"pipeoptim methods NAME explains one. With options: {', '.join(FACTORIES)}.")
 
 
-def _rows(stages: int, microbatches: int, width: int) -> tuple[list[str], list[list[str]]]:
+def _rows(setting: Program, width: int) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of all methods; where they do not fit, without the order, then with the ends of the gaps alone."""
     from pipeoptim.compare.facts import facts, refusal, weights_in_words
     from pipeoptim.methods import METHODS
@@ -112,10 +122,10 @@ def _rows(stages: int, microbatches: int, width: int) -> tuple[list[str], list[l
     rows = []
     for name, method in METHODS.items():
         words = [name, method.order, weights_in_words(method.forward), weights_in_words(method.backward)]
-        if refusal(name, stages, microbatches) is not None:
+        if refusal(name, setting.depth, setting.microbatches, setting.slack) is not None:
             rows.append([*words, *("-" * 3)])
             continue
-        found = facts(name, stages, microbatches)
+        found = facts(name, setting.depth, setting.microbatches, setting.slack)
         rows.append([*words, str(max(found.copies)), " ".join(map(str, found.gaps)), f"{found.bubble:.0%}"])
 
     def too_wide() -> bool:
@@ -139,7 +149,7 @@ def _unbroken(cell: str, heading: str) -> list[str]:
     return cell.split() if heading in MAY_WRAP and cell != heading else [cell]
 
 
-def _one(console: Console, name: str, stages: int, microbatches: int, svg: Path | None) -> None:
+def _one(console: Console, name: str, setting: Program, svg: Path | None) -> None:
     from rich.table import Table
 
     from pipeoptim.compare.facts import explanation, facts, minibatches, options, order_name, weights_in_words
@@ -147,8 +157,8 @@ def _one(console: Console, name: str, stages: int, microbatches: int, svg: Path 
     from pipeoptim.schedule import to_svg, to_text
 
     method = get_method(name)
-    program = method.program(stages, microbatches)
-    found = facts(name, stages, microbatches)
+    program = method.program(setting.depth, setting.microbatches, slack=setting.slack)
+    found = facts(name, setting.depth, setting.microbatches, setting.slack)
     count = minibatches(program)
     if svg is not None:
         _write(svg, to_svg(program, count, title=f"{name}: {order_name(method.order)}"))
@@ -173,7 +183,7 @@ def _one(console: Console, name: str, stages: int, microbatches: int, svg: Path 
     for heading in ("stage", "gap", "copies of weights", "F predicts ahead", "B predicts ahead", "in flight"):
         table.add_column(heading, justify="right")
     columns = (found.gaps, found.copies, found.ahead_forward, found.ahead_backward, found.in_flight)
-    for k in range(stages):
+    for k in range(setting.depth):
         table.add_row(str(k), *(str(column[k]) for column in columns))
     console.print(table)
     console.print("gap: updates from the weights of F to the B of the first micro-batch of a mini-batch, in steady state")

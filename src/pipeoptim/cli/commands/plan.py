@@ -16,17 +16,20 @@ from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
     from pipeoptim.partitioning import Partition
+    from pipeoptim.schedule import Slack
 
 
 @takes_settings(
     "stages",
     "microbatches",
     "method",
+    "slack",
     after="model",
-    defaults=("method",),
+    defaults=("method", "slack"),
     stages="Depth; by default the recipe's, or with --devices the fastest.",
     microbatches="Micro-batches per mini-batch; by default the recipe's, or 1.",
     method="The method whose memory counts for the cut.",
+    slack="More micro-batches in flight, as for train: x, or 0,x,0 with one x for each boundary between stages.",
 )
 def plan(
     recipe: Annotated[str | None, Option(help="Whose model and mini-batch, as for train; chars by default.")] = None,
@@ -75,10 +78,11 @@ def plan(
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.methods import get_method
     from pipeoptim.partitioning import partition
+    from pipeoptim.schedule import read_slack
 
     keep_freed_memory()
     wanted = given(settings)
-    chosen = get_method(wanted["method"])
+    chosen, slack = get_method(wanted["method"]), read_slack(wanted["slack"])
     for option, path in (("--picture", picture), ("--svg", svg)):
         if path is not None and path.exists():
             raise ConfigError(f"{path} exists; choose another file for {option}")
@@ -106,18 +110,19 @@ def plan(
         pins=[int(p) if p.isdigit() else p for p in pin or ()],
         method=chosen,
         microbatches=m,
+        slack=slack,
     )
     if blocks:
         print(found.blocks_text())
-    _show(found, len(found.stages), m)
+    _show(found, len(found.stages), m, slack)
     if picture is not None:
         picture.write_text(found.to_svg())
         print(f"stages drawn in {picture}")
     if svg is not None:
         from pipeoptim.schedule import to_svg
 
-        depth = len(found.stages)
-        svg.write_text(to_svg(chosen.program(depth, m), max(2, 2 * depth // m)))
+        program = chosen.program(len(found.stages), m, slack=slack)
+        svg.write_text(to_svg(program, max(2, 2 * program.warm_up // m)))
         print(f"schedule drawn in {svg}")
 
 
@@ -176,25 +181,27 @@ def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]
         raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _show(found: Partition, depth: int, m: int) -> None:
+def _show(found: Partition, depth: int, m: int, slack: Slack) -> None:
     from rich.table import Column, Table
 
     from pipeoptim.methods import METHODS, copies
     from pipeoptim.partitioning.forecast import seconds_per_minibatch
+    from pipeoptim.schedule import ORDERS
     from pipeoptim.telemetry.console import table_console
 
     print(found.to_text())
     table = Table(Column("method", no_wrap=True), "mini-batches/s", "busy", "largest gap", "most copies", "why not")
     for name, method in sorted(METHODS.items()):
         try:
-            program = method.program(depth, m)
+            # Those that flush have none, and are shown beside the others.
+            program = method.program(depth, m, slack=0.0 if ORDERS[method.order].flushes else slack)
         except ConfigError as error:
             table.add_row(name, "", "", "", "", str(error).split(": ", 1)[-1])
             continue
         seconds = seconds_per_minibatch(program, found.seconds)
         busy = sum(found.seconds) / (depth * seconds)
         gaps = max(program.steady_gap(k) for k in range(depth))
-        most = max(copies(method, depth, m, k) for k in range(depth))
+        most = max(copies(method, depth, m, k, program=program) for k in range(depth))
         table.add_row(name, f"{1 / seconds:.3g}", f"{busy:.0%}", str(gaps), str(most), "")
     table_console().print(table)
     print(

@@ -19,8 +19,9 @@ from pipeoptim.config import TrainConfig
 from pipeoptim.errors import counted
 from pipeoptim.files import read_object
 from pipeoptim.methods import get_method
-from pipeoptim.schedule import to_svg
+from pipeoptim.schedule import Slack, read_slack, to_svg
 from pipeoptim.telemetry.trace import merge_trace
+from pipeoptim.train.change_method import with_method
 from pipeoptim.train.rundir import RunDir
 
 #: A schedule's drawing is not made smaller than this share of its size: its text has 11 pixels.
@@ -138,11 +139,12 @@ def methods(names: Sequence[str], config: TrainConfig, series: Sequence[Series])
     colours = {one.name: one.colour for one in series}
     groups: dict[str, list[str]] = {}
     for name in names:
-        if facts.refusal(name, config.stages, config.microbatches) is None:
+        if facts.refusal(name, config.stages, config.microbatches, _slack(name, config)) is None:
             groups.setdefault(get_method(name).order, []).append(name)
     out = []
     for members in groups.values():
-        program = get_method(members[0]).program(config.stages, config.microbatches)
+        slack = _slack(members[0], config)
+        program = get_method(members[0]).program(config.stages, config.microbatches, slack=slack)
         drawing = to_svg(program, facts.minibatches(program), title=facts.order_name(program.order))
         items = "".join(_method(name, config, colours.get(name)) for name in members)
         out.append(
@@ -150,6 +152,11 @@ def methods(names: Sequence[str], config: TrainConfig, series: Sequence[Series])
             f"<ul class=methods>{items}</ul>"
         )
     return f"<section><h2>How {'they work' if len(names) > 1 else 'it works'}</h2>{''.join(out)}</section>"
+
+
+def _slack(name: str, config: TrainConfig) -> Slack:
+    """0 for a method that flushes, which runs without."""
+    return read_slack(with_method(config, name).slack)
 
 
 def _shrinking(drawing: str) -> str:
@@ -163,7 +170,7 @@ def _shrinking(drawing: str) -> str:
 
 def _method(name: str, config: TrainConfig, colour: str | None) -> str:
     method = get_method(name)
-    found = facts.facts(name, config.stages, config.microbatches)
+    found = facts.facts(name, config.stages, config.microbatches, _slack(name, config))
     dot = f'<i style="background:var({colour})"></i>' if colour else ""
     more = "".join(f"<p>{escape(text)}</p>" for text in (method.source, method.deviations) if text)
     return (
