@@ -32,14 +32,15 @@ def above_zero(**values: Numbers) -> None:
             raise ConfigError(f"{name} is {value:g}, must be above 0")
 
 
-def runnable(methods: Iterable[str], depths: Sequence[int], microbatches: Sequence[int]) -> None:
-    """Raises ConfigError for a method that is unknown, or not defined at one of the depths with one of the M."""
+def runnable(methods: Iterable[str], depths: Sequence[int], microbatches: Sequence[int], slack: str = "0") -> None:
+    """Raises ConfigError for a method that is unknown, or not defined at one of the depths with one of the M, or without ``slack``."""
     from pipeoptim.methods import get_method
+    from pipeoptim.schedule import read_slack
 
     for name in methods:
         for depth in depths:
             for m in microbatches:
-                get_method(name).program(depth, m)
+                get_method(name).program(depth, m, slack=read_slack(slack))
 
 
 def divide(batches: Sequence[int], **microbatches: Sequence[int] | None) -> None:

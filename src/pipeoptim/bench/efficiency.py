@@ -30,6 +30,7 @@ from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, possible, rival_step
 from pipeoptim.engine import Schedule
+from pipeoptim.schedule import Program, read_slack
 
 BATCH = 16
 RIVALS = [name for name in TORCH if name != "ScheduleZBVZeroBubble"]  # it calls one backward twice, and would wait twice
@@ -131,6 +132,7 @@ def measure(
     delay: float = 0.0,
     bandwidth: float = 0.0,
     transport: str = "auto",
+    slack: str = "0",
     width: int = 256,
     repeats: int = 3,
     steps: int = 40,
@@ -149,6 +151,7 @@ def measure(
         bandwidth: of each link and direction in bytes per second; 0 for no limit.
         transport: "group" to send through gloo, as torch's schedules do, also where processes share this machine; then only the
             methods are measured.
+        slack: of the methods, see :class:`~pipeoptim.Schedule`.
         width: numbers per sample that travel between stages.
         repeats, steps: windows per contender, and mini-batches per window.
 
@@ -156,7 +159,7 @@ def measure(
         ConfigError: a method is unknown or not defined for a depth and M, or an M does not divide the mini-batch.
     """
     divide([BATCH], microbatches=microbatches, torch_microbatches=torch_microbatches)
-    runnable(methods or [], depths, microbatches or [1])
+    runnable(methods or [], depths, microbatches or [1], slack)
     options = {
         "methods": methods or ["pipeoptim", "naive"],
         "microbatches": microbatches or [1],
@@ -167,6 +170,7 @@ def measure(
         "delay": delay,
         "bandwidth": bandwidth,
         "gloo": transport == "group",
+        "slack": slack,
         "width": width,
         "repeats": repeats,
         "steps": steps,
@@ -204,7 +208,7 @@ def _row(
     slow = 1.0 + (options["uneven"] if k == depth // 2 else 0.0)
     device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k)
     step = make(device, name, m, options)
-    for _ in range(depth + 2):
+    for _ in range(_warm_up(depth, options) if make is _ours else depth + 2):
         step()
     samples = []
     for _ in range(options["repeats"]):
@@ -219,11 +223,18 @@ def _row(
         samples.append(float(busy) / seconds)
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
     settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
+    slack = f", slack {options['slack']}" if make is _ours and read_slack(options["slack"]) else ""
+    settings |= {"slack": options["slack"]} if slack else {}
     return {
-        "name": f"{name} M={m}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
+        "name": f"{name} M={m}{slack}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
         "samples": samples,
         "settings": settings,
     }
+
+
+def _warm_up(depth: int, options: dict[str, Any]) -> int:
+    """Steps until the pipeline is full."""
+    return 2 + Program("async_1f1b", depth, slack=read_slack(options["slack"])).warm_up
 
 
 def _conditions(options: dict[str, Any]) -> str:
@@ -241,7 +252,16 @@ def _ours(device: Device, name: str, m: int, options: dict[str, Any]) -> Step:
     width, transport = options["width"], "group" if options["gloo"] else "auto"
     module = WaitingStage(device, width)
     place = PipelineStage(module, k, depth, torch.device("cpu"))
-    pipe = Schedule(place, _adam(module), nn.functional.mse_loss, name, m, transport=transport, liveness_timeout=None)
+    pipe = Schedule(
+        place,
+        _adam(module),
+        nn.functional.mse_loss,
+        name,
+        m,
+        transport=transport,
+        liveness_timeout=None,
+        slack=options["slack"],
+    )
     x = torch.ones(BATCH, width)
     args, target = ((x,) if k == 0 else ()), (x if k == depth - 1 else None)
 
@@ -290,6 +310,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         conditions = (
             _conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, "gloo": False, **s})[2:] or "equal stages"
         )
-        cells = [str(s["depth"]), f"{s['milliseconds']:g}", conditions, ("" if s["ours"] else "torch ") + s["method"]]
+        contender = ("" if s["ours"] else "torch ") + s["method"] + (f", slack {s['slack']}" if "slack" in s else "")
+        cells = [str(s["depth"]), f"{s['milliseconds']:g}", conditions, contender]
         body.append([*cells, str(s["microbatches"]), f"{row.median:.3f}", f"{min(row.samples):.3f} .. {max(row.samples):.3f}"])
     return head, body

@@ -91,6 +91,7 @@ def efficiency(
     transport: Annotated[
         str, Option(help="auto, or group: send through gloo, as torch's schedules do; then only methods are measured.")
     ] = "auto",
+    slack: Annotated[str, Option(help="More micro-batches in flight in the methods, as for train: x, or 0,x,0.")] = "0",
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 3,
     steps: Annotated[int, Option(help="Mini-batches per window.")] = 40,
     add: Annotated[bool, _ADD] = False,
@@ -102,6 +103,7 @@ def efficiency(
     Examples:
       pipeoptim bench efficiency --depth 8 --microbatches 8 --torch-microbatches 8
       pipeoptim bench efficiency --depth 4 --delay 2 --bandwidth 10 --add
+      pipeoptim bench efficiency --depth 4 --method pipeoptim --delay 3 --slack 1 --add
     """
     from pipeoptim.bench.efficiency import measure
     from pipeoptim.engine.transport.unix_channel import check_transport
@@ -121,10 +123,29 @@ def efficiency(
         delay / 1e3,
         bandwidth * 1e6,
         transport,
+        slack,
         repeats=repeats,
         steps=steps,
     )
     _report(record, out, add)
+
+
+@bench.command()
+def slack(
+    depth: Annotated[list[int] | None, Option(help="Stages; several times. By default 4, 8, 16 and 32.")] = None,
+    slack: Annotated[list[float] | None, Option(help="Slack; several times. By default 0, 0.5, 1 and 2.")] = None,
+    add: Annotated[bool, _ADD] = False,
+    out: Annotated[Path, Option(help="Where the JSON goes.")] = Path("benchmarks/results/slack.json"),
+) -> None:
+    """What slack can win where messages are late or stages vary, computed from the action program: nothing is measured.
+
+    About a minute; `bench efficiency --delay --jitter --slack` measures it.
+    """
+    from pipeoptim.bench.slack_model import measure
+
+    at_least(1, depth=depth)
+    at_least(0, slack=slack)
+    _report(measure(depth or [4, 8, 16, 32], slack or [0.0, 0.5, 1.0, 2.0]), out, add)
 
 
 @bench.command()
