@@ -58,6 +58,9 @@ def documents() -> dict[Path, str]:
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {path: tables(render_document(path, ROOT)) for path in pages}
     texts[ROOT / "docs/async_1f1b.svg"] = to_svg(Program("async_1f1b", 4), 9, "PipeOptim: asynchronous 1F1B, no flush")
+    texts[ROOT / "docs/slack.svg"] = to_svg(
+        Program("async_1f1b", 4, slack=1), 11, "Slack 1: one more micro-batch in flight per boundary"
+    )
     texts[ROOT / "docs/1f1b.svg"] = to_svg(
         Program("1f1b", 4, 4), 2, "1F1B with a flush after every mini-batch of 4 micro-batches"
     )
