@@ -34,7 +34,7 @@ from pipeoptim.engine.transport.memory_link import memory_links
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.methods import Method
 from pipeoptim.options import OPTIONS, OptionKeywords, PipelineOptions, takes_options
-from pipeoptim.schedule import Action, ActionKind
+from pipeoptim.schedule import AUTO, Action, ActionKind
 
 OptimizerMaker = Callable[[Iterable[nn.Parameter]], Optimizer]
 SchedulerMaker = Callable[[Optimizer], LRScheduler]
@@ -99,6 +99,11 @@ class Emulator(Pipeline):
         # Taken out first: the other options are the same for all stages, a scaler is not.
         scalers = scalers_of(len(modules), options.pop("scaler", None))
         read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
+        if read.slack == AUTO:
+            raise ConfigError(
+                "slack is 'auto', which is measured between processes, and an emulator has no links; give the number that they chose "
+                "(pipe.slack), or leave slack out"
+            )
         super().__init__(read, len(modules), processes)
         self._processes = range(self.program.processes or self.depth)
         # Made here where a function is given: per stage, from that stage's parameters only.

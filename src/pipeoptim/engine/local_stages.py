@@ -11,11 +11,12 @@ from pipeoptim.engine.effects import check_effects
 from pipeoptim.engine.runner import StageRunner
 from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
+from pipeoptim.engine.stage_times import StageTimes
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.options import PipelineOptions
-from pipeoptim.schedule import Program
+from pipeoptim.schedule import AUTO, Program, Slack
 
 
 class LocalStages:
@@ -33,8 +34,10 @@ class LocalStages:
         self.options, self._asked_processes = options, processes
         self.method = get_method(options.method).starting_synchronously(options.synchronous_updates)
         # Before anything is made: an option that could not take effect is refused, not ignored.
-        self.program = self.method.program(depth, options.microbatches, processes, options.overlap, options.slack)
+        self.program = self.method.program(depth, options.microbatches, processes, options.overlap, _first_slack(options))
         check_effects(options, self.method, self.program)
+        if options.slack == AUTO:
+            self.method.check_slack()
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
 
@@ -43,18 +46,19 @@ class LocalStages:
         if m != self.microbatches:
             self._program_with(m)
 
-    def _program_with(self, microbatches: int) -> Program:
-        """The action program with another number of micro-batches.
+    def _program_with(self, microbatches: int, slack: Slack | None = None) -> Program:
+        """The action program with another number of micro-batches, or another slack.
 
         Raises:
             ConfigError: the method, or an option, does not work with it.
         """
-        if self.trace is not None:
+        if self.trace is not None and microbatches != self.microbatches:
             raise ConfigError(
                 "a trace numbers micro-batches by their place in mini-batches of one size; leave trace out to change M"
             )
         options = self.options
-        program = self.method.program(self.depth, microbatches, self._asked_processes, options.overlap, self.program.slack)
+        slack = self.program.slack if slack is None else slack
+        program = self.method.program(self.depth, microbatches, self._asked_processes, options.overlap, slack)
         check_effects(options, self.method, program)
         for runner in self._runners.values():
             runner.worker.check_program(program)
@@ -65,6 +69,11 @@ class LocalStages:
         self.program, self.microbatches = program, program.microbatches
         for runner in self._runners.values():
             runner.worker.use_program(program)
+
+    @property
+    def slack(self) -> Slack:
+        """What is in force: that of the options, or with ``slack="auto"`` what was chosen, 0 until then."""
+        return self.program.slack
 
     @property
     def local_stages(self) -> list[int]:
@@ -96,6 +105,11 @@ class LocalStages:
     def weight_bytes(self, k: int) -> int:
         """Bytes of memory that hold weights of stage ``k`` now, every copy included: measured, by walking storages."""
         return self._worker(k).weight_bytes()
+
+    def stage_times(self, k: int) -> StageTimes | None:
+        """How long stage ``k`` computed and waited per mini-batch, lately; None in the first mini-batches."""
+        self._worker(k)
+        return self._runners[k].clock.times(k)
 
     @property
     def loss_parts(self) -> dict[str, Tensor]:
@@ -138,3 +152,7 @@ class LocalStages:
             where = f"stages 0 .. {self.depth - 1} exist" if not 0 <= k < self.depth else f"here live {self.local_stages}"
             raise ConfigError(f"stage {k} does not live in this process; {where}")
         return self._runners[k].worker
+
+
+def _first_slack(options: PipelineOptions) -> Slack:
+    return 0.0 if isinstance(options.slack, str) else options.slack

@@ -26,6 +26,7 @@ from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, S
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss
 from pipeoptim.engine.splitting import count_rows
+from pipeoptim.engine.stage_times import now
 from pipeoptim.errors import ConfigError
 from pipeoptim.options import PipelineOptions
 from pipeoptim.options.checks import count
@@ -44,6 +45,7 @@ class Pipeline(LocalStages):
     rendezvous: Rendezvous | None = None
     _place_name = "stage"  # what messages call this process: by this word and the number of its first stage
     _closed = False
+    _measured_at = -1  # the mini-batch before which slack is chosen from measurements; none
     _processes: Sequence[int] = (0,)  # those of the program whose actions are carried out here
 
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
@@ -79,6 +81,8 @@ class Pipeline(LocalStages):
             ConfigError: arguments on the wrong stage, a batch that M does not divide, or a loss that is no scalar.
             StageFailure: another stage died or does not answer.
         """
+        if self._fed == self._measured_at:
+            self._decide_slack()
         if self._changes.planned and (m := self._changes.due(self._fed)):
             self._change_microbatches(m)
         # Everything that can be refused is refused before anything moves, on this process at least.
@@ -96,6 +100,9 @@ class Pipeline(LocalStages):
             runner.worker.begin_mini_batch()
         with self._guard():
             self._run_step(micro_batches, found)
+        ended = now()
+        for runner in self._runners.values():
+            runner.clock.end_mini_batch(ended)
         # After the actions: they are those of step number _steps, counted from 0.
         self._steps += 1
         if self._still_synchronous():
@@ -215,6 +222,7 @@ class Pipeline(LocalStages):
         self._splitter = replace(self._splitter, m=program.microbatches)
         for runner in self._runners.values():
             runner.splitter = self._splitter
+            runner.clock.begin_anew()
 
     # -- carrying actions out ----------------------------------------------------------------------------------------
 
@@ -280,6 +288,9 @@ class Pipeline(LocalStages):
     def _guard(self) -> AbstractContextManager[None]:
         """Entered around what may wait for other processes."""
         return nullcontext()
+
+    def _decide_slack(self) -> None:
+        """What a step does in which slack is chosen."""
 
     # -- what they have in common ------------------------------------------------------------------------------------
 

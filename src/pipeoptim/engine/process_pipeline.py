@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,7 +16,7 @@ from torch.distributed.pipelining import PipelineStage
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine import traced
+from pipeoptim.engine import auto_slack, traced
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
@@ -36,13 +37,16 @@ from pipeoptim.engine.stage.tied_weights import (
     read_tied,
 )
 from pipeoptim.engine.stage.worker import LossFn
+from pipeoptim.engine.stage_times import WINDOW
 from pipeoptim.engine.torch_stage import StagePlace, read_stage
 from pipeoptim.engine.transport.link import Sender
 from pipeoptim.engine.transport.ports import Ports
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.methods import Method
 from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, read_option
-from pipeoptim.schedule import messages_early
+from pipeoptim.schedule import AUTO, Program, Slack, describe_slack, messages_early, read_slack
+
+_log = logging.getLogger("pipeoptim")
 
 _PER_REPLICA = ("random", "compress")  # entries of a stage's state in which its replicas differ
 
@@ -103,6 +107,7 @@ class ProcessPipeline(Pipeline):
             for place, arguments in zip(places, given, strict=True):
                 self._runners[place.k] = self._make_runner(place, arguments, loss_fn)
             self._connect()
+            self._measure_from_now()
             for tie, exchange in self._tied_exchanges.items():
                 weight = self._tied_weight(tie)
                 if weight is not None:
@@ -129,7 +134,8 @@ class ProcessPipeline(Pipeline):
         """What stages tell each other once per update; what all processes must have been given alike."""
         options, (place, *_) = self.options, places
         if options.clip is not None and options.clip.exchanges:
-            self._norms = ProcessNorms(self.program.in_flight(0))
+            most = replace(self.program, slack=auto_slack.MOST) if options.slack == AUTO else self.program
+            self._norms = ProcessNorms(most.in_flight(0))
         scalers = [arguments.scaler or options.scaler for arguments in given]
         scaled = any(scaler is not None and scaler.is_enabled() for scaler in scalers)
         carried = carried_ties({place.k: place.module for place in places}, self.depth)
@@ -186,7 +192,7 @@ class ProcessPipeline(Pipeline):
             options.transport,
             options.liveness_timeout,
             (*self._tied_exchanges.values(), *self._replica_sets.values()),
-            [1 + messages_early(self.program.slack, boundary) for boundary in range(self.depth - 1)],
+            self._windows(),
         )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():
@@ -209,6 +215,58 @@ class ProcessPipeline(Pipeline):
 
     def _tied_weight(self, tie: Tied) -> TiedWeight | None:
         return next(runner.worker.tied_weight(tie) for k, runner in self._runners.items() if k in tie.holders)
+
+    def _windows(self) -> list[int]:
+        """Of each boundary, the messages that may come before they are wanted."""
+        return [1 + messages_early(self.program.slack, boundary) for boundary in range(self.depth - 1)]
+
+    # -- slack that is chosen ------------------------------------------------------------------------------------------
+
+    def _measure_from_now(self) -> None:
+        """With slack="auto": the next mini-batches are measured, after which it is chosen."""
+        if self.options.slack == AUTO:
+            if self._replica_sets:
+                raise ConfigError(
+                    "slack is 'auto', which is chosen for one pipeline, and this one has replicas, which might choose otherwise; give a "
+                    "number, for example the one that a pipeline without replicas chose (pipe.slack)"
+                )
+            self._measured_at = self._fed + WINDOW + 2 + self.depth
+
+    def _decide_slack(self) -> None:
+        self._measured_at = -1
+        self.drain()
+        own = {k: self._measured(k) for k in self._runners}
+        with self._guard():
+            everyone = self.rendezvous.all_gather(f"slack/{self._fed}", json.dumps(own), "to choose the slack")
+        found = {int(k): auto_slack.StageMeasurement(*one) for text in everyone for k, one in json.loads(text).items()}
+        wanted = auto_slack.choose_slack([found[k] for k in range(self.depth)], self.program.interleaved)
+        program, refusal = self._most_slack(wanted)
+        self._use_program(program)
+        refused = f", not {describe_slack(wanted)}: {refusal}" if refusal else ""
+        _log.info("slack %s was chosen from the first %d mini-batches%s", describe_slack(program.slack), self._fed, refused)
+
+    def _most_slack(self, wanted: Slack) -> tuple[Program, str]:
+        """The program with as much of the ``wanted`` slack as method and options take, and why it is not all of it."""
+        refusal = ""
+        each = wanted if isinstance(wanted, tuple) else (wanted,)
+        for most in range(int(max(each, default=0)), 0, -1):
+            less = tuple(min(x, most) for x in each)
+            try:
+                return self._program_with(self.microbatches, less if isinstance(wanted, tuple) else less[0]), refusal
+            except ConfigError as error:
+                refusal = refusal or str(error)
+        return self.program, refusal
+
+    def _measured(self, k: int) -> auto_slack.StageMeasurement:
+        times, m, links = self.stage_times(k), self.microbatches, self._connections
+        assert times is not None and links is not None  # there were enough mini-batches
+        late = links.seconds_late(k, k - 1), links.seconds_late(k, k + 1)
+        return auto_slack.StageMeasurement(times.computing / m, times.spread / m**0.5, *late)
+
+    def _use_program(self, program: Program) -> None:
+        super()._use_program(program)
+        if self._connections is not None:
+            self._connections.use_windows(self._windows())
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 
@@ -281,6 +339,9 @@ class ProcessPipeline(Pipeline):
         saving one of them is enough.
         """
         state = super().stage_state_dict(k)
+        if self.options.slack == AUTO and self._measured_at < 0:
+            chosen = self.program.slack
+            state["slack"] = list(chosen) if isinstance(chosen, tuple) else chosen
         replicas = self._replica_sets.get(k)
         if replicas is not None:
             for name in filter(state.__contains__, _PER_REPLICA):
@@ -302,6 +363,10 @@ class ProcessPipeline(Pipeline):
             elif index > 0:
                 state = {**state, name: self._worker(k).state_dict()[name]}
         super().load_stage_state_dict(k, state)
+        self._measure_from_now()
+        if self.options.slack == AUTO and "slack" in state:
+            self._measured_at = -1
+            self._use_program(self._program_with(self.microbatches, read_slack(state["slack"])))
 
     # -- after a failure -----------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
 from pipeoptim.engine.stage.worker import StageWorker
+from pipeoptim.engine.stage_times import StageClock, now
 from pipeoptim.engine.transport.ports import Ports
 from pipeoptim.engine.transport.pytree import as_args
 from pipeoptim.errors import PipeOptimError
@@ -43,11 +44,12 @@ class StageRunner:
 
     Attributes:
         stop: whether a stop was requested, as of the newest activation.
+        clock: measures how long the stage computes and waits.
     """
 
     def __init__(self, worker: StageWorker, splitter: BatchSplitter, ports: Ports) -> None:
         self.worker, self.splitter, self.ports = worker, splitter, ports
-        self.stop = False
+        self.stop, self.clock = False, StageClock()
 
     def run(self, action: Action, micro_batches: Sequence[MicroBatch], losses: list[CountedLoss]) -> None:
         """Carry out ``action`` of the mini-batch cut into ``micro_batches``; the last stage appends to ``losses``."""
@@ -57,17 +59,22 @@ class StageRunner:
         elif kind is ActionKind.B:
             self.backward(i)
         else:
+            began = now()
             self.worker.update()
+            self.clock.computed += now() - began
 
     def forward(self, i: int, micro_batch: MicroBatch, losses: list[CountedLoss]) -> None:
         """F of micro-batch ``i``, from the previous stage to the next."""
         worker, source, target = self.worker, self.ports.from_previous, self.ports.to_next
         args, row_share = micro_batch.args, micro_batch.row_share
+        began, waited = now(), 0.0
         if source is not None:
             # Before the work of prepare(): a large message needs a posted receive to move while this stage computes.
             source.post_receive()
             worker.prepare(i)  # before the receive: an update and a prediction while the input is on its way
+            asked = now()
             message = source.receive()
+            waited = now() - asked
             self._note_flags(message.flags, 0)
             # Before the send below, which passes the report on to the next stage.
             worker.note_overflow(message.loss_scale)
@@ -86,18 +93,24 @@ class StageRunner:
             target.send(packed, STOP if self.stop else 0, worker.overflow_to_send(), row_share)
         elif not row_share.empty:
             losses.append((output, share))
+        self.clock.waited += waited
+        self.clock.computed += now() - began - waited
 
     def backward(self, i: int) -> None:
         """B of micro-batch ``i``, from the next stage to the previous."""
         worker, source, target = self.worker, self.ports.from_next, self.ports.to_previous
+        began, waited = now(), 0.0
         if source is None:
             gradients = worker.backward(i, [])
         else:
             message = source.receive()
+            waited = now() - began
             gradients = worker.backward(i, worker.compressor.unpack(message.tree), message.loss_scale)
         if target is not None:
             scale = worker.loss_scale
             target.send(worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
+        self.clock.waited += waited
+        self.clock.computed += now() - began - waited
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor | None, RowShare]:
         """Forward on the latest weights without gradient, uncompressed: the loss on the last stage, and the rows that stage 0 counted."""

@@ -162,11 +162,8 @@ class Method:
                 f"method {self.name!r} says by a formula for its own order how old weights are; without interleaving and overlap it "
                 "works, and methods that count do with both, for example 'pipeoptim'"
             )
-        if slack and not (self.forward.any_slack and self.backward.any_slack):
-            raise ConfigError(
-                f"method {self.name!r} says by a formula for the depth alone how old weights are, which slack makes older; leave slack "
-                "out, or choose a method that counts, for example 'pipeoptim'"
-            )
+        if slack:
+            self.check_slack()
         # Orders that do not interleave keep their name here: `Program` refuses them with its own message.
         order = (interleaved and ORDERS[self.order].interleaved_as) or self.order
         program = Program(order, depth, microbatches, processes if interleaved else None, overlap, slack)
@@ -177,6 +174,14 @@ class Method:
                 f"{microbatches}, depth is {depth}; set microbatches to {least} or more"
             )
         return program
+
+    def check_slack(self) -> None:
+        """Raises ConfigError where its weights are right for the depth alone."""
+        if not (self.forward.any_slack and self.backward.any_slack):
+            raise ConfigError(
+                f"method {self.name!r} says by a formula for the depth alone how old weights are, which slack makes older; leave slack "
+                "out, or choose a method that counts, for example 'pipeoptim'"
+            )
 
     def predicts_on(self, program: Program, k: int) -> bool:
         """Whether stage ``k`` ever predicts (the last stage of ``pipeoptim`` does not: its gap is 0)."""

@@ -237,11 +237,12 @@ class PipelineOptions:
         agreed=EQUAL,
         in_runs=True,
     )
-    slack: Slack = option(
+    slack: Slack | str = option(
         0.0,
         "more micro-batches in flight, so that late messages hold no stage up: x, or a list of one x for each boundary between two stages; "
-        "stage k has (1+x)(D-1-k)+1 in flight, rounded up. Costs activations, and version gap where M < (1+x)(D-1).",
-        read_by("pipeoptim.schedule:read_slack"),
+        "stage k has (1+x)(D-1-k)+1 in flight, rounded up. Costs activations, and version gap where M < (1+x)(D-1). 'auto': chosen after "
+        "the first mini-batches from what messages and stages took, and kept.",
+        read_by("pipeoptim.schedule:read_slack_or_auto"),
         agreed=EQUAL,
         describe=describe_slack,
         given="float | Sequence[float] | str",
@@ -249,8 +250,9 @@ class PipelineOptions:
             "slack": Setting(
                 "0",
                 "More micro-batches in flight, so that late messages hold no stage up: x, or 0,x,0 with one x for each boundary "
-                "between two stages; stage k has (1+x)(D-1-k)+1 in flight.",
-                check_value=read_by("pipeoptim.schedule:read_slack"),
+                "between two stages; stage k has (1+x)(D-1-k)+1 in flight. auto, with --engine processes: chosen after the first "
+                "mini-batches, and kept.",
+                check_value=read_by("pipeoptim.schedule:read_slack_or_auto"),
             )
         },
         of_run=lambda run: run.slack,

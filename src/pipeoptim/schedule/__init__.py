@@ -9,11 +9,20 @@ from pipeoptim.schedule.draw import to_svg, to_text
 from pipeoptim.schedule.happens_before import common_delay
 from pipeoptim.schedule.orders import ORDERS, Order
 from pipeoptim.schedule.program import Program, count_gaps
-from pipeoptim.schedule.slack import Slack, describe_slack, forwards_ahead, messages_early, read_slack
+from pipeoptim.schedule.slack import (
+    AUTO,
+    Slack,
+    describe_slack,
+    forwards_ahead,
+    messages_early,
+    read_slack,
+    read_slack_or_auto,
+)
 from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
 from pipeoptim.schedule.validate import validate, with_transfers
 
 __all__ = [
+    "AUTO",
     "ORDERS",
     "Action",
     "ActionKind",
@@ -28,6 +37,7 @@ __all__ = [
     "forwards_ahead",
     "messages_early",
     "read_slack",
+    "read_slack_or_auto",
     "replay",
     "timeline",
     "to_svg",

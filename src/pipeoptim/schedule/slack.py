@@ -57,6 +57,15 @@ def read_slack(value: Any) -> Slack:
     return found[0] if len(found) == 1 and (isinstance(value, str) or not isinstance(value, Sequence)) else found
 
 
+AUTO = "auto"
+"""In place of a slack: a number that is chosen from measurements."""
+
+
+def read_slack_or_auto(value: Any) -> Slack | str:
+    """As :func:`read_slack`, or ``"auto"``."""
+    return AUTO if isinstance(value, str) and value == AUTO else read_slack(value)
+
+
 def check_boundaries(slack: Slack, depth: int) -> None:
     """Raises ConfigError where ``slack`` has numbers for another number of boundaries than a pipeline of ``depth`` stages has."""
     if isinstance(slack, tuple) and len(slack) != depth - 1:
@@ -93,4 +102,6 @@ def describe_slack(slack: Any) -> str:
     >>> describe_slack(1.0), describe_slack((0.0, 0.5, 0.0))
     ('1', '0,0.5,0')
     """
+    if slack == AUTO:
+        return AUTO
     return ",".join(f"{x:g}" for x in slack) if isinstance(slack, tuple) else f"{slack:g}"

@@ -72,6 +72,24 @@ class Connections:
         self.ports: dict[int, Ports] = {}
         self.senders: list[Sender] = []
         self.receivers: list[Receiver] = []
+        self._ends: dict[tuple[int, int], tuple[Sender, Receiver]] = {}  # of stage k to stage j, by (k, j)
+
+    def seconds_late(self, k: int, peer: int) -> float:
+        """The shortest time that a message from ``peer`` to stage ``k`` took, by the clocks of both; 0 where they are no neighbours."""
+        return self._ends[k, peer][1].least_late / 1e9 if (k, peer) in self._ends else 0.0
+
+    def use_windows(self, windows: Sequence[int]) -> None:
+        """Post as many receives ahead as ``windows`` says of each boundary; nothing is on its way. Both ends of a link call this."""
+        for (k, peer), (sender, receiver) in self._ends.items():
+            if receiver.ahead and receiver.channel is None:
+                sender.window = receiver.window = max(receiver.window, windows[min(k, peer)])
+                receiver.post_receive()
+
+    def add(self, k: int, peer: int, sender: Sender, receiver: Receiver) -> None:
+        """A pair of links of stage ``k``."""
+        self.senders.append(sender)
+        self.receivers.append(receiver)
+        self._ends[k, peer] = sender, receiver
 
     def hand_over(self) -> None:
         """Nothing that was sent waits for its device any more: the program may end without :meth:`close`."""
@@ -98,7 +116,7 @@ class Connections:
         self.ports.clear()
         for link in (*self.receivers, *self.senders):
             link.close()
-        self.receivers, self.senders = [], []
+        self.receivers, self.senders, self._ends = [], [], {}
         if self.norms is not None:
             self.norms.close()
         if self.heartbeat is not None:
@@ -209,8 +227,7 @@ def _connect_stage(
         # Activations acknowledge gradients and the other way round, without a message of their own.
         pair(sends, receives)
         # The links themselves and not their traced forms: closing and interrupting is no business of a trace.
-        connections.senders.append(sends)
-        connections.receivers.append(receives)
+        connections.add(k, peer, sends, receives)
         return (receives, sends) if observer is None else (observer.incoming(receives), observer.outgoing(sends))
 
     previous = ends(GRADIENTS, ACTIVATIONS, k - 1, k - 1) if k > 0 else (None, None)

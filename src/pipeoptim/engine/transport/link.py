@@ -22,6 +22,7 @@ from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from datetime import timedelta
+from time import monotonic_ns
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -36,6 +37,9 @@ from pipeoptim.errors import PipeOptimError, StageFailure
 
 Waiting = Callable[[int | None], None]
 """Called with a stage before this process waits for it, and with None after the wait."""
+
+NEVER = 2**63 - 1
+"""Where no message has come yet."""
 
 _MOST_PENDING = 8  # messages on their way before a send waits, in a window of up to half as many
 
@@ -222,6 +226,9 @@ class Receiver(LinkEnd):
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
         self.ahead = ahead
+        self.least_late = (
+            NEVER  # nanoseconds from the sending of a message to its end here, the least so far, by the clocks of both ends
+        )
         self._posted: deque[tuple[Any, Tensor]] = deque()
 
     def post_receive(self) -> None:
@@ -276,6 +283,9 @@ class Receiver(LinkEnd):
     def _note_taken(self, header: message.Header) -> None:
         """A message was received: post the receive of the next one, and free the buffers of ours that the peer has received."""
         self.sequence += 1
+        late = monotonic_ns() - header.sent
+        if late < self.least_late:
+            self.least_late = late
         if self.ahead:
             with suppress(StageFailure):  # a peer that has sent its last may be gone; the next receive() fails if one is needed
                 self.post_receive()

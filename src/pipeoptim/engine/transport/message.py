@@ -15,6 +15,7 @@ import math
 import struct
 from dataclasses import dataclass
 from functools import cache, cached_property
+from time import monotonic_ns
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -25,10 +26,10 @@ from pipeoptim.engine.transport.pytree import check_leaf, portable
 from pipeoptim.engine.transport.treespec import describe_spec, describe_value, parse_spec, parse_value
 from pipeoptim.errors import ConfigError, PipeOptimError
 
-HEADER = 128  # bytes, of which 72 are used: tensors behind it begin at a multiple of 64, as vector instructions like it
+HEADER = 128  # bytes, of which 80 are used: tensors behind it begin at a multiple of 64, as vector instructions like it
 _MAGIC = 0x50697065_4F707431
 # "<": fixed byte order and sizes, without the gaps that a compiler would add.
-_HEADER = struct.Struct("<5qd3q")
+_HEADER = struct.Struct("<5qd4q")
 _PADDING = bytes(HEADER - _HEADER.size)
 
 
@@ -60,6 +61,7 @@ class Header(NamedTuple):
         loss_scale: with gradients, the loss scale that is in them; with activations, one that overflowed, or 0.
         rows, of: with activations, the micro-batch's rows of those of its mini-batch.
         taken: messages received so far in the other direction.
+        sent: when, in nanoseconds on the sender's clock.
     """
 
     magic: int
@@ -71,6 +73,7 @@ class Header(NamedTuple):
     rows: int
     of: int
     taken: int
+    sent: int
 
 
 @dataclass(frozen=True)
@@ -255,7 +258,7 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 def header(sequence: int, flags: int, loss_scale: float, share: tuple[int, int], taken: int) -> bytes:
     """The header, as bytes, of a message in the format of the one before it."""
-    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken) + _PADDING
+    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken, monotonic_ns()) + _PADDING
 
 
 def header_in(memory: bytearray) -> Header:
@@ -327,9 +330,9 @@ def put_header(
     taken: int = 0,
 ) -> None:
     """Write the header of a message; on a GPU in the order of what is computed there, without waiting for it."""
-    values = (_MAGIC, sequence, flags, following, described, loss_scale, *share, taken)
+    values = (_MAGIC, sequence, flags, following, described, loss_scale, *share, taken, monotonic_ns())
     if block.is_cpu:
-        # Through numpy, which shares the memory: a tensor of 9 numbers would cost several calls of torch.
+        # Through numpy, which shares the memory: a tensor of 10 numbers would cost several calls of torch.
         _HEADER.pack_into(cast(Any, block.numpy()), 0, *values)
     else:
         header = torch.frombuffer(bytearray(_HEADER.pack(*values)), dtype=torch.uint8).pin_memory()  # else the copy waits
