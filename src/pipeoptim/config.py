@@ -44,6 +44,25 @@ class Component:
         return replace(self, options={**self.options, **options})
 
 
+def read_cut(text: str) -> tuple[int, ...]:
+    """``"3,2,2,1"``: how many blocks each stage has; ``()`` for ``""``.
+
+    Raises:
+        ConfigError: another form.
+
+    Example:
+        >>> read_cut("3,2")
+        (3, 2)
+    """
+    try:
+        found = tuple(map(int, text.split(","))) if text else ()
+    except (AttributeError, ValueError):
+        found = (0,)
+    if any(length < 1 for length in found):
+        raise ConfigError(f"cut is {text!r}, must be how many blocks each stage has, each at least one: 3,2,2,1")
+    return found
+
+
 def read_ramp(text: str, name: str = "the schedule") -> dict[int, int]:
     """``"0:1,2000:8"``: from which mini-batch on which number holds; ``{}`` for ``""``.
 
@@ -98,6 +117,11 @@ class TrainConfig(RunOptions):
     lr_schedule: Component = Component("constant")
     method: str = own_setting("pipeoptim", "Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")
     stages: int = own_setting(4, "Depth: pieces that the model is cut into.", least=1)
+    cut: str = own_setting(
+        "",
+        "Blocks of each stage, as 3,2,2,1; by default even numbers of parameters. With --resume: cut anew, in a run of its own.",
+        check_value=lambda _, value: read_cut(value),
+    )
     microbatches: int = own_setting(1, "Micro-batches per mini-batch; must divide the batch size.", least=1)
     batch_size: int = own_setting(
         32,

@@ -10,7 +10,8 @@ import stage_processes
 from pipeoptim.bench.processes import BANDWIDTH, DELAY
 from pipeoptim.engine import pipeline, runner
 from pipeoptim.engine.auto_slack import MOST, StageMeasurement, choose_slack
-from pipeoptim.engine.stage_times import WINDOW, SlowStages, StageTimes
+from pipeoptim.engine.stage_times import WINDOW, StageTimes
+from pipeoptim.telemetry.timing import SlowStages
 
 HERE = Path(__file__).parent
 

@@ -111,6 +111,11 @@ class LocalStages:
         self._worker(k)
         return self._runners[k].clock.times(k)
 
+    def restart_stage_times(self) -> None:
+        """Measure from now on: mini-batches have another size, so that stages take another time for them."""
+        for runner in self._runners.values():
+            runner.clock.begin_anew()
+
     @property
     def loss_parts(self) -> dict[str, Tensor]:
         """Means over the mini-batch trained on last, or else the batch evaluated last, by name: what ``loss_fn`` returned besides the

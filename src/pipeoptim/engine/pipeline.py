@@ -222,7 +222,7 @@ class Pipeline(LocalStages):
         self._splitter = replace(self._splitter, m=program.microbatches)
         for runner in self._runners.values():
             runner.splitter = self._splitter
-            runner.clock.begin_anew()
+        self.restart_stage_times()
 
     # -- carrying actions out ----------------------------------------------------------------------------------------
 

@@ -7,16 +7,12 @@ work is handed to it. Waits for norms or for gradients of replicas count as comp
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
 from statistics import median
 from time import perf_counter
 from typing import NamedTuple
 
 WINDOW = 32
 """Mini-batches that a figure is the median of: a pause of the machine, a validation or a checkpoint among them does not show."""
-
-SLOWER = 1.2
-"""From this factor on a stage is called slow, as it is no more from half of it on."""
 
 
 class StageTimes(NamedTuple):
@@ -91,35 +87,6 @@ class StageClock:
         """Half the distance between the quantiles that hold the middle 68 %: the standard deviation, were it not for single pauses."""
         ordered = sorted(row[0] for row in self._last)
         return (ordered[round(0.84 * (len(ordered) - 1))] - ordered[round(0.16 * (len(ordered) - 1))]) / 2
-
-
-class SlowStages:
-    """Says which stages have become slow, and which no more, each once."""
-
-    def __init__(self) -> None:
-        self._slow: set[int] = set()
-
-    def note(self, times: Sequence[StageTimes]) -> list[str]:
-        """What changed with these figures, as sentences.
-
-        >>> slow = SlowStages()
-        >>> slow.note([StageTimes(2, 0.0131, 0.001, 0.0142, 0.0, 1.31, 1.25)])[0]
-        'stage 2 has become slow: a mini-batch takes it 13.1 ms, 1.31 times as long as at first; steps take 1.25 times as long'
-        >>> slow.note([StageTimes(2, 0.0131, 0.001, 0.0142, 0.0, 1.31, 1.25)])
-        []
-        """
-        found = []
-        for one in times:
-            if one.stage not in self._slow and one.slowed >= SLOWER:
-                self._slow.add(one.stage)
-                found.append(
-                    f"stage {one.stage} has become slow: a mini-batch takes it {1e3 * one.computing:.3g} ms, {one.slowed:.2f} times as "
-                    f"long as at first; steps take {one.held_up:.2f} times as long"
-                )
-            elif one.stage in self._slow and one.slowed < 1 + (SLOWER - 1) / 2:
-                self._slow.discard(one.stage)
-                found.append(f"stage {one.stage} is as fast as at first again ({1e3 * one.computing:.3g} ms per mini-batch)")
-        return found
 
 
 now = perf_counter

@@ -43,14 +43,14 @@ def balance(costs: Sequence[int], parts: int) -> list[int]:
     return best_cut(len(costs), parts, cost)
 
 
-def cut(model: nn.Module, stages: int) -> list[nn.Module]:
-    """``model`` as ``stages`` contiguous pieces, balanced by their numbers of parameters.
+def cut(model: nn.Module, stages: int, lengths: Sequence[int] = ()) -> list[nn.Module]:
+    """``model`` as ``stages`` contiguous pieces, of ``lengths`` blocks or else balanced by their numbers of parameters.
 
     Args:
         model: an ``nn.Sequential``, or a container with ``len`` and slices that are modules themselves.
 
     Raises:
-        ConfigError: not such a container, or too few blocks.
+        ConfigError: not such a container, too few blocks, or lengths that are not those of the model.
 
     Example:
         >>> [len(stage) for stage in cut(nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4)), 2)]
@@ -65,10 +65,15 @@ def cut(model: nn.Module, stages: int) -> list[nn.Module]:
         raise ConfigError(
             f"stages is {stages}, but the model has only {counted(len(blocks), 'block')}; set stages to at most {len(blocks)}"
         )
+    if lengths and (len(lengths) != stages or sum(lengths) != len(blocks)):
+        raise ConfigError(
+            f"cut is {','.join(map(str, lengths))}, must have a number of blocks for each of {counted(stages, 'stage')}, {len(blocks)} in "
+            "all"
+        )
     costs = [sum(p.numel() for p in blocks[i].parameters() if p.requires_grad) for i in range(len(blocks))]
     pieces: list[nn.Module] = []
     start = 0
-    for length in balance(costs, stages):
+    for length in lengths or balance(costs, stages):
         pieces.append(blocks[start : start + length])
         start += length
     return pieces

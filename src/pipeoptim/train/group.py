@@ -39,8 +39,8 @@ class RunGroup(Protocol):
         """Of the losses of all replicas; called where the last stage is."""
         ...
 
-    def measurements(self) -> StageMeasurements:
-        """The channel that brings measurements to the process of the last stage."""
+    def measurements(self, kind: str) -> StageMeasurements:
+        """The channel that brings measurements of one ``kind`` to the process of the last stage."""
         ...
 
 
@@ -61,7 +61,7 @@ class SingleProcessGroup:
         """There is one replica."""
         return loss
 
-    def measurements(self) -> StageMeasurements:
+    def measurements(self, kind: str) -> StageMeasurements:
         """They are in this process already."""
         return LocalMeasurements()
 
@@ -97,11 +97,11 @@ class DistributedGroup:
 
         return all_gather_plain(value)
 
-    def measurements(self) -> StageMeasurements:
+    def measurements(self, kind: str) -> StageMeasurements:
         """Through the store of the process group; those of the first replica."""
         import torch.distributed as dist
 
-        return StoreMeasurements(dist.get_rank(), self.layout.width)
+        return StoreMeasurements(dist.get_rank(), self.layout.width, kind)
 
     def mean_loss(self, loss: Tensor) -> Tensor:
         """By an all-reduce among the processes of the last stage."""

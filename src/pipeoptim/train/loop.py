@@ -16,12 +16,16 @@ from torch.optim import Optimizer
 
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.telemetry import prediction
+from pipeoptim.telemetry.timing import timing_rows
 from pipeoptim.train.evaluate import ObservedLoss, evaluate
 from pipeoptim.train.measurements import StageMeasurements
 from pipeoptim.train.ramps import Sizes
 from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopOnInterrupt
+
+TIMED_EVERY = 50
+"""Mini-batches between two rows of stage times in the metrics."""
 
 
 @dataclass
@@ -39,6 +43,7 @@ class Loop:
         weight_bytes: filled with the bytes of weights that each stage held.
         mean_loss: of the losses of all replicas.
         measurements: brings measured prediction errors to the recorder.
+        timings: brings the times of stages there.
         errors: filled with the prediction errors of the stages here.
     """
 
@@ -53,6 +58,7 @@ class Loop:
     weight_bytes: dict[int, int]
     mean_loss: Callable[[Tensor], Tensor]
     measurements: StageMeasurements
+    timings: StageMeasurements
     errors: prediction.StageErrors
 
     def run(self, start: int, validate: bool = False) -> int:
@@ -71,6 +77,8 @@ class Loop:
             done += 1
             if _is_due(done, config.monitor_every):
                 self._monitor(done)
+            if _is_due(done, TIMED_EVERY):
+                self._time_stages(done)
             last, stopped = done == config.steps, self.pipe.stop_requested
             if stopped and not last and self.recorder:
                 self.recorder.note(f"stopping: saving step {done} (Ctrl-C again to abort)")
@@ -84,6 +92,7 @@ class Loop:
             if saves:
                 # Before the checkpoint: a resumed run does not write the rows of earlier steps again.
                 self._record_predictions(wait=True)
+                self._record_timings(wait=True)
                 with self._traced_block("checkpoint"):
                     self.save(done)
             if stopped:
@@ -94,6 +103,8 @@ class Loop:
         pipe, sizes = self.pipe, self.setup.sizes.at(step)
         if sizes.microbatches != pipe.microbatches:
             pipe.set_microbatches(sizes.microbatches)
+        elif step == sizes.first:
+            pipe.restart_stage_times()  # mini-batches have another size from here on
         first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
         # Stage 0 alone asks: the request travels with its activations, so every stage stops at the same step.
         if first and self.stop.wanted:
@@ -127,6 +138,17 @@ class Loop:
         if self.setup.replica == 0:
             self.measurements.post(step, measured)
         self._record_predictions(wait=False)
+
+    def _time_stages(self, step: int) -> None:
+        """Report how long the stages take."""
+        if self.setup.replica == 0:
+            self.timings.post(step, timing_rows(self.pipe.stage_times(k) for k in self.pipe.local_stages))
+        self._record_timings(wait=False)
+
+    def _record_timings(self, wait: bool) -> None:
+        if self.recorder is not None:
+            for step, measured in self.timings.collect(wait):
+                self.recorder.timing(step, measured)
 
     def _record_predictions(self, wait: bool) -> None:
         if self.recorder is not None:

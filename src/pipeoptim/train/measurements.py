@@ -44,13 +44,14 @@ class StoreMeasurements:
 
     Args:
         k, depth: the stage of this process, of how many.
+        kind: what is measured; each kind of rows has a channel of its own.
     """
 
-    def __init__(self, k: int, depth: int) -> None:
+    def __init__(self, k: int, depth: int, kind: str = "figures") -> None:
         from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
 
         self.k, self.depth = k, depth
-        self._store = PrefixStore("pipeoptim/figures", _get_default_store())
+        self._store = PrefixStore(f"pipeoptim/{kind}", _get_default_store())
         self._due: list[int] = []
 
     def post(self, step: int, rows: MeasurementRows) -> None:

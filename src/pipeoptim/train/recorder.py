@@ -12,6 +12,7 @@ from pipeoptim.telemetry.metrics import MetricsFile, Row
 from pipeoptim.telemetry.prediction import Changes, scalars
 from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.tensorboard import TensorBoardLog
+from pipeoptim.telemetry.timing import SlowStages, times_of
 
 #: Mini-batches that a loss or a rate is averaged over.
 WINDOW = 20
@@ -26,7 +27,7 @@ class Recorder:
 
     def __init__(self, file: MetricsFile, view: ProgressView, tensorboard_log: TensorBoardLog | None = None) -> None:
         self._file, self._view, self._tensorboard_log = file, view, tensorboard_log
-        self._changes = Changes()
+        self._changes, self._slow = Changes(), SlowStages()
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # samples and seconds of each
         self._samples, self._seconds = 0, 0.0
@@ -80,6 +81,16 @@ class Recorder:
         for sentence in self._changes.note(measured):
             self._view.note(sentence)
         self._log_scalars(step, scalars(measured))
+
+    def timing(self, step: int, measured: list[dict[str, Any]]) -> None:
+        """How long each stage took, as of mini-batch ``step``; what has become slow is said. No row where it is not known yet."""
+        if not measured:
+            return
+        self._file.write(step=step, timing=measured)
+        for sentence in self._slow.note(times_of(measured)):
+            self._view.note(sentence)
+        figures = {f"timing/{name}/stage{row['stage']}": row[name] for row in measured for name in ("computing", "waiting")}
+        self._log_scalars(step, figures)
 
     def _log_scalars(self, step: int, values: dict[str, float]) -> None:
         if self._tensorboard_log is not None:

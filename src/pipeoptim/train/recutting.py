@@ -43,8 +43,8 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
         if found != given:
             shown = [getattr(value, "target", value) for value in (found, given)]
             raise ConfigError(
-                f"{run.config} has {what} {shown[0]!r}, not {shown[1]!r}; a run can be cut anew with other stages, chunks and replicas "
-                "only"
+                f"{run.config} has {what} {shown[0]!r}, not {shown[1]!r}; a run can be cut anew with other stages, cut, chunks and "
+                "replicas only"
             )
     folder, meta = newest(run, before, _print_note, _stage_modules(before))
     new = RunDir(run.path.with_name(f"{run.path.name}-{_layout_label(config)}"))
@@ -72,6 +72,7 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
 
 def _layout_label(config: TrainConfig) -> str:
     words = [f"{config.stages}-stages"]
+    words += [f"cut-{config.cut.replace(',', '-')}"] if config.cut else []
     words += [f"{config.chunks}-chunks"] if config.chunks > 1 else []
     words += [f"{config.replicas}-replicas"] if config.replicas > 1 else []
     return "-".join(words)

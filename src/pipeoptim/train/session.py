@@ -102,7 +102,8 @@ def run_session(
             stop,
             {},
             group.mean_loss,
-            group.measurements(),
+            group.measurements("figures"),
+            group.measurements("timing"),
             StageErrors(),
         )
         done = loop.run(start.step, validate=start.step >= config.steps and not _validated(recorder, run, group, start.step))

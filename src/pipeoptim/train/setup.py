@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.config import TrainConfig
+from pipeoptim.config import TrainConfig, read_cut
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.stage.tied_weights import read_tied
 from pipeoptim.errors import ConfigError
@@ -91,7 +91,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
         model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
-    stages, tied = untie(cut(model, config.stages))
+    stages, tied = untie(cut(model, config.stages, read_cut(config.cut)))
     read_tied(
         tied,
         (),

@@ -15,6 +15,7 @@ from pipeoptim.cli.settings import TinyOption, given, takes_settings
 from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
+    from pipeoptim.config import TrainConfig
     from pipeoptim.partitioning import Partition
     from pipeoptim.schedule import Slack
 
@@ -37,6 +38,12 @@ def plan(
     model: Annotated[
         str | None,
         Option(help="module:function of your own, instead of a recipe: returns (model, args) or (model, args, kwargs)."),
+    ] = None,
+    from_run: Annotated[
+        Path | None,
+        Option(
+            help="Folder of a run, instead of a recipe: cut its model anew by how long its stages took, for --resume --cut."
+        ),
     ] = None,
     how: Annotated[str, Option(help="blocks, layers, trace, or auto.")] = "auto",
     layers: Annotated[list[str] | None, Option(help="Name of a list of layers in the model; found by itself.")] = None,
@@ -72,6 +79,8 @@ def plan(
           As many stages on 4 devices as are fastest, some perhaps replicated.
       pipeoptim plan --model mine:gpt2 --stages 4 --pin transformer.h.3 --picture stages.svg
           A model of your own: mine.py in this folder has a function gpt2 that returns the model and a mini-batch.
+      pipeoptim plan --from-run runs/chars-pipeoptim
+          Stages of that run were slower than others: blocks move to those that are faster.
       pipeoptim plan --model mine:gpt2 --stages 2 --blocks
           Also what each layer costs: milliseconds of its forward and backward, bytes of activations and weights.
     """
@@ -79,6 +88,8 @@ def plan(
     from pipeoptim.methods import get_method
     from pipeoptim.partitioning import partition
     from pipeoptim.schedule import read_slack
+    from pipeoptim.train.measured_run import read_measured_run
+    from pipeoptim.train.recipes import get_recipe
 
     keep_freed_memory()
     wanted = given(settings)
@@ -91,11 +102,23 @@ def plan(
     if model is not None and (recipe is not None or tiny):
         other = f"recipe {recipe!r}" if recipe is not None else "--tiny, which is of recipes,"
         raise ConfigError(f"model {model!r} and {other} were given; leave one out")
+    if from_run is not None and (model is not None or recipe is not None or tiny or speed or devices):
+        raise ConfigError(
+            "--from-run has the run's own model and speeds; leave --model, --recipe, --tiny, --speed and --devices out"
+        )
+    measured = None if from_run is None else read_measured_run(from_run)
     limits = [_bytes(gib) for gib in memory] if memory else None
-    module, args, kwargs, depth, m = _own(model) if model is not None else _of_recipe(recipe or "chars", tiny)
+    module, args, kwargs, depth, m = (
+        _own(model) if model is not None else _of_config(measured.config if measured else get_recipe(recipe or "chars", tiny))
+    )
     module, args, kwargs = _on(device, module, args, kwargs)
     m = wanted.get("microbatches", m)
     stages = wanted.get("stages", depth if devices is None else None)
+    costs = None
+    if measured is not None:
+        chosen = get_method(measured.config.method)
+        costs = partition(module, stages, args, kwargs, how="blocks", microbatches=m).costs
+        speed = measured.speeds(costs, stages)
     found = partition(
         module,
         stages,
@@ -103,6 +126,7 @@ def plan(
         kwargs,
         how=how,
         layers=layers,
+        costs=costs,
         speeds=speed,
         memory=limits,
         devices=devices,
@@ -115,6 +139,8 @@ def plan(
     if blocks:
         print(found.blocks_text())
     _show(found, len(found.stages), m, slack)
+    if measured is not None:
+        print(measured.advice(found.lengths))
     if picture is not None:
         picture.write_text(found.to_svg())
         print(f"stages drawn in {picture}")
@@ -132,15 +158,13 @@ def _bytes(gib: float) -> int:
     return int(gib * 2**30)
 
 
-def _of_recipe(recipe: str, tiny: bool) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
-    """Model, arguments, depth and M of a recipe."""
+def _of_config(config: TrainConfig) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
+    """Model, arguments, depth and M of a run."""
     import torch
 
-    from pipeoptim.train.recipes import get_recipe
     from pipeoptim.train.setup import read_data, seeded
     from pipeoptim.train.targets import build
 
-    config = get_recipe(recipe, tiny)
     torch.set_num_threads(config.threads)
     x, _ = read_data(config).train_batch(0, config.batch_size)
     with seeded(config.seed):

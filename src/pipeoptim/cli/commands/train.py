@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 DEFAULT_RECIPE = "chars"
 
 #: What may be changed when a run is resumed; the first makes a run directory of its own.
-RECUT = ("stages", "chunks", "replicas")
+RECUT = ("stages", "cut", "chunks", "replicas")
 ON_RESUME = NOT_COMPUTED
 
 
@@ -215,6 +215,8 @@ def _resumed(
             raise ConfigError(
                 f"{option} is {value}, but run {directory.path} was begun with {own}; leave {option} out when resuming"
             )
+    if "stages" in changed and "cut" not in changed:
+        changed = {**changed, "cut": ""}  # that of the run before has another number of stages
     return replace(config, **{key: value for key, value in changed.items() if key in (*ON_RESUME, *RECUT)})
 
 

@@ -1,0 +1,61 @@
+"""How long stages take, as rows of ``metrics.jsonl``, and the stage that has become slow as a sentence.
+
+What is measured is the engine's (:mod:`pipeoptim.engine.stage_times`); here it becomes something to look at.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+from pipeoptim.engine.stage_times import StageTimes
+
+SLOWER = 1.2
+"""From this factor on a stage is called slow; it no longer is where half of that remains."""
+
+
+def timing_rows(times: Iterable[StageTimes | None]) -> list[dict[str, Any]]:
+    """One plain dictionary per stage, in seconds with four digits; nothing of stages that have no figures yet."""
+    return [
+        {name: value if isinstance(value, int) else float(f"{value:.4g}") for name, value in one._asdict().items()}
+        for one in times
+        if one is not None
+    ]
+
+
+def times_of(rows: Sequence[dict[str, Any]]) -> list[StageTimes]:
+    """What :func:`timing_rows` wrote.
+
+    >>> times_of(timing_rows([StageTimes(1, 0.0123456, 0.5, 0.25, 0.0, 1.0, 1.0)]))[0].computing
+    0.01235
+    """
+    return [StageTimes(**row) for row in rows]
+
+
+class SlowStages:
+    """Says which stages have become slow, and which no more, each once."""
+
+    def __init__(self) -> None:
+        self._slow: set[int] = set()
+
+    def note(self, times: Sequence[StageTimes]) -> list[str]:
+        """What changed with these figures, as sentences.
+
+        >>> slow = SlowStages()
+        >>> slow.note([StageTimes(2, 0.0131, 0.001, 0.0142, 0.0, 1.31, 1.25)])[0]
+        'stage 2 has become slow: a mini-batch takes it 13.1 ms, 1.31 times as long as at first; steps take 1.25 times as long'
+        >>> slow.note([StageTimes(2, 0.0131, 0.001, 0.0142, 0.0, 1.31, 1.25)])
+        []
+        """
+        found = []
+        for one in times:
+            if one.stage not in self._slow and one.slowed >= SLOWER:
+                self._slow.add(one.stage)
+                found.append(
+                    f"stage {one.stage} has become slow: a mini-batch takes it {1e3 * one.computing:.3g} ms, {one.slowed:.2f} times as "
+                    f"long as at first; steps take {one.held_up:.2f} times as long"
+                )
+            elif one.stage in self._slow and one.slowed < 1 + (SLOWER - 1) / 2:
+                self._slow.discard(one.stage)
+                found.append(f"stage {one.stage} is as fast as at first again ({1e3 * one.computing:.3g} ms per mini-batch)")
+        return found
