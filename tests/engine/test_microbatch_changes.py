@@ -1,6 +1,8 @@
 """M changes in the middle of a run: as a new pipeline that goes on from the drained state, as the oracle, and on all stages alike."""
 
 import copy
+from bisect import bisect_right
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import case
 import oracle
 import pipeoptim as po
 import stage_processes
-from test_oracle import WIDTH, Layer, takes_slack, uses
+from test_oracle import WIDTH, Layer, corrections, takes_slack, uses
 
 CHANGES = {12: 4, 24: 2, 31: 1}  # by mini-batch
 SIZES = {0: 2, 12: 8, 24: 4}  # rows: the mini-batch may change with it
@@ -74,7 +76,11 @@ def test_a_change_is_a_new_pipeline_that_goes_on(method):
     assert_equal(train(method, "between"), expected)
 
 
-@pytest.mark.parametrize("options", [{"slack": 1}, {"clip": po.Clip(0.5, "global_delayed")}, {"compress": "int8"}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{"slack": 1}, {"clip": po.Clip(0.5, "global_delayed")}, {"compress": "int8"}, {"prediction": "in_progress"}],
+    ids=str,
+)
 def test_so_it_is_with_options_and_from_within_on_update(options):
     expected = train("pipeoptim", "new", **options)
     assert_equal(train("pipeoptim", "between", **options), expected)
@@ -102,7 +108,14 @@ def test_a_ramp_equals_the_oracle(method):
         losses += [pipe.step(x, target=y).item() for x, y in (next(fed) for _ in range(minibatches))]
         assert pipe.version_gap(0) == -(-oracle.ahead(0, depth, slack) // m)
     pipe.drain()
-    expected, expected_losses = oracle.train(initial, rule, segments, batches, parts, *uses(method, rule), slack=slack)
+    each = [corrections(method, depth, m, rule, slack) for m in parts]
+    ends = list(accumulate(segments))
+
+    def correct(k, stage, *rest):
+        return each[bisect_right(ends, len(stage.weights) - 1)](k, stage, *rest)
+
+    used = {"correct": correct if each[0] else None, "slack": slack}
+    expected, expected_losses = oracle.train(initial, rule, segments, batches, parts, *uses(method, rule), **used)
     assert losses == pytest.approx(expected_losses, abs=1e-10, rel=0)
     for stage, theirs in zip(stages, expected, strict=True):
         for p, w in zip(stage.parameters(), theirs.weights[-1], strict=True):

@@ -58,7 +58,7 @@ from pipeoptim.engine.stage.update import StageUpdate, UpdateState
 from pipeoptim.engine.stage.weight_writes import WeightWrites
 from pipeoptim.engine.transport.compression import Compressor
 from pipeoptim.engine.transport.pytree import as_args, differentiable
-from pipeoptim.errors import PipeOptimError, counted
+from pipeoptim.errors import ConfigError, PipeOptimError, counted
 from pipeoptim.methods import Method, PredictorContext, mean_gap, refresh_every
 from pipeoptim.optim import DelayCompensation
 from pipeoptim.options import DEFAULTS, PipelineOptions
@@ -209,8 +209,7 @@ class StageWorker:
         self._call_module = ModuleCall()
         found = [] if optimizer is None else members(optimizer)
         self._compensations = [member for member in found if isinstance(member, DelayCompensation)]
-        for compensation in self._compensations:
-            compensation.set_stage_gap(mean_gap(method, program, k))
+        self._tell_compensations()
         self._note_phase()
         # The last stage looks at its loss in the forward; None once the first mini-batch has shown that all is well.
         self._cut_off_check = None if self.is_last else CutOffCheck(k, program.microbatches, self.parameters)
@@ -412,6 +411,8 @@ class StageWorker:
         m = program.microbatches
         self.program = self.weights.program = self.update.program = self._weight_writes.program = program
         self.losses.microbatches = m
+        if self.weights.progress is not None:
+            self.weights.progress.microbatches = m
         self.compressor.use_positions(m)
         if self.scaling is not None:
             self.scaling.microbatches = m
@@ -422,6 +423,7 @@ class StageWorker:
         predictor = self._inner_predictor
         if isinstance(predictor, FollowsProgram):
             predictor.use_program(program, self.k)
+        self._tell_compensations()
 
     def check_program(self, program: Program) -> None:
         """Whether :meth:`use_program` can be given ``program``.
@@ -446,7 +448,10 @@ class StageWorker:
 
     @property
     def _inner_predictor(self) -> WeightPredictor | None:
-        return self.predictor.inner if isinstance(self.predictor, MasterWeightPredictor) else self.predictor
+        found: Any = self.predictor
+        while isinstance(found, MasterWeightPredictor | InProgressPredictor):
+            found = found.inner
+        return found  # type: ignore[no-any-return]
 
     def restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""
@@ -454,6 +459,11 @@ class StageWorker:
         assert not self._in_flight, f"stage {self.k} restarts with micro-batches {sorted(self._in_flight)} in flight"
         self.forward_weights.restart()
         self._note_phase()
+
+    def _tell_compensations(self) -> None:
+        """How old the gradients of this stage are."""
+        for compensation in self._compensations:
+            compensation.set_stage_gap(mean_gap(self.method, self.program, self.k))
 
     def _note_phase(self) -> None:
         """Synchronous or not: it changes at a restart only, since each synchronous update ends with a drain."""
