@@ -261,6 +261,7 @@ def _ours(device: Device, name: str, m: int, options: dict[str, Any]) -> Step:
         transport=transport,
         liveness_timeout=None,
         slack=options["slack"],
+        compress=options.get("compress"),
     )
     x = torch.ones(BATCH, width)
     args, target = ((x,) if k == 0 else ()), (x if k == depth - 1 else None)
