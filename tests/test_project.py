@@ -7,6 +7,7 @@ import pkgutil
 import re
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,14 @@ def test_python_in_documents_runs(path):
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     for block in blocks:
         exec(compile(block, str(path), "exec"), {})
+
+
+def test_the_readme_names_what_an_install_brings():
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    (told,) = re.findall(r"A plain install brings.*?\n\n", DOCUMENTS[0].read_text(), re.DOTALL)
+    names = {re.match(r"[\w-]+", one)[0].lower() for one in needed}
+    assert names and {name for name in names if name not in told.lower()} == set()
+    assert re.search(r"\d+ packages of [\d.]+ GB", told)
 
 
 def anchors(path):

@@ -236,3 +236,26 @@ def test_one_block_is_told_in_the_singular():
     cut = partition(nn.Sequential(*(nn.Linear(3, 3) for _ in range(3))), 2, pins=[1])
     for picture in (str(cut), cut.to_svg()):
         assert "1 block: " in picture and "2 blocks: 1" in picture and "1 blocks" not in picture
+
+
+class Structured(nn.Module):
+    """Takes a dict and a pair."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(4))
+
+    def forward(self, batch, pair):
+        x = batch["x"]
+        for layer in self.layers:
+            x = x + layer(x) * pair[1] + pair[0]
+        return x
+
+
+def test_a_traced_model_takes_its_inputs_in_their_structure():
+    model = Structured()
+    inputs = {"x": torch.randn(3, 4)}, (torch.randn(3, 4), torch.randn(3, 1))
+    expected = model(*inputs)
+    cut = po.partition(model, 3, inputs, how="trace")
+    pipe = po.Emulator(cut.stages, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss, "1f1b")
+    assert pipe.eval_step(*inputs, target=torch.zeros(3, 4)) == nn.functional.mse_loss(expected, torch.zeros(3, 4))

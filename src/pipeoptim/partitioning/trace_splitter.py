@@ -186,7 +186,12 @@ def _traced_blocks(gm: fx.GraphModule) -> list[TracedBlock]:
         if i == len(calls) - 1:
             live = [node.name for node in tree_leaves(last.args) if isinstance(node, fx.Node)]
         arguments = [_ValueName(a.name) if isinstance(a, fx.Node) else a for a in call.args]
-        blocks.append(TracedBlock(gm.get_submodule(call.target), arguments, before, live, made[call]))
+        part = gm.get_submodule(call.target)
+        if i == 0 and isinstance(part, fx.GraphModule):
+            # It would take the model's arguments in their structure, but is given their leaves, as the graph names them.
+            part.graph.set_codegen(fx.graph.CodeGen())
+            part.recompile()
+        blocks.append(TracedBlock(part, arguments, before, live, made[call]))
     return blocks
 
 
