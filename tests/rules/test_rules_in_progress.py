@@ -378,6 +378,21 @@ def test_the_predictor_keeps_nothing_and_steps_by_the_kernel() -> None:
     assert largest_difference(values_of(optimizer), real) < 1e-6
 
 
+@pytest.mark.parametrize("updates", [0, 3])  # by the optimizer's own step on copies, and by its rule
+def test_a_buffer_may_have_another_type(updates: int) -> None:
+    optimizer = Case("", torch.optim.AdamW, {"lr": 0.01}).make(dtype=torch.float32)
+    train(optimizer, updates)
+    predictor = Predictor(optimizer, kind="in_progress")
+    known = [PartialGradient(g, 0.5) for g in gradients(optimizer, 5)]
+    low = [torch.empty_like(w, dtype=torch.bfloat16) for w in values_of(optimizer)]
+    full = [torch.empty_like(w) for w in values_of(optimizer)]
+    for steps in (1, 3):
+        predictor.predict_into(low, steps, known)
+        predictor.predict_into(full, steps, known)
+        for a, b in zip(low, full, strict=True):
+            torch.testing.assert_close(a, b.bfloat16(), rtol=2**-8, atol=0)
+
+
 def test_what_cannot_be_used_is_refused() -> None:
     optimizer = BY_NAME["adamw"].make()
     grads = gradients(optimizer, 1)

@@ -71,7 +71,7 @@ def _continue(weight: Tensor, after: Tensor, ahead: Ahead, buffer: Tensor) -> No
     if ahead.scale == 1 and ahead.steps == 1:
         buffer.copy_(after)  # not by lerp, which may round
     else:
-        torch.lerp(weight, after, ahead.scale * steps, out=buffer)
+        buffer.copy_(torch.lerp(weight, after, ahead.scale * steps))  # the buffer may have another type
 
 
 def _steps_of_first_rate(ahead: Ahead) -> Scalar:

@@ -109,7 +109,7 @@ def _kind_of(optimizer: Optimizer, group: Group, kind: str, rule: Rule | None, s
         wanted = kind if kind in KINDS and KINDS[kind].in_progress else "displacement"
     check_kind(wanted, rule, optimizer)
     check_group(group)
-    if wanted == "in_progress" and isinstance(optimizer, DelayCompensation):
+    if KINDS[wanted].in_progress and isinstance(optimizer, DelayCompensation):
         raise ConfigError(
             f"prediction 'in_progress' knows the steps of {type(optimizer.optimizer).__name__}, not as {type(optimizer).__name__} corrects "
             "them; choose 'refined' or 'displacement'"
