@@ -1,6 +1,7 @@
 """Two stages that make the mistakes users make, and print what they are told."""
 
 import os
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -9,7 +10,6 @@ from torch.distributed.pipelining import PipelineStage
 import pipeoptim as po
 from pipeoptim.partitioning import BlockCost
 
-torch.set_num_threads(1)
 k = int(os.environ["RANK"])
 dist.init_process_group("gloo")
 module = torch.nn.Linear(4, 4)
@@ -25,7 +25,12 @@ def told(work):
         print(error)
 
 
-pipe = po.Schedule(stage, opt, loss_fn, "gpipe", 3, timeout=30, seed=0)
+torch.set_num_threads(len(os.sched_getaffinity(0)) + 1)  # what torch does by itself, and one more where there is a single core
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    pipe = po.Schedule(stage, opt, loss_fn, "gpipe", 3, timeout=30, seed=0)
+print("warned:", *(warning.message for warning in caught))
+torch.set_num_threads(1)
 x = torch.ones(4, 4)
 told(lambda: pipe.step(x, target=x))
 told(lambda: po.Schedule(module, opt, loss_fn))

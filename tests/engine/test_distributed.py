@@ -1,5 +1,6 @@
 """Processes compute what the emulator computes, bit for bit; a dead stage ends the others; bad use is said."""
 
+import os
 import signal
 import subprocess
 import time
@@ -135,6 +136,9 @@ def test_stages_that_were_all_stopped_for_a_while_go_on():
 
 def test_bad_use_is_refused_with_a_sentence():
     outputs = stage_processes.run(HERE / "misuse_worker.py", 2)
+    cores = len(os.sched_getaffinity(0))
+    assert f"2 processes of the pipeline compute with {2 * cores + 2} threads on {cores} core" in outputs[0]
+    assert "warned:\n" in outputs[1], "one of them tells"
     assert "only stage 0 takes them" in outputs[1]
     assert "cannot be split into 3 equal micro-batches" in outputs[0]
     assert "must be a torch.distributed.pipelining.PipelineStage" in outputs[0]

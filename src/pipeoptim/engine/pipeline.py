@@ -27,6 +27,7 @@ from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss
 from pipeoptim.engine.splitting import count_rows
 from pipeoptim.engine.stage_times import now
+from pipeoptim.engine.step_loss import step_loss
 from pipeoptim.errors import ConfigError
 from pipeoptim.options import PipelineOptions
 from pipeoptim.options.checks import count
@@ -107,7 +108,7 @@ class Pipeline(LocalStages):
         self._steps += 1
         if self._still_synchronous():
             self._drain()
-        return self._mean_loss(found, losses)
+        return step_loss(self._mean_loss(found, losses))
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""

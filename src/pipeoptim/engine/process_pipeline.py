@@ -20,6 +20,7 @@ from pipeoptim.engine import auto_slack, traced
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
+from pipeoptim.engine.processes.crowded_cores import own_core_use
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
 from pipeoptim.engine.processes.norm_exchange import ProcessNorms
 from pipeoptim.engine.processes.progress import TrainingProgress
@@ -143,7 +144,8 @@ class ProcessPipeline(Pipeline):
         self._tied_exchanges = {tie: AllReducedGradients(options.timeout) for tie in tied if place.k in tie.holders}
         self._replicas = read_replicas(options.replicas, place.module)
         agreed = options.describe(replicas=self._replicas.count, tied=tied, scaler=scalers[0])
-        self._settings = SharedSettings(f"stages={self.depth} {agreed}", place.cut)
+        cores = own_core_use(place.device.type == "cpu")
+        self._settings = SharedSettings(f"stages={self.depth} {agreed}", place.cut, cores)
 
     def _make_runner(self, place: StagePlace, arguments: StageArguments, loss_fn: LossFn) -> StageRunner:
         """The stage ``place``, not connected yet."""

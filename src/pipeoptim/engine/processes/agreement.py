@@ -5,27 +5,30 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
+from pipeoptim.engine.processes.crowded_cores import NO_CORES, CoreUse, warn_of_crowded_cores
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.errors import ConfigError
 
 
 @dataclass(frozen=True)
 class SharedSettings:
-    """``settings`` in words; ``cut``: blocks per stage where the stage comes from ``partition``, else empty."""
+    """``settings`` in words; ``cut``: blocks per stage where the stage comes from ``partition``, else empty; ``cores``: what the process
+    takes of its machine, where each may differ."""
 
     settings: str
     cut: tuple[int, ...] = ()
+    cores: CoreUse = NO_CORES
 
     def write(self) -> str:
         """As text that :meth:`read` takes."""
         # Plain text: nothing that another process sends is ever unpickled or evaluated.
-        return json.dumps([self.settings, self.cut])
+        return json.dumps([self.settings, self.cut, self.cores])
 
     @classmethod
     def read(cls, text: str) -> SharedSettings:
         """From the text of :meth:`write`."""
-        settings, cut = json.loads(text)
-        return cls(settings, tuple(cut))
+        settings, cut, cores = json.loads(text)
+        return cls(settings, tuple(cut), CoreUse(*cores))
 
     def compare(self, other: SharedSettings, own_name: str, other_name: str) -> None:
         """Raises ConfigError where the two cannot work together."""
@@ -42,9 +45,11 @@ class SharedSettings:
 
 
 def check_agreement(rendezvous: Rendezvous, settings: SharedSettings) -> None:
-    """Raises ConfigError, in all processes, where one has other settings or another cut of the model."""
-    for j, theirs in enumerate(rendezvous.exchange_settings(settings.write())):
-        settings.compare(SharedSettings.read(theirs), rendezvous.name.format(rendezvous.index), rendezvous.name.format(j))
+    """Raises ConfigError, in all processes, where one has other settings or another cut of the model; warns of too many threads."""
+    everyone = [SharedSettings.read(text) for text in rendezvous.exchange_settings(settings.write())]
+    for j, theirs in enumerate(everyone):
+        settings.compare(theirs, rendezvous.name.format(rendezvous.index), rendezvous.name.format(j))
+    warn_of_crowded_cores([theirs.cores for theirs in everyone], rendezvous.index)
 
 
 def _blocks(cut: tuple[int, ...]) -> str:

@@ -110,7 +110,7 @@ def optimizer_parameters(
     if foreign:
         raise ConfigError(
             f"the optimizer of stage {k} holds {len(foreign)} parameters that are not in the stage's module "
-            f"(first shape {foreign[0]}); make one optimizer per stage, from stage.parameters()"
+            f"(first shape {foreign[0]}), as one over the whole model does; make one optimizer per stage, from stage.parameters()"
         )
     forgotten = {id(p) for p in module.parameters() if p.requires_grad} - {id(p) for p in params}
     if forgotten and not params:

@@ -31,6 +31,7 @@ from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.master_weights import MasterWeights
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
 from pipeoptim.engine.stage.reduction import Reduction
+from pipeoptim.engine.stage.script_calls import ScriptCalls
 from pipeoptim.engine.stage.tied_weights import TiedWeight
 from pipeoptim.engine.stage.weight_writes import versions_of
 from pipeoptim.errors import ConfigError
@@ -64,6 +65,7 @@ class StageUpdate:
         tied: weights whose gradients are summed over stages.
         clipper, scaling, monitor: None where the stage does not clip, scale its loss, or measure its predictions.
         on_update: called after every update with stage and version; None for nothing.
+        script_calls: tells the pipeline's calls of the optimizer from those of a script.
 
     Attributes:
         state: how far the present update has come.
@@ -88,13 +90,14 @@ class StageUpdate:
         scaling: LossScale | None,
         monitor: PredictionMonitor | None,
         on_update: Callable[[int, int], None] | None,
+        script_calls: ScriptCalls,
     ) -> None:
         self.optimizer, self.scheduler, self.step, self.parameters = optimizer, scheduler, step, parameters
         self.weights, self.forward_weights, self.master_weights = weights, forward_weights, master_weights
         self.program, self.k, self.lr_scale = program, k, method.lr_scale
         self.synchronous_updates = method.synchronous_updates
         self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
-        self.monitor, self.on_update = monitor, on_update
+        self.monitor, self.on_update, self.script_calls = monitor, on_update, script_calls
         # A single stage's norm is the global one: there is nobody to wait for, and U can go all the way.
         self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
         self.state = UpdateState.IDLE
@@ -147,17 +150,22 @@ class StageUpdate:
         # Before before_update(): a version that coming forwards will ask for by number is held here, and copied there.
         self.forward_weights.retain()
         self.weights.before_update()  # versions that a micro-batch in flight will ask for are copied now or lost
-        if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
-            self.weights.update(skip_step)
-            self.weights.after_skipped_update()
-        else:
-            self._step()
-            self.weights.after_update()
-        # Let go of the gradients' memory, in which a fused step may just have written the prediction.
-        _zero_grad(self.optimizer)
+        self.script_calls.by_pipeline = True
+        try:
+            if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
+                self.weights.update(skip_step)
+                self.weights.after_skipped_update()
+            else:
+                self._step()
+                self.weights.after_update()
+            # Let go of the gradients' memory, in which a fused step may just have written the prediction.
+            _zero_grad(self.optimizer)
+        finally:
+            self.script_calls.by_pipeline = False
         if self.scheduler is not None and not skipped:
             # Not after a skipped update: the rate must not run ahead of the optimizer's steps.
             self.scheduler.step()
+            self.script_calls.note_scheduled()
         self._note_version(self.weights.version)
 
     def abandon(self) -> None:

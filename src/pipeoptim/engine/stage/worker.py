@@ -51,6 +51,7 @@ from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
 from pipeoptim.engine.stage.recompute import check_recompute, recomputing
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.rng import StageRandom
+from pipeoptim.engine.stage.script_calls import ScriptCalls
 from pipeoptim.engine.stage.state import restore, state_of
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.stage.tied_weights import TiedWeight, TieOnStage
@@ -185,6 +186,7 @@ class StageWorker:
         elsewhere |= {p: "its float32 master" for _, p in self.master_weights.pairs}
         whole = () if reduction.shards else self.weights.params  # a forward writes into what was gathered from shards
         self._weight_writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
+        self.script_calls = ScriptCalls(optimizer, scheduler, k, program.flushes)
         self.update = StageUpdate(
             optimizer,
             scheduler,
@@ -202,6 +204,7 @@ class StageWorker:
             scaling=self.scaling,
             monitor=self.monitor,
             on_update=options.on_update,
+            script_calls=self.script_calls,
         )
         self.compressor = Compressor(options.compress, program.microbatches)
         self.losses = LossLog(program.microbatches)
@@ -227,6 +230,7 @@ class StageWorker:
         if self.optimizer is None:
             return
         check_groups(self.optimizer, len(self.parameters), self.k)
+        self.script_calls.begin_mini_batch()
         if not self.reduction.shards:  # whole weights come and go there
             if self.forward_weights.next_forward == 0:
                 check_still_held(self.module, self.optimizer, self.k)
@@ -374,7 +378,10 @@ class StageWorker:
                 self.master_weights.collect()
             if self.weights.progress is not None:
                 self.weights.progress.note_backward(flight.share)
-            if (i + 1) % self.program.microbatches == 0:
+            if (i + 1) % self.program.microbatches:
+                self.script_calls.note_summed(self.parameters)
+            else:
+                self.script_calls.forget_sum()
                 # Begun here and not in U, so that the averages travel while the gradients go back to the previous stage.
                 self.reduction.start()
         finally:
@@ -458,6 +465,7 @@ class StageWorker:
         # Gaps and version numbers are counted from the restart: a micro-batch in flight would get weights of the wrong number.
         assert not self._in_flight, f"stage {self.k} restarts with micro-batches {sorted(self._in_flight)} in flight"
         self.forward_weights.restart()
+        self.script_calls.restart()
         self._note_phase()
 
     def _tell_compensations(self) -> None:
@@ -485,6 +493,7 @@ class StageWorker:
         # Not released: the weights have forgotten all their sets already.
         self.forward_weights.chosen = None
         self.losses.begin()
+        self.script_calls.restart()
 
     # -- loss scaling: what travels with the activations and with the gradients ---------------------------------------
 

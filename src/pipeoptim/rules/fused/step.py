@@ -149,12 +149,13 @@ def _predict_unmoved(entries: Sequence[ParameterEntry], horizon: Horizon, out: S
 
 
 def _unpatched(optimizer: Optimizer) -> bool:
-    """Whether ``optimizer.step()`` is that of its class, without hooks and without a GradScaler."""
+    """Whether ``optimizer.step()`` is that of its class, without a GradScaler and without hooks, but for those that only check."""
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper here that notes the call
     if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(optimizer).step):
         return False
+    if not all(getattr(hook, "only_checks", False) for hook in optimizer._optimizer_step_pre_hooks.values()):
+        return False
     hooks = (
-        optimizer._optimizer_step_pre_hooks,
         optimizer._optimizer_step_post_hooks,
         torch_optimizer._global_optimizer_pre_hooks,
         torch_optimizer._global_optimizer_post_hooks,
