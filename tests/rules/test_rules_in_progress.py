@@ -296,6 +296,15 @@ def test_clipped_momentum_is_taken_back_to_the_units_of_gradients(max_norm: floa
     assert largest_difference(got, really_stepped(optimizer, clipped)) < 1e-13
 
 
+@pytest.mark.parametrize("max_norm", [None, 0.5])
+def test_an_infinite_norm_at_the_last_update_leaves_predictions_finite(max_norm: float | None) -> None:
+    optimizer = BY_NAME["adamw"].make()
+    train(optimizer, 3)
+    partial = [PartialGradient(g, 0.5) for g in gradients(optimizer, 3)]
+    got = predict_weights(optimizer, 1, kind="in_progress", in_progress=partial, clip=ClipEstimate(max_norm, last_factor=0.0))
+    assert all(bool(torch.isfinite(w).all()) for w in got)
+
+
 # ---- parameters that move otherwise, or not at all -------------------------------------------------------------------------------
 
 

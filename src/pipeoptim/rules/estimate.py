@@ -24,6 +24,8 @@ from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.move import Momentum, PartialGradient, Scalar, as_real
 
+SMALLEST_FACTOR = 1e-12
+
 
 @dataclass(frozen=True, slots=True)
 class ClipEstimate:
@@ -41,6 +43,12 @@ class ClipEstimate:
 
     max_norm: float | None = None
     last_factor: Scalar = 1.0
+
+    @property
+    def undone(self) -> Scalar:
+        """What the momentum is multiplied by to be one of unclipped gradients; finite where the last norm was not."""
+        last = self.last_factor
+        return 1.0 / (last.clamp(min=SMALLEST_FACTOR) if isinstance(last, Tensor) else max(last, SMALLEST_FACTOR))
 
     def factor(self, norm: float) -> float:
         """What gradients of this norm are multiplied by, as ``clip_grad_norm_`` does."""
@@ -96,7 +104,7 @@ def estimate(entry: ParameterEntry, partial: PartialGradient | None, clip: ClipE
     momentum = _momentum(entry)
     if momentum is None:
         return None if value is None else GradientEstimate(value, factor * (1.0 + missing))
-    share = missing if clip is None else missing / clip.last_factor
+    share = missing if clip is None else missing * clip.undone
     return GradientEstimate(value, factor, momentum.value, share * momentum.scale, share * momentum.of_weight)
 
 
