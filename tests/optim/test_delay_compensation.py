@@ -13,6 +13,8 @@ from torch.optim import SGD, Adam, AdamW, Muon
 
 import pipeoptim as po
 from pipeoptim.optim import DelayCompensation, ErrorFeedback, RotatedAdam, SpikeCompensation
+from pipeoptim.stability import linear_optimizer
+from pipeoptim.stability.pipelines import linear_stages
 
 mse = nn.functional.mse_loss
 KINDS = [ErrorFeedback, SpikeCompensation]
@@ -247,6 +249,41 @@ def test_depth_one_is_a_plain_loop_and_a_resumed_run_the_undisturbed_one(method)
         resumed.load_stage_state_dict(k, copy.deepcopy(pipe.stage_state_dict(k)))
     both = [finals(stages, pipe, 3), finals(others, resumed, 3)]
     assert all(torch.equal(a, b) for a, b in zip(*both, strict=True))
+
+
+def test_a_sharded_checkpoint_carries_it_to_another_number_of_stages(tmp_path):
+    """What was extrapolated, and bases and averages of matrices, go with their weights; the gap is that of the new stage."""
+
+    def make(params):
+        return ErrorFeedback(RotatedAdam(params, lr=0.01, refresh_every=3))
+
+    def cut(depth):
+        torch.manual_seed(0)
+        blocks = [Layer() for _ in range(4)]
+        per = 4 // depth
+        stages = [nn.Sequential(*blocks[k * per : (k + 1) * per]) for k in range(depth)]
+        names = [{f"{k * per + i}.{n}": f"{i}.{n}" for i in range(per) for n in blocks[0].state_dict()} for k in range(depth)]
+        return names, po.Emulator(stages, make, mse, "pipedream_2bw", 4), nn.Sequential(*blocks)
+
+    names, pipe, model = cut(4)
+    for x, y in data(5, 4):
+        pipe.step(x, target=y)
+    po.save_sharded(pipe, tmp_path / "saved", names).result()
+    theirs, resumed, other = cut(2)
+    po.load_sharded(resumed, tmp_path / "saved", theirs)
+    for x, y in data(5, 4):
+        pipe.step(x, target=y)
+        resumed.step(x, target=y)
+    pipe.drain()
+    resumed.drain()
+    for p, q in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(p, q, rtol=0, atol=1e-6)
+
+
+def test_stability_is_not_claimed_for_what_corrects_updates():
+    method = po.METHODS["spike_compensation"]
+    with pytest.raises(po.ConfigError, match="is not known: it corrects updates for the version gap"):
+        linear_stages(method, method.program(2, 1), linear_optimizer("sgd"))
 
 
 def test_what_predicts_the_forward_of_spike_compensation():

@@ -212,14 +212,16 @@ def test_decayed_momentum_equals_real_steps_with_zero_gradients(nesterov: bool, 
         assert largest_difference(predict_weights(optimizer, steps, kind="decayed"), real) < TOLERANCE
 
 
-@pytest.mark.parametrize("name", ["adam", "adamw", "nadam", "nadam_decoupled", "radam", "radam_rectified", "adamax"])
+@pytest.mark.parametrize(
+    "name", ["adam", "adamw", "nadam", "nadam_decoupled", "radam", "radam_rectified", "adamax", "rotated_adam_decay"]
+)
 def test_decayed_moments_equal_real_steps_with_zero_gradients_and_a_held_second_moment(name: str) -> None:
     """With b2 next to 1, zero gradients leave v where it is, which is what the rule assumes. (Adamax: b2 = 1 - 1e-9.)"""
     case = BY_NAME[name]
     optimizer = case.make()
     coupled = not optimizer.param_groups[0].get("decoupled_weight_decay", False)
     if coupled:
-        optimizer.param_groups[0]["weight_decay"] = 0.0
+        optimizer.param_groups[0]["weight_decay"] = 0.0  # rotated Adam's is decoupled always; without it as well
     train(optimizer, 8)
     zeros = [torch.zeros_like(w) for w in weights_of(optimizer)]
     start = values_of(optimizer)

@@ -44,6 +44,7 @@ def linear_stages(
 def _check(method: Method) -> None:
     unknown = [
         (method.predictor is not None, "it predicts by averages of its own"),
+        (method.compensation is not None, "it corrects updates for the version gap"),
         (method.lr_scale is not None, "it changes the learning rate from update to update"),
         (not isinstance(method.forward, (Latest, Predicted, Numbered)), "its forward has a source of weights of its own"),
         (not (method.backward.reuses_forward or isinstance(method.backward, Latest)), "its backward uses other weights still"),

@@ -171,6 +171,8 @@ def _one(console: Console, name: str, setting: Program, svg: Path | None) -> Non
         if text:
             console.print(f"{label}: {text}", markup=False)
     own = f"; brings its own optimizer, {method.optimizer.name}" if method.optimizer else ""
+    if method.compensation is not None:
+        own += f"; corrects the optimizer's steps by {getattr(method.compensation, '__name__', 'a function of its own')}"
     console.print(f"order: {order_name(method.order)}; idle in steady state {found.bubble:.0%}{own}")
     head, settings = options(name)
     if settings:
