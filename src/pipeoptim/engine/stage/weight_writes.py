@@ -124,8 +124,16 @@ class WeightWrites:
 @torch.no_grad()
 def _checksums(weights: Sequence[Tensor]) -> list[int]:
     """One number per tensor that depends on its bits; without a copy, for there may be no room for one."""
-    sums = [None if p.is_meta else torch.hash_tensor(_as_hashable(p.detach())) for p in weights]
+    sums = [_checksum(p.detach()) for p in weights]
     return [0 if found is None else int(found.view(torch.int64)) for found in sums]  # read when all are on their way
+
+
+def _checksum(tensor: Tensor) -> Tensor | None:
+    """None where there are no values, or the device has no kernel for it: such a write is then not found."""
+    try:
+        return None if tensor.is_meta else torch.hash_tensor(_as_hashable(tensor))
+    except NotImplementedError:
+        return None
 
 
 def _as_hashable(tensor: Tensor) -> Tensor:
