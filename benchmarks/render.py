@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 
 from draw_architecture import architecture_svg
+from render_evidence import EVIDENCE, evidence_json
 
+from pipeoptim.advise import to_mermaid
 from pipeoptim.bench.plot import growth_bars, throughput_bars
 from pipeoptim.bench.record import Record
 from pipeoptim.bench.tables import render_document
@@ -22,7 +24,7 @@ ROOT = Path(__file__).parents[1]
 
 
 def tables(text: str) -> str:
-    """The tables of what the code itself says: kinds of prediction, and when each rule is exact."""
+    """What the code itself says: kinds of prediction, when each rule is exact, and the decision between methods."""
     kinds = ["| kind | what it computes | exact for | order in lr | order in s |", "|---|---|---|---|---|"]
     kinds += [
         f"| `{name}` | {_cell(k.formula)} | {_cell(k.exact)} | {k.lr_order} | {k.steps_order} |" for name, k in KINDS.items()
@@ -36,7 +38,8 @@ def tables(text: str) -> str:
         rule = RULES[cls]
         cells = [cls.__name__, rule.exact, rule.no_decayed or "offered", _in_progress(rule), rule.source]
         rules.append(f"| {' | '.join(map(_cell, cells))} |")
-    for name, lines in (("kinds", kinds), ("rules", rules)):
+    choice = ["```mermaid", to_mermaid(), "```"]
+    for name, lines in (("kinds", kinds), ("rules", rules), ("choice", choice)):
         mark = re.compile(f"<!-- {name} -->\n.*?<!-- end of {name} -->", re.DOTALL)
         found = "\n".join([f"<!-- {name} -->", *lines, f"<!-- end of {name} -->"])
         text = mark.sub(lambda _, found=found: found, text)
@@ -57,6 +60,7 @@ def documents() -> dict[Path, str]:
     """Every rendered file and what it should hold."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {path: tables(render_document(path, ROOT)) for path in pages}
+    texts[EVIDENCE] = evidence_json()
     texts[ROOT / "docs/async_1f1b.svg"] = to_svg(Program("async_1f1b", 4), 9, "PipeOptim: asynchronous 1F1B, no flush")
     texts[ROOT / "docs/slack.svg"] = to_svg(
         Program("async_1f1b", 4, slack=1), 11, "Slack 1: one more micro-batch in flight per boundary"

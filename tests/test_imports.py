@@ -29,11 +29,12 @@ MAY_IMPORT = {
     "weights": "errors kernels schedule",
     "methods": "errors schedule optim rules weights",
     "stability": "errors schedule weights methods",
+    "advise": "errors schedule methods",
     "engine/transport": "errors",
     "engine/processes": "errors engine/transport",
     "engine/stage": "errors schedule kernels optim rules weights methods options engine/transport engine/processes",
     "engine/replicas": "errors weights engine/transport engine/processes engine/stage",
-    "engine": "errors files schedule methods options engine/transport engine/processes engine/stage engine/replicas",
+    "engine": "errors files advise schedule methods options engine/transport engine/processes engine/stage engine/replicas",
     "options": "errors schedule methods",
     "checkpoint": "errors files rules engine engine/processes engine/stage",
     "telemetry": "errors files schedule engine",
@@ -41,12 +42,12 @@ MAY_IMPORT = {
     "config": "errors options",
     "testing": "rules",
     "diagnosis": "errors version kernels rules",
-    "train": "errors files version config options schedule kernels rules methods engine engine/processes engine/stage partitioning "
-    "checkpoint telemetry",
+    "train": "errors files version config options advise schedule kernels rules methods engine engine/processes engine/stage "
+    "partitioning checkpoint telemetry",
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
     "train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
-    "cli": "errors files version config options diagnosis schedule kernels methods stability engine engine/transport partitioning "
+    "cli": "errors files version config options advise diagnosis schedule kernels methods stability engine engine/transport partitioning "
     "telemetry train bench compare",
 }
 

@@ -115,7 +115,9 @@ class TrainConfig(RunOptions):
     data: Component
     optimizer: Component
     lr_schedule: Component = Component("constant")
-    method: str = own_setting("pipeoptim", "Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive.")
+    method: str = own_setting(
+        "pipeoptim", "Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive; or auto, see pipeoptim advise."
+    )
     stages: int = own_setting(4, "Depth: pieces that the model is cut into.", least=1)
     cut: str = own_setting(
         "",

@@ -60,7 +60,13 @@ class Record:
         return next(row for row in self.rows if row.name == name)
 
     def write(self, path: Path) -> Path:
-        """Write it as JSON, by renaming a temporary file, so that no reader sees half of it."""
+        """Write it as JSON, by renaming a temporary file, so that no reader sees half of it.
+
+        Raises:
+            ConfigError: ``path`` names no file.
+        """
+        if not path.name or path.is_dir():
+            raise ConfigError(f"the result would go to {str(path)!r}, which is a folder; name a file in it")
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(path.name + ".part")
         part.write_text(json.dumps(asdict(self), indent=1) + "\n")

@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
+from pipeoptim.engine.automatic import settle_method
 from pipeoptim.engine.microbatches import MicroBatch, StageKwargs
 from pipeoptim.engine.per_stage import one_each, scalers_of
 from pipeoptim.engine.pipeline import Pipeline
@@ -62,7 +63,7 @@ class Emulator(Pipeline):
         optimizers: one per stage, or a callable that makes one from parameters. Stepped by the pipeline, never by you.
         loss_fn: ``loss_fn(output, target) -> scalar``, mean over the micro-batch; or ``{"loss": scalar, name: part, ...}``, or
             ``(scalar, {name: part})``: the parts are reported by :attr:`loss_parts`.
-        method: a name in :data:`pipeoptim.METHODS`, or a :class:`~pipeoptim.Method` of your own.
+        method: a name in :data:`pipeoptim.METHODS`, a :class:`~pipeoptim.Method` of your own, or "auto".
         microbatches: M slices per mini-batch and update; 1 is the default of the asynchronous methods.
         schedulers: one learning-rate scheduler per stage, or a callable that makes one; advanced once per update.
         processes: act as P processes with D/P stages each, stage k on process ``k mod P``, in the interleaved order
@@ -98,6 +99,11 @@ class Emulator(Pipeline):
         _refuse_shared(modules)
         # Taken out first: the other options are the same for all stages, a scaler is not.
         scalers = scalers_of(len(modules), options.pop("scaler", None))
+        # Made here where a function is given: per stage, from that stage's parameters only.
+        chosen = one_each("optimizers", len(modules), optimizers, [list(module.parameters()) for module in modules])
+        method, kind = settle_method(method, len(modules), microbatches, chosen, options.get("prediction"))
+        if kind is not None:
+            options["prediction"] = kind
         read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
         if read.slack == AUTO:
             raise ConfigError(
@@ -106,8 +112,6 @@ class Emulator(Pipeline):
             )
         super().__init__(read, len(modules), processes)
         self._processes = range(self.program.processes or self.depth)
-        # Made here where a function is given: per stage, from that stage's parameters only.
-        chosen = one_each("optimizers", self.depth, optimizers, [list(module.parameters()) for module in modules])
         rates = one_each("schedulers", self.depth, schedulers, chosen)
         for k, optimizer in enumerate(chosen):
             check_optimizer(optimizer, k)

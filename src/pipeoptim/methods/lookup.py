@@ -47,6 +47,11 @@ def _method_called(text: str) -> Method:
 
 
 def _unknown_method(text: str) -> ConfigError:
+    if text == "auto":
+        return ConfigError(
+            "method 'auto' is settled by pipelines and pipeoptim train only, which know depth, M and optimizer; name a method here: "
+            "pipeoptim advise says which"
+        )
     close = get_close_matches(text, METHODS, n=1)
     hint = f"did you mean {close[0]!r}? " if close else ""
     return ConfigError(f"unknown method {text!r}; {hint}known: {', '.join(sorted(METHODS))}")

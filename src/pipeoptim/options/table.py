@@ -81,7 +81,8 @@ class PipelineOptions:
 
     method: str | Method = option(
         "pipeoptim",
-        "training method: a name in pipeoptim.METHODS, or a Method of your own.",
+        "training method: a name in pipeoptim.METHODS, a Method of your own, or 'auto' for what pipeoptim advise says of this depth, M and "
+        "optimizer, with two copies of the weights at most.",
         read_by("pipeoptim.methods:get_method"),
         agreed=EQUAL,
         describe=lambda method: getattr(method, "name", method),

@@ -12,9 +12,11 @@ from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.files import cause_of
+from pipeoptim.schedule import AUTO
 from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.telemetry.plots import loss_curve
 from pipeoptim.train import rundir
+from pipeoptim.train.automatic import kept, settled
 from pipeoptim.train.checks import check
 from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.evaluate import ObservedLoss
@@ -33,8 +35,11 @@ from pipeoptim.train.worker import join, reports, under_torchrun
 
 def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, progress: bool = True) -> RunResult:
     """Train as ``config`` says, in ``run_dir``; see :func:`pipeoptim.train.run`."""
-    check(config)
     directory = RunDir(Path(run_dir))
+    if config.method == AUTO:
+        begun = resume is not False and directory.config.exists()
+        config = kept(config, directory.read_config()) if begun else settled(config)
+    check(config)
     train = _joined if under_torchrun() else _emulated if config.engine == "emulator" else _launched
     with ExitStack() as held:
         # The lock is taken inside and released here, after result and curve are written.

@@ -12,6 +12,7 @@ from typer import Option
 from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings, with_given
 from pipeoptim.config import NOT_COMPUTED, TrainConfig
 from pipeoptim.errors import ConfigError
+from pipeoptim.schedule import AUTO
 
 if TYPE_CHECKING:
     from pipeoptim.train.rundir import RunDir
@@ -122,6 +123,10 @@ def train(
             option = "--group" if group else "--new" if new else "--config"
             raise ConfigError(f"{option} belongs to a new run, and --resume continues one as it was begun; leave {option} out")
         own = full_name(wanted, tiny) if ":" not in wanted else get_recipe(wanted, tiny).recipe
+        if name is None and changed.get("method") == AUTO:
+            raise ConfigError(
+                "method auto is settled when a run begins, and its directory is called by what came out; give its --name"
+            )
         directory = RunDir(out / _checked(f"{own}-{changed.get('method', 'pipeoptim')}" if name is None else name))
         config = _resumed(directory, changed, own if recipe else None, optimizer, lr)
         check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method")))
@@ -135,6 +140,9 @@ def train(
         config = _new(chosen, changed, optimizer, lr, group)
         if optimizer is not None:
             notes.append(kept_note(chosen.optimizer, config.optimizer))
+        if config.method == AUTO:
+            exists = None if name is None or new else RunDir(out / _checked(name))
+            config = _settled(config, exists, {**in_file, **changed}.get("prediction"))
         if "steps" in changed or ("steps" in in_file and "lr_schedule" not in in_file):
             notes.append(warmup_note(config))
             config = shortened(config)
@@ -169,7 +177,7 @@ def _new(
     config: TrainConfig, changed: dict[str, Any], optimizer: str | None, lr: float | None, groups: list[str] | None = None
 ) -> TrainConfig:
     """The recipe's configuration with what was given on the command line."""
-    if "method" in changed:
+    if changed.get("method", AUTO) != AUTO:
         from pipeoptim.train.change_method import with_method
 
         config = with_method(config, changed["method"])
@@ -199,11 +207,21 @@ def _same_run(directory: RunDir, config: TrainConfig) -> TrainConfig:
         raise
 
 
+def _settled(config: TrainConfig, directory: RunDir | None, prediction: str | None) -> TrainConfig:
+    """What ``auto`` stands for; in a run that exists, what it stood for when that was begun."""
+    from pipeoptim.train.automatic import kept, settled
+
+    if directory is not None and directory.config.exists():
+        return kept(config, directory.read_config())
+    return settled(config, prediction)
+
+
 def _resumed(
     directory: RunDir, changed: dict[str, Any], recipe: str | None, optimizer: str | None, lr: float | None
 ) -> TrainConfig:
     """The run's own configuration. What was given must agree with it, but for what may change."""
     config = directory.read_config()
+    changed = {key: value for key, value in changed.items() if (key, value) != ("method", AUTO)}  # which the run keeps
     fixed = {key: value for key, value in changed.items() if key not in (*ON_RESUME, *RECUT)}
     fixed |= {"recipe": recipe} if recipe is not None else {}
     pairs = [(key, value, getattr(config, key)) for key, value in fixed.items()]

@@ -1,0 +1,54 @@
+"""What `pipeoptim advise` cites, from the result files of comparisons and of the prototypes: src/pipeoptim/advise/evidence.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeoptim.methods import get_method
+
+ROOT = Path(__file__).parents[1]
+PROTOTYPES = ROOT / "benchmarks" / "results" / "prototypes.json"
+EVIDENCE = ROOT / "src" / "pipeoptim" / "advise" / "evidence.json"
+LEAST_GAP = 0.02
+"""Smaller gaps between naive and synchronous training are of the size of differences between seeds."""
+
+
+def evidence_json() -> str:
+    """The text of the file; a row is an `Evidence`."""
+    rows = [row for path in sorted(PROTOTYPES.parent.glob("compare-*.json")) for row in _compared(json.loads(path.read_text()))]
+    prototypes = json.loads(PROTOTYPES.read_text())["rows"]
+    rows += [{"source": "a prototype, benchmarks/results/prototypes.json", **row} for row in prototypes]
+    return "[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n"
+
+
+def _compared(data: dict[str, Any]) -> list[dict[str, Any]]:
+    """Every asynchronous line whose figures say something."""
+    rows = []
+    for comparison in data.get("comparisons", []):
+        losses = {
+            line["method"]: line["val_loss"]["mean"]
+            for line in comparison["lines"]
+            if line["val_loss"] and not line["diverged"]
+        }
+        if "naive" not in losses or "1f1b" not in losses or losses["naive"] - losses["1f1b"] < LEAST_GAP:
+            continue
+        for line in comparison["lines"]:
+            if line["method"] not in losses or get_method(line["method"]).program(1, 1).flushes:
+                continue
+            rows.append(
+                {
+                    "source": f"{data['recipe']} in docs/results.md",
+                    "depth": comparison["stages"],
+                    "microbatches": comparison["microbatches"],
+                    "optimizer": comparison["optimizer"],
+                    "method": line["method"],
+                    "prediction": (line.get("prediction") or data["prediction"]) if get_method(line["method"]).predicts else "",
+                    "seeds": line["runs"],
+                    "loss": round(losses[line["method"]], 4),
+                    "synchronous": round(losses["1f1b"], 4),
+                    "without": round(losses["naive"], 4),
+                }
+            )
+    return rows

@@ -1,0 +1,168 @@
+"""`advise`: from what a user has to what to use, with the reasons and what it will cost."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from math import ceil
+from typing import Any, NamedTuple
+
+from pipeoptim.advise.decision import Choice, decide
+from pipeoptim.advise.evidence import UNKNOWN, nearest
+from pipeoptim.advise.situation import Situation
+from pipeoptim.methods import copies, get_method
+from pipeoptim.schedule import Program
+
+SLACK = ((0.02, 0.0), (0.3, 1.0), (1.0, 2.0))
+"""(messages late by up to so many times of a stage, slack at which that costs nothing), by the max-plus model of the order."""
+
+
+@dataclass(frozen=True)
+class Advice:
+    """What to use.
+
+    Attributes:
+        stages: D.
+        method, prediction, microbatches, slack: as options of every pipeline; prediction is empty where the method has none.
+        backward: "latest", "forward's" or "same": on which weights the backward runs.
+        gap: the largest version gap of the first stage.
+        copies: the most copies of the weights on any stage.
+        asked: the questions that led here, with their answers.
+        reasons: why, in sentences.
+        cost: what staleness cost where it was measured, or "unknown".
+    """
+
+    stages: int
+    method: str
+    prediction: str
+    microbatches: int
+    slack: float
+    backward: str
+    gap: int
+    copies: int
+    asked: tuple[tuple[str, bool], ...]
+    reasons: tuple[str, ...]
+    cost: str
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+
+def advise(situation: Situation) -> Advice:
+    """What to use in ``situation``: method, M, slack, the backward's weights and the kind of prediction.
+
+    Example:
+        >>> found = advise(Situation(stages=8, optimizer="adamw"))
+        >>> found.method, found.prediction, found.microbatches, found.gap, found.copies
+        ('pipeoptim', 'in_progress', 8, 1, 2)
+    """
+    choice, asked = decide(situation)
+    method, m, depth = get_method(choice.method), situation.m, situation.stages
+    flushes = method.program(depth, m).flushes
+    slack, of_slack = _slack(situation, flushes)
+    program = method.program(depth, m, slack=slack)
+    return Advice(
+        stages=depth,
+        method=choice.method,
+        prediction=choice.prediction,
+        microbatches=m,
+        slack=slack,
+        backward="same" if flushes else "forward's" if method.backward.reuses_forward else "latest",
+        gap=program.steady_gap(0),
+        copies=max(copies(method, depth, m, k, program=program) for k in range(depth)),
+        asked=tuple(asked),
+        reasons=(
+            choice.because,
+            *_of_run(situation),
+            *_of_microbatches(situation, flushes),
+            *of_slack,
+            *_of_momentum(situation, choice, program),
+        ),
+        cost=_cost(situation, choice, flushes),
+    )
+
+
+def _of_run(situation: Situation) -> list[str]:
+    if situation.relative_error is None:
+        return []
+    return [
+        f"Measured: predictions err by {situation.relative_error:.2g} of the displacement (no prediction: 1), the median of the run's end."
+    ]
+
+
+def _slack(situation: Situation, flushes: bool) -> tuple[float, list[str]]:
+    if flushes:
+        return 0.0, []
+    if situation.late is None:
+        return 0.0, ["Slack: 0, as it is not known how late messages come."]
+    x = next((x for late, x in SLACK if situation.late <= late), SLACK[-1][1])
+    beyond = ", and more than was tried" if situation.late > SLACK[-1][0] else ""
+    if not x:
+        return x, [f"Slack: 0, as messages are late by {situation.late:g} times of a stage only."]
+    ahead = ceil((1 + x) * (situation.stages - 1))
+    more = f"; it makes the gap {ceil(ahead / situation.m)} updates, and one from M = {ahead} on" if situation.m < ahead else ""
+    return x, [f"Slack: {x:g}, as messages are late by {situation.late:g} times of a stage{beyond}{more}."]
+
+
+def _of_microbatches(situation: Situation, flushes: bool) -> list[str]:
+    m, depth = situation.m, situation.stages
+    if situation.microbatches is None and not flushes:
+        return [
+            f"M: {m}, "
+            + ("as many as there are stages: the gap is one update." if m >= depth else "the most that is possible.")
+        ]
+    if m >= depth or flushes:
+        return []
+    possible = situation.most_microbatches is None or situation.most_microbatches >= depth
+    return [f"M: a mini-batch split in {depth} instead of {m} would lose far less, at the same speed."] if possible else []
+
+
+def _of_momentum(situation: Situation, choice: Choice, program: Program) -> list[str]:
+    gap = program.steady_gap(0)
+    if not choice.prediction or program.microbatches > 1 or situation.momentum == 0 or gap <= 2:
+        return []
+    now = "unknown" if situation.momentum is None else f"{situation.momentum:g}"
+    return [
+        f"Momentum: a prediction {gap} updates ahead needs a momentum (beta1) of more than {1 - 2 / gap:.2g} to raise the stable learning "
+        f"rate; yours is {now} (pipeoptim stability --gap {gap})."
+    ]
+
+
+def _cost(situation: Situation, choice: Choice, flushes: bool) -> str:
+    if flushes:
+        m, depth = situation.m, situation.stages
+        return f"none: nothing is stale; the pipeline idles {(depth - 1) / (m + depth - 1):.0%} of the time"
+    found = nearest(situation.stages, situation.m, situation.optimizer, choice.method, choice.prediction)
+    return UNKNOWN if found is None else found.describe()
+
+
+class Settled(NamedTuple):
+    """What ``method="auto"`` stands for.
+
+    Attributes:
+        method: its name.
+        prediction: kind; None where it predicts nothing.
+        line: both, and why, in one line.
+    """
+
+    method: str
+    prediction: str | None
+    line: str
+
+
+def automatic(depth: int, microbatches: int, momentum: float | None = None, prediction: str | None = None) -> Settled:
+    """What ``method="auto"`` stands for. Only what all processes of a pipeline know enters, so that each finds the same by itself;
+    of memory nothing is known, so that what is found never takes more than two copies of the weights.
+
+    Args:
+        depth, microbatches, momentum: see :class:`Situation`.
+        prediction: the kind that the user asked for; None to choose it as well.
+
+    Example:
+        >>> automatic(4, 4)[:2]
+        ('pipeoptim', 'in_progress')
+    """
+    choice, _ = decide(Situation(depth, microbatches, momentum=momentum))
+    kind = (choice.prediction or None) if prediction is None else prediction
+    shown = choice.method if kind is None else f"{choice.method} with prediction {kind}"
+    return Settled(choice.method, kind, f"method auto: {shown} (D = {depth}, M = {microbatches}). {choice.because}")

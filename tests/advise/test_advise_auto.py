@@ -1,0 +1,116 @@
+"""``method="auto"``: one decision for the emulator, for processes and for runs, kept by a run that is resumed."""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+import pipeoptim as po
+from pipeoptim.advise import automatic
+from pipeoptim.cli.app import _run
+from pipeoptim.engine.automatic import settle_method
+from pipeoptim.errors import ConfigError
+from pipeoptim.train import run
+from pipeoptim.train.recipes import get_recipe
+
+ADAMW = torch.optim.AdamW
+
+
+def emulator(depth=3, make=ADAMW, **options):
+    return po.Emulator(
+        [nn.Linear(4, 4) for _ in range(depth)], lambda p: make(p, lr=0.1), nn.functional.mse_loss, "auto", **options
+    )
+
+
+def test_an_emulator_is_what_it_would_be_by_the_names_that_auto_stands_for(caplog):
+    def trained(method, **options):
+        torch.manual_seed(0)
+        stages = [nn.Linear(4, 4) for _ in range(3)]
+        pipe = po.Emulator(stages, lambda p: ADAMW(p, lr=0.1), nn.functional.mse_loss, method, 3, **options)
+        for _ in range(4):
+            pipe.step(torch.ones(3, 4), target=torch.zeros(3, 4))
+        pipe.drain()
+        return [p.detach().clone() for stage in stages for p in stage.parameters()]
+
+    with caplog.at_level(logging.INFO, "pipeoptim"):
+        auto = trained("auto")
+    assert [record.message for record in caplog.records] == [automatic(3, 3, 0.9).line]
+    assert all(map(torch.equal, auto, trained("pipeoptim", prediction="in_progress")))
+
+
+def test_the_choice_depends_on_depth_micro_batches_and_momentum():
+    def chosen(**options):
+        found = emulator(**options)
+        return found.method.name, found.options.prediction
+
+    assert chosen(microbatches=4) == ("pipeoptim", "in_progress")
+    assert chosen() == ("pipeoptim", "refined")
+    assert chosen(prediction="decayed") == ("pipeoptim", "decayed")
+    assert chosen(make=torch.optim.SGD)[0] == "naive"
+    assert chosen(depth=1)[0] == "1f1b"
+    with pytest.raises(ConfigError, match="microbatches"):
+        emulator(microbatches=0)
+
+
+def test_a_process_settles_it_alone_and_other_optimizers_are_an_error():
+    stages = [nn.Linear(2, 2) for _ in range(2)]
+    optimizers = [ADAMW(stages[0].parameters()), torch.optim.SGD(stages[1].parameters(), lr=0.1)]
+    alone = [settle_method("auto", 2, 1, [optimizer], None) for optimizer in optimizers]
+    assert alone == [("pipeoptim", "refined"), ("naive", None)]  # which they find out when they compare their settings
+    with pytest.raises(ConfigError, match="call for different ones"):
+        po.Emulator(stages, optimizers, nn.functional.mse_loss, "auto")
+    assert settle_method(po.METHODS["naive"], 2, 1, optimizers, "paper") == (po.METHODS["naive"], "paper")
+
+
+def tiny(**changes):
+    return replace(get_recipe("digits", tiny=True), steps=4, eval_every=0, stages=2, microbatches=2, method="auto", **changes)
+
+
+def test_a_run_records_what_auto_stood_for_and_keeps_it(tmp_path, capsys, monkeypatch):
+    result = run(tiny(checkpoint_every=2), tmp_path / "auto", progress=False)
+    assert result.status == "finished"
+    assert capsys.readouterr().err.startswith("method auto: pipeoptim with prediction in_progress (D = 2, M = 2)")
+    recorded = json.loads((tmp_path / "auto/config.json").read_text())
+    assert (recorded["method"], recorded["prediction"]) == ("pipeoptim", "in_progress")
+    # A later version may decide otherwise: that is for runs that begin.
+    monkeypatch.setattr("pipeoptim.train.automatic.automatic", lambda *_: pytest.fail("decided again"))
+    longer = tiny(checkpoint_every=2)
+    assert run(replace(longer, steps=6), tmp_path / "auto", resume=True, progress=False).step == 6
+    assert json.loads((tmp_path / "auto/config.json").read_text())["prediction"] == "in_progress"
+
+
+def test_the_command_line_repeats_and_resumes_it(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    line = [
+        "train",
+        "--recipe",
+        "digits",
+        "--tiny",
+        "--steps",
+        "4",
+        "--stages",
+        "2",
+        "--microbatches",
+        "2",
+        "--method",
+        "auto",
+        "--quiet",
+    ]
+    assert _run(line) == 0
+    assert (tmp_path / "runs/digits-tiny-pipeoptim/config.json").exists()
+    assert _run([*line, "--name", "mine"]) == 0
+    capsys.readouterr()
+    assert _run([*line, "--name", "mine"]) == 0
+    assert "is finished" in capsys.readouterr().err
+    assert _run(["train", "--resume", "--name", "mine", "--method", "auto", "--quiet"]) == 0
+    assert _run(["train", "--resume", "--method", "auto", "--quiet"]) == 2
+    assert "give its --name" in capsys.readouterr().err
+    assert _run([*line, "--name", "paper", "--prediction", "paper"]) == 0
+    assert json.loads((tmp_path / "runs/paper/config.json").read_text())["prediction"] == "paper"
+    assert _run(["compare", "--methods", "auto", "--recipe", "digits", "--tiny"]) == 2
+    assert "pipeoptim advise says which" in capsys.readouterr().err
