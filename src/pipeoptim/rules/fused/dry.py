@@ -26,6 +26,8 @@ class FusedDryStep:
 
     def __init__(self) -> None:
         self._plans: dict[int, FusedPlan] = {}
+        self._asked_for: Sequence[ParameterEntry] | None = None  # the entries that `_able` was found for
+        self._able: list[bool] = []
 
     def __call__(
         self, entries: Sequence[ParameterEntry], horizon: Horizon, factor: Callable[[], Scalar], out: Sequence[Tensor]
@@ -69,7 +71,9 @@ class FusedDryStep:
 
     def _values(self, entries: Sequence[ParameterEntry], horizon: Horizon) -> list[Tensor | None]:
         """What stands for the gradient of each parameter; None where no kernel predicts it."""
-        return [_stand_in(entry, horizon) if _has_kernel(entry) else None for entry in entries]
+        if entries is not self._asked_for:  # the same object until a param group changes
+            self._asked_for, self._able = entries, [_has_kernel(entry) for entry in entries]
+        return [_stand_in(entry, horizon) if able else None for entry, able in zip(entries, self._able, strict=True)]
 
 
 def _own_factor(plan: FusedPlan, estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> Scalar:
