@@ -30,12 +30,14 @@ def weights(stages):
     return torch.cat([p.detach().flatten() for stage in stages for p in stage.parameters()])
 
 
-CASES = [(name, m) for name in ASYNCHRONOUS for m in (1, 3) if m == 3 or not po.METHODS[name].at_least_depth_microbatches]
+CASES = [(name, m, {}) for name in ASYNCHRONOUS for m in (1, 3) if m == 3 or not po.METHODS[name].at_least_depth_microbatches]
+CASES += [(name, 3, {"prediction": "in_progress"}) for name in ("pipeoptim", "pipeoptim_stash")]
 
 
-@pytest.mark.parametrize(("method", "m"), CASES)
-def test_the_first_updates_are_those_of_1f1b_and_a_resumed_run_is_the_undisturbed_one(method, m):
-    (stages, pipe), (plain, flushing) = pipeline(method, m, synchronous_updates=4), pipeline("1f1b", m)
+@pytest.mark.parametrize(("method", "m", "options"), CASES)
+def test_the_first_updates_are_those_of_1f1b_and_a_resumed_run_is_the_undisturbed_one(method, m, options):
+    options = {"synchronous_updates": 4, **options}
+    (stages, pipe), (plain, flushing) = pipeline(method, m, **options), pipeline("1f1b", m)
     states = {}
     for n, (x, y) in enumerate(data(10)):
         pipe.step(x, target=y)
@@ -46,7 +48,7 @@ def test_the_first_updates_are_those_of_1f1b_and_a_resumed_run_is_the_undisturbe
             states[n] = copy.deepcopy([pipe.stage_state_dict(k) for k in range(3)])
     pipe.drain()
     for n, saved in states.items():
-        others, resumed = pipeline(method, m, synchronous_updates=4)
+        others, resumed = pipeline(method, m, **options)
         for k in range(3):
             resumed.load_stage_state_dict(k, saved[k])
         for number, (x, y) in enumerate(data(10)):
