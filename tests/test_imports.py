@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "config": "errors options",
     "testing": "rules",
     "diagnosis": "errors version kernels rules",
-    "train": "errors files version config options advise schedule kernels rules methods engine engine/processes engine/stage "
+    "train": "errors files version config options advise schedule kernels optim rules methods engine engine/processes engine/stage "
     "partitioning checkpoint telemetry",
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
     "train",
