@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import pipeoptim as po
+import stage_processes
 from pipeoptim.advise import automatic
 from pipeoptim.cli.app import _run
 from pipeoptim.engine.automatic import settle_method
@@ -55,6 +57,10 @@ def test_the_choice_depends_on_depth_micro_batches_and_momentum():
     assert chosen(depth=1)[0] == "1f1b"
     with pytest.raises(ConfigError, match="microbatches"):
         emulator(microbatches=0)
+
+
+def test_processes_come_to_the_same_and_equal_the_emulator_or_refuse_to_differ():
+    assert all(output.endswith("done\n") for output in stage_processes.run(Path(__file__).with_name("auto_worker.py"), 2))
 
 
 def test_a_process_settles_it_alone_and_other_optimizers_are_an_error():

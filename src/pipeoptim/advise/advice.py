@@ -16,6 +16,10 @@ SLACK = ((0.02, 0.0), (0.3, 1.0), (1.0, 2.0))
 """(messages late by up to so many times of a stage, slack at which that costs nothing), by the max-plus model of the order."""
 
 
+TOLERANT = "rotated_adam"
+"""The optimizer that loses least where the gap is large."""
+
+
 @dataclass(frozen=True)
 class Advice:
     """What to use.
@@ -77,6 +81,7 @@ def advise(situation: Situation) -> Advice:
             *_of_microbatches(situation, flushes),
             *of_slack,
             *_of_momentum(situation, choice, program),
+            *_of_optimizer(situation, choice),
         ),
         cost=_cost(situation, choice, flushes),
     )
@@ -126,6 +131,20 @@ def _of_momentum(situation: Situation, choice: Choice, program: Program) -> list
         f"Momentum: a prediction {gap} updates ahead needs a momentum (beta1) of more than {1 - 2 / gap:.2g} to raise the stable learning "
         f"rate; yours is {now} (pipeoptim stability --gap {gap})."
     ]
+
+
+def _of_optimizer(situation: Situation, choice: Choice) -> list[str]:
+    """Where every mini-batch is an update: the optimizer that bears that best, with what it was measured to lose."""
+    if situation.m > 1 or not choice.prediction or situation.optimizer == TOLERANT:
+        return []
+    found = nearest(situation.stages, 1, TOLERANT, choice.method, choice.prediction)
+    return (
+        []
+        if found is None
+        else [
+            f"Optimizer: {TOLERANT} bears large gaps better, best after a synchronous start (--synchronous-updates): {found.describe()}."
+        ]
+    )
 
 
 def _cost(situation: Situation, choice: Choice, flushes: bool) -> str:
