@@ -1,6 +1,7 @@
 """Inputs and targets in every container: whatever holds the rows, splitting them leaves the gradient of the whole batch."""
 
 import copy
+from collections import UserDict
 from itertools import pairwise
 from pathlib import Path
 
@@ -150,6 +151,7 @@ x = cases.numbers(4, 0)
         ("2 of the 4 rows of the input, but 1 of 2 of the target; .*of a list", (x,), {"target": [x, x]}),
         ("2 of the 4 rows of the input, but 0 of 0", (x,), {"target": []}),
         ("input 0 holds a set, whose rows are unknown.*pipeoptim.Whole", ({1, 2, 3, 4},), {}),
+        (r"input 0 holds a UserDict, .* give dict\(...\) of it, or", (UserDict(x=x),), {}),
         ("the target holds a dict_values", (x,), {"target": dict.fromkeys("abcd").values()}),
         ("holds a tensor of layout torch.sparse_coo", (x.to_sparse(),), {}),
         ("holds a tensor of layout torch.jagged", (torch.nested.nested_tensor(list(x), layout=torch.jagged),), {}),

@@ -19,7 +19,7 @@ from __future__ import annotations
 import enum
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -126,10 +126,10 @@ def _slices_of_leaf(name: str, leaf: Any, m: int) -> Slices:
         return _cut_list(list(leaf), m, tuple if isinstance(leaf, tuple) else list)
     if isinstance(leaf, _CONSTANTS) or callable(leaf) or _is_numpy_scalar(leaf):
         return Slices([leaf] * m)
+    wanted = "dict(...) of it" if isinstance(leaf, Mapping) else "tensors, a list with one entry per row"
     raise ConfigError(
         f"{name} holds a {type(leaf).__name__}, whose rows are unknown, so it cannot be split into {counted(m, 'micro-batch')}; give "
-        "tensors, a list with one entry per row, or pipeoptim.MicroBatches that you split yourself; wrap it in pipeoptim.Whole if all "
-        "shall get it"
+        f"{wanted}, or pipeoptim.MicroBatches that you split yourself; wrap it in pipeoptim.Whole if all shall get it"
     )
 
 
