@@ -177,6 +177,7 @@ def _measured(options: dict[str, object], name: str, m: int, slack: str, compres
         samples.append(options["steps"] * seconds / float(taken))
     words = [name, f"M={m}"] + ([f"slack {slack}"] if slack != "0" else []) + ([compress] if compress else [])
     settings = {"ours": not name.startswith("Schedule"), "depth": depth, "slack": slack, "compress": compress}
+    settings |= {"contender": " ".join(words), "link": options["link"]}
     return {"name": f"{' '.join(words)}, {options['link']}", "samples": samples, "settings": settings}
 
 
@@ -200,7 +201,8 @@ def main() -> int:
         work(chosen.job)
     from pipeoptim.bench.record import Record, ResultRow
 
-    link = f"{chosen.delay:g} ms, {chosen.megabits:g} Mbit/s"
+    link = f"{chosen.delay:g} ms" if chosen.delay else "no delay"
+    link += f", {chosen.megabits:g} Mbit/s" if chosen.megabits else ", no limit"
     link += f", jitter {chosen.jitter:g} ms" * bool(chosen.jitter) + f", loss {chosen.loss:.1%}" * bool(chosen.loss)
     contenders = [("plain loops", 1, "0", "")]
     contenders += [("pipeoptim", 1, slack, compress) for compress in chosen.compress for slack in chosen.slack]

@@ -39,6 +39,8 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}
     if record.benchmark in own:
         return own[record.benchmark](record)
+    if record.benchmark == "two sites":
+        return _site_columns(record)
     if record.benchmark == "throughput":
         return _throughput_columns(record)
     rivals = [row.median for row in record.rows if row.settings.get("ours") is False]
@@ -48,6 +50,21 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         cells = [row.name, _short(row.median), f"{_short(min(row.samples))} .. {_short(max(row.samples))}"]
         body.append(cells + ([f"{row.median / max(rivals):.2f}"] if rivals else []))
     return head, body
+
+
+def _site_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """A line per link and contender, beside the best of torch over the same link."""
+    best: dict[str, float] = {}
+    for row in record.rows:
+        if not row.settings["ours"]:
+            best[row.settings["link"]] = max(row.median, best.get(row.settings["link"], 0.0))
+    body = []
+    for row in record.rows:
+        s = row.settings
+        spread = f"{min(row.samples):.3f} .. {max(row.samples):.3f}"
+        times = f"{row.median / best[s['link']]:.1f}" if s["link"] in best else ""
+        body.append([s["link"], ("" if s["ours"] else "torch ") + s["contender"], f"{row.median:.3f}", spread, times])
+    return ["link, one way", "contender", "efficiency", "lowest .. highest", "times the best of torch"], body
 
 
 def _throughput_columns(record: Record) -> tuple[list[str], list[list[str]]]:
