@@ -111,13 +111,22 @@ def test_throughput_of_all_schedules_and_late_links(tmp_path: Path) -> None:
     """Two short real runs: every schedule takes part, and a delay of the links is felt by those that wait for each other."""
     out = tmp_path / "t.json"
     command = ["bench", "throughput", "--method", "pipeoptim", "--method", "pipedream_2bw", "--torch-microbatches", "4"]
-    command += ["--model", "pipeoptim_zoo.speed:gnmt8", "--fused"]  # tuples, masks, views: the hardest for torch's schedules
+    command += [
+        "--model",
+        "pipeoptim_zoo.speed:gnmt8",
+        "--fused",
+        "--microbatches",
+        "2",
+        "--refresh",
+        "1",
+    ]  # tuples, masks, views: the hardest for torch's schedules
     assert _run([*command, "--batch", "8", "--repeats", "1", "--window", "0.02", "--out", str(out)]) == 0
     rows = Record.read(out).rows
     torchs = {row.settings["method"] for row in rows if not row.settings["ours"]}
     assert torchs == {"ScheduleGPipe", "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble"}
     ours = [(r.settings["method"], r.settings["microbatches"]) for r in rows if r.settings["ours"]]
-    assert ours == [("pipeoptim", 1), ("pipeoptim", 2), ("pipedream_2bw", 2)]
+    assert ours == [("pipeoptim", 2), ("pipeoptim", 2), ("pipedream_2bw", 2)]
+    assert [r.name for r in rows if "in_progress" in r.name] == ["gnmt8 (fused step), 8, pipeoptim in_progress refresh=1 M=2"]
     out = tmp_path / "e.json"
     command = ["bench", "efficiency", "--depth", "2", "--milliseconds", "3", "--method", "1f1b", "--torch-microbatches", "2"]
     assert _run([*command, "--steps", "3", "--repeats", "1", "--delay", "100", "--bandwidth", "10", "--out", str(out)]) == 0
@@ -193,6 +202,7 @@ WRONG = {
     "throughput --method none": "unknown method 'none'",
     "throughput --window nan": "window is nan, must be above 0",
     "throughput --batch 8 --batch 0": "batch is 0, must be at least 1",
+    "throughput --refresh 0": "refresh is 0, must be at least 1",
     "throughput --microbatches 0": "microbatches is 0, must be at least 1",
     "throughput --batch 8 --torch-microbatches 3": "torch_microbatches is 3, which does not divide a mini-batch of 8",
     "efficiency --depth 0": "depth is 0, must be at least 1",

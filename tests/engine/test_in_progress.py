@@ -12,9 +12,7 @@ import oracle
 import pipeoptim as po
 from test_oracle import WIDTH, Layer, latest_at_backward
 
-METHODS = sorted(
-    name for name, m in po.METHODS.items() if m.forward.predicts and m.predictor is None and m.compensation is None
-)
+METHODS = sorted(name for name, method in po.METHODS.items() if method.predicts_by_rule)
 MU, B1, B2 = 0.9, 0.9, 0.999
 
 

@@ -51,6 +51,14 @@ def test_copies_of_the_weights_are_those_of_the_design(name, m, expected):
     assert [copies(po.METHODS[name], DEPTH, m, k) for k in range(DEPTH)] == [expected(k) for k in range(DEPTH)]
 
 
+def test_copies_with_predictions_from_the_mini_batch_in_progress_are_those_of_the_design():
+    pipeoptim, stash = po.METHODS["pipeoptim"], po.METHODS["pipeoptim_stash"]
+    settings = [(m, refresh) for m in (1, 3, 8, 16) for refresh in (1, 2, m)]
+    assert {copies(pipeoptim, DEPTH, m, k, refresh=r) for m, r in settings for k in range(DEPTH - 1)} == {2}
+    for m, r, expected in ((8, 8, 3), (14, 14, 2), (8, 1, DEPTH), (1, 1, DEPTH + 1)):  # of stage 0
+        assert copies(stash, DEPTH, m, 0, refresh=r) == expected
+
+
 def test_gaps_are_those_of_the_design():
     assert [gap(po.METHODS["pipeoptim"], DEPTH, 1, k) for k in range(DEPTH)] == [7, 6, 5, 4, 3, 2, 1, 0]
     assert [gap(po.METHODS["pipeoptim"], DEPTH, 8, k) for k in range(DEPTH)] == [1] * 7 + [0]

@@ -38,6 +38,7 @@ def measure(
     repeats: int = 5,
     window: float = 0.5,
     fused: bool = False,
+    refresh: list[int] | None = None,
 ) -> Record:
     """Measure every contender.
 
@@ -52,6 +53,8 @@ def measure(
         repeats: windows per contender.
         window: seconds a window takes, about.
         fused: give all contenders an optimizer with torch's fused step, instead of the default one.
+        refresh: methods that predict by the optimizer's rule are measured as well with predictions from the mini-batch in progress, made
+            anew after so many micro-batches.
 
     Returns:
         One row per contender and M, in samples per second.
@@ -69,13 +72,15 @@ def measure(
         "repeats": repeats,
         "window": window,
         "fused": fused,
+        "refresh": refresh or [],
     }
     runnable(
         [name for name in methods or () if not get_method(name).at_least_depth_microbatches], [processes], microbatches or [1]
     )
     divide(batches or [64], microbatches=microbatches, torch_microbatches=torch_microbatches)
     build(model, 1)  # refused here, and not by every process
-    count = len(shared["methods"]) * (1 + len(shared["microbatches"])) + len(TORCH) * len(shared["torch_microbatches"])  # type: ignore[arg-type]
+    count = len(shared["methods"]) * (1 + len(shared["microbatches"])) * (1 + len(refresh or []))  # type: ignore[arg-type]
+    count += len(TORCH) * len(shared["torch_microbatches"])  # type: ignore[arg-type]
     timeout = 120 + 10 * count * (repeats + 2) * window
     rows: list[ResultRow] = []
     for batch in batches or [64]:
@@ -111,15 +116,18 @@ def _contenders(options: dict[str, Any]) -> list[tuple[str, tuple[dict[str, Any]
     found = []
     label = short_name(model) + (" (fused step)" if options["fused"] else "")
 
-    def add(name: str, m: int, ours: bool, step: Step) -> None:
+    def add(name: str, m: int, ours: bool, step: Step, how: str = "") -> None:
         settings = {"model": label, "batch": batch, "method": name, "microbatches": m, "ours": ours}
-        found.append((f"{label}, {batch}, {'' if ours else 'torch '}{name} M={m}", (settings, step)))
+        found.append((f"{label}, {batch}, {'' if ours else 'torch '}{name}{how} M={m}", (settings, step)))
 
     for name in options["methods"]:
         for m in options["microbatches"] + [processes] * METHODS[name].at_least_depth_microbatches:
             if batch % m == 0 and (m >= processes or not METHODS[name].at_least_depth_microbatches):
-                work = build(model, batch)
-                add(name, m, True, _ours(work, _part(work, cut, p, processes), optimizer, name, m))
+                for refresh in (None, *(options["refresh"] if METHODS[name].predicts_by_rule else ())):
+                    work = build(model, batch)
+                    how = {} if refresh is None else {"prediction": "in_progress", "refresh": refresh}
+                    step = _ours(work, _part(work, cut, p, processes), optimizer, name, m, how)
+                    add(name, m, True, step, "" if refresh is None else f" in_progress refresh={refresh}")
     for name in TORCH:
         for m in options["torch_microbatches"]:
             if batch % m == 0 and possible(name, m, processes):
@@ -131,10 +139,17 @@ def _part(work: Workload, cut: dict[int, list[int]], k: int, depth: int) -> nn.M
     return work.join(*work.blocks[cut[depth][k] : cut[depth][k + 1]])
 
 
-def _ours(work: Workload, module: nn.Module, optimizer: Callable[[nn.Module], Optimizer], method: str, m: int) -> Step:
+def _ours(
+    work: Workload,
+    module: nn.Module,
+    optimizer: Callable[[nn.Module], Optimizer],
+    method: str,
+    m: int,
+    how: dict[str, Any],
+) -> Step:
     k, depth = dist.get_rank(), dist.get_world_size()
     place = PipelineStage(module, k, depth, torch.device("cpu"))
-    pipe = Schedule(place, optimizer(module), work.loss_fn, method, m, liveness_timeout=None)
+    pipe = Schedule(place, optimizer(module), work.loss_fn, method, m, liveness_timeout=None, **how)
     args, target = ((work.x,) if k == 0 else ()), (work.y if k == depth - 1 else None)
 
     def step() -> None:

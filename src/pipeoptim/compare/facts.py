@@ -34,8 +34,10 @@ class Facts:
     bubble: float
 
 
-def facts(name: str, depth: int, microbatches: int, slack: Slack = 0.0) -> Facts:
+def facts(name: str, depth: int, microbatches: int, slack: Slack = 0.0, refresh: int | None = None) -> Facts:
     """The facts of method ``name``.
+
+    ``refresh``: with predictions from the mini-batch in progress, where it can make them, anew after so many micro-batches.
 
     Raises:
         ConfigError: it is unknown, or not defined for this setting.
@@ -47,10 +49,11 @@ def facts(name: str, depth: int, microbatches: int, slack: Slack = 0.0) -> Facts
     method = get_method(name)
     program = method.program(depth, microbatches, slack=slack)
     first = program.warm_up * microbatches
+    refresh = refresh if method.predicts_by_rule else None
     stages = range(depth)
     return Facts(
         gaps=tuple(gap(method, depth, microbatches, k, program=program) for k in stages),
-        copies=tuple(copies(method, depth, microbatches, k, program=program) for k in stages),
+        copies=tuple(copies(method, depth, microbatches, k, program=program, refresh=refresh) for k in stages),
         ahead_forward=tuple(method.forward.steps_ahead(program, k, first) for k in stages),
         ahead_backward=tuple(method.backward.steps_ahead(program, k, first) for k in stages),
         in_flight=tuple(program.in_flight(k) for k in stages),

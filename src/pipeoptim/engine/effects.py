@@ -23,10 +23,6 @@ def check_effects(options: PipelineOptions, method: Method, program: Program) ->
                 f"{entry.name} is {value!r}, but method {method.name!r} {known.needs.otherwise}; leave it out, or choose a method that "
                 "does, for example 'pipeoptim'"
             )
-    if options.refresh is not None and refresh_every(options.prediction, options.refresh) is None:
-        raise ConfigError(
-            f"refresh is {options.refresh}, but predictions of the kind {options.prediction!r} do not use the mini-batch in progress; "
-            "leave it out, or use prediction='in_progress'"
-        )
+    refresh_every(options.prediction, options.refresh)  # refuses one that means nothing to this kind
     if options.clip is not None:
         options.clip.check(program)

@@ -13,6 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.methods.method import Method
 from pipeoptim.rules import KINDS
 from pipeoptim.schedule import Action, ActionKind, Program
@@ -88,8 +89,18 @@ def refresh_every(kind: str, refresh: int | None) -> int | None:
 
     Args:
         refresh: as the user chose it; None for :data:`REFRESH`.
+
+    Raises:
+        ConfigError: it was chosen for a kind that does not.
     """
-    return (refresh or REFRESH) if KINDS[kind].in_progress else None
+    if KINDS[kind].in_progress:
+        return refresh or REFRESH
+    if refresh is not None:
+        raise ConfigError(
+            f"refresh is {refresh}, but predictions of the kind {kind!r} do not use the mini-batch in progress; leave it out, or use "
+            "prediction='in_progress'"
+        )
+    return None
 
 
 @dataclass(frozen=True)

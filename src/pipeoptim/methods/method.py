@@ -134,6 +134,11 @@ class Method:
         """Whether any of its weights are predicted."""
         return self.forward.predicts or self.backward.predicts
 
+    @property
+    def predicts_by_rule(self) -> bool:
+        """Whether its predictions are those of the user's optimizer, as that steps."""
+        return self.predicts and self.predictor is None and self.compensation is None
+
     def make_predictor(self, context: PredictorContext) -> WeightPredictor:
         """What predicts the weights of one stage: the method's own predictor, else the rule of the stage's optimizer."""
         return self.predictor(context) if self.predictor is not None else context.rule_predictor()

@@ -59,6 +59,7 @@ def partition(
     method: str | Method = "pipeoptim",
     microbatches: int = 1,
     slack: Slack | str | Sequence[float] = 0.0,
+    refresh: int | None = None,
 ) -> Partition:
     """Cut ``model`` into ``num_stages`` contiguous stages so that the slowest one is as fast as possible.
 
@@ -93,6 +94,8 @@ def partition(
         method: what will train, for the memory.
         microbatches: M of a mini-batch.
         slack: more micro-batches in flight, as for :class:`~pipeoptim.Schedule`; they cost activations.
+        refresh: of predictions from the mini-batch in progress, as for :class:`~pipeoptim.Schedule`; where ``method`` keeps predictions
+            until the backward, each costs a copy of the weights. None for other predictions.
 
     Raises:
         StageFailure: the first process of ``group`` could not measure.
@@ -108,6 +111,8 @@ def partition(
     chosen = get_method(method)
     if type(microbatches) is not int or microbatches < 1:
         raise ConfigError(f"microbatches is {microbatches!r}, must be an integer of at least 1")
+    if refresh is not None and (type(refresh) is not int or refresh < 1):
+        raise ConfigError(f"refresh is {refresh!r}, must be an integer of at least 1, or None")
     check_types(model, sample_kwargs, layers, costs, speeds, memory, bandwidth, group)
     how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches, num_stages)
     blocks = len(splitter.names)
@@ -121,7 +126,7 @@ def partition(
         raise ConfigError(f"costs has {len(costs)} entries for {blocks} blocks; give one per block")
     allowed = {c for c in range(blocks - 1) if splitter.may_cut(c)}
     request = CutRequest(
-        num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed, read_slack(slack)
+        num_stages, chosen, microbatches, speeds, memory, devices, bandwidth, numbers, allowed, read_slack(slack), refresh
     )
     plan = choose_cut(list(costs), request, shared_weights(splitter.weights()))
     shared = splitter.stages(plan.ranges)

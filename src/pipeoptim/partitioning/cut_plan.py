@@ -29,6 +29,7 @@ class CutRequest:
     pins: set[int]
     allowed: set[int]
     slack: Slack = 0.0
+    refresh: int | None = None
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,8 @@ class _StageCosts:
         self.costs, self.m, self.bandwidth = costs, request.microbatches, request.bandwidth
         self.speeds = request.speeds or [1.0] * depth
         program = request.method.program(depth, self.m, slack=request.slack)
-        self.copies = [copies(request.method, depth, self.m, k, program=program) for k in range(depth)]
+        refresh = request.refresh if request.method.predicts_by_rule else None
+        self.copies = [copies(request.method, depth, self.m, k, program=program, refresh=refresh) for k in range(depth)]
         self.in_flight = [program.in_flight(k) for k in range(depth)]
         self._delay = common_delay(program, (0, depth - 1)) if shared_by else 0  # of gradients of shared weights, at most
         self._time = [0.0, *accumulate(c.seconds for c in costs)]

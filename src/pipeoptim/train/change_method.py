@@ -25,7 +25,7 @@ def with_method(config: TrainConfig, name: str) -> TrainConfig:
 
     method, config = get_method(name), replace(config, method=name)
     # A method that predicts in a way of its own, or corrects steps, would refuse predictions from the mini-batch in progress.
-    if (method.predictor or method.compensation) is not None and refresh_every(config.prediction, None) is not None:
+    if not method.predicts_by_rule and refresh_every(config.prediction, None) is not None:
         config = replace(config, prediction=TrainConfig.prediction, refresh=TrainConfig.refresh)
     idle = {
         name: known.default

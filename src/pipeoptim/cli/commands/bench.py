@@ -55,6 +55,12 @@ def throughput(
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 5,
     window: Annotated[float, Option(help="Seconds per window.")] = 0.5,
     fused: Annotated[bool, Option("--fused", help="All contenders get torch's fused step of the optimizer.")] = False,
+    refresh: Annotated[
+        list[int] | None,
+        Option(
+            help="Also with predictions from the mini-batch in progress, made anew after so many micro-batches; several times."
+        ),
+    ] = None,
     add: Annotated[bool, _ADD] = False,
     out: Annotated[Path, _OUT] = Path("benchmarks/results/throughput.json"),
 ) -> None:
@@ -70,9 +76,10 @@ def throughput(
     """
     from pipeoptim.bench.throughput import measure
 
-    at_least(1, batch=batch, microbatches=microbatches, torch_microbatches=torch_microbatches, repeats=repeats)
+    at_least(1, batch=batch, microbatches=microbatches, torch_microbatches=torch_microbatches, repeats=repeats, refresh=refresh)
     above_zero(window=window)
-    _report(measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window, fused), out, add)
+    found = measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window, fused, refresh)
+    _report(found, out, add)
 
 
 @bench.command()

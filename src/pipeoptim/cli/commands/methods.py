@@ -29,8 +29,10 @@ WIDEST = 200
     "stages",
     "microbatches",
     "slack",
+    "prediction",
+    "refresh",
     after="name",
-    defaults=("stages", "microbatches", "slack"),
+    defaults=("stages", "microbatches", "slack", "prediction"),
     stages="Depth D.",
     microbatches="Micro-batches M per mini-batch.",
     slack="More micro-batches in flight: x, or 0,x,0 with one x for each boundary between stages.",
@@ -52,12 +54,14 @@ def methods(
           The same at depth 8 with 8 micro-batches per update.
       pipeoptim methods pipeoptim --slack 1
           One with more micro-batches in flight, so that late messages hold nobody up: what it costs, and its drawing.
+      pipeoptim methods --stages 8 --microbatches 8 --prediction in_progress --refresh 2
+          How many copies of the weights they hold with these predictions.
       pipeoptim methods pipeoptim
           How it works, where it comes from, and its schedule.
       pipeoptim methods 1f1b --microbatches 4 --svg 1f1b.svg
           The drawing as a file.
     """
-    from pipeoptim.methods import METHODS
+    from pipeoptim.methods import METHODS, refresh_every
     from pipeoptim.schedule import Program
     from pipeoptim.telemetry.console import table_console
 
@@ -65,14 +69,15 @@ def methods(
     program = Program(
         "async_1f1b", wanted["stages"], wanted["microbatches"], slack=wanted["slack"]
     )  # refuses impossible numbers
+    refresh = refresh_every(wanted["prediction"], wanted.get("refresh") or None)
     _check_size(program, 4 if name is not None else len(METHODS))
     console = table_console(WIDEST)
     if name is not None:
-        _one(console, name, program, svg)
+        _one(console, name, program, refresh, svg)
     elif svg is not None:
         raise ConfigError("--svg draws one method; name it, for example: pipeoptim methods pipeoptim --svg schedule.svg")
     else:
-        _all(console, program)
+        _all(console, program, refresh)
 
 
 def _check_size(program: Program, methods: int) -> None:
@@ -86,7 +91,7 @@ def _check_size(program: Program, methods: int) -> None:
         )
 
 
-def _all(console: Console, setting: Program) -> None:
+def _all(console: Console, setting: Program, refresh: int | None) -> None:
     from rich.table import Table
 
     from pipeoptim.compare.facts import refusal
@@ -94,7 +99,7 @@ def _all(console: Console, setting: Program) -> None:
     from pipeoptim.methods.registry import FACTORIES
     from pipeoptim.schedule import describe_slack
 
-    headings, rows = _rows(setting, console.width)
+    headings, rows = _rows(setting, refresh, console.width)
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in headings:
         figures = heading in ("copies", "gap", "bubble")
@@ -113,7 +118,7 @@ def _all(console: Console, setting: Program) -> None:
     console.print(f"pipeoptim methods NAME explains one. With options: {', '.join(FACTORIES)}.")
 
 
-def _rows(setting: Program, width: int) -> tuple[list[str], list[list[str]]]:
+def _rows(setting: Program, refresh: int | None, width: int) -> tuple[list[str], list[list[str]]]:
     """Headings and cells of all methods; where they do not fit, without the order, then with the ends of the gaps alone."""
     from pipeoptim.compare.facts import facts, refusal, weights_in_words
     from pipeoptim.methods import METHODS
@@ -125,7 +130,7 @@ def _rows(setting: Program, width: int) -> tuple[list[str], list[list[str]]]:
         if refusal(name, setting.depth, setting.microbatches, setting.slack) is not None:
             rows.append([*words, *("-" * 3)])
             continue
-        found = facts(name, setting.depth, setting.microbatches, setting.slack)
+        found = facts(name, setting.depth, setting.microbatches, setting.slack, refresh)
         rows.append([*words, str(max(found.copies)), " ".join(map(str, found.gaps)), f"{found.bubble:.0%}"])
 
     def too_wide() -> bool:
@@ -149,7 +154,7 @@ def _unbroken(cell: str, heading: str) -> list[str]:
     return cell.split() if heading in MAY_WRAP and cell != heading else [cell]
 
 
-def _one(console: Console, name: str, setting: Program, svg: Path | None) -> None:
+def _one(console: Console, name: str, setting: Program, refresh: int | None, svg: Path | None) -> None:
     from rich.table import Table
 
     from pipeoptim.compare.facts import explanation, facts, minibatches, options, order_name, weights_in_words
@@ -158,7 +163,7 @@ def _one(console: Console, name: str, setting: Program, svg: Path | None) -> Non
 
     method = get_method(name)
     program = method.program(setting.depth, setting.microbatches, slack=setting.slack)
-    found = facts(name, setting.depth, setting.microbatches, setting.slack)
+    found = facts(name, setting.depth, setting.microbatches, setting.slack, refresh)
     count = minibatches(program)
     if svg is not None:
         _write(svg, to_svg(program, count, title=f"{name}: {order_name(method.order)}"))

@@ -25,8 +25,10 @@ if TYPE_CHECKING:
     "microbatches",
     "method",
     "slack",
+    "prediction",
+    "refresh",
     after="model",
-    defaults=("method", "slack"),
+    defaults=("method", "slack", "prediction"),
     stages="Depth; by default the recipe's, or with --devices the fastest.",
     microbatches="Micro-batches per mini-batch; by default the recipe's, or 1.",
     method="The method whose memory counts for the cut.",
@@ -85,7 +87,7 @@ def plan(
           Also what each layer costs: milliseconds of its forward and backward, bytes of activations and weights.
     """
     from pipeoptim.kernels.allocation import keep_freed_memory
-    from pipeoptim.methods import get_method
+    from pipeoptim.methods import get_method, refresh_every
     from pipeoptim.partitioning import partition
     from pipeoptim.schedule import read_slack
     from pipeoptim.train.measured_run import read_measured_run
@@ -94,6 +96,7 @@ def plan(
     keep_freed_memory()
     wanted = given(settings)
     chosen, slack = get_method(wanted["method"]), read_slack(wanted["slack"])
+    refresh = refresh_every(wanted["prediction"], wanted.get("refresh") or None)
     for option, path in (("--picture", picture), ("--svg", svg)):
         if path is not None and path.exists():
             raise ConfigError(f"{path} exists; choose another file for {option}")
@@ -135,10 +138,11 @@ def plan(
         method=chosen,
         microbatches=m,
         slack=slack,
+        refresh=refresh,
     )
     if blocks:
         print(found.blocks_text())
-    _show(found, len(found.stages), m, slack)
+    _show(found, len(found.stages), m, slack, refresh)
     if measured is not None:
         print(measured.advice(found.lengths))
     if picture is not None:
@@ -205,7 +209,7 @@ def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]
         raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
-def _show(found: Partition, depth: int, m: int, slack: Slack) -> None:
+def _show(found: Partition, depth: int, m: int, slack: Slack, refresh: int | None) -> None:
     from rich.table import Column, Table
 
     from pipeoptim.methods import METHODS, copies
@@ -225,7 +229,8 @@ def _show(found: Partition, depth: int, m: int, slack: Slack) -> None:
         seconds = seconds_per_minibatch(program, found.seconds)
         busy = sum(found.seconds) / (depth * seconds)
         gaps = max(program.steady_gap(k) for k in range(depth))
-        most = max(copies(method, depth, m, k, program=program) for k in range(depth))
+        anew = refresh if method.predicts_by_rule else None
+        most = max(copies(method, depth, m, k, program=program, refresh=anew) for k in range(depth))
         table.add_row(name, f"{1 / seconds:.3g}", f"{busy:.0%}", str(gaps), str(most), "")
     table_console().print(table)
     print(

@@ -18,7 +18,7 @@ from pipeoptim.compare.table import notes as table_notes
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import counted
 from pipeoptim.files import read_object
-from pipeoptim.methods import get_method
+from pipeoptim.methods import get_method, refresh_every
 from pipeoptim.schedule import Slack, read_slack, to_svg
 from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.change_method import with_method
@@ -169,8 +169,9 @@ def _shrinking(drawing: str) -> str:
 
 
 def _method(name: str, config: TrainConfig, colour: str | None) -> str:
-    method = get_method(name)
-    found = facts.facts(name, config.stages, config.microbatches, _slack(name, config))
+    method, own = get_method(name), with_method(config, name)
+    refresh = refresh_every(own.prediction, own.refresh or None)
+    found = facts.facts(name, config.stages, config.microbatches, _slack(name, config), refresh)
     dot = f'<i style="background:var({colour})"></i>' if colour else ""
     more = "".join(f"<p>{escape(text)}</p>" for text in (method.source, method.deviations) if text)
     return (
