@@ -18,9 +18,23 @@ F = TypeVar("F", bound=Callable[..., None])
 OptimizerOption = Annotated[
     str | None,
     Option(
-        help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), rotated_adam, or module:Class; one, or one "
-        "per stage between commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where "
+        help="adamw, sgd, ... (any of torch.optim), muon_adamw (Muon for matrices), rotated_adam, module:Class or file.py:Class; one, or "
+        "one per stage between commas. Give --lr as well; other options of the recipe's optimizer, such as weight_decay, are kept where "
         "the new one has them."
+    ),
+]
+ModelOption = Annotated[
+    str | None,
+    Option(
+        help="module:function or file.py:function of your own, in this folder or installed, that returns the model, in place of the "
+        "recipe's. A model that is no nn.Sequential is cut between its layers."
+    ),
+]
+DataOption = Annotated[
+    str | None,
+    Option(
+        help="module:function or file.py:function that returns the task (batches, loss, metrics), in place of the recipe's. With "
+        "--model, no recipe is needed."
     ),
 ]
 LearningRateOption = Annotated[float | None, Option(help="Learning rate.")]

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import ast
-import importlib
-import importlib.util
 import inspect
 from difflib import get_close_matches
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.methods.method import Method
 from pipeoptim.methods.registry import FACTORIES, METHODS
+from pipeoptim.user_code import import_target
 
 
 def get_method(method: str | Method) -> Method:
@@ -83,21 +81,13 @@ def _with_options(text: str) -> Method:
 
 
 def _from_file(text: str) -> Method:
-    where, _, name = text.rpartition(":")
     try:
-        if where.endswith(".py"):
-            # Under a prefix of its own, so that a user's file never shadows a module of the same name.
-            spec = importlib.util.spec_from_file_location(f"pipeoptim_user_{Path(where).stem}", where)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-        else:
-            module = importlib.import_module(where)
-        found = getattr(module, name)
+        found = import_target(text)
     except (
         ImportError,
         OSError,
         AttributeError,
+        SyntaxError,
         ValueError,
         TypeError,
     ) as error:  # the last two: a name that no module can have

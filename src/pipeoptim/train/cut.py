@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from math import inf
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from pipeoptim.errors import ConfigError, counted
+from pipeoptim.partitioning.api import partition
 from pipeoptim.partitioning.balance import best_cut
+from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.layer_splitter import LayerSplitter
+from pipeoptim.partitioning.result import Partition
 
 
 def balance(costs: Sequence[int], parts: int) -> list[int]:
@@ -41,6 +45,41 @@ def balance(costs: Sequence[int], parts: int) -> list[int]:
         return ends[end] - ends[start] or inf
 
     return best_cut(len(costs), parts, cost)
+
+
+def cut_between_layers(model: nn.Module, stages: int, sample: Tensor, lengths: Sequence[int] = ()) -> Partition:
+    """An ordinary ``model`` as ``stages`` stages, of ``lengths`` blocks or else balanced by their numbers of parameters.
+
+    Nothing is timed, so that all processes cut alike; ``pipeoptim plan`` measures, and says what to give as ``cut``.
+
+    Args:
+        sample: a micro-batch, which shows what the model does.
+
+    Raises:
+        ConfigError: no layers are found, too few places where it can be cut, or lengths that are not those of the model.
+    """
+    splitter = LayerSplitter(model, (sample,), {}, None)
+    sizes, n = [sum(own.values()) for own in splitter.weights()], len(splitter.names)
+    ends = [0, *accumulate(sizes)]
+    if lengths and (len(lengths) != stages or sum(lengths) != n):
+        raise ConfigError(
+            f"cut is {','.join(map(str, lengths))}, must have a number of blocks for each of {counted(stages, 'stage')}, {n} in all"
+        )
+
+    def cost(_: int, start: int, end: int) -> float:
+        return (ends[end] - ends[start] or inf) if end == n or splitter.may_cut(end - 1) else inf
+
+    places = sum(splitter.may_cut(c) for c in range(n - 1))
+    found = lengths or (best_cut(n, stages, cost) if stages <= places + 1 else [])
+    starts = [0, *accumulate(found)]
+    if not found or max(cost(k, *pair) for k, pair in enumerate(pairwise(starts))) == inf:
+        wanted = f"by cut {','.join(map(str, lengths))}" if lengths else f"into {counted(stages, 'stage')}"
+        raise ConfigError(
+            f"the {type(model).__name__} cannot be cut {wanted}: it has {counted(n, 'block')}, and {counted(places, 'place')} between them "
+            "where nothing but a layer's output is used later; use fewer stages, or move what is used later (a residual) into the layers"
+        )
+    costs = [BlockCost(name, 0.0, 0.0, 0, 0, size) for name, size in zip(splitter.names, sizes, strict=True)]
+    return partition(model, stages, (sample,), how="layers", costs=costs, pins=starts[1:-1])
 
 
 def cut(model: nn.Module, stages: int, lengths: Sequence[int] = ()) -> list[nn.Module]:

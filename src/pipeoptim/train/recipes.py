@@ -7,9 +7,11 @@ import inspect
 import pkgutil
 from dataclasses import replace
 from importlib.metadata import entry_points
+from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-from pipeoptim.config import Recipe, TrainConfig
+from pipeoptim.config import Component, Recipe, TrainConfig
 from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.train.targets import accepts, load
 
@@ -44,7 +46,7 @@ def get_recipe(name: str, tiny: bool = False) -> TrainConfig:
     that takes these two options.
 
     Args:
-        name: of a registered recipe, where ``-`` and ``_`` are the same, or ``"module:function"`` of another one.
+        name: of a registered recipe, where ``-`` and ``_`` are the same, or ``"module:function"`` or ``"file.py:function"`` of another one.
         tiny: its tiny form: a narrow model of the same kind on data that need no download, with the recipe's method, optimizer
             and schedule; about a minute on two cores at most. Its name, ``config.recipe``, ends in ``-tiny``.
 
@@ -72,6 +74,31 @@ def get_recipe(name: str, tiny: bool = False) -> TrainConfig:
     return replace(config, recipe=f"{config.recipe}-tiny") if tiny else config
 
 
+def chosen_config(recipe: str | None, tiny: bool, model: str | None, data: str | None, default: str) -> TrainConfig:
+    """What a command starts from: a recipe, or ``model`` and ``data`` of the user's own.
+
+    Args:
+        recipe: its name; ``default`` where neither it nor both of the others are given.
+        model, data: targets that take the place of the recipe's. Both without a recipe are a run of their own, with AdamW at 0.001.
+
+    Raises:
+        ConfigError: as :func:`get_recipe`; or the tiny form of no recipe.
+
+    Example:
+        >>> chosen_config(None, False, "mine:net", "mine.py:task", "chars").recipe
+        'mine'
+    """
+    parts: dict[str, Any] = {
+        what: Component(target) for what, target in (("model", model), ("data", data)) if target is not None
+    }
+    if recipe is not None or len(parts) < 2:
+        return replace(get_recipe(recipe or default, tiny), **parts)
+    if tiny:
+        raise ConfigError("--tiny belongs to a recipe, and --model and --data are of your own; leave it out")
+    name = Path(str(model).rpartition(":")[0]).stem or "own"
+    return TrainConfig(name, optimizer=Component("adamw", {"lr": 1e-3}), **parts)
+
+
 def full_name(name: str, tiny: bool) -> str:
     """What a run of recipe ``name`` is called: as the function, with ``-tiny`` behind it for the tiny form.
 
@@ -87,5 +114,5 @@ def _find(name: str) -> Recipe:
     known = recipes()
     key = full_name(name, tiny=False)
     if key not in known:
-        raise unknown_name("recipe", name, known, more=", or 'module:function' for a recipe of your own")
+        raise unknown_name("recipe", name, known, more=", or 'module:function' or 'file.py:function' for a recipe of your own")
     return known[key]

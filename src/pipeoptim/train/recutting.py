@@ -19,6 +19,7 @@ from torch import nn
 
 from pipeoptim.checkpoint import load_sharded, load_stage, save, save_sharded
 from pipeoptim.config import TrainConfig
+from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.checks import check
@@ -100,9 +101,11 @@ def _stage_modules(config: TrainConfig) -> Sequence[nn.Module]:
         return build_setup(config).stages
 
 
-def _numbered_names(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]]:
+def _numbered_names(pipe: Any, tied: Sequence[Tied]) -> list[dict[str, str]] | None:
     """Names that no cut changes: the tensors of a model have the same order in whatever contiguous pieces, and the copies of a tied weight
-    have the number of the first."""
+    have the number of the first. None for stages that carry their names in the model."""
+    if any(origin.names for k in pipe.local_stages for _, _, origin in find_origins(pipe.stage_module(k))):
+        return None
     numbers: dict[tuple[int, str], str] = {}
     for k in pipe.local_stages:
         for own in pipe.stage_module(k).state_dict():

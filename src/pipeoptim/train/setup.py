@@ -23,10 +23,11 @@ from pipeoptim.engine.stage.tied_weights import read_tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
 from pipeoptim.options import options_of_run
+from pipeoptim.partitioning.block_splitter import sliceable
 from pipeoptim.partitioning.parameter_places import untie
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.checks import program
-from pipeoptim.train.cut import cut
+from pipeoptim.train.cut import cut, cut_between_layers
 from pipeoptim.train.parameter_groups import check_all_used
 from pipeoptim.train.ramps import SizePlan, parts_of
 from pipeoptim.train.recomputed import checkpoint_blocks
@@ -91,7 +92,7 @@ def build_setup(config: TrainConfig) -> RunSetup:
         model = build("model", config.model)
     if not isinstance(model, nn.Module):
         raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
-    stages, tied = untie(cut(model, config.stages, read_cut(config.cut)))
+    stages, tied = _cut(model, config, task)
     read_tied(
         tied,
         (),
@@ -100,10 +101,25 @@ def build_setup(config: TrainConfig) -> RunSetup:
         options_of_run(config)["clip"],
         scaled=False,  # copies of a weight that several stages use would diverge under some settings
     )
+    if config.recompute and not sliceable(model):
+        raise ConfigError(
+            f"recompute is {config.recompute!r}, but the {type(model).__name__} has no blocks to checkpoint; let the model do so itself "
+            "(gradient_checkpointing_enable), or make it an nn.Sequential"
+        )
     if config.recompute:
         for stage in stages:
             checkpoint_blocks(stage)
     return RunSetup(config, task, stages, optimizer, scheduler, _validation_batches(task, config), tied)
+
+
+def _cut(model: nn.Module, config: TrainConfig, task: Task) -> tuple[Sequence[nn.Module], Sequence[Tied]]:
+    if sliceable(model):
+        return untie(cut(model, config.stages, read_cut(config.cut)))
+    x, _ = task.train_batch(0, config.batch_size)
+    rows = max(1, len(x) // (config.microbatches * config.replicas))
+    with seeded(config.seed):  # the model is run, to see what it does
+        found = cut_between_layers(model, config.stages, x[:rows], read_cut(config.cut))
+    return found.stages, found.tied
 
 
 def read_data(config: TrainConfig) -> Task:

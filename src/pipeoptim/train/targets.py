@@ -1,31 +1,31 @@
-"""From ``"module:function"`` and options to an object, with errors that name the component."""
+"""From ``"module:function"`` (or ``"file.py:function"``) and options to an object, with errors that name the component."""
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
+from pipeoptim.user_code import import_target
 
 
 def load(what: str, target: str) -> Callable[..., Any]:
-    """The callable that ``target`` ("module:function") names.
+    """The callable that ``target`` names.
 
     Raises:
-        ConfigError: no such module or attribute.
+        ConfigError: no such module, file or attribute.
     """
-    module, colon, name = target.partition(":")
-    if not (module and colon and name):
-        raise ConfigError(f"{what} {target!r} is not of the form 'module:function'")
+    where, colon, name = target.rpartition(":")
+    if not (where and colon and name):
+        raise ConfigError(f"{what} {target!r} is not of the form 'module:function' or 'file.py:function'")
     try:
-        found = getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, TypeError) as error:  # the last two: a name that no module can have
+        found = import_target(target)
+    except (ImportError, OSError, SyntaxError, ValueError, TypeError) as error:  # the last two: a name that no module can have
         raise ConfigError(f"{what} {target!r} cannot be imported ({error}); install it, or correct the name") from error
     except AttributeError as error:
-        raise ConfigError(f"{what} {target!r}: module {module} has no {name!r}; correct the name") from error
+        raise ConfigError(f"{what} {target!r}: {where} has no {name!r}; correct the name") from error
     if not callable(found):
         raise ConfigError(f"{what} {target!r} is a {type(found).__name__}, must be a function or class")
     return found  # type: ignore[no-any-return]

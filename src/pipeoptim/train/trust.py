@@ -32,11 +32,11 @@ def targets_of(config: TrainConfig) -> dict[str, list[str]]:
     return {what: [t.strip() for t in targets if ":" in t] for what, targets in found.items()}
 
 
-def named_targets(recipe: str | None, tiny: bool, optimizer: str | None, method: str | None) -> set[str]:
-    """What a command line names: the functions of ``--recipe``, those in ``--optimizer``, and ``--method``."""
+def named_targets(recipe: str | None, tiny: bool, optimizer: str | None, *others: str | None) -> set[str]:
+    """What a command line names: the functions of ``--recipe``, those in ``--optimizer``, and ``others``."""
     from pipeoptim.train.recipes import get_recipe
 
-    named = {part.strip() for part in [*(optimizer or "").split(","), method or ""]}
+    named = {part.strip() for part in [*(optimizer or "").split(","), *filter(None, others)]}
     if recipe is not None:
         named |= {target for targets in targets_of(get_recipe(recipe, tiny)).values() for target in targets}
     return named
@@ -60,7 +60,7 @@ def check_trusted(folder: Path, config: TrainConfig, named: Collection[str] = ()
                 raise ConfigError(
                     f"{folder / 'config.json'} has {what} {target!r}, which neither this command line nor a registered recipe names; the "
                     "run was begun elsewhere, or the file was changed. If you trust it, give --recipe module:function (and "
-                    "--optimizer, --method) as when it was begun"
+                    "--model, --data, --optimizer, --method) as when it was begun"
                 )
 
 

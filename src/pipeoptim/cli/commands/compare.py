@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings, with_given
+from pipeoptim.cli.settings import (
+    DataOption,
+    LearningRateOption,
+    ModelOption,
+    OptimizerOption,
+    TinyOption,
+    given,
+    takes_settings,
+    with_given,
+)
 from pipeoptim.config import SETTINGS
 from pipeoptim.errors import ConfigError, counted
 
@@ -47,7 +56,11 @@ BEGINS_WITH = {"prediction": "paper", "engine": "emulator", "checkpoint_every": 
 )
 def compare(
     methods: Annotated[str, Option(help="Names with commas between them (see pipeoptim methods), or all.")] = "all",
-    recipe: Annotated[str, Option(help="What to train: chars, digits, or module:function of your own.")] = "chars",
+    recipe: Annotated[
+        str | None, Option(help="What to train: chars (default), digits, or module:function or file.py:function of your own.")
+    ] = None,
+    model: ModelOption = None,
+    data: DataOption = None,
     seeds: Annotated[str, Option(help="How many seeds (3), or which ones (0,1,2).")] = "1",
     optimizer: OptimizerOption = None,
     lr: LearningRateOption = None,
@@ -94,8 +107,9 @@ def compare(
     from pipeoptim.compare.report import write_report
     from pipeoptim.compare.settings import ComparisonSettings
     from pipeoptim.train.layout import layout_of
+    from pipeoptim.train.recipes import chosen_config
 
-    config = _config(recipe, given(settings), optimizer, lr, tiny)
+    config = _config(chosen_config(recipe, tiny, model, data, "chars"), given(settings), optimizer, lr)
     compared = ComparisonSettings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
     folder = out or Path("runs") / f"compare-{config.recipe.replace(':', '.').replace('/', '.')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -117,15 +131,14 @@ def compare(
         raise typer.Exit(1)
 
 
-def _config(recipe: str, changed: dict[str, Any], optimizer: str | None, lr: float | None, tiny: bool) -> TrainConfig:
-    """The recipe's configuration with what was given; one thread per run, as many validations as a curve needs."""
+def _config(chosen: TrainConfig, changed: dict[str, Any], optimizer: str | None, lr: float | None) -> TrainConfig:
+    """The chosen configuration with what was given; one thread per run, as many validations as a curve needs."""
     from pipeoptim.train.checks import check_settings
     from pipeoptim.train.optimizers import switch
-    from pipeoptim.train.recipes import get_recipe
     from pipeoptim.train.setup import with_steps
     from pipeoptim.train.shorten import shortened
 
-    config = with_given(replace(get_recipe(recipe, tiny), threads=1), changed)
+    config = with_given(replace(chosen, threads=1), changed)
     check_settings(config)
     config = with_steps(config)
     if "eval_every" not in changed:

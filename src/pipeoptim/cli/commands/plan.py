@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -181,7 +179,6 @@ def _own(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None,
 
     from pipeoptim.train.targets import call, load
 
-    sys.path.append(os.getcwd())
     made = call("model", load("model", target), target)
     parts = tuple(made) if isinstance(made, tuple) else (made,)
     known = len(parts) in (2, 3) and isinstance(parts[0], nn.Module) and isinstance(parts[1], tuple)

@@ -9,8 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import LearningRateOption, OptimizerOption, TinyOption, given, takes_settings, with_given
-from pipeoptim.config import NOT_COMPUTED, TrainConfig
+from pipeoptim.cli.settings import (
+    DataOption,
+    LearningRateOption,
+    ModelOption,
+    OptimizerOption,
+    TinyOption,
+    given,
+    takes_settings,
+    with_given,
+)
+from pipeoptim.config import NOT_COMPUTED, Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule import AUTO
 
@@ -28,9 +37,13 @@ ON_RESUME = NOT_COMPUTED
 def train(
     recipe: Annotated[
         str | None,
-        Option(help="What to train: chars (default), digits, vgg16-cifar100, ..., or module:function of your own."),
+        Option(
+            help="What to train: chars (default), digits, vgg16-cifar100, ..., or module:function or file.py:function of your own."
+        ),
     ] = None,
     tiny: TinyOption = False,
+    model: ModelOption = None,
+    data: DataOption = None,
     optimizer: OptimizerOption = None,
     group: Annotated[
         list[str] | None,
@@ -84,6 +97,8 @@ def train(
           Mini-batches are not split: the weights of stage 0 are 3 updates old.
       pipeoptim train --recipe digits --stages 3 --optimizer sgd --lr 0.05
           A convolutional net on handwritten digits.
+      pipeoptim train --model mine:net --data mine:task --optimizer mine:Opt --lr 0.01
+          What you have: mine.py in this folder has net(), task() and a class Opt. Runs go to runs/mine-pipeoptim.
       pipeoptim train --optimizer muon_adamw,adamw,adamw,sgd --lr 0.003 --name mixed
           Another optimizer on every stage.
       pipeoptim train --group ndim=2,prediction=displacement --group prediction=none --name groups
@@ -106,7 +121,7 @@ def train(
     from pipeoptim.train import recut, run
     from pipeoptim.train.config_file import to_toml
     from pipeoptim.train.optimizers import kept_note
-    from pipeoptim.train.recipes import full_name, get_recipe
+    from pipeoptim.train.recipes import chosen_config, full_name
     from pipeoptim.train.rundir import FinishedError, RunDir
     from pipeoptim.train.shorten import shortened, warmup_note
     from pipeoptim.train.trust import check_trusted, named_targets
@@ -122,21 +137,23 @@ def train(
         if group or new or config_file:
             option = "--group" if group else "--new" if new else "--config"
             raise ConfigError(f"{option} belongs to a new run, and --resume continues one as it was begun; leave {option} out")
-        own = full_name(wanted, tiny) if ":" not in wanted else get_recipe(wanted, tiny).recipe
+        own = full_name(wanted, tiny)
+        if ":" in wanted or (model and data):
+            own = chosen_config(recipe, tiny, model, data, DEFAULT_RECIPE).recipe
         if name is None and changed.get("method") == AUTO:
             raise ConfigError(
                 "method auto is settled when a run begins, and its directory is called by what came out; give its --name"
             )
         directory = RunDir(out / _checked(f"{own}-{changed.get('method', 'pipeoptim')}" if name is None else name))
-        config = _resumed(directory, changed, own if recipe else None, optimizer, lr)
-        check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method")))
+        config = _resumed(directory, changed, own if recipe else None, lr, optimizer=optimizer, model=model, data=data)
+        check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method"), model, data))
         if print_config:
             print(to_toml(config))
             return
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
             directory = recut(directory, config)
     else:
-        chosen, in_file = _chosen(recipe, tiny, config_file)
+        chosen, in_file = _chosen(recipe, tiny, config_file, model, data)
         config = _new(chosen, changed, optimizer, lr, group)
         if optimizer is not None:
             notes.append(kept_note(chosen.optimizer, config.optimizer))
@@ -163,14 +180,20 @@ def train(
     _report(result, config, directory, quiet, notes)
 
 
-def _chosen(recipe: str | None, tiny: bool, config_file: Path | None) -> tuple[TrainConfig, dict[str, Any]]:
-    """What the command line changes: a recipe, or what a file makes of it; and what the file itself says."""
+def _chosen(
+    recipe: str | None, tiny: bool, config_file: Path | None, model: str | None, data: str | None
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """What the command line changes: a recipe, or what a file makes of it, or a model and data; and what the file itself says."""
     from pipeoptim.train.config_file import read_config_file
-    from pipeoptim.train.recipes import get_recipe
+    from pipeoptim.train.recipes import chosen_config
 
-    if config_file is not None:
-        return read_config_file(config_file, recipe, tiny, DEFAULT_RECIPE)
-    return get_recipe(recipe if recipe is not None else DEFAULT_RECIPE, tiny), {}
+    if config_file is None:
+        return chosen_config(recipe, tiny, model, data, DEFAULT_RECIPE), {}
+    config, in_file = read_config_file(config_file, recipe, tiny, DEFAULT_RECIPE)
+    parts: dict[str, Any] = {
+        what: Component(target) for what, target in (("model", model), ("data", data)) if target is not None
+    }
+    return replace(config, **parts), in_file
 
 
 def _new(
@@ -217,7 +240,7 @@ def _settled(config: TrainConfig, directory: RunDir | None, prediction: str | No
 
 
 def _resumed(
-    directory: RunDir, changed: dict[str, Any], recipe: str | None, optimizer: str | None, lr: float | None
+    directory: RunDir, changed: dict[str, Any], recipe: str | None, lr: float | None, **targets: str | None
 ) -> TrainConfig:
     """The run's own configuration. What was given must agree with it, but for what may change."""
     config = directory.read_config()
@@ -225,7 +248,7 @@ def _resumed(
     fixed = {key: value for key, value in changed.items() if key not in (*ON_RESUME, *RECUT)}
     fixed |= {"recipe": recipe} if recipe is not None else {}
     pairs = [(key, value, getattr(config, key)) for key, value in fixed.items()]
-    pairs += [("optimizer", optimizer, config.optimizer.target)] if optimizer is not None else []
+    pairs += [(what, target, getattr(config, what).target) for what, target in targets.items() if target is not None]
     pairs += [("lr", lr, config.optimizer.options.get("lr"))] if lr is not None else []
     for key, value, own in pairs:
         if value != own:
