@@ -166,7 +166,8 @@ class Pipeline(LocalStages):
             drain: as in :meth:`eval_step`.
 
         Raises:
-            ConfigError: a batch of another form, or no batch.
+            ConfigError: a batch of another form, no batch, or batches whose numbers of rows are not clear, as those of time-major
+                sequences without ``Along`` are.
 
         Example:
             >>> import torch, pipeoptim as po
