@@ -55,7 +55,9 @@ def test_a_run_says_its_depth_batch_and_optimizer_and_how_far_off_its_prediction
     for row in rows:
         for stage in row.get("prediction", ()):
             stage["relative_error"] = 1.2
+    rows.append({"step": 8, "timing": [{"stage": 0, "computing": 0.1}, {"stage": 1, "computing": 0.3}]})
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert any("slowest stage takes 1.5 times the mean" in reason for reason in found(capsys, "--run", "a")["reasons"])
     assert found(capsys, "--run", "a")["method"] == "naive"
 
 

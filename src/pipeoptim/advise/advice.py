@@ -16,6 +16,9 @@ SLACK = ((0.02, 0.0), (0.3, 1.0), (1.0, 2.0))
 """(messages late by up to so many times of a stage, slack at which that costs nothing), by the max-plus model of the order."""
 
 
+UNEVEN = 1.1
+"""From here on a slow stage is worth a new cut."""
+
 TOLERANT = "rotated_adam"
 """The optimizer that loses least where the gap is large."""
 
@@ -88,18 +91,24 @@ def advise(situation: Situation) -> Advice:
 
 
 def _of_run(situation: Situation) -> list[str]:
-    if situation.relative_error is None:
-        return []
-    return [
-        f"Measured: predictions err by {situation.relative_error:.2g} of the displacement (no prediction: 1), the median of the run's end."
-    ]
+    said = []
+    if situation.relative_error is not None:
+        said.append(
+            f"Measured: predictions err by {situation.relative_error:.2g} of the displacement (no prediction: 1), median at the run's end."
+        )
+    if situation.slowest is not None and situation.slowest > UNEVEN:
+        said.append(
+            f"Measured: the slowest stage takes {situation.slowest:.2g} times the mean, and all wait for it; pipeoptim plan --from-run "
+            "cuts anew."
+        )
+    return said
 
 
 def _slack(situation: Situation, flushes: bool) -> tuple[float, list[str]]:
     if flushes:
         return 0.0, []
     if situation.late is None:
-        return 0.0, ["Slack: 0, as it is not known how late messages come."]
+        return 0.0, ["Slack: 0, as it is not known how late messages come; between processes --slack auto measures it."]
     x = next((x for late, x in SLACK if situation.late <= late), SLACK[-1][1])
     beyond = ", and more than was tried" if situation.late > SLACK[-1][0] else ""
     if not x:

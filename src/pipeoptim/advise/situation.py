@@ -20,6 +20,7 @@ class Situation:
         copies: of the weights for which a device has room, the latest included.
         exact: whether the result must equal that of synchronous training.
         relative_error: of the predicted displacements of a measured run; 1 is what no prediction would have had.
+        slowest: time of the slowest stage of a measured run over the mean of all.
         late: by how many times of a stage's forward and backward messages come late.
 
     Raises:
@@ -35,6 +36,7 @@ class Situation:
     exact: bool = False
     relative_error: float | None = None
     late: float | None = None
+    slowest: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("stages", "microbatches", "most_microbatches", "copies"):

@@ -34,7 +34,7 @@ def advise(
     run: Annotated[
         str | None,
         Option(
-            help="A run to learn from: its depth, M, mini-batch, optimizer and, with --monitor-every, its prediction errors."
+            help="A run to learn from: depth, mini-batch, optimizer, times of stages and, with --monitor-every, prediction errors."
         ),
     ] = None,
     out: Annotated[Path, Option(help="Folder of the runs.")] = Path("runs"),
@@ -59,7 +59,7 @@ def advise(
     from pipeoptim.advise import Situation
     from pipeoptim.advise import advise as advice_for
 
-    config, relative_error = _of_run(out / run) if run is not None else (None, None)
+    config, relative_error, slowest = _of_run(out / run) if run is not None else (None, None, None)
     if stages is None and config is None:
         raise ConfigError("stages is not given, must be the depth of the pipeline: for example --stages 8, or --run NAME")
     depth = stages if stages is not None else config.stages if config is not None else 1
@@ -74,6 +74,7 @@ def advise(
         exact=exact,
         relative_error=relative_error,
         late=late,
+        slowest=slowest,
     )
     if depth * situation.m > 10_000:
         raise ConfigError(
@@ -92,20 +93,25 @@ def advise(
         _show(found)
 
 
-def _of_run(path: Path) -> tuple[TrainConfig, float | None]:
-    """Its configuration, and the median of the relative errors of its predictions at the end, if it has measured them."""
-    from statistics import median
+def _of_run(path: Path) -> tuple[TrainConfig, float | None, float | None]:
+    """Its configuration, and what it has measured: the median of the relative errors of its predictions at the end, and the
+    time of its slowest stage over the mean."""
+    from statistics import mean, median
 
     from pipeoptim.telemetry.metrics import read_rows
     from pipeoptim.train.rundir import RunDir
 
     directory = RunDir(path)
     config = directory.read_config()
-    rows = [row["prediction"] for row in read_rows(directory.metrics) if isinstance(row.get("prediction"), list)]
+    metrics = read_rows(directory.metrics)
+    rows = [row["prediction"] for row in metrics if isinstance(row.get("prediction"), list)]
     # The newest few, as the first predictions of a run are made from a momentum that has not settled.
     errors = [stage.get("relative_error") for row in rows[-5:] for stage in row if isinstance(stage, dict)]
     known = [error for error in errors if isinstance(error, (int, float)) and error >= 0]
-    return config, median(known) if known else None
+    timings = [row["timing"] for row in metrics if isinstance(row.get("timing"), list)]
+    seconds = [stage.get("computing") for stage in (timings[-1] if timings else ()) if isinstance(stage, dict)]
+    measured = [s for s in seconds if isinstance(s, (int, float)) and s > 0]
+    return config, median(known) if known else None, max(measured) / mean(measured) if len(measured) > 1 else None
 
 
 def _optimizer(name: str | None, config: TrainConfig | None) -> tuple[str, float]:
