@@ -131,7 +131,7 @@ def _checksums(weights: Sequence[Tensor]) -> list[int]:
 def _checksum(tensor: Tensor) -> Tensor | None:
     """None where there are no values, or the device has no kernel for it: such a write is then not found."""
     try:
-        return None if tensor.is_meta else torch.hash_tensor(_as_hashable(tensor))
+        return None if tensor.is_meta or not tensor.numel() else torch.hash_tensor(_as_hashable(tensor))
     except NotImplementedError:
         return None
 
