@@ -52,7 +52,7 @@ RENAMED = {"weigh": "loss_weight"}
 
 EQUAL = "Equal in all processes."
 PREDICTS = Need(lambda method: method.predicts, "predicts no weights")
-IS_ASYNCHRONOUS = Need(lambda method: not ORDERS[method.order].flushes, "is synchronous from beginning to end")
+IS_ASYNCHRONOUS = Need(lambda method: not ORDERS[method.order].flushes, "never trains asynchronously")
 PREDICTS_FORWARDS = Need(lambda method: method.forward.predicts, "predicts no weights of a forward")
 NEVER_FLUSHES = Need(lambda method: not ORDERS[method.order].flushes, "flushes the pipeline after each mini-batch")
 
