@@ -61,9 +61,7 @@ def test_the_first_updates_are_those_of_1f1b_and_a_resumed_run_is_the_undisturbe
 
 
 def test_it_is_refused_where_it_means_nothing_and_where_it_is_given_twice():
-    with pytest.raises(
-        po.ConfigError, match="synchronous_updates is 3, but method '1f1b' never trains asynchronously"
-    ):
+    with pytest.raises(po.ConfigError, match="synchronous_updates is 3, but method '1f1b' never trains asynchronously"):
         pipeline("1f1b", 2, synchronous_updates=3)
     with pytest.raises(
         po.ConfigError, match="synchronous_updates is 3, but method 'pipemare.*' has 5 of its own; give it once"
