@@ -32,21 +32,20 @@ def made_from(u, refresh):
 
 
 class ClipByStage:
-    """Each stage by its own norm; what it multiplied the gradient of the update to a version by, for the predictions made there."""
+    """Each stage by its own norm."""
 
-    def __init__(self, limit, depth):
-        self.limit, self.factors = limit, [[1.0] * depth]
+    def __init__(self, limit):
+        self.limit = limit
 
     def factor(self, grads):
         return min(1.0, self.limit / (math.sqrt(sum(float((g**2).sum()) for g in grads)) + 1e-6)) if self.limit else 1.0
 
     def __call__(self, t, sums):
-        self.factors.append([self.factor(grads) for grads in sums])
-        return [[g * f for g in grads] for grads, f in zip(sums, self.factors[-1], strict=True)]
+        return [[g * self.factor(grads) for g in grads] for grads in sums]
 
 
 def estimated_gradient(rule, u, refresh, clip):
-    """The gradients so far, and the momentum for the rest; clipping is in the momentum and will be in all. None: nothing is known."""
+    """The gradients so far and the momentum for the rest, clipped by their norm. None: nothing is known."""
     weights, state, t = u.stage.weights[u.at_f], u.stage.states[u.at_f], u.stage.states[u.at_f].get("t", 0)
     first = (u.at_f - u.start) * u.micro
     parts = [part for part in u.stage.gradients[first : first + made_from(u, refresh)] if part[0] is not None]
@@ -54,17 +53,14 @@ def estimated_gradient(rule, u, refresh, clip):
     value = (
         [sum(g) for g in zip(*(grads for grads, _ in parts), strict=True)] if parts else [torch.zeros_like(w) for w in weights]
     )
-    factor = clip.factors[u.at_f][u.k]
     if not t or rule.name == "sgd":
         if not parts:
             return None
         g = [(2 - share) * v for v in value]
     elif rule.name == "momentum":
-        g = [
-            v + (1 - share) * ((1 - MU) * m - rule.wd * w) / factor for v, m, w in zip(value, state["m"], weights, strict=True)
-        ]
+        g = [v + (1 - share) * ((1 - MU) * m - rule.wd * w) for v, m, w in zip(value, state["m"], weights, strict=True)]
     else:
-        g = [v + (1 - share) * m / (1 - B1**t) / factor for v, m in zip(value, state["m"], strict=True)]
+        g = [v + (1 - share) * m / (1 - B1**t) for v, m in zip(value, state["m"], strict=True)]
     return [x * clip.factor(g) for x in g]
 
 
@@ -129,7 +125,7 @@ def test_emulator_equals_the_oracle(method, depth, m, refresh, rule, limit, rows
         uneven=True,
     )
     losses = oracle.feed(pipe, batches, segments)
-    clipping = ClipByStage(limit, depth)
+    clipping = ClipByStage(limit)
     found = in_progress(rule, refresh, clipping)
     backward = latest_at_backward if method == "pipeoptim" else found
     expected, expected_losses = oracle.train(initial, rule, segments, batches, m, found, backward, clip=clipping)

@@ -281,28 +281,19 @@ def test_the_estimate_is_clipped_by_its_own_norm(name: str) -> None:
     )
 
 
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_clipped_momentum_is_taken_back_to_the_units_of_gradients(max_norm: float | None) -> None:
+@pytest.mark.parametrize("clip", [ClipEstimate(max_norm=0.5), ClipEstimate(last_factor=0.25), ClipEstimate(last_factor=0.0)])
+def test_part_of_a_mini_batch_is_clipped_as_stated(clip: ClipEstimate) -> None:
+    """By the norm of value and momentum together; or only the value, as the momentum consists of clipped gradients."""
     optimizer = BY_NAME["sgd_momentum"].make()
     train(optimizer, 3)
     grads = gradients(optimizer, 3)
-    partial = [PartialGradient(g, 0.5) for g in grads]
-    got = predict_weights(optimizer, 1, kind="in_progress", in_progress=partial, clip=ClipEstimate(max_norm, last_factor=0.25))
+    got = predict_weights(optimizer, 1, kind="in_progress", in_progress=[PartialGradient(g, 0.5) for g in grads], clip=clip)
     buffers = [optimizer.state[w]["momentum_buffer"] for w in weights_of(optimizer)]
-    estimates = [g + 0.5 * 0.2 * b / 0.25 for g, b in zip(grads, buffers, strict=True)]
+    before = 1.0 if clip.last_factor is None else clip.last_factor
+    estimates = [before * g + 0.5 * 0.2 * b for g, b in zip(grads, buffers, strict=True)]
     norm = math.sqrt(sum(float(h.square().sum()) for h in estimates))
-    factor = 0.25 if max_norm is None else max_norm / (norm + 1e-6)
-    clipped = [factor * h for h in estimates]
-    assert largest_difference(got, really_stepped(optimizer, clipped)) < 1e-13
-
-
-@pytest.mark.parametrize("max_norm", [None, 0.5])
-def test_an_infinite_norm_at_the_last_update_leaves_predictions_finite(max_norm: float | None) -> None:
-    optimizer = BY_NAME["adamw"].make()
-    train(optimizer, 3)
-    partial = [PartialGradient(g, 0.5) for g in gradients(optimizer, 3)]
-    got = predict_weights(optimizer, 1, kind="in_progress", in_progress=partial, clip=ClipEstimate(max_norm, last_factor=0.0))
-    assert all(bool(torch.isfinite(w).all()) for w in got)
+    after = 1.0 if clip.max_norm is None else clip.max_norm / (norm + 1e-6)
+    assert largest_difference(got, really_stepped(optimizer, [after * h for h in estimates])) < 1e-13
 
 
 # ---- parameters that move otherwise, or not at all -------------------------------------------------------------------------------
@@ -414,3 +405,5 @@ def test_what_cannot_be_used_is_refused() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             predict_weights(optimizer, 1, **bad)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="not by both"):
+        ClipEstimate(1.0, 0.5)

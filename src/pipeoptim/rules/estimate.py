@@ -1,8 +1,10 @@
 """The gradient of the coming update, estimated from the mini-batch in progress and the momentum.
 
-    h = factor * value  +  (1 - seen) * m_hat / last_factor            g = f * h
-        '- micro-batches    '- micro-batches to come: m_hat, the           '- clipping
-           so far              momentum, is made of clipped gradients
+    g = f * (value  +  (1 - seen) * m_hat)      clipped by its own norm, which is found over all parameters
+              |         '- micro-batches to come
+              '- micro-batches so far
+
+    g = last * value  +  (1 - seen) * m_hat     clipped by another norm, as at the last update; m_hat is made of clipped gradients
 
 Where the state holds no momentum, the micro-batches to come are taken as ``seen`` times the mean of those so far: the fewer are known,
 the less they say, so the estimate is shrunk towards 0. Its error is smaller than that of 0 wherever the mini-batch tells more than its
@@ -18,42 +20,45 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.tensor_layout import share_flat_index
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.move import Momentum, PartialGradient, Scalar, as_real
 
-SMALLEST_FACTOR = 1e-12
-
 
 @dataclass(frozen=True, slots=True)
 class ClipEstimate:
-    """How the gradient of the coming update will be clipped, as far as is known.
+    """How the gradient of the coming update will be clipped, as far as is known: one of the two.
 
     Attributes:
-        max_norm: limit for the norm of all gradients of the optimizer, by which the estimate is clipped; None where another
-            norm decides: then it is scaled as the last update was.
-        last_factor: what clipping multiplied the gradients of the last update by; 1 before the first.
+        max_norm: limit for the norm of all gradients of the optimizer, by which the estimate is clipped.
+        last_factor: what clipping multiplied the gradients of the last update by, where a norm decides that is not known here.
+
+    Raises:
+        ConfigError: both are given.
 
     Example:
-        >>> ClipEstimate(max_norm=1.0)
-        ClipEstimate(max_norm=1.0, last_factor=1.0)
+        >>> round(ClipEstimate(max_norm=1.0).factor(4.0), 5)
+        0.25
     """
 
     max_norm: float | None = None
-    last_factor: Scalar = 1.0
+    last_factor: Scalar | None = None
 
-    @property
-    def undone(self) -> Scalar:
-        """What the momentum is multiplied by to be one of unclipped gradients; finite where the last norm was not."""
-        last = self.last_factor
-        return 1.0 / (last.clamp(min=SMALLEST_FACTOR) if isinstance(last, Tensor) else max(last, SMALLEST_FACTOR))
+    def __post_init__(self) -> None:
+        if self.max_norm is not None and self.last_factor is not None:
+            raise ConfigError(
+                f"clipping is estimated by max_norm={self.max_norm:g} or by last_factor={self.last_factor}, not by both: pass max_norm "
+                "where the update is clipped by the norm of its own gradients, else last_factor"
+            )
 
     def factor(self, norm: float) -> float:
         """What gradients of this norm are multiplied by, as ``clip_grad_norm_`` does."""
         assert self.max_norm is not None
-        return min(1.0, self.max_norm / (norm + 1e-6))
+        factor = self.max_norm / (norm + 1e-6)
+        return 1.0 if factor >= 1.0 else factor  # so that what is not a number stays so
 
 
 class GradientEstimate(NamedTuple):
@@ -93,10 +98,12 @@ class GradientEstimate(NamedTuple):
 
 
 def estimate(entry: ParameterEntry, partial: PartialGradient | None, clip: ClipEstimate | None) -> GradientEstimate | None:
-    """h of one parameter; None where nothing is known of its gradient, or it gets none."""
+    """That of one parameter, before it is clipped by its own norm; None where nothing is known of its gradient, or it gets none."""
     value, seen, factor = (None, 0.0, 1.0) if partial is None else (partial.value, partial.seen, partial.factor)
     if not entry.weight.requires_grad and value is None:  # frozen: it had updates once, it gets none now
         return None
+    if clip is not None and clip.last_factor is not None:
+        factor = factor * clip.last_factor
     value = None if value is None or seen <= 0 else as_real(value)
     missing = 1.0 - seen
     if missing <= 0:
@@ -104,8 +111,7 @@ def estimate(entry: ParameterEntry, partial: PartialGradient | None, clip: ClipE
     momentum = _momentum(entry)
     if momentum is None:
         return None if value is None else GradientEstimate(value, factor * (1.0 + missing))
-    share = missing if clip is None else missing * clip.undone
-    return GradientEstimate(value, factor, momentum.value, share * momentum.scale, share * momentum.of_weight)
+    return GradientEstimate(value, factor, momentum.value, missing * momentum.scale, missing * momentum.of_weight)
 
 
 def _momentum(entry: ParameterEntry) -> Momentum | None:
@@ -119,10 +125,8 @@ def clip_factor(
     entries: Sequence[ParameterEntry], in_progress: Sequence[PartialGradient | None], clip: ClipEstimate | None
 ) -> Scalar:
     """f: what the estimates of all parameters are multiplied by."""
-    if clip is None:
+    if clip is None or clip.max_norm is None:
         return 1.0
-    if clip.max_norm is None:
-        return clip.last_factor
     partials = in_progress or [None] * len(entries)
     pairs = [(entry, estimate(entry, partial, clip)) for entry, partial in zip(entries, partials, strict=True)]
     parts = [(entry.real_weight, known) for entry, known in pairs if known is not None]

@@ -198,7 +198,7 @@ class Clipper:
 
         By its own norm, which an estimate of the gradient has as well; where the norm of other stages decides, as the newest update was.
         """
-        return ClipEstimate(None if self.rule.exchanges else self._limit, self._last_factor())
+        return ClipEstimate(last_factor=self._last_factor()) if self.rule.exchanges else ClipEstimate(self._limit)
 
     def _last_factor(self) -> Tensor | float:
         """The factor that has scaled the gradients of the newest update; 1 before the first."""

@@ -76,10 +76,10 @@ class FusedDryStep:
         return [_stand_in(entry, horizon) if able else None for entry, able in zip(entries, self._able, strict=True)]
 
 
-def _own_factor(plan: FusedPlan, estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> Scalar:
+def _own_factor(plan: FusedPlan, estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> float:
     """That of clipping, where the plan has all parameters: the addresses are at hand, which saves asking every tensor."""
     if clip is None or clip.max_norm is None:
-        return 1.0 if clip is None else clip.last_factor
+        return 1.0
     pairs = zip(plan.batches, estimates, strict=True)
     return clip.factor(calls.norm_of_estimates(part for batch, known in pairs for part in batch.estimate_parts(known)))
 
