@@ -54,6 +54,8 @@ def test_a_recipe_in_a_file_and_names_that_are_wrong(folder, capsys):
     assert result(folder, "own-pipeoptim")["step"] == 4
     assert _run(["train", "--model", "mine:nett", "--data", "mine:task"]) == 2
     assert "model 'mine:nett': mine has no 'nett'" in capsys.readouterr().err
+    assert _run(["plan", "--model", "mine:net", "--data", "mine:task", "--stages", "2"]) == 0
+    assert "tied: embed.weight = head.weight, on stages 0, 1" in capsys.readouterr().out
 
 
 def test_comparisons_take_them_alike():

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import TinyOption, given, takes_settings
+from pipeoptim.cli.settings import DataOption, TinyOption, given, takes_settings
 from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     "slack",
     "prediction",
     "refresh",
-    after="model",
+    after="data",
     defaults=("method", "slack", "prediction"),
     stages="Depth; by default the recipe's, or with --devices the fastest.",
     microbatches="Micro-batches per mini-batch; by default the recipe's, or 1.",
@@ -37,8 +37,11 @@ def plan(
     tiny: TinyOption = False,
     model: Annotated[
         str | None,
-        Option(help="module:function of your own, instead of a recipe: returns (model, args) or (model, args, kwargs)."),
+        Option(
+            help="module:function of your own, instead of a recipe: returns (model, args[, kwargs]); with --data, the model."
+        ),
     ] = None,
+    data: DataOption = None,
     from_run: Annotated[
         Path | None,
         Option(
@@ -89,7 +92,7 @@ def plan(
     from pipeoptim.partitioning import partition
     from pipeoptim.schedule import read_slack
     from pipeoptim.train.measured_run import read_measured_run
-    from pipeoptim.train.recipes import get_recipe
+    from pipeoptim.train.recipes import chosen_config
 
     keep_freed_memory()
     wanted = given(settings)
@@ -103,15 +106,17 @@ def plan(
     if model is not None and (recipe is not None or tiny):
         other = f"recipe {recipe!r}" if recipe is not None else "--tiny, which is of recipes,"
         raise ConfigError(f"model {model!r} and {other} were given; leave one out")
-    if from_run is not None and (model is not None or recipe is not None or tiny or speed or devices):
+    if from_run is not None and (model is not None or data is not None or recipe is not None or tiny or speed or devices):
         raise ConfigError(
-            "--from-run has the run's own model and speeds; leave --model, --recipe, --tiny, --speed and --devices out"
+            "--from-run has the run's own model and speeds; leave --model, --data, --recipe, --tiny, --speed and --devices out"
         )
     measured = None if from_run is None else read_measured_run(from_run)
     limits = [_bytes(gib) for gib in memory] if memory else None
-    module, args, kwargs, depth, m = (
-        _own(model) if model is not None else _of_config(measured.config if measured else get_recipe(recipe or "chars", tiny))
-    )
+    if model is not None and data is None:
+        module, args, kwargs, depth, m = _own(model)
+    else:
+        config = measured.config if measured else chosen_config(recipe, tiny, model, data, "chars")
+        module, args, kwargs, depth, m = _of_config(config)
     module, args, kwargs = _on(device, module, args, kwargs)
     m = wanted.get("microbatches", m)
     stages = wanted.get("stages", depth if devices is None else None)
