@@ -15,6 +15,7 @@ from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.config import read_ramp
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import run
+from pipeoptim.train.api import check_possible
 from pipeoptim.train.checks import check
 from pipeoptim.train.ramps import SizePlan
 
@@ -61,9 +62,11 @@ def test_impossible_sizes_are_refused_before_anything_is_made() -> None:
         ({"slack": "1", "method": "gpipe"}, "order 'gpipe' cannot have slack"),
         ({"slack": "1,1"}, "must have one for each of the 1 boundaries"),
         ({"slack": "fast"}, "slack is 'fast'"),
+        ({"slack": "auto"}, "set engine to 'processes'"),
     ):
         with pytest.raises(ConfigError, match=words):
             check(replace(tiny.recipe(), **changes))  # type: ignore[arg-type]
+    check_possible(replace(tiny.recipe(), slack="auto", engine="processes"))
     check(replace(tiny.recipe(), microbatches_schedule="0:4", method="pipedream_2bw", stages=4))  # M = 1 is never used
 
 

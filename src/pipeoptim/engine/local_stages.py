@@ -16,7 +16,7 @@ from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.options import PipelineOptions
-from pipeoptim.schedule import AUTO, Program, Slack
+from pipeoptim.schedule import AUTO, Program, Slack, slack_at_first
 
 
 class LocalStages:
@@ -34,7 +34,9 @@ class LocalStages:
         self.options, self._asked_processes = options, processes
         self.method = get_method(options.method).starting_synchronously(options.synchronous_updates)
         # Before anything is made: an option that could not take effect is refused, not ignored.
-        self.program = self.method.program(depth, options.microbatches, processes, options.overlap, _first_slack(options))
+        self.program = self.method.program(
+            depth, options.microbatches, processes, options.overlap, slack_at_first(options.slack)
+        )
         check_effects(options, self.method, self.program)
         if options.slack == AUTO:
             self.method.check_slack()
@@ -157,7 +159,3 @@ class LocalStages:
             where = f"stages 0 .. {self.depth - 1} exist" if not 0 <= k < self.depth else f"here live {self.local_stages}"
             raise ConfigError(f"stage {k} does not live in this process; {where}")
         return self._runners[k].worker
-
-
-def _first_slack(options: PipelineOptions) -> Slack:
-    return 0.0 if isinstance(options.slack, str) else options.slack

@@ -17,6 +17,7 @@ from pipeoptim.schedule.slack import (
     messages_early,
     read_slack,
     read_slack_or_auto,
+    slack_at_first,
 )
 from pipeoptim.schedule.timeline import Span, bubble, replay, timeline
 from pipeoptim.schedule.validate import validate, with_transfers
@@ -38,6 +39,7 @@ __all__ = [
     "messages_early",
     "read_slack",
     "read_slack_or_auto",
+    "slack_at_first",
     "replay",
     "timeline",
     "to_svg",

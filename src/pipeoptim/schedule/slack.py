@@ -66,6 +66,12 @@ def read_slack_or_auto(value: Any) -> Slack | str:
     return AUTO if isinstance(value, str) and value == AUTO else read_slack(value)
 
 
+def slack_at_first(value: Any) -> Slack:
+    """The slack with which a pipeline begins: none where it is still to be chosen."""
+    found = read_slack_or_auto(value)
+    return 0.0 if isinstance(found, str) else found
+
+
 def check_boundaries(slack: Slack, depth: int) -> None:
     """Raises ConfigError where ``slack`` has numbers for another number of boundaries than a pipeline of ``depth`` stages has."""
     if isinstance(slack, tuple) and len(slack) != depth - 1:

@@ -30,6 +30,11 @@ def check_settings(config: TrainConfig) -> None:
     if not config.steps and not config.epochs:
         raise ConfigError("steps is 0, must be an integer of at least 1, or 0 where epochs says how long to train")
     _check_layout(config)
+    if config.slack == "auto" and (config.engine != "processes" or config.replicas > 1):
+        raise ConfigError(
+            "slack is 'auto', which one pipeline of several processes measures; set engine to 'processes' and leave replicas out, or give "
+            "the number that such a run chose"
+        )
     for part in parts_of(config):
         _check_microbatches(part)
     if config.batch_size_schedule and not config.steps:
@@ -93,11 +98,11 @@ def program(config: TrainConfig) -> Program:
         ConfigError: the method does not support this number of stages or micro-batches, interleaving, overlap or slack.
     """
     from pipeoptim.methods import get_method
-    from pipeoptim.schedule import read_slack
+    from pipeoptim.schedule import slack_at_first
 
     processes = config.stages // config.chunks if config.chunks > 1 else None
     return get_method(config.method).program(
-        config.stages, config.microbatches, processes, config.overlap, read_slack(config.slack)
+        config.stages, config.microbatches, processes, config.overlap, slack_at_first(config.slack)
     )
 
 

@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.options import options_of_run
+from pipeoptim.schedule import slack_at_first
 from pipeoptim.train.layout import layout_of
 from pipeoptim.train.setup import RunSetup
 
@@ -35,7 +36,9 @@ def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Op
     rates = [setup.scheduler(optimizer) for optimizer in optimizers]
     layout = layout_of(setup.config)
     processes = layout.width if layout.chunks > 1 else None
-    pipe = Emulator(setup.stages, optimizers, loss, schedulers=rates, processes=processes, **_options(setup))
+    # Of a run on processes, an emulator checks what can be built, and moves its state to another cut: it measures no links.
+    options = {**_options(setup), "slack": slack_at_first(setup.config.slack)}
+    pipe = Emulator(setup.stages, optimizers, loss, schedulers=rates, processes=processes, **options)
     return pipe, dict(enumerate(optimizers))
 
 

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.engine.pipeline import Pipeline
+from pipeoptim.errors import counted
+from pipeoptim.schedule import describe_slack
 from pipeoptim.telemetry import prediction
 from pipeoptim.telemetry.timing import timing_rows
 from pipeoptim.train.evaluate import ObservedLoss, evaluate
@@ -114,7 +116,10 @@ class Loop:
         began = time.perf_counter()
         with self._traced_block("data"):
             x, y = self._batch(sizes, step) if first or last else (None, None)
+        slack = pipe.slack
         value = pipe.step(*((x,) if first else ()), target=y if last else None)
+        if self.recorder and pipe.slack != slack:
+            self.recorder.note(f"slack {describe_slack(pipe.slack)} was chosen from the first {counted(step, 'mini-batch')}")
         if value is None:
             return
         value = self.mean_loss(value)

@@ -19,7 +19,7 @@ from pipeoptim.config import TrainConfig
 from pipeoptim.errors import counted
 from pipeoptim.files import read_object
 from pipeoptim.methods import get_method, refresh_every
-from pipeoptim.schedule import Slack, read_slack, to_svg
+from pipeoptim.schedule import Slack, slack_at_first, to_svg
 from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.change_method import with_method
 from pipeoptim.train.rundir import RunDir
@@ -156,7 +156,7 @@ def methods(names: Sequence[str], config: TrainConfig, series: Sequence[Series])
 
 def _slack(name: str, config: TrainConfig) -> Slack:
     """0 for a method that flushes, which runs without."""
-    return read_slack(with_method(config, name).slack)
+    return slack_at_first(with_method(config, name).slack)
 
 
 def _shrinking(drawing: str) -> str:
