@@ -58,12 +58,13 @@ def _loss(output: Tensor, target: Tensor) -> Tensor:
 
 
 def write(losses: dict[str, list[float]], steps: int, out: Path) -> None:
-    """The rows that there are."""
-    rows, seeds = [], len(next(iter(losses.values())))
+    """Which share of the gap between no prediction and synchronous training each contender closes, in the order of the seeds."""
+    rows, (synchronous, naive) = [], list(losses.values())[:2]
     for name, values in losses.items():
-        method, options = CONTENDERS[name]
-        rows.append(ResultRow(name, values, {"method": method, "refresh": options.get("refresh", 0)}))
-    Record("refresh loss", "validation loss", {"updates": steps, "seeds": seeds, "D = M": DEPTH}, rows).write(out)
+        closed = [100 * (n - v) / (n - s) for n, v, s in zip(naive, values, synchronous, strict=False)]
+        mean = sum(values) / len(values)
+        rows.append(ResultRow(f"{name}, validation loss {mean:.3f}", closed, {"contender": name, "losses": values}))
+    Record("refresh loss", "% closed", {"updates": steps, "seeds": len(synchronous), "D = M": DEPTH}, rows).write(out)
 
 
 if __name__ == "__main__":
@@ -74,9 +75,14 @@ if __name__ == "__main__":
     options = parser.parse_args()
     torch.set_num_threads(1)
     known = Record.read(options.out) if options.out.exists() else None
-    found = {row.name: row.samples for row in known.rows} if known and known.settings["updates"] == options.steps else {}
+    found = (
+        {row.settings["contender"]: row.settings["losses"] for row in known.rows}
+        if known and known.settings["updates"] == options.steps
+        else {}
+    )
     for name, (method, chosen) in CONTENDERS.items():
         for seed in range(len(found.get(name, [])), options.seeds):
             found.setdefault(name, []).append(validation_loss(method, chosen, options.steps, seed))
-            write(found, options.steps, options.out)
+            if len(found) > 1:
+                write(found, options.steps, options.out)
             print(f"{name:30} {found[name][-1]:.3f}", flush=True)
