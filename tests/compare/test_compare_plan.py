@@ -57,7 +57,7 @@ def test_every_option_that_changes_what_is_computed_is_offered_and_told(capsys: 
     for name, known in RUN_SETTINGS.items():
         if known.computes:
             assert f"--{name.replace('_', '-')}" in text and "".join(known.help.split()) in text, name
-    config = _config("compare_cases:recipe", {"clip": 1.5, "compress": "int8", "prediction": "paper"}, None, None, False)
+    config = _config(BASE, {"clip": 1.5, "compress": "int8", "prediction": "paper"}, None, None)
     assert (config.clip, config.compress, config.threads) == (1.5, "int8", 1)
     assert setting(config).endswith(", clip 1.5, compress int8")
     assert setting(BASE) == setting(replace(BASE, monitor_every=3)), "what changes no run is not told"

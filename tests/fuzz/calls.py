@@ -176,6 +176,7 @@ FITTING: dict[str, Callable[[Scene], list[Any]]] = {
     "replicas": lambda _: [None],
     "sample_args": lambda _: [(torch.ones(4, 4),)],
     "sample_kwargs": lambda _: [None, {}],
+    "scale": lambda _: [1.0, 0.5, "auto"],
     "scaler": lambda _: [None],
     "scheduler": lambda _: [None],
     "schedulers": lambda _: [None, step_scheduler],

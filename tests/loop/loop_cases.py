@@ -81,6 +81,8 @@ CASES = {
     "scaler_global": ("pipeoptim", 4, mixed, {"scaler": scaler, "clip": po.Clip(0.5, "global")}, None, (18, 30)),
     "scaler_autocast": ("1f1b", 2, adamw, {"scaler": scaler, "autocast": torch.float16}, None, (7,)),
     "monitor": ("pipeoptim", 1, mixed, {"monitor": 2}, None, ()),
+    "scale": ("pipeoptim", 1, mixed, {"scale": "auto", "monitor": 2}, None, ()),
+    "scale_progress": ("pipeoptim_stash", 4, adamw, {"scale": "auto", "prediction": "in_progress"}, None, ()),
 }
 
 

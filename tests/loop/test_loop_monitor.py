@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 import pipeoptim as po
-from pipeoptim.engine.stage.prediction_monitor import COORDINATES, TENSORS, WINDOW, PredictionMonitor, _displacement_products
+from pipeoptim.engine.stage.displacement_samples import COORDINATES, TENSORS, _displacement_products
+from pipeoptim.engine.stage.prediction_monitor import WINDOW, PredictionMonitor
 from pipeoptim.kernels import available
 from pipeoptim.methods import Method
 from pipeoptim.weights import Latest, Predicted

@@ -367,7 +367,7 @@ def test_the_predictor_keeps_nothing_and_steps_by_the_kernel() -> None:
     assert not predictor.fused_step(out, 2) and predictor.fused_step_over_gradients(2) is None
     grads = gradients(optimizer, 5)
     for scale in (1.0, 0.5, 0.0):
-        predictor.scale = scale
+        predictor.scales = (scale,)
         predictor.predict_into(out, 1, whole(grads))
         real = really_stepped(optimizer, grads)
         expected = [w + scale * (r - w) for w, r in zip(values_of(optimizer), real, strict=True)]

@@ -9,10 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from pipeoptim.rules.displacement import PREVIOUS, extrapolate
+from pipeoptim.rules.displacement import PREVIOUS
 
 _POINTS, _POSITION = "known", "known_at"  # of the displacement memory in a Predictor's state
 
@@ -25,7 +24,10 @@ def split_predictor(state: Mapping[str, Any], names: Sequence[str]) -> dict[str,
         for name, tensor in zip(names, tensors, strict=True):
             if tensor is not None:
                 parameters.setdefault(name, {})[key] = tensor
-    return {"parameters": parameters, "shared": {key: value for key, value in state.items() if key not in lists}}
+    shared = {key: value for key, value in state.items() if key not in lists}
+    if isinstance(shared.get(_POSITION), list):  # param groups were scaled differently
+        shared[_POSITION] = dict(zip(names, shared[_POSITION], strict=True))
+    return {"parameters": parameters, "shared": shared}
 
 
 def joined_predictor(
@@ -33,7 +35,6 @@ def joined_predictor(
     names: Sequence[str],
     saved: Mapping[int, Mapping[str, Any]],
     same_cut: bool,
-    weights: Sequence[Tensor],
 ) -> dict[str, Any]:
     """The state of a predictor of the parameters ``names``, as its ``load_state_dict`` takes it.
 
@@ -41,7 +42,6 @@ def joined_predictor(
 
     Args:
         saved: stage -> what :func:`split_predictor` returned there, of stages that had a predictor.
-        weights: the latest, in the order of ``names``.
     """
     found = {name: (stage, own) for stage, state in saved.items() for name, own in state["parameters"].items()}
     entries = {key for name in names if name in found for key in found[name][1]}
@@ -51,12 +51,17 @@ def joined_predictor(
     for key in entries:
         own = fresh.get(key) or [None] * len(names)
         state[key] = [found[name][1].get(key, mine) if name in found else mine for name, mine in zip(names, own, strict=True)]
-    # A stage predicts for its own gap, so parameters of several stages come with points at several distances.
     if _POINTS in entries:
-        # Stages may have predicted over different distances, so each point comes with its own position.
-        positions = [saved[found[name][0]]["shared"][_POSITION] if name in found else None for name in names]
-        state[_POSITION], state[_POINTS] = _at_one_position(state[_POINTS], positions, weights)
+        # A stage predicts for its own gap, so parameters of several stages come with points at several distances.
+        positions = [
+            _position(saved[found[name][0]]["shared"][_POSITION], name) if name in found else PREVIOUS for name in names
+        ]
+        state[_POSITION] = positions[0] if len(set(positions)) == 1 else positions
     return state
+
+
+def _position(saved: float | Mapping[str, float], name: str) -> float:
+    return saved[name] if isinstance(saved, Mapping) else saved
 
 
 def carried_loss_scale(k: int, depth: int, origins: Iterable[int], saved: Mapping[int, Any]) -> dict[str, Any]:
@@ -76,20 +81,3 @@ def carried_loss_scale(k: int, depth: int, origins: Iterable[int], saved: Mappin
 def _one_per_parameter(value: Any, count: int) -> bool:
     tensors = isinstance(value, list) and len(value) == count and all(v is None or isinstance(v, Tensor) for v in value)
     return tensors and any(v is not None for v in value)
-
-
-def _at_one_position(
-    points: Sequence[Tensor | None], positions: Sequence[float | None], weights: Sequence[Tensor]
-) -> tuple[float, list[Tensor | None]]:
-    """Points ``W_t + h d`` with the same h for all parameters; those of stages with another h are moved along their lines."""
-    used = {position for point, position in zip(points, positions, strict=True) if point is not None and position is not None}
-    if len(used) == 1:
-        return used.pop(), list(points)
-    moved: list[Tensor | None] = []
-    for point, position, weight in zip(points, positions, weights, strict=True):
-        if point is None or position is None:
-            moved.append(None)
-        else:
-            moved.append(torch.empty_like(point))
-            extrapolate(weight.detach().to(point), point, position, PREVIOUS, moved[-1])  # type: ignore[arg-type]
-    return PREVIOUS, moved

@@ -22,7 +22,7 @@ from pipeoptim.checkpoint.plain_data import flatten, rebuild, tensors_in
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
 
-OF_THE_STAGE = ("random", "most_copies", "clip", "scaling", "compress", "tied")
+OF_THE_STAGE = ("random", "most_copies", "clip", "scaling", "compress", "tied", "scale")
 """Entries of ``StageWorker.state_dict`` that make sense for the same cut only (but see the loss scale in :func:`stage_state`)."""
 
 
@@ -159,8 +159,7 @@ def _predictor_state(
         split[k] = rebuild({**saved.predictors[k], "parameters": own}, saved.tensors)
     if not split:
         return None  # its memory begins anew
-    latest = [saved.tensors.get(f"master/{name}", saved.tensors[f"model/{name}"]) for name in names]
-    return joined_predictor(fresh, names, split, same_cut, latest)
+    return joined_predictor(fresh, names, split, same_cut)
 
 
 def _master_names(worker: StageWorker, found: Mapping[str, str]) -> list[str]:

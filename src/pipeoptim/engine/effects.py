@@ -23,6 +23,10 @@ def check_effects(options: PipelineOptions, method: Method, program: Program) ->
                 f"{entry.name} is {value!r}, but method {method.name!r} {known.needs.otherwise}; leave it out, or choose a method that "
                 "does, for example 'pipeoptim'"
             )
+    if options.scale != 1.0 and options.prediction == "none":
+        raise ConfigError(
+            f"scale is {options.scale!r}, but prediction is 'none', so that there is nothing to scale; leave one of them out"
+        )
     refresh_every(options.prediction, options.refresh)  # refuses one that means nothing to this kind
     if options.clip is not None:
         options.clip.check(program)

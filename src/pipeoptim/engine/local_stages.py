@@ -142,6 +142,13 @@ class LocalStages:
         monitor = self._worker(k).monitor
         return [] if monitor is None else monitor.figures()
 
+    def prediction_scales(self, k: int) -> list[float]:
+        """The factor on the predictions of each parameter group of stage ``k``, as it is now (see ``scale``).
+
+        Empty where nothing is predicted, or not by the optimizer's rule.
+        """
+        return list(self._worker(k).prediction_scales())
+
     def stage_state_dict(self, k: int) -> dict[str, Any]:
         """Everything that stage ``k`` needs to continue bit for bit: tensors (not copied) and plain data.
 

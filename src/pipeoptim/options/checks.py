@@ -6,6 +6,7 @@ import inspect
 import math
 import operator
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
@@ -60,6 +61,18 @@ def from_zero(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise ConfigError(f"{name} is {value!r}, must be a finite number, for example 1.0, or 0 for none")
     return value
+
+
+def scale_or_auto(name: str, value: Any) -> float | str:
+    """A factor on predictions, perhaps as text, or ``"auto"``."""
+    if isinstance(value, str) and value == "auto":
+        return value
+    with suppress(ValueError, OverflowError):
+        if isinstance(value, int | float | str) and not isinstance(value, bool) and 0 < float(value) <= 2:
+            return float(value)
+    raise ConfigError(
+        f"{name} is {value!r}, must be a number above 0, at most 2, or 'auto'; to predict nothing: prediction='none'"
+    )
 
 
 def count_from_zero(name: str, value: Any) -> int:

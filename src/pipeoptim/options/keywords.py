@@ -27,6 +27,7 @@ class OptionKeywords(TypedDict, total=False):
 
     prediction: str
     refresh: int | None
+    scale: float | str
     synchronous_updates: int
     seed: int | None
     clip: Clip | float | None

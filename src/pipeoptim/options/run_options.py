@@ -16,6 +16,7 @@ class RunOptions:
 
     prediction: str = run_setting("prediction")
     refresh: int = run_setting("refresh")
+    scale: str = run_setting("scale")
     synchronous_updates: int = run_setting("synchronous_updates")
     clip: float = run_setting("clip")
     clip_scope: str = run_setting("clip_scope")

@@ -26,6 +26,7 @@ from pipeoptim.options.checks import (
     one_of_imported,
     passes,
     read_by,
+    scale_or_auto,
     seconds,
     seconds_or_none,
     tied_places,
@@ -54,6 +55,9 @@ EQUAL = "Equal in all processes."
 PREDICTS = Need(lambda method: method.predicts, "predicts no weights")
 IS_ASYNCHRONOUS = Need(lambda method: not ORDERS[method.order].flushes, "never trains asynchronously")
 PREDICTS_FORWARDS = Need(lambda method: method.forward.predicts, "predicts no weights of a forward")
+PREDICTS_BY_RULE = Need(
+    lambda method: method.forward.predicts and method.predictor is None, "predicts no forward by the rule of the optimizer"
+)
 NEVER_FLUSHES = Need(lambda method: not ORDERS[method.order].flushes, "flushes the pipeline after each mini-batch")
 
 
@@ -114,6 +118,22 @@ class PipelineOptions:
         },
         of_run=lambda run: run.refresh or None,
         needs=PREDICTS,
+    )
+    scale: float | str = option(
+        1.0,
+        "factor on predicted displacements: a number above 0, up to 2; or 'auto', for each stage and parameter group the factor that "
+        "would have fitted best lately, measured on a sample every four updates.",
+        scale_or_auto,
+        agreed=EQUAL,
+        settings={
+            "scale": Setting(
+                "1",
+                "Factor on predicted displacements, above 0, up to 2; or auto: on each stage what would have fitted best lately.",
+                check_value=scale_or_auto,
+            )
+        },
+        of_run=lambda run: scale_or_auto("scale", run.scale),
+        needs=PREDICTS_BY_RULE,
     )
     synchronous_updates: int = option(
         0,
@@ -196,7 +216,8 @@ class PipelineOptions:
                 computes=False,
             )
         },
-        of_run=lambda run: run.monitor_every,
+        # A factor that adapts is reported with the errors that it adapts to.
+        of_run=lambda run: run.monitor_every or run.scale == "auto",
         needs=PREDICTS_FORWARDS,
     )
     uneven: bool = option(

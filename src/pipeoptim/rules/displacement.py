@@ -39,32 +39,42 @@ class DisplacementMemory:
     Attributes:
         points: one per parameter of the optimizer, None for parameters that are predicted otherwise; None altogether while no
             displacement is known. They are the engine's buffers, not copies, except after a resume.
-        position: where on their lines the points lie.
+        positions: where on their lines the points lie; param groups may be scaled differently.
     """
 
     def __init__(self) -> None:
         self.points: Buffers | None = None
-        self.position = PREVIOUS
+        self.positions: list[float] = []
         self._private = False  # points of our own, from a resume: dropped once the engine's buffers hold points as well
 
     def forget(self) -> None:
         """No displacement is known."""
-        self.points, self.position, self._private = None, PREVIOUS, False
+        self.points, self.positions, self._private = None, [], False
 
-    def remember(self, displaced: Sequence[ParameterEntry], buffers: Sequence[Tensor], position: float) -> None:
-        """The `buffers`, one per parameter of the optimizer, hold (or will, after the step) points at `position`."""
+    def remember(self, displaced: Sequence[ParameterEntry], buffers: Sequence[Tensor], positions: Sequence[float]) -> None:
+        """The `buffers`, one per parameter of the optimizer, hold (or will, after the step) points at `positions` of the `displaced`."""
         self.forget()
-        if displaced and position:  # at 0 lie the weights themselves, which tell no direction
-            self.points, self.position = [None] * len(buffers), position
-            for entry in displaced:
-                self.points[entry.number] = buffers[entry.number]
+        if displaced and all(positions):  # at 0 lie the weights themselves, which tell no direction
+            self.points, self.positions = [None] * len(buffers), [PREVIOUS] * len(buffers)
+            for entry, position in zip(displaced, positions, strict=True):
+                self.points[entry.number], self.positions[entry.number] = buffers[entry.number], position
 
-    def load(self, points: Buffers | None, position: float) -> None:
+    def saved_positions(self) -> float | list[float]:
+        """What :meth:`load` takes: one number where they are all the same."""
+        different = set(self.positions) or {PREVIOUS}
+        return different.pop() if len(different) == 1 else list(self.positions)
+
+    def load(self, points: Buffers | None, positions: float | Sequence[float]) -> None:
         """Take over points that were saved."""
-        self.points, self.position, self._private = points, position, points is not None
+        self.points, self._private = points, points is not None
+        count = 0 if points is None else len(points)
+        self.positions = [float(positions)] * count if isinstance(positions, int | float) else [float(p) for p in positions]
 
-    def predict_into(self, displaced: Sequence[ParameterEntry], out: Sequence[Tensor], distance: float) -> None:
-        """Write ``W_t + distance * d`` of the `displaced` parameters into their buffers among `out`; W_t where d is unknown."""
+    def predict_into(self, displaced: Sequence[ParameterEntry], out: Sequence[Tensor], distances: Sequence[float]) -> None:
+        """Write ``W_t + distance * d`` of the `displaced` parameters into their buffers among `out`; W_t where d is unknown.
+
+        `distances`: one for each of them; all are 0, or none is.
+        """
         weights, buffers = [e.weight for e in displaced], [out[e.number] for e in displaced]
         points = [] if self.points is None else [p for e in displaced if (p := self.points[e.number]) is not None]
         if len(points) < len(displaced):
@@ -72,18 +82,20 @@ class DisplacementMemory:
             return
         # Usual in an engine: its one buffer holds the point and takes the prediction.
         overwritten = _same_buffers(points, buffers)
-        if distance == 0:
+        if not all(distances):
             if overwritten:  # the direction would be lost; an engine uses W_t itself for s = 0, so this copy is a rare one
                 self._replace(displaced, [point.detach().clone() for point in points])
             copy_weights(weights, buffers)
             return
-        for weight, point, buffer in zip(weights, points, buffers, strict=True):
+        for entry, weight, point, buffer, distance in zip(displaced, weights, points, buffers, distances, strict=True):
             # Element by element, so a point may be overwritten by its own prediction.
-            extrapolate(weight, point, self.position, distance, buffer)
+            extrapolate(weight, point, self.positions[entry.number], distance, buffer)
         if overwritten or self._private:
             # The old points are gone (or are let go), the predictions are points on the same lines.
             self._replace(displaced, buffers)
-            self.position, self._private = distance, False
+            for entry, distance in zip(displaced, distances, strict=True):
+                self.positions[entry.number] = distance
+            self._private = False
 
     def _replace(self, displaced: Sequence[ParameterEntry], points: Sequence[Tensor]) -> None:
         assert self.points is not None

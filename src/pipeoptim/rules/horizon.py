@@ -21,21 +21,24 @@ class Horizon(NamedTuple):
     Attributes:
         steps: the version gap ``s``, in updates.
         rates: for each param group the learning rates of the next s updates.
-        scale: factor on every predicted displacement: ``W + scale * (W_hat - W)``.
+        scales: for each param group the factor on its predicted displacements: ``W + scale * (W_hat - W)``; empty for 1.
         in_progress: for each parameter the gradient of the mini-batch in progress; empty where it is not known.
         clip: how the gradient of that mini-batch will be clipped; None where it is not.
     """
 
     steps: int
     rates: Sequence[tuple[Scalar, ...]]
-    scale: float = 1.0
+    scales: Sequence[float] = ()
     in_progress: Sequence[PartialGradient | None] = ()
     clip: ClipEstimate | None = None
 
-    @property
-    def displacements(self) -> float:
+    def scale(self, entry: ParameterEntry) -> float:
+        """Factor on the displacement of one parameter."""
+        return self.scales[entry.group_number] if self.scales else 1.0
+
+    def displacements(self, entry: ParameterEntry) -> float:
         """How many times the last displacement is added to a weight that is predicted by it."""
-        return self.steps * self.scale
+        return self.steps * self.scale(entry)
 
     def share(self, number: int) -> Share:
         """What is known of the gradient of one parameter, as numbers: parameters that agree in it have the same estimate."""
@@ -47,4 +50,4 @@ class Horizon(NamedTuple):
         rates = self.rates[entry.group_number]
         if entry.kind == "paper":  # the paper knows of no schedule: the present rate is repeated
             rates = (rates[0],) * len(rates)
-        return Ahead(entry.kind, rates, self.scale, self.in_progress[entry.number] if self.in_progress else None)
+        return Ahead(entry.kind, rates, self.scale(entry), self.in_progress[entry.number] if self.in_progress else None)

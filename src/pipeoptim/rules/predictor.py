@@ -31,7 +31,7 @@ class FusedAssumptions(NamedTuple):
     """What a fused prediction was made from, beyond the step itself; it holds as long as all of this is the same."""
 
     rates: Sequence[tuple[Scalar, ...]]
-    scale: float
+    scales: Sequence[float]
     kinds: list[str]
     weight_versions: list[int]
 
@@ -56,7 +56,8 @@ class Predictor:
         shards: what this process holds of a parameter that is a distributed tensor; buffers then have the shape of the shard.
 
     Attributes:
-        scale: factor on every predicted displacement, ``W + scale * (W_hat - W)``; may be changed between two updates.
+        scales: of each param group the factor on its predicted displacements, ``W + scale * (W_hat - W)``; empty for 1. May be
+            changed between two updates.
 
     Raises:
         ConfigError: as `predict_weights` does.
@@ -77,7 +78,7 @@ class Predictor:
         corrected = any(isinstance(member, DelayCompensation) for member in members(optimizer))
         self.fused: Literal["auto", False] = False if shards or corrected else fused
         self.shards = shards
-        self.scale = 1.0
+        self.scales: tuple[float, ...] = ()
         self._table = EntryTable(optimizer, kind, shards)
         self._fused_step = FusedStep(optimizer)
         self._dry_kernel = FusedDryStep()
@@ -107,7 +108,7 @@ class Predictor:
 
     def _horizon(self, steps: int, *, after: int = 0) -> Horizon:
         """What to predict from, `after` so many further updates: the place where live information enters predictions."""
-        return Horizon(steps, next_rates(self.optimizer, self.scheduler, steps, after=after), self.scale)
+        return Horizon(steps, next_rates(self.optimizer, self.scheduler, steps, after=after), self.scales)
 
     # -- an update -------------------------------------------------------------------------------------------------
 
@@ -159,7 +160,8 @@ class Predictor:
     def _note_fused(self, entries: EntrySet, horizon: Horizon, out: Sequence[Tensor]) -> None:
         """What a fused step has predicted, into which buffers."""
         # The buffers hold W_t + s d now: a point on the line from which other predictions can be made.
-        self._displacements.remember(entries.displaced, out, horizon.displacements)
+        positions = [horizon.displacements(entry) for entry in entries.displaced]
+        self._displacements.remember(entries.displaced, out, positions)
         self._fused_assumptions = _assumptions(entries, horizon)
 
     def step(self) -> None:
@@ -187,7 +189,7 @@ class Predictor:
         if spare is not None:
             _check_count(spare, len(entries.all))
             copy_weights([entry.weight for entry in entries.displaced], [spare[entry.number] for entry in entries.displaced])
-            self._displacements.remember(entries.displaced, spare, PREVIOUS)
+            self._displacements.remember(entries.displaced, spare, [PREVIOUS] * len(entries.displaced))
 
     def after_step(self) -> None:
         """Call just after the step, with the gradients still in place."""
@@ -218,7 +220,8 @@ class Predictor:
         check_in_progress(in_progress, clip, [entry.weight for entry in entries.all], used=entries.in_progress)
         _check_buffers([entry.weight for entry in entries.all], out)
         if entries.displaced:
-            self._displacements.predict_into(entries.displaced, out, steps * self.scale)
+            unscaled = Horizon(steps, (), self.scales)
+            self._displacements.predict_into(entries.displaced, out, [unscaled.displacements(e) for e in entries.displaced])
         if len(entries.displaced) == len(entries.all):
             return
         if steps == 0:
@@ -237,7 +240,7 @@ class Predictor:
             "kinds": self._table.current().kinds,
             "grads": _cloned(self._grads),
             "known": _cloned(self._displacements.points),
-            "known_at": self._displacements.position,
+            "known_at": self._displacements.saved_positions(),
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -248,7 +251,7 @@ class Predictor:
                 f"state of prediction kinds {state['kinds']} cannot be loaded into {kinds}: use those it was saved with"
             )
         self._grads = self._like_params(state["grads"])
-        self._displacements.load(self._like_params(state["known"]), float(state["known_at"]))
+        self._displacements.load(self._like_params(state["known"]), state["known_at"])
         # Whatever was predicted before the load belongs to other weights.
         self._fused_assumptions = None
 
@@ -269,7 +272,7 @@ def _assumptions(entries: EntrySet, horizon: Horizon) -> FusedAssumptions:
     # autograd counts in-place changes: a weight that was changed is noticed without reading it.
     # The lowest bit says whether it is trained: one that was frozen since stays where it is.
     weights = [2 * entry.weight._version + entry.weight.requires_grad for entry in entries.all]
-    return FusedAssumptions(horizon.rates, horizon.scale, entries.kinds, weights)
+    return FusedAssumptions(horizon.rates, horizon.scales, entries.kinds, weights)
 
 
 @torch.no_grad()

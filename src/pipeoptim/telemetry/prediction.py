@@ -13,7 +13,7 @@ from typing import Any
 
 from pipeoptim.engine import PredictionError
 
-FIGURES = ("relative_error", "cosine", "best_scale")
+FIGURES = ("relative_error", "cosine", "best_scale", "scale")
 WINDOW = 20  # measurements that a stage's figure is the mean of
 
 
@@ -34,8 +34,8 @@ def _short(value: Any) -> Any:
 def scalars(measured: Iterable[dict[str, Any]]) -> dict[str, float]:
     """Names and values for TensorBoard.
 
-    >>> scalars([{"stage": 1, "group": 0, "relative_error": 0.5, "cosine": None, "best_scale": 1.0}])
-    {'prediction/relative_error/stage1_group0': 0.5, 'prediction/best_scale/stage1_group0': 1.0}
+    >>> scalars([{"stage": 1, "group": 0, "relative_error": 0.5, "cosine": None, "best_scale": 1.0, "scale": 1.0}])
+    {'prediction/relative_error/stage1_group0': 0.5, 'prediction/best_scale/stage1_group0': 1.0, 'prediction/scale/stage1_group0': 1.0}
     """
     named = {}
     for row in measured:
@@ -46,10 +46,10 @@ def scalars(measured: Iterable[dict[str, Any]]) -> dict[str, float]:
 
 
 class StageErrors:
-    """The mean relative error of each stage over its last measurements, for the summary of a run."""
+    """The means of each stage over its last measurements, for the summary of a run."""
 
     def __init__(self) -> None:
-        self._last: dict[int, deque[float]] = {}
+        self._last: dict[int, deque[dict[str, Any]]] = {}
         self._version: dict[tuple[int, int], int] = {}
 
     def note(self, measured: Iterable[dict[str, Any]]) -> None:
@@ -58,11 +58,16 @@ class StageErrors:
             key = row["stage"], row["group"]
             if row["relative_error"] is not None and self._version.get(key) != row["version"]:
                 self._version[key] = row["version"]
-                self._last.setdefault(row["stage"], deque(maxlen=WINDOW)).append(row["relative_error"])
+                self._last.setdefault(row["stage"], deque(maxlen=WINDOW)).append(row)
 
-    def mean(self, stage: int) -> float | None:
-        """None where nothing was measured."""
-        last = self._last.get(stage)
+    def mean(self, stage: int, name: str = "relative_error") -> float | None:
+        """Of the figure called ``name``; None where nothing was measured."""
+        last = [row[name] for row in self._last.get(stage, ()) if row[name] is not None]
+        return sum(last) / len(last) if last else None
+
+    def best_scale(self, stage: int) -> float | None:
+        """The factor on predictions without any that would have fitted best; None where nothing was measured."""
+        last = [row["scale"] * row["best_scale"] for row in self._last.get(stage, ()) if row["best_scale"] is not None]
         return sum(last) / len(last) if last else None
 
 

@@ -9,6 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeoptim.telemetry.console import table_console
+from pipeoptim.telemetry.prediction_advice import advice
 
 
 class _Stage(Protocol):
@@ -26,6 +27,10 @@ class _Stage(Protocol):
     def updates(self) -> int: ...
     @property
     def prediction_error(self) -> float | None: ...
+    @property
+    def prediction_scale(self) -> float | None: ...
+    @property
+    def best_scale(self) -> float | None: ...
     @property
     def idle(self) -> float | None: ...
     @property
@@ -72,6 +77,9 @@ def print_summary(result: _Result, steps: int, how: str, console: Console | None
     console.print(f"{result.status} at step {result.step} of {steps}: {', '.join(figures)}", soft_wrap=True)
     console.print(f"{result.seconds:.1f} s{speed}; {how}", soft_wrap=True)
     console.print(_stages(result.stages))
+    for s in result.stages:
+        if told := advice(s.stage, s.prediction_error, s.prediction_scale, s.best_scale):
+            console.print(told, soft_wrap=True)
     traced = any(s.ideal_idle is not None for s in result.stages)
     if traced:
         console.print(_times(result.stages))
@@ -86,12 +94,21 @@ def print_summary(result: _Result, steps: int, how: str, console: Console | None
 def _stages(stages: tuple[_Stage, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     measured = any(s.prediction_error is not None for s in stages)
-    for name in ("stage", "weights", "gap", "copies", "held", "updates", *(["prediction error"] if measured else [])):
+    for name in (
+        "stage",
+        "weights",
+        "gap",
+        "copies",
+        "held",
+        "updates",
+        *(["prediction error", "scale", "best"] if measured else []),
+    ):
         table.add_column(name, justify="right")
     for s in stages:
         cells = (f"{s.parameters:,}", str(s.gap), str(s.weight_copies), _size(s.weight_bytes), f"{s.updates:,}")
-        error = "-" if s.prediction_error is None else f"{s.prediction_error:.3f}"
-        table.add_row(str(s.stage), *cells, *([error] if measured else []))
+        figures = (s.prediction_error, s.prediction_scale, s.best_scale)
+        errors = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
+        table.add_row(str(s.stage), *cells, *(errors if measured else []))
     return table
 
 

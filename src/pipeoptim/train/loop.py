@@ -26,6 +26,9 @@ from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopOnInterrupt
 
+SCALED_EVERY = 20
+"""Mini-batches between two rows of prediction errors, with the factors that adapt to them, where monitor_every does not say it."""
+
 TIMED_EVERY = 50
 """Mini-batches between two rows of stage times in the metrics."""
 
@@ -77,7 +80,7 @@ class Loop:
         while done < config.steps:
             self._step(done)
             done += 1
-            if _is_due(done, config.monitor_every):
+            if _is_due(done, config.monitor_every or (SCALED_EVERY if config.scale == "auto" else 0)):
                 self._monitor(done)
             if _is_due(done, TIMED_EVERY):
                 self._time_stages(done)

@@ -26,6 +26,7 @@ class StageFacts:
         weight_bytes: bytes of memory that held weights, measured in mid-flight.
         updates: its version t.
         prediction_error: mean relative error of its last measured predictions (1: as good as none); None if not measured.
+        prediction_scale: mean of the factors that these were made with. best_scale: of those that would have fitted best.
         idle: share of the traced time in which it neither computed nor communicated; None without a trace, and where all
             stages share a process. waiting: the part of it that waited for other stages. communication: share of messages.
         ideal_idle: idle share of the ideal schedule of the same actions; None without a trace.
@@ -38,6 +39,8 @@ class StageFacts:
     weight_bytes: int
     updates: int
     prediction_error: float | None = None
+    prediction_scale: float | None = None
+    best_scale: float | None = None
     idle: float | None = None
     waiting: float | None = None
     communication: float | None = None

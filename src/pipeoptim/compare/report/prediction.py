@@ -20,12 +20,23 @@ def predictions(path: Path) -> str:
     if not measured:
         return ""
     body = "".join(_line(*key, list(found.values())) for key, found in sorted(measured.items()))
-    head = ("stage", "group", "relative error", f"of the last {WINDOW}", "cosine", "best scale", "measured", "")
+    head = (
+        "stage",
+        "group",
+        "relative error",
+        f"of the last {WINDOW}",
+        "cosine",
+        "best scale",
+        "scale over time",
+        "measured",
+        "",
+    )
     cells = "".join(f"<th scope=col>{text}</th>" for text in head)
     return (
         "<section><h2>Weight prediction</h2><p>What had been predicted for a version, held against the weights that came: relative "
         "error 0 is perfect, 1 as good as no prediction; best scale is the factor on the predicted step that would have fitted "
-        "best.</p><div class=scroll tabindex=0 role=region aria-label=Prediction>"
+        "best. Scale over time: the factor that predictions were made with, at equal distances from the first to the last.</p>"
+        "<div class=scroll tabindex=0 role=region aria-label=Prediction>"
         f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 
@@ -34,6 +45,7 @@ def _line(stage: int, group: int, found: list[dict[str, Any]]) -> str:
     worse = "worse than none" if found[-1]["worse"] else ""
     means = [_mean(found, "relative_error"), _mean(found[-WINDOW:], "relative_error")]
     means += [_mean(found, "cosine"), _mean(found, "best_scale")]
+    means.append(_over_time([entry.get("scale", 1.0) for entry in found]))
     cells = "".join(f"<td>{text}</td>" for text in [str(group), *means, f"{len(found):,}", worse])
     return f"<tr><th scope=row>{stage}</th>{cells}</tr>"
 
@@ -41,3 +53,15 @@ def _line(stage: int, group: int, found: list[dict[str, Any]]) -> str:
 def _mean(found: list[dict[str, Any]], name: str) -> str:
     values = [entry[name] for entry in found if entry[name] is not None]
     return f"{sum(values) / len(values):.2f}" if values else "none"
+
+
+def _over_time(values: list[float], count: int = 5) -> str:
+    """Some of ``values``, the first and the last among them; one where all are the same.
+
+    >>> _over_time([1.0, 0.9, 0.8, 0.7, 0.6]), _over_time([1.0, 1.0])
+    ('1.00 0.90 0.80 0.70 0.60', '1.00')
+    """
+    if min(values) == max(values):
+        return f"{values[0]:.2f}"
+    places = sorted({round(n * (len(values) - 1) / (count - 1)) for n in range(count)})
+    return " ".join(f"{values[n]:.2f}" for n in places)

@@ -103,6 +103,11 @@ class BucketedReduction(NoReplicas):
             except RuntimeError as error:
                 raise failure(error) from error
 
+    def summed(self, numbers: Tensor) -> Tensor:
+        """By a collective of its own, between those of two mini-batches."""
+        assert self.group is not None, "closed"
+        return _summed(numbers, self.group)
+
     def close(self) -> None:
         """Take the hooks off the parameters, and let go of the group."""
         for hook in self._hooks:
@@ -144,6 +149,10 @@ class DDPReduction(NoReplicas):
         if last:
             # What DDP's own forward does at its end, which no_sync() leaves out.
             self.module.reducer.prepare_for_backward(list(outputs))
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """By a collective of its own, between two backwards."""
+        return _summed(numbers, self.module.process_group)
 
 
 class _Bucket:
@@ -196,6 +205,14 @@ def _make_buckets(params: list[Tensor]) -> list[_Bucket]:
             # Closed here and not at an exact size: a gradient is never split over two buckets.
             full.append(open_.pop((p.device, p.dtype)))
     return [_Bucket(bucket) for bucket in [*full, *open_.values()]]
+
+
+def _summed(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
+    try:
+        dist.all_reduce(numbers, group=group)
+    except RuntimeError as error:
+        raise failure(error) from error
+    return numbers
 
 
 def failure(error: RuntimeError) -> StageFailure:

@@ -105,6 +105,11 @@ class ShardedReduction(NoReplicas):
         dist.all_reduce(square, group=self._group)
         return square.sqrt().to(norm.dtype)
 
+    def summed(self, numbers: Tensor) -> Tensor:
+        """Over the shards: with HSDP, replicas of them have equal numbers."""
+        dist.all_reduce(numbers, group=self._group)
+        return numbers
+
 
 def _local_shard(p: Tensor) -> Tensor:
     assert isinstance(p, DTensor)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from collections.abc import Sequence
+
+from pipeoptim.engine.stage.displacement_samples import DisplacementSamples
 from pipeoptim.methods import Method
 from pipeoptim.weights import StageWeights, WeightSet
 
@@ -13,15 +15,15 @@ class ForwardWeights:
     Args:
         method: says where they come from.
         weights: all live versions of the stage.
-        monitor: measures predictions; None where nothing does.
+        observers: measure predictions.
 
     Attributes:
         next_forward: number of the micro-batch whose forward is next, counted from the last (re)start.
         chosen: the weights of that forward, once it is known that no update comes before it.
     """
 
-    def __init__(self, method: Method, weights: StageWeights, monitor: PredictionMonitor | None) -> None:
-        self.source, self.weights, self.monitor = method.forward, weights, monitor
+    def __init__(self, method: Method, weights: StageWeights, observers: Sequence[DisplacementSamples]) -> None:
+        self.source, self.weights, self.observers = method.forward, weights, observers
         self.next_forward = 0
         self.chosen: WeightSet | None = None
         self._chosen_for = -1
@@ -32,8 +34,9 @@ class ForwardWeights:
             self.chosen = found = self.source.acquire(self.weights, i)
             self._chosen_for = i
             version, steps, seen = found.key
-            if self.monitor is not None and found.copy is not None and steps:  # of a plain copy there is nothing to measure
-                self.monitor.predicted(version, steps, self.weights.params, found.copy.tensors, seen)
+            if self.observers and found.copy is not None and steps:  # of a plain copy there is nothing to measure
+                for observer in self.observers:
+                    observer.predicted(version, steps, self.weights.params, found.copy.tensors, seen)
 
     def take(self, i: int) -> WeightSet:
         """Those of forward ``i``, which the caller releases."""

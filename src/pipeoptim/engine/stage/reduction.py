@@ -58,6 +58,10 @@ class Reduction(Protocol):
         """The norm of the stage's gradient, from that of the parts that this process holds."""
         ...
 
+    def summed(self, numbers: Tensor) -> Tensor:
+        """The sum over the replicas, written into ``numbers``; waits for them."""
+        ...
+
     def abandon(self) -> None:
         """Forget the averages that were begun."""
         ...
@@ -100,6 +104,10 @@ class NoReplicas:
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The same."""
         return norm
+
+    def summed(self, numbers: Tensor) -> Tensor:
+        """The same."""
+        return numbers
 
     def abandon(self) -> None:
         """Nothing to do."""

@@ -13,6 +13,7 @@ from pipeoptim.engine.stage.clip import Clipper
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.master_weights import MasterWeights
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from pipeoptim.engine.stage.prediction_scale import PredictionScale
 from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.rng import StageRandom
 from pipeoptim.engine.stage.tied_weights import TiedWeight
@@ -37,6 +38,7 @@ class SavedStage(Protocol):
     scaling: LossScale | None
     compressor: Compressor
     monitor: PredictionMonitor | None
+    scale: PredictionScale | None
 
 
 def state_of(stage: SavedStage) -> dict[str, Any]:
@@ -59,6 +61,8 @@ def state_of(stage: SavedStage) -> dict[str, Any]:
         state["tied"] = {weight.name: weight.state_dict() for weight in stage.tied}
     if stage.scaling is not None:
         state["scaling"] = stage.scaling.state_dict()
+    if stage.scale is not None:
+        state["scale"] = stage.scale.state_dict()
     if lost := stage.compressor.state_dict():
         state["compress"] = lost
     return state
@@ -87,6 +91,8 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
         stage.scaling.load_state_dict(state["scaling"])
     # An empty state forgets what the compressor has lost in the run before: the residuals of other messages.
     stage.compressor.load_state_dict(state.get("compress", {}))
+    if stage.scale is not None:
+        stage.scale.load_state_dict(state.get("scale"))
     # Its pending predictions were made for weights that are gone.
     if stage.monitor is not None:
         stage.monitor.forget()

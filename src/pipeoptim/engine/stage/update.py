@@ -26,10 +26,11 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.stage.checks import skip_step
 from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.displacement_samples import DisplacementSamples
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.master_weights import MasterWeights
-from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from pipeoptim.engine.stage.prediction_scale import PredictionScale
 from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.script_calls import ScriptCalls
 from pipeoptim.engine.stage.tied_weights import TiedWeight
@@ -63,7 +64,8 @@ class StageUpdate:
         method, program, k: for the learning rate's scale, and how far ahead the next forwards predict.
         reduction: makes gradients the mean over replicas.
         tied: weights whose gradients are summed over stages.
-        clipper, scaling, monitor: None where the stage does not clip, scale its loss, or measure its predictions.
+        clipper, scaling, scale: None where the stage does not clip, scale its loss, or adapt its predictions.
+        observers: measure predictions, the scale among them.
         on_update: called after every update with stage and version; None for nothing.
         script_calls: tells the pipeline's calls of the optimizer from those of a script.
 
@@ -88,7 +90,8 @@ class StageUpdate:
         tied: Sequence[TiedWeight],
         clipper: Clipper | None,
         scaling: LossScale | None,
-        monitor: PredictionMonitor | None,
+        observers: Sequence[DisplacementSamples],
+        scale: PredictionScale | None,
         on_update: Callable[[int, int], None] | None,
         script_calls: ScriptCalls,
     ) -> None:
@@ -97,7 +100,7 @@ class StageUpdate:
         self.program, self.k, self.lr_scale = program, k, method.lr_scale
         self.synchronous_updates = method.synchronous_updates
         self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
-        self.monitor, self.on_update, self.script_calls = monitor, on_update, script_calls
+        self.observers, self.scale, self.on_update, self.script_calls = observers, scale, on_update, script_calls
         # A single stage's norm is the global one: there is nobody to wait for, and U can go all the way.
         self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
         self.state = UpdateState.IDLE
@@ -150,6 +153,8 @@ class StageUpdate:
         # Before before_update(): a version that coming forwards will ask for by number is held here, and copied there.
         self.forward_weights.retain()
         self.weights.before_update()  # versions that a micro-batch in flight will ask for are copied now or lost
+        if self.scale is not None:
+            self.scale.apply()
         self.script_calls.by_pipeline = True
         try:
             if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
@@ -258,8 +263,8 @@ class StageUpdate:
     def _note_version(self, version: int) -> None:
         if self.scaling is not None:
             self.scaling.update()
-        if self.monitor is not None:
-            self.monitor.updated(version, self.weights.params)
+        for observer in self.observers:
+            observer.updated(version, self.weights.params)
         if self.on_update is not None:
             self._call_hook(self.on_update, version)
 

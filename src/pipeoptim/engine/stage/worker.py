@@ -34,6 +34,7 @@ from pipeoptim.engine.stage.checks import (
     step_function,
 )
 from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.displacement_samples import ScaledPredictor
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
 from pipeoptim.engine.stage.gradient_so_far import GradientSoFar, InProgressPredictor, progress_predictor
 from pipeoptim.engine.stage.loss_scaling import LossScale
@@ -48,6 +49,7 @@ from pipeoptim.engine.stage.losses import (
 from pipeoptim.engine.stage.master_weights import MasterWeightPredictor, MasterWeights
 from pipeoptim.engine.stage.module_call import ModuleCall
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
+from pipeoptim.engine.stage.prediction_scale import PredictionScale
 from pipeoptim.engine.stage.recompute import check_recompute, recomputing
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.rng import StageRandom
@@ -155,6 +157,7 @@ class StageWorker:
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
         self.predictor: WeightPredictor | None = None
         self.monitor: PredictionMonitor | None = None
+        self.scale: PredictionScale | None = None
         progress: UpdateProgress | None = None
         if optimizer is not None and method.predicts_on(program, k):
             if options.monitor and method.forward.predicts:
@@ -163,6 +166,13 @@ class StageWorker:
             fused, shards = kernel_choice(ties), reduction.shards
             context = PredictorContext(optimizer, program, k, scheduler, options.prediction, fused, shards, self.monitor)
             self.predictor = method.make_predictor(context)
+            scaled = self.predictor if isinstance(self.predictor, ScaledPredictor) else None  # those of methods' own have none
+            if self.monitor is not None:
+                self.monitor.predictor = scaled
+            if scaled is not None and options.scale == "auto":
+                self.scale = PredictionScale(split_by_group(optimizer, params), k, scaled, reduction.summed)
+            elif scaled is not None and options.scale != 1.0:
+                scaled.scales = (float(options.scale),) * len(optimizer.param_groups)
             told = progress_predictor(self.predictor, method, options.prediction)
             refresh = refresh_every(options.prediction, options.refresh)
             if told is not None and refresh is not None:
@@ -176,7 +186,8 @@ class StageWorker:
             self.predictor = MasterWeightPredictor(self.predictor, self.parameters)
         # Versions are kept of the module's parameters, not of the masters: that is what a forward runs on.
         self.weights = StageWeights(params, program, k, self.predictor, progress)
-        self.forward_weights = ForwardWeights(method, self.weights, self.monitor)
+        observers = [observer for observer in (self.monitor, self.scale) if observer is not None]
+        self.forward_weights = ForwardWeights(method, self.weights, observers)
         self._stashes_weights = method.backward.reuses_forward
         # The weights of a forward until its backward.
         self._keeps_weights = self._stashes_weights or options.recompute == "forward"
@@ -202,7 +213,8 @@ class StageWorker:
             tied=self.tied,
             clipper=self.clipper,
             scaling=self.scaling,
-            monitor=self.monitor,
+            observers=observers,
+            scale=self.scale,
             on_update=options.on_update,
             script_calls=self.script_calls,
         )
@@ -408,6 +420,13 @@ class StageWorker:
         """As :meth:`StageUpdate.can_finish <pipeoptim.engine.stage.update.StageUpdate.can_finish>`."""
         return self.update.can_finish()
 
+    def prediction_scales(self) -> tuple[float, ...]:
+        """As :meth:`pipeoptim.Emulator.prediction_scales`."""
+        predictor = self._inner_predictor
+        if self.optimizer is None or not isinstance(predictor, ScaledPredictor):
+            return ()
+        return predictor.scales or (1.0,) * len(self.optimizer.param_groups)
+
     def tied_weight(self, tie: Tied) -> TiedWeight | None:
         """This stage's copy of a tied weight; None where nothing trains it."""
         return next((weight for weight in self.tied if weight.name == tie.name_on(self.k)), None)
@@ -466,6 +485,9 @@ class StageWorker:
         assert not self._in_flight, f"stage {self.k} restarts with micro-batches {sorted(self._in_flight)} in flight"
         self.forward_weights.restart()
         self.script_calls.restart()
+        if self.scale is not None:
+            # A resumed run knows no predictions for versions beyond the drain, which methods that count otherwise may have made.
+            self.scale.forget()
         self._note_phase()
 
     def _tell_compensations(self) -> None:

@@ -192,7 +192,7 @@ def _kernel_prediction(entry: ParameterEntry, stepper: Stepper, grad: Tensor, ho
     if entry.kind == "none":
         return calls.KernelPrediction()
     if entry.kind == "displacement":
-        return calls.KernelPrediction(steps=horizon.displacements)
+        return calls.KernelPrediction(steps=horizon.displacements(entry))
     move = ask_rule(entry, grad, horizon.ahead(entry))
     if move is None:
         return calls.KernelPrediction()
