@@ -31,6 +31,16 @@ def pipeline(method, optimizer, microbatches):
     return po.Emulator(stages, OPTIMIZERS[optimizer], nn.functional.cross_entropy, method, microbatches, **options)
 
 
+def is_not_compensated(method, optimizer):
+    """Whether the method's correction for delay has no formula for this optimizer, and says so to a plain one as well."""
+    compensated = po.METHODS[method].compensated
+    try:
+        compensated(OPTIMIZERS[optimizer]([nn.Parameter(torch.zeros(2, 2))]))
+    except po.ConfigError:
+        return True
+    return False
+
+
 def train(pipe, steps):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", PredictionWarning)
@@ -68,7 +78,8 @@ def test_a_resumed_run_equals_the_one_that_went_on(method, optimizer, microbatch
     try:
         pipe = pipeline(method, optimizer, microbatches)
     except po.ConfigError:
-        assert po.METHODS[method].at_least_depth_microbatches and microbatches < DEPTH
+        asks_for_more = po.METHODS[method].at_least_depth_microbatches and microbatches < DEPTH
+        assert asks_for_more or is_not_compensated(method, optimizer)
         return
     begun = saved(pipe)
     train(pipe, range(BEFORE))
