@@ -42,7 +42,7 @@ class Run:
 
     def plain(self, steps: int, known: list[PartialGradient | None], clip: ClipEstimate | None, scale: float) -> list[Tensor]:
         out = [torch.empty_like(w) for w in self.out]
-        horizon = Horizon(steps, next_rates(self.optimizer, None, steps), scale, known, clip)
+        horizon = Horizon(steps, next_rates(self.optimizer, None, steps), [scale] * len(self.optimizer.param_groups), known, clip)
         predict_by_rule(parameter_entries(self.optimizer, "in_progress"), [None] * len(out), horizon, out)
         return out
 
@@ -126,7 +126,7 @@ def test_parameters_that_no_kernel_takes_are_predicted_beside_those_that_one_doe
     for clip in (None, ClipEstimate(0.1)):
         got = predict_weights(optimizer, 1, kind="in_progress", in_progress=known, clip=clip)
         out = [torch.empty_like(w) for w in got]
-        horizon = Horizon(1, next_rates(optimizer, None, 1), 1.0, known, clip)
+        horizon = Horizon(1, next_rates(optimizer, None, 1), (), known, clip)
         predict_by_rule(parameter_entries(optimizer, "in_progress"), [None] * 3, horizon, out)
         close(got, out, units=16)
     assert kernel_runs == [2, 2]

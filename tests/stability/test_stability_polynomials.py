@@ -105,7 +105,7 @@ def test_double_buffering_is_a_gap_of_one_everywhere():
 def test_every_method_is_modelled_or_says_why_not():
     modelled = set()
     for name, method in METHODS.items():
-        if method.predictor or method.lr_scale:  # parts of its own
+        if method.predictor or method.lr_scale or method.compensation:  # parts of its own
             with pytest.raises(ConfigError, match=re.escape(name)):
                 linear_stages(method, method.program(4, 4), linear_optimizer("sgd"))
         else:

@@ -25,8 +25,8 @@ from pipeoptim.rules import (
     rprop,
     sgd,
 )
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.combined import CombinedOptimizer, muon_adamw
-from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.move import Ahead, Momentum, Move, PartialGradient, Scalar, Term
 from pipeoptim.rules.predict import predict_weights

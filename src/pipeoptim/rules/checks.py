@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.move import Group, PartialGradient
 from pipeoptim.rules.registry import KINDS, Rule
 
@@ -65,6 +66,8 @@ def check_in_progress(
     listed = isinstance(in_progress, (list, tuple))
     if not listed or not all(partial is None or isinstance(partial, PartialGradient) for partial in in_progress):
         raise ConfigError(f"in_progress is {in_progress!r}, must be a list with one PartialGradient or None for each parameter")
+    if clip is not None and not isinstance(clip, ClipEstimate):
+        raise ConfigError(f"clip is {clip!r}, must be a ClipEstimate, for example ClipEstimate(max_norm=1.0), or None")
     if not used and (clip is not None or len(in_progress)):
         raise ConfigError(
             "the gradient of the mini-batch in progress enters only predictions of the kind 'in_progress', which no parameter has: "
@@ -77,8 +80,11 @@ def check_in_progress(
     for partial, weight in zip(in_progress, weights, strict=False):
         if partial is None:
             continue
-        if not 0 <= partial.seen <= 1:
+        seen = isinstance(partial.seen, (int, float)) and not isinstance(partial.seen, bool) and 0 <= partial.seen <= 1
+        if not seen:
             raise ConfigError(f"seen={partial.seen!r} is no share of a mini-batch: pass a number from 0 to 1")
+        if partial.value is not None and not isinstance(partial.value, Tensor):
+            raise ConfigError(f"a gradient in progress is a {type(partial.value).__name__}, must be a tensor or None")
         if partial.value is not None and partial.value.shape != weight.shape:
             raise ConfigError(
                 f"a gradient in progress of shape {tuple(partial.value.shape)} is not that of a parameter of shape "

@@ -14,51 +14,17 @@ noise, and never much larger.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeoptim.errors import ConfigError
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 from pipeoptim.kernels.tensor_layout import share_flat_index
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.move import Momentum, PartialGradient, Scalar, as_real
-
-
-@dataclass(frozen=True, slots=True)
-class ClipEstimate:
-    """How the gradient of the coming update will be clipped, as far as is known: one of the two.
-
-    Attributes:
-        max_norm: limit for the norm of all gradients of the optimizer, by which the estimate is clipped.
-        last_factor: what clipping multiplied the gradients of the last update by, where a norm decides that is not known here.
-
-    Raises:
-        ConfigError: both are given.
-
-    Example:
-        >>> round(ClipEstimate(max_norm=1.0).factor(4.0), 5)
-        0.25
-    """
-
-    max_norm: float | None = None
-    last_factor: Scalar | None = None
-
-    def __post_init__(self) -> None:
-        if self.max_norm is not None and self.last_factor is not None:
-            raise ConfigError(
-                f"clipping is estimated by max_norm={self.max_norm:g} or by last_factor={self.last_factor}, not by both: pass max_norm "
-                "where the update is clipped by the norm of its own gradients, else last_factor"
-            )
-
-    def factor(self, norm: float) -> float:
-        """What gradients of this norm are multiplied by, as ``clip_grad_norm_`` does."""
-        assert self.max_norm is not None
-        factor = self.max_norm / (norm + 1e-6)
-        return 1.0 if factor >= 1.0 else factor  # so that what is not a number stays so
 
 
 class GradientEstimate(NamedTuple):

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.entries import ParameterEntry
-from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.move import Ahead, PartialGradient, Scalar
 
 Share = tuple[bool, float, Scalar]

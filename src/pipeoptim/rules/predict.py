@@ -12,10 +12,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.rules.checks import check_in_progress, check_steps
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.displacement import PREVIOUS, extrapolate
 from pipeoptim.rules.entries import ParameterEntry, parameter_entries
-from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.fallback import copy_weights, next_weights_of_copy
 from pipeoptim.rules.fused.dry import FusedDryStep
 from pipeoptim.rules.horizon import Horizon

@@ -14,10 +14,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.errors import ConfigError
 from pipeoptim.optim import DelayCompensation
 from pipeoptim.rules.checks import check_in_progress, check_steps
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.combined import members
 from pipeoptim.rules.displacement import PREVIOUS, Buffers, DisplacementMemory
 from pipeoptim.rules.entries import EntrySet, EntryTable, optimizer_parameters
-from pipeoptim.rules.estimate import ClipEstimate
 from pipeoptim.rules.fallback import copy_weights
 from pipeoptim.rules.fused.dry import FusedDryStep
 from pipeoptim.rules.fused.step import FusedStep

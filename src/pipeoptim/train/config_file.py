@@ -45,7 +45,7 @@ def read_config_file(path: Path, recipe: str | None, tiny: bool, default: str) -
             )
         base = TrainConfig(path.stem, given["model"], given["data"], given["optimizer"])
     else:
-        base = get_recipe(recipe or given.get("recipe", default), tiny)
+        base = get_recipe(given.get("recipe", default) if recipe is None else recipe, tiny)
         given.pop("recipe", None)
     if "method" in given:
         base = with_method(base, given["method"])

@@ -92,7 +92,7 @@ def chosen_config(recipe: str | None, tiny: bool, model: str | None, data: str |
         what: Component(target) for what, target in (("model", model), ("data", data)) if target is not None
     }
     if recipe is not None or len(parts) < 2:
-        return replace(get_recipe(recipe or default, tiny), **parts)
+        return replace(get_recipe(default if recipe is None else recipe, tiny), **parts)
     if tiny:
         raise ConfigError("--tiny belongs to a recipe, and --model and --data are of your own; leave it out")
     name = Path(str(model).rpartition(":")[0]).stem or "own"

@@ -145,7 +145,9 @@ def train(
                 "method auto is settled when a run begins, and its directory is called by what came out; give its --name"
             )
         directory = RunDir(out / _checked(f"{own}-{changed.get('method', 'pipeoptim')}" if name is None else name))
-        config = _resumed(directory, changed, own if recipe else None, lr, optimizer=optimizer, model=model, data=data)
+        config = _resumed(
+            directory, changed, own if recipe is not None else None, lr, optimizer=optimizer, model=model, data=data
+        )
         check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method"), model, data))
         if print_config:
             print(to_toml(config))

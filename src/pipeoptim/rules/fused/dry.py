@@ -12,8 +12,9 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from pipeoptim.kernels import calls
+from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.entries import ParameterEntry
-from pipeoptim.rules.estimate import ClipEstimate, estimate
+from pipeoptim.rules.estimate import estimate
 from pipeoptim.rules.fused.batch import BatchEstimates, stepper_of
 from pipeoptim.rules.fused.plan import FusedPlan, make_plan
 from pipeoptim.rules.fused.step import MAX_PLANS
