@@ -40,9 +40,11 @@ class Run:
     def known(self, seen: float) -> list[PartialGradient | None]:
         return [PartialGradient(g, seen) for g in self.grads]
 
-    def plain(self, steps: int, known: list[PartialGradient | None], clip: ClipEstimate | None, scale: float) -> list[Tensor]:
+    def plain(
+        self, steps: int, known: list[PartialGradient | None], clip: ClipEstimate | None, scales: tuple[float, ...]
+    ) -> list[Tensor]:
         out = [torch.empty_like(w) for w in self.out]
-        horizon = Horizon(steps, next_rates(self.optimizer, None, steps), [scale] * len(self.optimizer.param_groups), known, clip)
+        horizon = Horizon(steps, next_rates(self.optimizer, None, steps), scales, known, clip)
         predict_by_rule(parameter_entries(self.optimizer, "in_progress"), [None] * len(out), horizon, out)
         return out
 
@@ -85,9 +87,9 @@ def test_it_is_the_plain_path_to_rounding(data: st.DataObject) -> None:
     factor = data.draw(st.sampled_from([1.0, 0.25]), label="factor")
     known = [None if k is None else PartialGradient(k.value, k.seen, factor) for k in known]
     clip = data.draw(st.sampled_from([None, ClipEstimate(0.5), ClipEstimate(1e6), ClipEstimate(last_factor=0.5)]), label="clip")
-    run.predictor.scale = data.draw(st.sampled_from([1.0, 0.5]), label="scale")
+    run.predictor.scales = (data.draw(st.sampled_from([1.0, 0.5]), label="scale"),) * len(run.optimizer.param_groups)
     run.predictor.predict_into(run.out, steps, known, clip)
-    close(run.out, run.plain(steps, known, clip, run.predictor.scale), units=16)
+    close(run.out, run.plain(steps, known, clip, run.predictor.scales), units=16)
 
 
 def test_every_change_that_a_plan_cannot_survive_is_noticed(kernel_runs: list[int]) -> None:
