@@ -100,7 +100,7 @@ def test_every_change_that_a_plan_cannot_survive_is_noticed(kernel_runs: list[in
         kernel_runs.clear()
         run.predictor.predict_into(run.out, 2, run.known(0.5))
         assert len(kernel_runs) == calls_of_kernel
-        close(run.out, run.plain(2, run.known(0.5), None, 1.0), units=16)
+        close(run.out, run.plain(2, run.known(0.5), None, ()), units=16)
 
     check(1)
     run.optimizer.state[first]["exp_avg"] = torch.ones_like(first)  # another tensor
