@@ -269,6 +269,30 @@ def test_a_scheduler_that_wants_a_metric_works_beside_the_pipeline():
     assert [pipe.stage_worker(k).optimizer.param_groups[0]["lr"] for k in range(2)] == pytest.approx([1e-4, 1e-4])
 
 
+@pytest.mark.parametrize("call", ["step", "drain", "eval_step", "evaluate"])
+def test_what_would_tear_a_step_apart_is_refused_within_it(call):
+    x = torch.randn(6, 3)
+    arguments = {
+        "step": ((x,), {"target": x}),
+        "eval_step": ((x,), {"target": x, "drain": False}),
+        "evaluate": (([(x, x)],), {}),
+    }
+
+    def hook(k, version):
+        if (k, version) == (0, 3):
+            args, kwargs = arguments.get(call, ((), {}))
+            getattr(pipe, call)(*args, **kwargs)
+
+    def train():
+        for _ in range(8):
+            pipe.step(x, target=x)
+
+    stages = [nn.Linear(3, 3) for _ in range(3)]
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss, microbatches=3, on_update=hook)
+    with pytest.raises(po.ConfigError, match=rf"{call}\(\) was called from within on_update, in the middle of a step"):
+        train()
+
+
 def test_options_that_are_trivially_satisfied_are_taken():
     pipe = emulator(uneven=True, recompute="forward", clip=po.Clip(1.0, "global"), **weighed)
     pipe.step(x, target=x)

@@ -81,10 +81,12 @@ def test_in_flight_or_in_another_form_they_are_refused():
 
 
 @pytest.mark.parametrize("method", ["1f1b", "pipedream", "pipeoptim"])
-def test_parameters_that_the_module_has_lost_are_told(method):
+@pytest.mark.parametrize("drained", [True, False])
+def test_parameters_that_the_module_has_lost_are_told(method, drained):
     stages, pipe = made("sgd", method)
     train(pipe, 0, 5)
-    pipe.drain()
+    if drained:
+        pipe.drain()
     before = weights(stages)
     stages[1].load_state_dict({name: p.clone() for name, p in stages[1].state_dict().items()}, assign=True)
     with pytest.raises(

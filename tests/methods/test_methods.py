@@ -102,6 +102,7 @@ def test_a_method_in_a_file_of_ones_own(tmp_path, monkeypatch):
         (f"{file}:NONE", "write module:NAME or file.py:NAME"),
         (f"{tmp_path}/absent.py:METHOD", "cannot be loaded"),
         ("no.such.module:METHOD", "cannot be loaded"),
+        ("nesterov(stash='no')", "stash is 'no', must be True or False"),
     ):
         with pytest.raises(po.ConfigError, match=words):
             po.get_method(text)

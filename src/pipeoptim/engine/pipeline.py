@@ -82,6 +82,7 @@ class Pipeline(LocalStages):
             ConfigError: arguments on the wrong stage, a batch that M does not divide, or a loss that is no scalar.
             StageFailure: another stage died or does not answer.
         """
+        self._refuse_within_update("step")
         if self._fed == self._measured_at:
             self._decide_slack()
         if self._changes.planned and (m := self._changes.due(self._fed)):
@@ -112,6 +113,7 @@ class Pipeline(LocalStages):
 
     def drain(self) -> None:
         """Run the backwards and updates still in flight; afterwards every stage has the same version."""
+        self._refuse_within_update("drain")
         if not self._closed:
             self._note_end()
             self._drain()
@@ -146,6 +148,7 @@ class Pipeline(LocalStages):
         ``drain=False`` nothing in flight is disturbed and each stage uses the latest weights it has, which in mid-flight are of
         different versions.
         """
+        self._refuse_within_update("eval_step")
         if drain:
             self.drain()
         (micro_batch,) = self._split_batch(BatchSplitter(1), args, kwargs, stage_kwargs, target)
@@ -178,6 +181,7 @@ class Pipeline(LocalStages):
             >>> found.loss, found.parts, found.weight
             (1.75, {'largest': 1.75}, 4.0)
         """
+        self._refuse_within_update("evaluate")
         if drain:
             self.drain()
         means, weights = WeightedMeans(), BatchWeights(self.options.loss_weight)
@@ -209,6 +213,14 @@ class Pipeline(LocalStages):
 
     def close(self) -> None:
         """Release what the pipeline holds outside this process: the connections of a ``Schedule``; nothing of an ``Emulator``."""
+
+    def _refuse_within_update(self, call: str) -> None:
+        """Between two actions of a step nothing else can be carried out, unless the step ends with its updates."""
+        if self._changes.version is not None and not self.program.flushes:
+            raise ConfigError(
+                f"{call}() was called from within on_update, in the middle of a step; call it between two steps (set_microbatches() and "
+                "request_stop() may be called there)"
+            )
 
     def _change_microbatches(self, m: int) -> None:
         program = self._program_with(m)

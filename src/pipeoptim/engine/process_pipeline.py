@@ -238,6 +238,12 @@ class ProcessPipeline(Pipeline):
                 )
             self._measured_at = self._fed + WINDOW + 2 + self.depth
 
+    def restart_stage_times(self) -> None:
+        """As of every pipeline; with slack="auto", mini-batches that have been measured for it are measured anew. In all processes."""
+        super().restart_stage_times()
+        if self._measured_at >= 0:
+            self._measure_from_now()
+
     def _decide_slack(self) -> None:
         self._measured_at = -1
         self.drain()

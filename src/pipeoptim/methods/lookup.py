@@ -74,6 +74,8 @@ def _with_options(text: str) -> Method:
     for option in options:
         if option not in known:
             raise unknown_name(f"{name} option", option, known, more=f"; pipeoptim methods {name} explains them")
+        if isinstance(known[option].default, bool) and not isinstance(options[option], bool):
+            raise ConfigError(f"method {text!r}: {option} is {options[option]!r}, must be True or False")
     try:
         return FACTORIES[name](**options)
     except TypeError as error:

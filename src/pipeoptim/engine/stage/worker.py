@@ -48,6 +48,7 @@ from pipeoptim.engine.stage.losses import (
 )
 from pipeoptim.engine.stage.master_weights import MasterWeightPredictor, MasterWeights
 from pipeoptim.engine.stage.module_call import ModuleCall
+from pipeoptim.engine.stage.parameter_places import ParameterPlaces
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
 from pipeoptim.engine.stage.prediction_scale import PredictionScale
 from pipeoptim.engine.stage.recompute import check_recompute, recomputing
@@ -140,6 +141,7 @@ class StageWorker:
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.reduction, self.options, self.is_last = reduction, options, k == program.depth - 1
+        self._places = ParameterPlaces(module)
         # From here on sharded parameters are represented by what this process holds of them.
         self.parameters, params = ([reduction.shards.get(p, p) for p in tensors] for tensors in (parameters, params))
         self.device = device or (params[0].device if params else torch.device("cpu"))
@@ -244,7 +246,8 @@ class StageWorker:
         check_groups(self.optimizer, len(self.parameters), self.k)
         self.script_calls.begin_mini_batch()
         if not self.reduction.shards:  # whole weights come and go there
-            if self.forward_weights.next_forward == 0:
+            # In full where nothing is in flight; else only whether each parameter is still where it was, which is a look into a dict.
+            if self.forward_weights.next_forward == 0 or not self._places.all_hold():
                 check_still_held(self.module, self.optimizer, self.k)
             self.weights.follow_memory(bool(self._in_flight))
 
