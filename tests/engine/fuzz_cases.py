@@ -152,6 +152,8 @@ class Case:
         self.changing = rng.random() < 0.7
         self.steps = rng.randint(2, 2 + self.depth) if self.depth < 3 else rng.randint(3, 1 + self.depth)
         self.optimizer = rng.choice(("sgd", "adamw", "rmsprop"))
+        if po.METHODS[self.method].compensation is not None and self.optimizer == "rmsprop":
+            self.optimizer = "sgd"  # spike compensation has no formula for RMSprop
         self.drain_at = rng.randrange(self.steps)
         self.eval_at = rng.randrange(self.steps)
         self.with_kwargs = [k for k in range(self.depth) if rng.random() < 0.3]

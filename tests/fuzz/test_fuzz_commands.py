@@ -16,7 +16,7 @@ import pytest
 
 from command_lines import CommandLines
 from limits import TooSlowError, amount, bounded, seed
-from pipeoptim.bench import efficiency, memory, predict, scaling, throughput, transfer
+from pipeoptim.bench import efficiency, memory, predict, scaling, slack_model, throughput, transfer
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.cli.app import _run
 from pipeoptim.compare import api as compare_api
@@ -103,7 +103,13 @@ def stubbed(monkeypatch):
     """What takes long by its nature does not begin."""
     for module in (efficiency, scaling, throughput, transfer):
         monkeypatch.setattr(module, "run_on_processes", begin)
-    for module, function in ((memory, "_rows"), (predict, "_copy_row"), (scaling, "_pair"), (train_api, "launch")):
+    for module, function in (
+        (memory, "_rows"),
+        (slack_model, "efficiency"),
+        (predict, "_copy_row"),
+        (scaling, "_pair"),
+        (train_api, "launch"),
+    ):
         monkeypatch.setattr(module, function, begin)
     monkeypatch.setattr(compare_api, "do_runs", begin)
     monkeypatch.setattr(train_api, "run_session", short_session)

@@ -135,7 +135,9 @@ def test_engines_take_every_kind_for_a_group(kind: str) -> None:
 
     torch.manual_seed(0)
     stages = [torch.nn.Linear(3, 3) for _ in range(3)]
-    pipe = po.Emulator(stages, make, torch.nn.functional.mse_loss)
+    # Copies of the weights are counted from the kind of the pipeline, so a group in progress needs a pipeline that is.
+    whole = kind if KINDS[kind].in_progress else "refined"
+    pipe = po.Emulator(stages, make, torch.nn.functional.mse_loss, prediction=whole)
     losses = [float(pipe.step(torch.ones(2, 3), target=torch.zeros(2, 3))) for _ in range(60)]
     assert losses[-1] < 0.5 * losses[0]
     assert pipe.weight_bytes(0) <= 2 * sum(p.numel() * 4 for p in stages[0].parameters())

@@ -28,6 +28,7 @@ def folder(tmp_path, monkeypatch):
     shutil.copy(own_code.__file__, tmp_path / "mine.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delitem(sys.modules, "mine", raising=False)  # of another test's file
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     yield tmp_path
     for name in [name for name in sys.modules if name == "mine" or name.startswith("pipeoptim_user_mine")]:

@@ -136,9 +136,10 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
         refusal, finished, step, checkpoint = broadcast_plain(
             (refusal, finished, start.step, str(start.checkpoint or "")), source=0
         )
-        if refusal:
-            raise FinishedError(refusal) if finished else ConfigError(refusal)
-        return train_stage(run, config, Start(step, Path(checkpoint) if checkpoint else None), stop, quiet)
+        if not refusal:
+            return train_stage(run, config, Start(step, Path(checkpoint) if checkpoint else None), stop, quiet)
+    # After the group was destroyed, which all do: a process that ends with the threads of a group alive may be aborted.
+    raise FinishedError(refusal) if finished else ConfigError(refusal)
 
 
 @contextmanager
