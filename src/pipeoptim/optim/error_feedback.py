@@ -15,7 +15,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 
 from pipeoptim.optim.delay_compensation import DelayCompensation, moving
 
@@ -54,9 +53,6 @@ class ErrorFeedback(DelayCompensation):
     Source: Zmushko et al., arXiv 2606.30634, for a delay of one update; the form for s updates is this project's, from the same
     argument.
     """
-
-    def __init__(self, optimizer: Optimizer, gap: float | str = "auto") -> None:
-        super().__init__(optimizer, gap)
 
     def corrected_step(self, gap: float) -> None:
         """See the class."""

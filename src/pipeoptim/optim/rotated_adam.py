@@ -101,8 +101,10 @@ class RotatedAdam(Optimizer):
             moving = [p for p in group["params"] if p.grad is not None]
             if any(p.grad.layout is not torch.strided for p in moving):
                 raise ConfigError("RotatedAdam was given a sparse gradient; set sparse=False in the embedding")
-            turned = [p for p in moving if any(rotated_sides(p, group))]
-            others = [p for p in moving if not any(rotated_sides(p, group))]
+            turned: list[Tensor] = []
+            others: list[Tensor] = []
+            for p in moving:
+                (turned if any(rotated_sides(p, group)) else others).append(p)
             if others:
                 self._step_plain(others, group)
             if turned:

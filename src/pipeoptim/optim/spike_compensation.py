@@ -49,7 +49,7 @@ class SpikeCompensation(DelayCompensation):
 
     def __init__(self, optimizer: Optimizer, gap: float | str = "auto") -> None:
         super().__init__(optimizer, gap)
-        self._spike = _spike_of(optimizer)
+        _spike_of(optimizer)  # refuses those that there is no formula for
         for group in optimizer.param_groups:
             _check_group(optimizer, group)
 
@@ -67,11 +67,9 @@ class SpikeCompensation(DelayCompensation):
         # Before the step, which moves the weights that coupled decay is taken of.
         gradients = [_decayed_gradient(p, group) for p, group in pairs]
         self.optimizer.step()
+        spike = _spike_of(self.optimizer)
         for (p, group), gradient in zip(pairs, gradients, strict=True):
-            self._spike(p, gradient, self.state[p], group, gap)
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "_spike": self._spike}
+            spike(p, gradient, self.state[p], group, gap)
 
 
 def _sgd_spike(p: Tensor, gradient: Tensor, state: dict[str, Any], group: Group, gap: float) -> None:

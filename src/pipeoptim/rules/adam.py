@@ -66,10 +66,7 @@ class AdamRule(Rule):
 
     def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
         """See `Rule`."""
-        t = steps_taken(state)
-        if t is None:
-            return None
-        return raw_momentum(state["exp_avg"], 1 / (1 - scalar(group["betas"][0]) ** t), group, decay=not _is_decoupled(group))
+        return first_moment(state, group, decay=not _is_decoupled(group))
 
     def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
         """See `Rule`."""
@@ -80,6 +77,14 @@ class AdamRule(Rule):
         if group["amsgrad"]:
             after["max_exp_avg_sq"] = torch.maximum(state["max_exp_avg_sq"], after["exp_avg_sq"])
         return self.move(weight, after, grad, group, ahead.from_state_after())
+
+
+def first_moment(state: State, group: Group, *, decay: bool) -> Momentum | None:
+    """``m_hat`` = m/(1-b1^t), for the whole family; `decay`: coupled weight decay is in it. None before the first update."""
+    t = steps_taken(state)
+    if t is None:
+        return None
+    return raw_momentum(state["exp_avg"], 1 / (1 - scalar(group["betas"][0]) ** t), group, decay=decay)
 
 
 def moments_after(state: State, g: Tensor, group: Group) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from pipeoptim.rules.adam import first_moment
 from pipeoptim.rules.move import (
     Ahead,
     Group,
@@ -14,7 +15,6 @@ from pipeoptim.rules.move import (
     State,
     Term,
     gradient,
-    raw_momentum,
     scalar,
     steps_after,
     steps_taken,
@@ -42,11 +42,7 @@ class AdamaxRule(Rule):
 
     def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
         """See `Rule`."""
-        t = steps_taken(state)
-        if t is None:
-            return None
-        scale = 1 / (1 - scalar(group["betas"][0]) ** t)
-        return raw_momentum(state["exp_avg"], scale, group, decay=True)
+        return first_moment(state, group, decay=True)
 
     def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
         """See `Rule`."""

@@ -45,9 +45,13 @@ class Horizon(NamedTuple):
         partial = self.in_progress[number]
         return NOTHING_SEEN if partial is None else (partial.value is None, partial.seen, partial.factor)
 
+    def partial(self, entry: ParameterEntry) -> PartialGradient | None:
+        """The gradient in progress of one parameter; None where it is not known."""
+        return self.in_progress[entry.number] if self.in_progress else None
+
     def ahead(self, entry: ParameterEntry) -> Ahead:
         """What a rule is told about one parameter."""
         rates = self.rates[entry.group_number]
         if entry.kind == "paper":  # the paper knows of no schedule: the present rate is repeated
             rates = (rates[0],) * len(rates)
-        return Ahead(entry.kind, rates, self.scale(entry), self.in_progress[entry.number] if self.in_progress else None)
+        return Ahead(entry.kind, rates, self.scale(entry), self.partial(entry))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from pipeoptim.rules.adam import moments_after
+from pipeoptim.rules.adam import first_moment, moments_after
 from pipeoptim.rules.move import (
     Ahead,
     Group,
@@ -16,7 +16,6 @@ from pipeoptim.rules.move import (
     Term,
     decoupled_keep,
     gradient,
-    raw_momentum,
     scalar,
     square_root,
     steps_taken,
@@ -65,11 +64,7 @@ class NAdamRule(Rule):
 
     def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
         """See `Rule`."""
-        t = steps_taken(state)
-        if t is None:
-            return None
-        scale = 1 / (1 - scalar(group["betas"][0]) ** t)
-        return raw_momentum(state["exp_avg"], scale, group, decay=not group["decoupled_weight_decay"])
+        return first_moment(state, group, decay=not group["decoupled_weight_decay"])
 
     def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
         """See `Rule`."""

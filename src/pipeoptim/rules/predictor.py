@@ -217,8 +217,9 @@ class Predictor:
         """
         check_steps(steps)
         entries = self._table.current()
-        check_in_progress(in_progress, clip, [entry.weight for entry in entries.all], used=entries.in_progress)
-        _check_buffers([entry.weight for entry in entries.all], out)
+        weights = [entry.weight for entry in entries.all]
+        check_in_progress(in_progress, clip, weights, used=entries.in_progress)
+        _check_buffers(weights, out)
         if entries.displaced:
             unscaled = Horizon(steps, (), self.scales)
             self._displacements.predict_into(entries.displaced, out, [unscaled.displacements(e) for e in entries.displaced])

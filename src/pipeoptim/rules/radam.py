@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.kernels import calls
-from pipeoptim.rules.adam import moments_after
+from pipeoptim.rules.adam import first_moment, moments_after
 from pipeoptim.rules.fused.steppers import AdamStepper
 from pipeoptim.rules.move import (
     Ahead,
@@ -21,7 +21,6 @@ from pipeoptim.rules.move import (
     Term,
     decoupled_keep,
     gradient,
-    raw_momentum,
     scalar,
     steps_taken,
 )
@@ -72,11 +71,7 @@ class RAdamRule(Rule):
 
     def momentum(self, weight: Tensor, state: State, group: Group) -> Momentum | None:
         """See `Rule`."""
-        t = steps_taken(state)
-        if t is None:
-            return None
-        scale = 1 / (1 - scalar(group["betas"][0]) ** t)
-        return raw_momentum(state["exp_avg"], scale, group, decay=not group["decoupled_weight_decay"])
+        return first_moment(state, group, decay=not group["decoupled_weight_decay"])
 
     def dry_step(self, weight: Tensor, state: State, grad: Tensor, group: Group, ahead: Ahead) -> Move | None:
         """See `Rule`."""

@@ -109,8 +109,7 @@ class StepperBatch:
         """
         own = [value for n in self.places if (value := values[n]) is not None]
         shares = [horizon.share(n) for n in self.places] if horizon.in_progress else [NOTHING_SEEN]
-        now = self._counters.add(0.0)
-        after = [0.0 if step is None else t + 1 for step, t in zip(self._step_counts, now, strict=True)]
+        after = self._counts_after()
         if len(set(shares)) == 1:
             set_of, samples = self._coefficient_sets(after)
         else:  # some parameters have no gradient yet, say
@@ -118,7 +117,7 @@ class StepperBatch:
         known = []
         for first, _ in samples:
             entry = self.entries[first]
-            found = estimate(entry, horizon.in_progress[entry.number] if horizon.in_progress else None, horizon.clip)
+            found = estimate(entry, horizon.partial(entry), horizon.clip)
             assert found is not None
             known.append(found)
         return BatchEstimates(own, set_of, samples, known)
@@ -159,10 +158,14 @@ class StepperBatch:
 
     def supports_next_step(self) -> bool:
         """Whether the kernel can take the next step."""
-        # Adding 0 reads the counts in one call; nothing is counted before all batches are known to support it.
-        now = self._counters.add(0.0)
-        after = [0.0 if step is None else count + 1 for step, count in zip(self._step_counts, now, strict=True)]
-        return all(self.stepper.supports_step(self.entries[n].group, t) for n, t in self._coefficient_sets(after)[1])
+        # Nothing is counted before all batches are known to support it.
+        samples = self._coefficient_sets(self._counts_after())[1]
+        return all(self.stepper.supports_step(self.entries[n].group, t) for n, t in samples)
+
+    def _counts_after(self) -> list[float]:
+        """The step count of each parameter after the next update; 0 where steps are not counted."""
+        now = self._counters.add(0.0)  # adding 0 reads the counts in one call
+        return [0.0 if step is None else count + 1 for step, count in zip(self._step_counts, now, strict=True)]
 
     def _coefficient_sets(self, counts: Sequence[float]) -> tuple[list[int], list[tuple[int, float]]]:
         """Parameters of one group at the same step share all numbers: of each parameter the number of its set, and of each set

@@ -16,8 +16,8 @@ from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import estimate
 from pipeoptim.rules.fused.batch import BatchEstimates, stepper_of
-from pipeoptim.rules.fused.plan import FusedPlan, make_plan
-from pipeoptim.rules.fused.step import MAX_PLANS
+from pipeoptim.rules.fused.plan import FusedPlan
+from pipeoptim.rules.fused.plan_cache import PlanCache
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.move import Scalar
 
@@ -26,7 +26,7 @@ class FusedDryStep:
     """Predicts from the mini-batch in progress, one after the other; keeps a plan of the tensors that kernels can take."""
 
     def __init__(self) -> None:
-        self._plans: dict[int, FusedPlan] = {}
+        self._plans = PlanCache()
         self._asked_for: Sequence[ParameterEntry] | None = None  # the entries that `_able` was found for
         self._able: list[bool] = []
 
@@ -43,8 +43,10 @@ class FusedDryStep:
         """
         if not out:
             return frozenset()
+        key = id(out[0])  # an engine has few sets of buffers; the first identifies the set
+        self._plans.prefetch(key)
         values = self._values(entries, horizon)
-        plan = self._current_plan(entries, values, out)
+        plan = self._plans.current(key, entries, values, out)
         if plan is None or not plan.supports_next_step():
             return frozenset()
         estimates = [batch.estimates(values, horizon) for batch in plan.batches]
@@ -54,21 +56,6 @@ class FusedDryStep:
         for batch, known in zip(plan.batches, estimates, strict=True):
             batch.kernel.run(*batch.dry_job(known, horizon, scale))
         return plan.moving
-
-    def _current_plan(
-        self, entries: Sequence[ParameterEntry], values: Sequence[Tensor | None], out: Sequence[Tensor]
-    ) -> FusedPlan | None:
-        key = id(out[0])  # an engine has few sets of buffers; the first identifies the set
-        plan = self._plans.get(key)
-        if plan is not None:
-            plan.prefetch()
-        if plan is None or not plan.still_fits(entries, values, out):
-            plan = make_plan(entries, values, out)
-            if len(self._plans) >= MAX_PLANS or plan is None:
-                self._plans.clear()  # as a whole: a plan holds its tensors alive
-            if plan is not None:
-                self._plans[key] = plan
-        return plan
 
     def _values(self, entries: Sequence[ParameterEntry], horizon: Horizon) -> list[Tensor | None]:
         """What stands for the gradient of each parameter; None where no kernel predicts it."""
@@ -92,7 +79,7 @@ def _has_kernel(entry: ParameterEntry) -> bool:
 
 def _stand_in(entry: ParameterEntry, horizon: Horizon) -> Tensor | None:
     """The gradient in progress; the mean, which the estimate is a multiple of, where there is none yet."""
-    partial = horizon.in_progress[entry.number] if horizon.in_progress else None
+    partial = horizon.partial(entry)
     if partial is not None and partial.value is not None and partial.seen > 0:
         return partial.value
     known = estimate(entry, partial, horizon.clip)

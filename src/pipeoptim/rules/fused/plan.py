@@ -11,6 +11,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from operator import attrgetter, getitem, is_
 from typing import Any, cast
 
@@ -154,7 +155,7 @@ class FusedPlan:
         present = [grad for grad in grads if grad is not None] if self.without_grad else cast(list[Tensor], grads)
         return self.weights.unchanged(present)
 
-    @property
+    @cached_property
     def moving(self) -> frozenset[int]:
         """Places of the parameters that kernels take."""
         return frozenset(place for batch in self.batches for place in batch.places)

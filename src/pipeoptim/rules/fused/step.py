@@ -25,12 +25,10 @@ from pipeoptim.rules.combined import members
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.fused.batch import stepper_of
 from pipeoptim.rules.fused.ownership import exclusively_owned
-from pipeoptim.rules.fused.plan import FusedPlan, make_plan
+from pipeoptim.rules.fused.plan import FusedPlan
+from pipeoptim.rules.fused.plan_cache import PlanCache
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.rule_moves import predict_by_rule
-
-MAX_PLANS = 4
-"""Plans that are kept, one per set of buffers: an engine has few sets, and takes them in turn."""
 
 _NO_BUFFERS, _GRADIENTS = 0, -1  # keys of plans, where others have the id of their first buffer
 
@@ -44,7 +42,7 @@ class FusedStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
-        self._plans: dict[int, FusedPlan] = {}
+        self._plans = PlanCache()
         self._asked_for: Sequence[ParameterEntry] | None = None  # the entries that `_possible` was found for
         self._possible = False
 
@@ -118,17 +116,9 @@ class FusedStep:
         self, entries: Sequence[ParameterEntry], out: Sequence[Tensor] | None, key: int
     ) -> tuple[FusedPlan | None, list[Tensor | None]]:
         """The plan for this set of buffers, rebuilt if anything has changed, and the gradients; None if no plan is possible."""
-        plan = self._plans.get(key)
-        if plan is not None:
-            plan.prefetch()
+        self._plans.prefetch(key)  # while the gradients are looked up
         grads = [entry.weight.grad for entry in entries]
-        if plan is None or not plan.still_fits(entries, grads, out):
-            plan = make_plan(entries, grads, out, over_gradients=key == _GRADIENTS)
-            # Emptied as a whole: a plan holds its tensors alive, and stale ones are of no use.
-            if len(self._plans) >= MAX_PLANS or plan is None:
-                self._plans.clear()
-            if plan is not None:
-                self._plans[key] = plan
+        plan = self._plans.current(key, entries, grads, out, over_gradients=key == _GRADIENTS)
         # Asked last: RAdam's first steps are torch's, while the plan itself stays good.
         return (plan if plan is not None and plan.supports_next_step() else None), grads
 
