@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from pipeoptim.kernels import available, calls
 from pipeoptim.rules import ClipEstimate, CombinedOptimizer, Horizon, PartialGradient, Predictor, predict_weights
 from pipeoptim.rules.entries import parameter_entries
+from pipeoptim.rules.estimate import GradientEstimate
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.rule_moves import predict_by_rule
 from test_kernels_fused import BY_TORCH, FORMS, OPTIONS, close, copy_of, give_gradients, make, weights_of
@@ -162,6 +163,19 @@ def test_norms_do_not_depend_on_threads_and_are_those_of_float64(threads: int) -
     finally:
         torch.set_num_threads(before)
     assert found == pytest.approx(0.375 * math.sqrt(sum(float(t.double().square().sum()) for t in tensors)), rel=1e-7)
+
+
+@pytest.mark.parametrize("of_mean", [0.0, 0.5])
+@pytest.mark.parametrize("of_weight", [0.0, 0.125])
+def test_the_norm_of_infinite_gradients_is_infinite_as_the_plain_path_says(of_mean: float, of_weight: float) -> None:
+    for place in (3, 17):  # within what is summed side by side, and behind it
+        value, other = torch.ones(18), torch.ones(18)
+        value[place] = math.inf
+        factors = calls.EstimateFactors(0.5, of_mean, of_weight)
+        part = calls.EstimateParts(18, value.data_ptr(), other.data_ptr(), other.data_ptr(), factors)
+        plain = GradientEstimate(value, 0.5, other, of_mean, of_weight).tensor(other).norm()
+        assert calls.norm_of_estimates([part]) == float(plain) == math.inf
+        assert ClipEstimate(max_norm=1.0).factor(math.inf) == float((1 / (plain + 1e-6)).clamp(max=1.0)) == 0
 
 
 def test_large_predictions_bypass_the_caches_with_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -309,20 +309,26 @@ struct estimate {
 
 #define SQUARES 8 /* sums side by side: the compiler's vectors hold them, and however wide those are the additions are the same */
 
-static double squares_of(const struct estimate *a, int64_t i, int64_t end) {
+/* `mean` and `weight`: whether these parts are there. A part times 0 would be no number where a gradient is infinite. */
+INLINE double square_at(const struct estimate *a, int64_t i, int mean, int weight) {
+    float g = a->value[i] * a->of_value;
+    if (mean) g += a->mean[i] * a->of_mean;
+    if (weight) g += a->w[i] * a->of_weight;
+    return (double)g * g;
+}
+
+INLINE double squares_with(const struct estimate *a, int64_t i, int64_t end, int mean, int weight) {
     double sums[SQUARES] = {0}, sum = 0;
-    const float *value = a->value, *mean = a->of_mean != 0 ? a->mean : a->value, *w = a->of_weight != 0 ? a->w : a->value;
     for (; i + SQUARES <= end; i += SQUARES)
-        for (int l = 0; l < SQUARES; l++) {
-            float g = value[i + l] * a->of_value + mean[i + l] * a->of_mean + w[i + l] * a->of_weight;
-            sums[l] += (double)g * g;
-        }
-    for (; i < end; i++) {
-        float g = value[i] * a->of_value + mean[i] * a->of_mean + w[i] * a->of_weight;
-        sum += (double)g * g;
-    }
+        for (int l = 0; l < SQUARES; l++) sums[l] += square_at(a, i + l, mean, weight);
+    for (; i < end; i++) sum += square_at(a, i, mean, weight);
     for (int l = 0; l < SQUARES; l++) sum += sums[l];
     return sum;
+}
+
+static double squares_of(const struct estimate *a, int64_t i, int64_t end) {
+    if (a->of_mean != 0) return a->of_weight != 0 ? squares_with(a, i, end, 1, 1) : squares_with(a, i, end, 1, 0);
+    return a->of_weight != 0 ? squares_with(a, i, end, 0, 1) : squares_with(a, i, end, 0, 0);
 }
 
 /* The sum of the squares of all estimates. Pieces of one size, added up in their order: threads do not change the result. */
