@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -52,8 +52,7 @@ class Move:
         return Move(tuple(replace(term, scale=scale * term.scale) for term in self.terms), 1.0 + scale * (self.keep - 1.0))
 
 
-@dataclass(frozen=True, slots=True)
-class PartialGradient:
+class PartialGradient(NamedTuple):
     """The gradient of the mini-batch in progress, as far as its micro-batches have come.
 
     Attributes:

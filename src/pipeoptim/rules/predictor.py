@@ -216,6 +216,7 @@ class Predictor:
         call rounds twice.
         """
         check_steps(steps)
+        self._dry_kernel.prefetch(out)  # before the checks, which read the same objects
         entries = self._table.current()
         weights = [entry.weight for entry in entries.all]
         check_in_progress(in_progress, clip, weights, used=entries.in_progress)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
+from types import NoneType
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -18,6 +19,7 @@ from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import GradientEstimate, estimate
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.horizon import NOTHING_SEEN, Horizon
+from pipeoptim.rules.move import Group
 from pipeoptim.rules.registry import Rule
 from pipeoptim.rules.rule_moves import ask_rule
 
@@ -79,6 +81,8 @@ class StepperBatch:
         self._group_ranks, self._firsts = [rank[group] for group in self._groups], list(first_of.values())
         # Options are compared per group, not per parameter: parameters of a group share them.
         self._options = [(entries[n].group, stepper.state_names(entries[n].group)) for n in self._firsts]
+        self._fixed: list[Any] = []  # see `_fixed_coefficients`
+        self._fixed_for: tuple[Any, ...] | None = None
 
     def job(self, grads: Sequence[Tensor | None], horizon: Horizon | None) -> tuple[list[int], list[int], list[Any]]:
         """The arguments of the kernel for the next step; with `horizon` also for the prediction after it. Counts the step.
@@ -130,17 +134,27 @@ class StepperBatch:
 
     def dry_job(self, estimates: BatchEstimates, horizon: Horizon, factor: float) -> tuple[list[int], list[int], list[Any]]:
         """The arguments of the kernel for a dry step with the estimates times `factor`, which counts nothing."""
-        pairs = zip(estimates.samples, estimates.known, strict=True)
-        sets = [
-            self._dry_coefficients(self.entries[first], estimates.values[first], t, known.scaled(factor), horizon)
-            for (first, t), known in pairs
-        ]
+        pairs = zip(self._fixed_coefficients(estimates, horizon), estimates.known, strict=True)
+        sets = [replace(fixed, dry=known.scaled(factor).kernel_factors) for fixed, known in pairs]
         return [*map(Tensor.data_ptr, estimates.values)], estimates.set_of, sets
 
-    def _dry_coefficients(
-        self, entry: ParameterEntry, value: Tensor, t: float, known: GradientEstimate, horizon: Horizon
-    ) -> Any:
-        """The numbers of a dry step to update t of this parameter, and of all that share its set."""
+    def _fixed_coefficients(self, estimates: BatchEstimates, horizon: Horizon) -> list[Any]:
+        """Those of a dry step but for the estimate: the same from one prediction to the next, until an update.
+
+        Kept as long as all that they depend on is. Saved: 35 -> 19 us per prediction of a block of the GPT benchmark.
+        """
+        options = [_plain_options(self.entries[n].group) for n in self._firsts]
+        made_for = None if None in options else (estimates.samples, horizon.rates, horizon.scales, options)
+        if made_for is None or made_for != self._fixed_for:
+            self._fixed_for = made_for
+            self._fixed = [
+                self._dry_coefficients(self.entries[first], estimates.values[first], t, horizon)
+                for first, t in estimates.samples
+            ]
+        return self._fixed
+
+    def _dry_coefficients(self, entry: ParameterEntry, value: Tensor, t: float, horizon: Horizon) -> Any:
+        """The numbers of a dry step to update t of this parameter, and of all that share its set, but for the estimate."""
         assert entry.rule is not None
         ahead = horizon.ahead(entry)
         # The rule reads numbers only, and of tensors which they are: those that the kernel will have.
@@ -150,7 +164,7 @@ class StepperBatch:
         move = move.scaled(ahead.scale)
         assert not isinstance(move.keep, Tensor)
         prediction = calls.KernelPrediction(1.0 - move.keep, self.stepper.prediction_factors(move, grad, entry.state))
-        return replace(self.stepper.coefficients(entry.group, t, prediction), dry=known.kernel_factors)
+        return self.stepper.coefficients(entry.group, t, prediction)
 
     def options_unchanged(self) -> bool:
         """Whether the options of every param group still need this kernel, with the same tensors."""
@@ -174,6 +188,18 @@ class StepperBatch:
         if len(set(counts)) == 1:  # the usual case: then a group is a set
             return self._group_ranks, [(n, counts[n] or 1.0) for n in self._firsts]
         return _numbered([*zip(self._groups, counts, strict=True)], counts)
+
+
+_PLAIN_OPTIONS = {bool, int, float, str, NoneType}
+
+
+def _plain_options(group: Group) -> list[Any] | None:
+    """Names and values of a group's options; None where one can change in place, as a tensor can."""
+    plain: list[Any] = []
+    for name, value in group.items():
+        if name not in ("params", "param_names"):
+            plain += (name, *value) if type(value) is tuple else (name, value)
+    return plain if {*map(type, plain)} <= _PLAIN_OPTIONS else None
 
 
 def _numbered(keys: Sequence[Hashable], counts: Sequence[float]) -> tuple[list[int], list[tuple[int, float]]]:

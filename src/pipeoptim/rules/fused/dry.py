@@ -30,6 +30,11 @@ class FusedDryStep:
         self._asked_for: Sequence[ParameterEntry] | None = None  # the entries that `_able` was found for
         self._able: list[bool] = []
 
+    def prefetch(self, out: Sequence[Tensor]) -> None:
+        """Ask for the memory that a prediction into these buffers reads of Python's objects, if there is a plan for it."""
+        if out:
+            self._plans.prefetch(_key(out))
+
     def __call__(
         self, entries: Sequence[ParameterEntry], horizon: Horizon, factor: Callable[[], Scalar], out: Sequence[Tensor]
     ) -> frozenset[int]:
@@ -43,10 +48,8 @@ class FusedDryStep:
         """
         if not out:
             return frozenset()
-        key = id(out[0])  # an engine has few sets of buffers; the first identifies the set
-        self._plans.prefetch(key)
         values = self._values(entries, horizon)
-        plan = self._plans.current(key, entries, values, out)
+        plan = self._plans.current(_key(out), entries, values, out)
         if plan is None or not plan.supports_next_step():
             return frozenset()
         estimates = [batch.estimates(values, horizon) for batch in plan.batches]
@@ -62,6 +65,11 @@ class FusedDryStep:
         if entries is not self._asked_for:  # the same object until a param group changes
             self._asked_for, self._able = entries, [_has_kernel(entry) for entry in entries]
         return [_stand_in(entry, horizon) if able else None for entry, able in zip(entries, self._able, strict=True)]
+
+
+def _key(out: Sequence[Tensor]) -> int:
+    """An engine has few sets of buffers; the first identifies the set."""
+    return id(out[0])
 
 
 def _own_factor(plan: FusedPlan, estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> float:

@@ -196,7 +196,7 @@ def make_plan(
         without_grad=[n for n, grad in enumerate(grads) if grad is None],
         weights=WeightForms(weights),
         state=state,
-        prefetch=calls.CachePrefetch([*weights, *state.tensors, *present, *entries, *state.holders]),
+        prefetch=calls.CachePrefetch([*weights, *state.tensors, *present, *(out or ()), *entries, *state.holders]),
     )
 
 
