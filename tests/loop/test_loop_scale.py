@@ -225,5 +225,6 @@ def test_advice_is_given_where_figures_support_it():
     assert "overshoot, 0.40 times" in advice(0, 1.2, 1.0, 0.4)
     assert "fall short" in advice(1, 0.6, 1.0, 1.8)
     assert "next to nothing" in advice(2, 0.98, 0.2, 0.2)
+    assert "larger beta1" in advice(2, 0.98, 0.2, 0.2)
     for error, scale, best in ((0.4, 1.0, 0.9), (0.8, 0.5, 0.5), (None, 1.0, None), (1.2, 0.2, 0.9)):
         assert advice(0, error, scale, best) is None

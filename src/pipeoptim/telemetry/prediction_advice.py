@@ -26,7 +26,9 @@ def advice(stage: int, error: float | None, scale: float | None, best: float | N
     if error is None or scale is None or best is None:
         return None
     if scale != 1.0 and error > USELESS and OVERSHOOTS < scale / max(best, 1e-9) < FALLS_SHORT:
-        return f"stage {stage}: predictions say next to nothing of the updates to come, even with the best factor, {best:.2f}"
+        # The noise of the gradients decides: docs/theory.md has its share in the error, by beta1 and the gap.
+        remedy = "a larger beta1 (momentum) averages more noise, and M >= D shortens the gap to one update"
+        return f"stage {stage}: predictions say next to nothing of the updates to come, even with the best factor, {best:.2f}; {remedy}"
     if scale != 1.0 or OVERSHOOTS <= best <= FALLS_SHORT:
         return None
     what = "overshoot" if best < 1 else "fall short"
