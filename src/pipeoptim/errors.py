@@ -19,6 +19,10 @@ class ConfigError(PipeOptimError, ValueError):
         return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
+class DivergedError(PipeOptimError):
+    """The loss, a gradient or a weight is not a finite number any more."""
+
+
 class StageFailure(PipeOptimError, RuntimeError):
     """Another stage died or stopped answering; the message names it."""
 

@@ -40,6 +40,11 @@ class OracleStage:
         self.delta.append([self.gamma * d + (1 - self.gamma) * (a - b) for d, a, b in change])
         self.weights.append(new)
 
+    def note_nothing(self):
+        """An update that leaves all as it is, counted like any other."""
+        for versions in (self.weights, self.directions, self.v, self.m, self.delta, self.states):
+            versions.append(versions[-1])
+
 
 @dataclass
 class Use:
@@ -171,6 +176,7 @@ def train(
     clip=None,
     recompute=False,
     slack=0,
+    skip=(),
 ):
     """Train a pipeline of ``len(initial)`` stages.
 
@@ -185,6 +191,7 @@ def train(
         correct: (k, stage, its weights, d, gradients) -> what is applied in place of d.
         recompute: whether a stage's activations are computed again, on the weights of its backward.
         slack: more micro-batches in flight, a number or one per boundary.
+        skip: mini-batches whose updates leave everything as it is.
         clip: (t, gradients of all stages) -> those that update version t to t + 1.
 
     Returns:
@@ -229,6 +236,10 @@ def train(
                 sums = clip(start + n, sums)
             for k, stage in enumerate(stages):
                 now = stage.weights[-1]
+                if start + n in skip:
+                    stage.note_nothing()
+                    sums[k] = None
+                    continue
                 lr = rule.lr * rate(k, len(stage.weights) - 1)
                 d = rule.step(stage, now, sums[k])
                 applied = d if correct is None else correct(k, stage, now, d, sums[k])

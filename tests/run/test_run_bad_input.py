@@ -139,5 +139,5 @@ def test_loss_that_diverges_ends_the_run(
     assert _run(["train", *TINY, "--optimizer", "sgd", "--lr", "1e38", "--quiet"]) == 1
     error = capsys.readouterr().err
     assert "the loss is" in error
-    assert "lower --lr" in error
+    assert "lower the learning rate" in error
     assert len(error.splitlines()) == 1

@@ -170,21 +170,23 @@ def not_a_config() -> str:
 
 
 class Poison(torch.autograd.Function):
-    """The identity; the gradient of one call is not a number."""
+    """The identity, whose backward makes a weight NaN."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, poisoned: bool) -> Tensor:
-        ctx.poisoned = poisoned
+    def forward(ctx, x: Tensor, weight: Tensor | None) -> Tensor:
+        ctx.weight = weight
         return x.clone()
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
-        return (gradient * float("nan") if ctx.poisoned else gradient), None
+        if ctx.weight is not None:
+            ctx.weight.data.fill_(float("nan"))
+        return gradient, None
 
 
 class Poisoned(nn.Module):
-    """A side branch with weights of its own, which add nothing to the output. They get a gradient that is not finite in the backward of
-    training forward number ``at``, so that the loss never tells."""
+    """A side branch with weights of its own, which add nothing to the output. They become NaN in the backward of training forward number
+    ``at``, so that neither the loss nor a gradient tells."""
 
     def __init__(self, at: int) -> None:
         super().__init__()
@@ -192,7 +194,8 @@ class Poisoned(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         self.seen += self.training
-        return x + 0.0 * Poison.apply(self.side.nan_to_num().clone(), self.training and self.seen == self.at).nan_to_num().sum()
+        weight = self.side if self.training and self.seen == self.at else None
+        return x + 0.0 * Poison.apply(self.side.nan_to_num().clone(), weight).nan_to_num().sum()
 
 
 def poisoned_model(at: int = 10) -> nn.Sequential:

@@ -22,8 +22,8 @@ from pipeoptim.errors import ConfigError, PipeOptimError
 OUTCOME = "outcome.json"
 READY = "run ended: "
 
-#: The trainer's message that a loss or a weight is no longer finite; from several processes only the text arrives.
-_DIVERGED = re.compile(r"(?:the loss is (?:nan|-?inf)|the weights of stage \d+ are not finite) at step (\d+)")
+#: The message that a loss, a gradient or a weight is no longer finite; from several processes only the text arrives.
+_DIVERGED = re.compile(r"(?:the loss is (?:nan|-?inf)|the (?:gradients|weights) of stage \d+ are not finite) at step (\d+)")
 
 
 def main() -> None:

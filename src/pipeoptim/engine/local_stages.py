@@ -134,6 +134,10 @@ class LocalStages:
         clipper = self._worker(k).clipper
         return None if clipper is None or clipper.used is None else float(clipper.used)
 
+    def skipped(self, k: int) -> list[int]:
+        """The mini-batches, counted from 0, whose update stage ``k`` has left out (see ``on_bad``)."""
+        return list(self._worker(k).finite.skipped)
+
     def prediction_error(self, k: int) -> list[PredictionError]:
         """The newest measurement of each parameter group of stage ``k``.
 

@@ -27,6 +27,9 @@ EVALUATION = 2
 CHANGE = 4
 """Flag of an empty message: mini-batches are cut into another number of micro-batches from here on; its other bits say how many."""
 
+BAD = 8
+"""Flag of a message with gradients: the loss of their mini-batch was not finite, so that no stage steps on it."""
+
 _NUMBER = 8  # the first of these other bits
 _PURPOSES = {0: "trains", EVALUATION: "evaluates", CHANGE: "changes its number of micro-batches"}
 
@@ -105,10 +108,12 @@ class StageRunner:
         else:
             message = source.receive()
             waited = now() - began
-            gradients = worker.backward(i, worker.compressor.unpack(message.tree), message.loss_scale)
+            received = worker.compressor.unpack(message.tree)
+            gradients = worker.backward(i, received, message.loss_scale, bool(message.flags & BAD))
         if target is not None:
             scale = worker.loss_scale
-            target.send(worker.compressor.pack_gradients(i, gradients, scale), loss_scale=scale)
+            flags = BAD if worker.finite.found else 0
+            target.send(worker.compressor.pack_gradients(i, gradients, scale), flags, scale)
         self.clock.waited += waited
         self.clock.computed += now() - began - waited
 

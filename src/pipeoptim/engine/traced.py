@@ -63,10 +63,10 @@ class TracedWorker(StageWorker):
         self.row.add(ActionKind.F.value, self._number(i), began)
         return result
 
-    def backward(self, i: int, gradients: Any, loss_scale: float = 0.0) -> Any:
+    def backward(self, i: int, *args: Any, **kwargs: Any) -> Any:
         self.finish_update()
         began = self.row.now()
-        result = super().backward(i, gradients, loss_scale)
+        result = super().backward(i, *args, **kwargs)
         self.row.add(ActionKind.B.value, self._number(i), began)
         return result
 

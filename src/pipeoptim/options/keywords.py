@@ -42,6 +42,7 @@ class OptionKeywords(TypedDict, total=False):
     slack: float | Sequence[float] | str
     compress: Compression | str | None
     trace: Trace | None
+    on_bad: str
     tied: TiedWeights | None
     weigh: LossWeight | None
 

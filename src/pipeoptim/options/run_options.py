@@ -30,3 +30,4 @@ class RunOptions:
     error_feedback: str = run_setting("error_feedback")
     trace: bool = run_setting("trace")
     trace_steps: int = run_setting("trace_steps")
+    on_bad: str = run_setting("on_bad")

@@ -29,6 +29,7 @@ from pipeoptim.options.checks import (
     scale_or_auto,
     seconds,
     seconds_or_none,
+    stop_or_skip,
     tied_places,
 )
 from pipeoptim.options.entry import Need, Option, Setting
@@ -322,6 +323,14 @@ class PipelineOptions:
             ),
         },
         of_run=lambda run: imported("pipeoptim.engine:Trace")(run.trace_steps) if run.trace else None,
+    )
+    on_bad: str = option(
+        "stop",
+        "what NaN and infinity do: stop, where a loss, or a norm for clipping, is not finite, training ends with a DivergedError before "
+        "the weights take that update; skip, the update is left out, on all stages where it was the loss, else on that of the gradients.",
+        stop_or_skip,
+        agreed=EQUAL,
+        in_runs=True,
     )
     tied: TiedWeights | None = option(
         None,

@@ -26,6 +26,8 @@ class _Stage(Protocol):
     @property
     def updates(self) -> int: ...
     @property
+    def skipped(self) -> int: ...
+    @property
     def prediction_error(self) -> float | None: ...
     @property
     def prediction_scale(self) -> float | None: ...
@@ -93,6 +95,7 @@ def print_summary(result: _Result, steps: int, how: str, console: Console | None
 
 def _stages(stages: tuple[_Stage, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
+    skipped = any(s.skipped for s in stages)
     measured = any(s.prediction_error is not None for s in stages)
     for name in (
         "stage",
@@ -101,11 +104,19 @@ def _stages(stages: tuple[_Stage, ...]) -> Table:
         "copies",
         "held",
         "updates",
+        *(["left out"] if skipped else []),
         *(["prediction error", "scale", "best"] if measured else []),
     ):
         table.add_column(name, justify="right")
     for s in stages:
-        cells = (f"{s.parameters:,}", str(s.gap), str(s.weight_copies), _size(s.weight_bytes), f"{s.updates:,}")
+        cells: tuple[str, ...] = (
+            f"{s.parameters:,}",
+            str(s.gap),
+            str(s.weight_copies),
+            _size(s.weight_bytes),
+            f"{s.updates:,}",
+        )
+        cells += (f"{s.skipped:,}",) if skipped else ()
         figures = (s.prediction_error, s.prediction_scale, s.best_scale)
         errors = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
         table.add_row(str(s.stage), *cells, *(errors if measured else []))

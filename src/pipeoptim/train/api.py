@@ -10,7 +10,7 @@ from pathlib import Path
 
 from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
 from pipeoptim.config import TrainConfig
-from pipeoptim.errors import ConfigError, PipeOptimError
+from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError
 from pipeoptim.files import cause_of
 from pipeoptim.schedule import AUTO
 from pipeoptim.telemetry.metrics import read_rows
@@ -24,7 +24,6 @@ from pipeoptim.train.group import SingleProcessGroup
 from pipeoptim.train.launcher import launch
 from pipeoptim.train.layout import layout_of
 from pipeoptim.train.lock import locked
-from pipeoptim.train.recorder import DivergedError
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import FinishedError, RunDir, Start
 from pipeoptim.train.session import run_session

@@ -23,12 +23,11 @@ from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeoptim.config import TrainConfig
 from pipeoptim.engine.processes.loopback import gloo_on_loopback
-from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
 from pipeoptim.train.layout import Layout, layout_of
 from pipeoptim.train.parent import LAUNCHER
-from pipeoptim.train.recorder import DivergedError
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError

@@ -7,7 +7,7 @@ from collections import deque
 from collections.abc import Sequence
 from typing import Any
 
-from pipeoptim.errors import PipeOptimError
+from pipeoptim.errors import DivergedError
 from pipeoptim.telemetry.metrics import MetricsFile, Row
 from pipeoptim.telemetry.prediction import Changes, scalars
 from pipeoptim.telemetry.progress import ProgressView
@@ -18,14 +18,16 @@ from pipeoptim.telemetry.timing import SlowStages, times_of
 WINDOW = 20
 
 
-class DivergedError(PipeOptimError):
-    """The loss, or a weight, is not a finite number any more."""
-
-
 class Recorder:
-    """Writes the rows of a session and remembers what its result needs."""
+    """Writes the rows of a session and remembers what its result needs.
 
-    def __init__(self, file: MetricsFile, view: ProgressView, tensorboard_log: TensorBoardLog | None = None) -> None:
+    ``skips``: mini-batches whose loss is not finite are left out.
+    """
+
+    def __init__(
+        self, file: MetricsFile, view: ProgressView, tensorboard_log: TensorBoardLog | None = None, skips: bool = False
+    ) -> None:
+        self._skips = skips
         self._file, self._view, self._tensorboard_log = file, view, tensorboard_log
         self._changes, self._slow = Changes(), SlowStages()
         self._losses: deque[float] = deque(maxlen=WINDOW)
@@ -38,8 +40,12 @@ class Recorder:
         """Mini-batch ``step`` (from 1), of so many ``samples``, took ``seconds``.
 
         Raises:
-            DivergedError: the loss is NaN or infinite.
+            DivergedError: the loss is NaN or infinite, and such mini-batches are not left out.
         """
+        if self._skips and not math.isfinite(loss):
+            self._file.write(step=step, skipped=True)
+            self._view.note(f"step {step} left out: the loss is {loss}")
+            return
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step} with lr {lr:g}; lower --lr, or choose another method")
         self._losses.append(loss)

@@ -13,6 +13,7 @@ from torch.optim import Optimizer
 from pipeoptim.checkpoint import load_stage, save, sick_weight
 from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
+from pipeoptim.errors import DivergedError
 from pipeoptim.files import write_durably
 from pipeoptim.telemetry.metrics import MetricsFile, read_rows, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
@@ -22,7 +23,7 @@ from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
-from pipeoptim.train.recorder import DivergedError, Recorder
+from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.result import RunResult, StageFacts, traced_shares, versions
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.setup import RunSetup
@@ -62,7 +63,7 @@ def run_session(
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
             tensorboard_log = stack.enter_context(TensorBoardLog(run.tensorboard, start.step)) if config.tensorboard else None
-            recorder = Recorder(file, view, tensorboard_log)
+            recorder = Recorder(file, view, tensorboard_log, config.on_bad == "skip")
 
         def check(step: int) -> None:
             sick = next(filter(None, group.gather(sick_weight(pipe))), None)
@@ -162,6 +163,7 @@ def _stage_facts(setup: RunSetup, pipe: Pipeline, k: int, loop: Loop) -> StageFa
         weight_copies=pipe.weight_copies(k),
         weight_bytes=loop.weight_bytes[k],
         updates=pipe.version(k),
+        skipped=len(pipe.skipped(k)),
         prediction_error=loop.errors.mean(k),
         prediction_scale=loop.errors.mean(k, "scale"),
         best_scale=loop.errors.best_scale(k),

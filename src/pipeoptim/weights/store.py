@@ -113,6 +113,7 @@ class StageWeights:
     Attributes:
         version: updates applied since the stage was made.
         restart: the version at the last (re)start; micro-batches are counted from there.
+        next_is_skipped: whether it is known that the coming update will change nothing.
         synchronous: whether no update comes between a forward and its backward now, so that nothing is predicted.
         most_copies: the largest number of copies that was needed at once. It decides whether an update may step and predict in
             one pass, which rounds differently from two, so a resumed run must know it to continue bit for bit.
@@ -136,6 +137,7 @@ class StageWeights:
         self.version = 0
         self.restart = 0
         self.synchronous = False
+        self.next_is_skipped = False
         self._sets: dict[WeightKey, WeightSet] = {}  # while anybody may ask for the set
         self._pinned: dict[Hashable, WeightSet] = {}  # sets that a source shares between micro-batches
         self._retained: dict[int, WeightSet] = {}  # versions that coming forwards will ask for by number
@@ -158,6 +160,8 @@ class StageWeights:
 
     def predicted(self, steps: int) -> WeightSet:
         """The weights predicted for ``steps`` updates after the latest; the latest themselves for 0, or while synchronous."""
+        if steps and self.next_is_skipped:
+            steps -= 1
         if steps == 0 or self.predictor is None or self.synchronous:  # no predictor: a stage without parameters
             return self._acquire(WeightKey(self.version))
         weight_set = self._shared_prediction(steps)

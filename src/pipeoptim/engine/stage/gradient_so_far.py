@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn.utils import get_total_norm
 
 from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
@@ -46,6 +47,7 @@ class GradientSoFar:
         progress: which part of the mini-batch has been added up.
         summed_elsewhere: those of ``parameters`` whose gradient is a sum over stages, of which this one has only its own part.
         clipper, scaling: None where the stage does not clip, or scale its loss.
+        finite: knows whether the coming update will be left out.
     """
 
     def __init__(
@@ -55,18 +57,21 @@ class GradientSoFar:
         summed_elsewhere: Sequence[Tensor],
         clipper: Clipper | None,
         scaling: LossScale | None,
+        finite: FiniteCheck,
     ) -> None:
         # By identity: == of tensors compares their values.
         others = {id(p) for p in summed_elsewhere}
         self._parameters = [(p, id(p) in others) for p in parameters]
-        self._progress, self._clipper, self._scaling = progress, clipper, scaling
+        self._progress, self._clipper, self._scaling, self._finite_check = progress, clipper, scaling, finite
 
     def __call__(self) -> StageGradient:
         """As it is now; refers to the gradients, without a copy."""
         factor = 1.0
+        if self._finite_check.found:
+            return StageGradient()  # of the updates that are predicted it is none
+        if (self._scaling is not None or self._finite_check.skips) and not self._finite():
+            return StageGradient()  # the update will be skipped, and whatever is predicted must be finite
         if self._scaling is not None:
-            if not self._finite():
-                return StageGradient()  # the update will be skipped, and whatever is predicted must be finite
             factor = 1.0 / self._scaling.current
         share = self._progress.share_done
         gradients = [None if other else PartialGradient(p.grad, share, factor) for p, other in self._parameters]

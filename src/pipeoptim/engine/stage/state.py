@@ -10,6 +10,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.master_weights import MasterWeights
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
@@ -39,6 +40,7 @@ class SavedStage(Protocol):
     compressor: Compressor
     monitor: PredictionMonitor | None
     scale: PredictionScale | None
+    finite: FiniteCheck
 
 
 def state_of(stage: SavedStage) -> dict[str, Any]:
@@ -61,6 +63,8 @@ def state_of(stage: SavedStage) -> dict[str, Any]:
         state["tied"] = {weight.name: weight.state_dict() for weight in stage.tied}
     if stage.scaling is not None:
         state["scaling"] = stage.scaling.state_dict()
+    if stage.finite.skipped:
+        state["skipped"] = list(stage.finite.skipped)
     if stage.scale is not None:
         state["scale"] = stage.scale.state_dict()
     if lost := stage.compressor.state_dict():
@@ -91,6 +95,7 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
         stage.scaling.load_state_dict(state["scaling"])
     # An empty state forgets what the compressor has lost in the run before: the residuals of other messages.
     stage.compressor.load_state_dict(state.get("compress", {}))
+    stage.finite.skipped = list(state.get("skipped", ()))
     if stage.scale is not None:
         stage.scale.load_state_dict(state.get("scale"))
     # Its pending predictions were made for weights that are gone.

@@ -15,6 +15,7 @@ averages and norms travel while the stage has other work.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from enum import Enum, auto
@@ -27,6 +28,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine.stage.checks import skip_step
 from pipeoptim.engine.stage.clip import Clipper
 from pipeoptim.engine.stage.displacement_samples import DisplacementSamples
+from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.master_weights import MasterWeights
@@ -65,6 +67,7 @@ class StageUpdate:
         reduction: makes gradients the mean over replicas.
         tied: weights whose gradients are summed over stages.
         clipper, scaling, scale: None where the stage does not clip, scale its loss, or adapt its predictions.
+        finite: says whether an update is left out because the loss or a gradient is not finite.
         observers: measure predictions, the scale among them.
         on_update: called after every update with stage and version; None for nothing.
         script_calls: tells the pipeline's calls of the optimizer from those of a script.
@@ -90,6 +93,7 @@ class StageUpdate:
         tied: Sequence[TiedWeight],
         clipper: Clipper | None,
         scaling: LossScale | None,
+        finite: FiniteCheck,
         observers: Sequence[DisplacementSamples],
         scale: PredictionScale | None,
         on_update: Callable[[int, int], None] | None,
@@ -101,6 +105,7 @@ class StageUpdate:
         self.synchronous_updates = method.synchronous_updates
         self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
         self.observers, self.scale, self.on_update, self.script_calls = observers, scale, on_update, script_calls
+        self.finite = finite
         # A single stage's norm is the global one: there is nobody to wait for, and U can go all the way.
         self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
         self.state = UpdateState.IDLE
@@ -147,7 +152,10 @@ class StageUpdate:
         """Carry out the update that was announced; waits for what others send."""
         if self.state is not _COMPLETE:
             self._complete_gradients()
-        skipped = not self._clip()
+        overflowed = not self._clip()  # and loss scaling tries again with less
+        bad = not overflowed and bool(self.finite.found)
+        if bad:
+            self.finite.note_skipped(self.weights.version)
         # All waits are above this line, all writes into weights below: an interrupted wait leaves the weights of one version.
         self.state = UpdateState.IDLE
         # Before before_update(): a version that coming forwards will ask for by number is held here, and copied there.
@@ -157,7 +165,7 @@ class StageUpdate:
             self.scale.apply()
         self.script_calls.by_pipeline = True
         try:
-            if skipped:  # a version like any other, but the predictor must not take in gradients that are not finite
+            if overflowed or bad:  # a version like any other, but the predictor must not take in gradients that are not finite
                 self.weights.update(skip_step)
                 self.weights.after_skipped_update()
             else:
@@ -167,11 +175,11 @@ class StageUpdate:
             _zero_grad(self.optimizer)
         finally:
             self.script_calls.by_pipeline = False
-        if self.scheduler is not None and not skipped:
-            # Not after a skipped update: the rate must not run ahead of the optimizer's steps.
-            self.scheduler.step()
-            self.script_calls.note_scheduled()
-        self._note_version(self.weights.version)
+        if self.scheduler is not None and not overflowed:
+            # Not after an overflow: the rate must not run ahead of the optimizer's steps. What was left out was a mini-batch of its own.
+            self._step_scheduler(self.scheduler)
+        self._note_version(self.weights.version, bad)
+        self.finite.found, self.weights.next_is_skipped = "", False
 
     def abandon(self) -> None:
         """Forget an update that was begun, its gradients and what was exchanged for it."""
@@ -183,6 +191,7 @@ class StageUpdate:
             weight.abandon()
         if self.clipper is not None:
             self.clipper.abandon()
+        self.weights.next_is_skipped = False
         if self.scaling is not None:
             self.scaling.abandon()
 
@@ -192,9 +201,11 @@ class StageUpdate:
         """Gradients become the mean over the replicas, without loss scale; those of tied weights go to the other holders."""
         # First the mean, then the check for overflows: one replica's infinity is then in the mean of all, and all skip alike.
         self.reduction.finish()
-        if self.scaling is not None:
+        if self.scaling is not None and not self.finite.found:  # else its gradients say nothing of the scale
             self.scaling.unscale(self.parameters)
         for weight in self.tied:
+            if self.finite.found:
+                weight.optimized.grad = None  # all holders know of it: together they send zeros
             # After the mean over replicas, so that the holders of each replica sum what all replicas agree on.
             weight.send_gradient(self.weights.version)
         self.state = _GRADIENTS_FINAL
@@ -214,18 +225,25 @@ class StageUpdate:
         self.state = _COMPLETE
 
     def _clip(self) -> bool:
-        """Scale the gradients. Returns False where loss scaling finds that the update must be skipped."""
-        finite = self.scaling is None or self.scaling.finite
-        if self.clipper is None:
-            return finite
-        # Received even where the update is skipped: every norm that was sent is received once, in order.
-        norm = self.clipper.norm(self.weights.version)
-        if self.scaling is not None and self.clipper.rule.waits and not math.isfinite(norm):
-            self.scaling.note_overflow(self.scaling.current)  # all stages see the same norm, so all of them skip
-            self.scaling.finite = finite = False
-        if finite:
+        """Look at the gradients and scale them. Returns False where loss scaling finds that the update must be skipped."""
+        # Received even where the update is left out: every norm that was sent is received once, in order.
+        norm = None if self.clipper is None else self.clipper.norm(self.weights.version)
+        if self.scaling is None:
+            self.finite.judge_gradients([p.grad for p in self.parameters], self.weights.version, norm)
+        if self.finite.found:
+            return True
+        if self.scaling is not None and not self._fits_scale(self.scaling, norm):
+            return False
+        if self.clipper is not None and norm is not None:
             self.clipper.apply(norm)
-        return finite
+        return True
+
+    def _fits_scale(self, scaling: LossScale, norm: Tensor | float | None) -> bool:
+        """Whether the gradients of this stage are finite, or those of all where clipping waits for all."""
+        if self.clipper is not None and self.clipper.rule.waits and norm is not None and not math.isfinite(norm):
+            scaling.note_overflow(scaling.current)  # all stages see the same norm, so all of them skip
+            scaling.finite = False
+        return scaling.finite
 
     # -- weights -------------------------------------------------------------------------------------------------------
 
@@ -260,10 +278,19 @@ class StageUpdate:
             for group, lr in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = lr
 
-    def _note_version(self, version: int) -> None:
-        if self.scaling is not None:
+    def _step_scheduler(self, scheduler: LRScheduler) -> None:
+        with warnings.catch_warnings() if self.finite.found else nullcontext():
+            if self.finite.found:  # torch warns of a first call before any step of the optimizer
+                warnings.filterwarnings("ignore", "Detected call of `lr_scheduler.step", UserWarning)
+            scheduler.step()
+        self.script_calls.note_scheduled()
+
+    def _note_version(self, version: int, bad: bool) -> None:
+        if self.scaling is not None and not bad:
             self.scaling.update()
         for observer in self.observers:
+            if bad:
+                observer.forget()  # predictions over this update, which moves nothing
             observer.updated(version, self.weights.params)
         if self.on_update is not None:
             self._call_hook(self.on_update, version)

@@ -35,6 +35,8 @@ from pipeoptim.engine.stage.checks import (
 )
 from pipeoptim.engine.stage.clip import Clipper
 from pipeoptim.engine.stage.displacement_samples import ScaledPredictor
+from pipeoptim.engine.stage.finite_buffers import FiniteBuffers
+from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
 from pipeoptim.engine.stage.gradient_so_far import GradientSoFar, InProgressPredictor, progress_predictor
 from pipeoptim.engine.stage.loss_scaling import LossScale
@@ -142,6 +144,7 @@ class StageWorker:
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
         self.reduction, self.options, self.is_last = reduction, options, k == program.depth - 1
         self._places = ParameterPlaces(module)
+        held = params
         # From here on sharded parameters are represented by what this process holds of them.
         self.parameters, params = ([reduction.shards.get(p, p) for p in tensors] for tensors in (parameters, params))
         self.device = device or (params[0].device if params else torch.device("cpu"))
@@ -155,6 +158,9 @@ class StageWorker:
             # The norm over all stages counts a tied weight once, on its first holder, though every holder scales its copy.
             twice = [weight.optimized for weight in self.tied if not weight.counted]
             self.clipper = Clipper(options.clip, self.parameters, program, norms, reduction.whole_norm, twice)
+        names = {id(p): name for name, p in reduction.unwrapped(module).named_parameters()}
+        self.finite = FiniteCheck(options.on_bad, k, self.device, [names[id(p)] for p in held], bool(self.tied))
+        self._buffers = FiniteBuffers(reduction.unwrapped(module)) if self.finite.skips else None
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
         self.predictor: WeightPredictor | None = None
@@ -180,7 +186,7 @@ class StageWorker:
             if told is not None and refresh is not None:
                 progress = UpdateProgress(program.microbatches, refresh)
                 sums = [weight.optimized for weight in self.tied]
-                gradient = GradientSoFar(self.parameters, progress, sums, self.clipper, self.scaling)
+                gradient = GradientSoFar(self.parameters, progress, sums, self.clipper, self.scaling, self.finite)
                 self.predictor = InProgressPredictor(told, gradient)
         step = step_function(optimizer, method, program, self.predictor, reduction, ties)
         self.master_weights = MasterWeights(self.parameters, params)
@@ -215,6 +221,7 @@ class StageWorker:
             tied=self.tied,
             clipper=self.clipper,
             scaling=self.scaling,
+            finite=self.finite,
             observers=observers,
             scale=self.scale,
             on_update=options.on_update,
@@ -273,6 +280,8 @@ class StageWorker:
             # strict: a loss added under no_grad, as in a reentrant checkpoint's first forward, would be lost in silence.
             with self.random.seeded_draws(), collect_losses(strict=True) as added:
                 result = self._run_module(weight_set, saved, args, kwargs, target, share)
+            if self._buffers is not None:
+                self._buffers.mend()
             if self.is_last and not result.requires_grad:
                 check_graph(self.k, share, [*inputs, *self.weights.params], added.values())
         # A module or loss that raises must not keep a copy of the weights in use: the user may catch the error and go on.
@@ -303,6 +312,8 @@ class StageWorker:
 
     def _loss_roots(self, i: int, loss: Tensor, share: float | None) -> list[Tensor]:
         """What the backward starts from: the loss times its share; nothing where that is 0, for 0 times a mean of nothing is NaN."""
+        if share != 0:
+            self.finite.note_loss(i, loss.detach())
         loss = self._weighted_loss(loss, share)
         if self.scaling is not None:
             loss = self.scaling.scale(i, loss)
@@ -347,18 +358,26 @@ class StageWorker:
 
     # -- backward and update -----------------------------------------------------------------------------------------
 
-    def backward(self, i: int, gradients: list[Tensor | None], loss_scale: float = 0.0) -> list[Tensor | None]:
+    def backward(
+        self, i: int, gradients: list[Tensor | None], loss_scale: float = 0.0, bad: bool = False
+    ) -> list[Tensor | None]:
         """B of micro-batch ``i``.
 
         Args:
             gradients: one per differentiable output of the forward, None where there is none; ``[]`` on the last stage.
             loss_scale: what they came with (see :attr:`loss_scale`).
+            bad: whether they came with the verdict that the loss of their mini-batch is not finite.
 
         Returns:
             One per differentiable input, for the previous stage.
+
+        Raises:
+            DivergedError: on the last stage, where the loss is not finite and ``on_bad`` is "stop".
         """
         if self.update.state is not _IDLE:
             self.finish_update()
+        # After the update that was waiting, of the mini-batch before.
+        self.finite.note_verdict(bad)
         if self.scaling is not None:
             self.scaling.begin_backward(i, loss_scale)
         # Removed first: whatever fails below, the graph of this micro-batch dies with this call.
@@ -391,6 +410,11 @@ class StageWorker:
                     # One call for all roots: the shared part of the graph is walked, and freed, once.
                     torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.master_weights.collect()
+            if self.is_last:
+                self.finite.judge_loss(i, self.weights.version)
+            if self._buffers is not None:  # recomputation runs the module again
+                self._buffers.mend()
+            self.weights.next_is_skipped = bool(self.finite.found)
             if self.weights.progress is not None:
                 self.weights.progress.note_backward(flight.share)
             if (i + 1) % self.program.microbatches:
@@ -511,6 +535,7 @@ class StageWorker:
         half-finished update, so that only a state that was saved makes them whole again.
         """
         self._in_flight.clear()
+        self.finite.abandon()
         self.update.abandon()
         for p in self.module.parameters():
             p.grad = None
