@@ -145,4 +145,3 @@ for part in (
     print(f"- {part.__name__}", flush=True)
     part()
 print("done", flush=True)
-os._exit(0)

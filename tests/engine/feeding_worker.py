@@ -97,6 +97,35 @@ for short, then in ((0, drain), (1, drain), (0, evaluate), (1, evaluate), (None,
     told.append(f"{short} {then.__name__}: {said}")
     dist.barrier()
 
+# -- evaluations that end otherwise on one process: told at once, long before the time-out --------------------------------
+
+
+def more_on(longer):
+    return lambda: evaluation_cases.batches([2] * (3 if p == longer else 2))
+
+
+def raising_on(failing):
+    def batches():
+        yield from evaluation_cases.batches([2, 2])
+        if p == failing:
+            raise KeyError("no such file")
+        yield from evaluation_cases.batches([2])
+
+    return batches
+
+
+at_once = []
+for batches in (more_on(0), more_on(1), raising_on(0), raising_on(1)):
+    pipe = plain(evaluation_cases, timeout=600)
+    evaluation_cases.train(pipe, 3)
+    try:
+        pipe.evaluate(batches())
+        said = "nothing"
+    except (po.PipeOptimError, KeyError) as error:
+        said = f"{type(error).__name__}: {error}"
+    dist.barrier()  # before close(), which would end a wait of the other
+    pipe.close()
+    at_once.append(said)
+
 with open(f"{out}/{p}.json", "w") as file:
-    json.dump({"refusals": refusals, "found": found, "told": told}, file)
-os._exit(0)  # gloo may abort at exit after connections that were given up
+    json.dump({"refusals": refusals, "found": found, "told": told, "at_once": at_once}, file)

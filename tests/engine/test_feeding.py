@@ -70,10 +70,26 @@ def test_nobody_trains_on_what_another_evaluates(both):
     """Where one process evaluates already, the next message is not of the kind that the other waits for."""
     assert "0 evaluate: stage 0 evaluates while stage 1 trains" in both[1]["told"][2]
     assert "1 evaluate: stage 0 trains while stage 1 evaluates" in both[1]["told"][3]
-    assert "1 evaluate: stage 1 ended after 4 mini-batches, but stage 0 was given" in both[0]["told"][3]
+    assert "stage 1 failed: stage 0 trains while stage 1 evaluates" in both[0]["told"][3]
 
 
 def test_evaluations_of_different_length_and_empty_ones_are_told(both):
     for one in both:
         assert "stage 1 ended after 2 batches to evaluate, but stage 0 was given 3" in one["told"][4]
         assert "None nothing: evaluate was given 0 batches" in one["told"][5]
+
+
+def test_an_evaluation_that_ends_otherwise_on_one_process_is_told_at_once(both):
+    """More batches on either, and a loader that raises on either: nobody waits for the time-out, which is beyond that of the test."""
+    for one in both:
+        for longer in (0, 1):
+            told, shorter = one["at_once"][longer], 1 - longer
+            assert f"stage {longer} was given more batches to evaluate than stage {shorter}, which had 2" in told or (
+                f"stage {shorter} ended after 2 batches to evaluate, but stage {longer} was given 3" in told
+            )
+    for failing in (0, 1):
+        assert both[failing]["at_once"][2 + failing] == "KeyError: 'no such file'"
+        assert (
+            f"stage {failing} left evaluate(), where it had begun 2 batches: KeyError: 'no such file'"
+            in (both[1 - failing]["at_once"][2 + failing])
+        )

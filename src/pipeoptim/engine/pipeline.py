@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -184,13 +184,7 @@ class Pipeline(LocalStages):
         self._refuse_within_update("evaluate")
         if drain:
             self.drain()
-        means, weights = WeightedMeans(), BatchWeights(self.options.loss_weight)
-        for number, batch in enumerate(each_batch(batches), 1):
-            self._note_end(number)
-            self._evaluate_batch(number, read_batch(batch), means, weights)
-        with self._guard():
-            found = self._of_last_stage(means.result())
-        return evaluation_of(found)
+        return evaluation_of(self._evaluate_all(each_batch(batches)))
 
     def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
         """Continue stage ``k`` from :meth:`stage_state_dict`.
@@ -271,6 +265,14 @@ class Pipeline(LocalStages):
         outputs = [runner.evaluate(micro_batch) for runner in self._runners.values()]
         # In the order of stages: where the last one lives here, its loss is at the end.
         return outputs[-1]
+
+    def _evaluate_all(self, batches: Iterator[Any]) -> dict[str, Any]:
+        means, weights = WeightedMeans(), BatchWeights(self.options.loss_weight)
+        for number, batch in enumerate(batches, 1):
+            self._note_end(number)
+            self._evaluate_batch(number, read_batch(batch), means, weights)
+        with self._guard():
+            return self._of_last_stage(means.result())
 
     def _evaluate_batch(self, number: int, batch: Batch, means: WeightedMeans, weights: BatchWeights) -> None:
         first, last = 0 in self._runners, self.depth - 1 in self._runners

@@ -43,7 +43,7 @@ from pipeoptim.engine.stage_times import WINDOW
 from pipeoptim.engine.torch_stage import StagePlace, read_stage
 from pipeoptim.engine.transport.link import Sender
 from pipeoptim.engine.transport.ports import Ports
-from pipeoptim.errors import ConfigError, StageFailure
+from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.methods import Method
 from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, read_option
 from pipeoptim.schedule import AUTO, Program, Slack, describe_slack, messages_early, read_slack
@@ -297,16 +297,24 @@ class ProcessPipeline(Pipeline):
         if evaluated < 2:  # once per evaluation; how many batches there were is told after the last
             self._progress.note_end((self._fed, 0))
 
+    def _evaluate_all(self, batches: Iterator[Any]) -> dict[str, Any]:
+        self._evaluated = 0
+        try:
+            return super()._evaluate_all(batches)
+        except BaseException as error:
+            # Of a loader, or of a batch that is refused: the others are on their way already, and wait for what will not come.
+            if not self._failed:
+                self._tell_others(f"left evaluate(), where it had begun {self._evaluated} batches", error)
+            raise
+
     def _of_last_stage(self, result: dict[str, Any]) -> dict[str, Any]:
         self._progress.note_end((self._fed, self._evaluated))
+        for runner in self._runners.values():
+            runner.end_evaluation(self._evaluated)
         self._evaluations += 1
-        own = json.dumps([self._evaluated, result])
         # Through the store, which carries text and keeps the bits of a float64 in its shortest decimal form.
-        everyone = self.rendezvous.all_gather(f"evaluation/{self._evaluations}", own, "to the end of evaluate()")
-        counts, results = zip(*map(json.loads, everyone), strict=True)
-        if len(set(counts)) > 1:  # what the longer ones sent is received by nobody
-            raise StageFailure("the processes were given different numbers of batches to evaluate")
-        return results[(self.depth - 1) % len(results)]  # type: ignore[no-any-return]
+        everyone = self.rendezvous.all_gather(f"evaluation/{self._evaluations}", json.dumps(result), "to the end of evaluate()")
+        return json.loads(everyone[(self.depth - 1) % len(everyone)])  # type: ignore[no-any-return]
 
     def _cause(self, error: str, connections: Connections) -> str:
         """``error``, or why another process failed before; processes that were fed unequally wait for what nobody sends."""
@@ -328,9 +336,17 @@ class ProcessPipeline(Pipeline):
             raise StageFailure(
                 str(error) if self._connections is None else self._cause(str(error), self._connections)
             ) from error
-        except BaseException:
-            self._failed = True  # this stage stopped midway, so close() must not wait for the others to finish with it
+        except BaseException as error:
+            self._tell_others("failed", error)
             raise
+
+    def _tell_others(self, what: str, error: BaseException) -> None:
+        """This process stopped midway, by an error of its own, which it may survive: the others would wait for it until a time-out."""
+        self._failed = True  # close() must not wait for the others to finish with it
+        if self._connections is not None and isinstance(error, Exception):  # no time to lose where it is told to end
+            kind = "" if isinstance(error, PipeOptimError) else f"{type(error).__name__}: "
+            reason = (str(error).splitlines() or [""])[0]
+            self._connections.cause(f"{self.rendezvous.name.format(self.rendezvous.index)} {what}: {kind}{reason}")
 
     def _note_stop(self) -> None:
         replicas = self._replica_sets.get(0)

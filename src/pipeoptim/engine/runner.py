@@ -15,7 +15,7 @@ from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.stage_times import StageClock, now
 from pipeoptim.engine.transport.ports import Ports
 from pipeoptim.engine.transport.pytree import as_args
-from pipeoptim.errors import PipeOptimError
+from pipeoptim.errors import PipeOptimError, StageFailure
 from pipeoptim.schedule import Action, ActionKind
 
 STOP = 1
@@ -30,8 +30,11 @@ CHANGE = 4
 BAD = 8
 """Flag of a message with gradients: the loss of their mini-batch was not finite, so that no stage steps on it."""
 
-_NUMBER = 8  # the first of these other bits
-_PURPOSES = {0: "trains", EVALUATION: "evaluates", CHANGE: "changes its number of micro-batches"}
+EVALUATED = 16
+"""Flag of an empty message: the stage has evaluated all batches that it was given; its other bits say how many."""
+
+_NUMBER = 32  # the first of these other bits
+_PURPOSES = {0: "trains", EVALUATION: "evaluates", CHANGE: "changes its number of micro-batches", EVALUATED: "has evaluated"}
 
 CountedLoss = tuple[Tensor, float | None]
 """The loss of a micro-batch and its share of the mini-batch's; None for 1/M."""
@@ -134,6 +137,23 @@ class StageRunner:
         target.send(output, EVALUATION | (STOP if self.stop else 0), share=row_share)
         return None, row_share
 
+    def end_evaluation(self, batches: int) -> None:
+        """After the last of ``batches``: see that the previous stage had equally many, and tell the next stage.
+
+        Without it, stages that were given different numbers would wait for each other until a time-out.
+
+        Raises:
+            StageFailure: they differ.
+        """
+        source, target = self.ports.from_previous, self.ports.to_next
+        if source is not None:
+            flags = source.receive().flags
+            if flags & EVALUATION:
+                raise StageFailure(_uneven_evaluation(self.worker.k - 1, self.worker.k, batches))
+            self._note_flags(flags, EVALUATED)
+        if target is not None:
+            target.send(None, EVALUATED | batches << _NUMBER | (STOP if self.stop else 0))
+
     def pass_on_change(self, m: int) -> None:
         """Tell the next stage, after the previous one has told this one, that from here on mini-batches have ``m`` micro-batches.
 
@@ -154,7 +174,9 @@ class StageRunner:
 
     def _note_flags(self, flags: int, purpose: int) -> None:
         self.stop = bool(flags & STOP)
-        found = flags & (EVALUATION | CHANGE)
+        found = flags & (EVALUATION | CHANGE | EVALUATED)
+        if found == EVALUATED and purpose == EVALUATION:
+            raise StageFailure(_uneven_evaluation(self.worker.k, self.worker.k - 1, flags >> _NUMBER))
         if found != purpose:
             remedy = (
                 "call set_microbatches() in all processes, at the same mini-batch"
@@ -165,3 +187,10 @@ class StageRunner:
             raise PipeOptimError(
                 f"stage {self.worker.k - 1} {_PURPOSES[found]} while stage {self.worker.k} {_PURPOSES[purpose]}: {remedy}"
             )
+
+
+def _uneven_evaluation(longer: int, shorter: int, batches: int) -> str:
+    return (
+        f"stage {longer} was given more batches to evaluate than stage {shorter}, which had {batches}; give all processes equally many, "
+        "from loaders of one length"
+    )

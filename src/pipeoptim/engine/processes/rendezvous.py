@@ -8,6 +8,7 @@ generation: processes that connect again after a failure find no key and no addr
 
 from __future__ import annotations
 
+import atexit
 import os
 import threading
 import time
@@ -176,7 +177,24 @@ class Rendezvous:
         if wait:
             groups.clear()
         else:
-            threading.Thread(target=groups.clear, name="pipeoptim-close", daemon=True).start()
+            _end_later(groups, self._sockets)
+
+
+def _end_later(groups: dict[str, dist.ProcessGroup], sockets: OpenedSockets) -> None:
+    """Let go of ``groups`` in a thread, for their end may take until a time-out; at the latest they end with the program."""
+
+    def end() -> None:
+        groups.clear()
+        atexit.unregister(end_with_program)
+
+    def end_with_program() -> None:
+        # A thread that is inside C++ when the interpreter ends aborts the process. What it waits for ends with the connections.
+        sockets.shut_down()
+        thread.join(timeout=5.0)
+
+    thread = threading.Thread(target=end, name="pipeoptim-close", daemon=True)
+    atexit.register(end_with_program)
+    thread.start()
 
 
 def _clone(store: Store) -> Store:
