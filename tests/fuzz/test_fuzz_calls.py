@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import random
 import traceback
 import warnings
@@ -15,7 +16,7 @@ import torch.distributed as dist
 from torch import nn
 
 import pipeoptim as po
-from calls import Call, Scene, draw, exported, fitting
+from calls import ODD, Call, Scene, draw, exported, fitting
 from limits import TooSlowError, amount, bounded, seed
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.methods import registry as methods_registry
@@ -139,6 +140,36 @@ def test_arguments_that_fit_are_taken(name, saved, process_group, registries, tm
         ):
             call.kwargs[parameter.name] = fitting(name, parameter, scene)[0]
     use(call.make(), scene)
+
+
+METHODS = {
+    name: [
+        p for p in inspect.signature(getattr(po.Emulator, name)).parameters.values() if p.name in ("k", "m", "drain", "state")
+    ]
+    for name in dir(po.Emulator)
+    if not name.startswith("_") and inspect.isfunction(getattr(po.Emulator, name))
+}
+"""Of a pipeline, with those of their parameters that are the library's own, and not the user's model's."""
+
+
+def test_methods_of_a_pipeline_refuse_what_is_odd_in_a_sentence(saved, tmp_path):
+    scene, wrong = Scene(tmp_path, saved, random.Random(seed())), []
+    fits = {"k": 0, "m": 2, "state": scene.pipe().stage_state_dict(0), "batches": [(torch.ones(4, 4), torch.zeros(4, 4))]}
+    inputs = {"eval_step": (torch.ones(4, 4),), "step": (torch.ones(4, 4),)}
+    for name, parameters in METHODS.items():
+        needed = [p.name for p in inspect.signature(getattr(po.Emulator, name)).parameters.values() if p.default is p.empty]
+        for odd, make in itertools.product(parameters, ODD):
+            given = {p: fits[p] for p in needed if p in fits} | {odd.name: make()}
+            target = {"target": torch.zeros(4, 4)} if name in inputs else {}
+            try:
+                with bounded():
+                    getattr(scene.pipe(), name)(*inputs.get(name, ()), **given, **target)
+            except po.PipeOptimError as error:
+                wrong += [] if len(str(error).splitlines()) == 1 else [f"{name}({given}): not one line: {error}"]
+            except Exception:
+                wrong.append(f"{name}({odd.name}={given[odd.name]!r})\n{traceback.format_exc()}")
+    assert sum(map(len, METHODS.values())) > 10
+    assert not wrong, f"{len(wrong)} calls:\n" + "\n".join(wrong[:5])
 
 
 def test_weights_that_moved_before_a_refusal_are_found():

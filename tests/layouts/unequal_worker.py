@@ -1,5 +1,6 @@
 """One of two replicas of a pipeline of one stage, of which each is given its own number of mini-batches; prints what it is told."""
 
+import os
 import sys
 
 import torch

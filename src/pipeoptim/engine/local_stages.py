@@ -16,6 +16,7 @@ from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method, refresh_every
 from pipeoptim.options import PipelineOptions
+from pipeoptim.options.checks import count
 from pipeoptim.schedule import AUTO, Program, Slack, slack_at_first
 
 
@@ -45,6 +46,7 @@ class LocalStages:
 
     def check_microbatches(self, m: int) -> None:
         """Raises ConfigError where M could not be changed to ``m``, now or in the middle of a run."""
+        m = count("microbatches", m)
         if m != self.microbatches:
             self._program_with(m)
 
@@ -166,6 +168,8 @@ class LocalStages:
         return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
 
     def _worker(self, k: int) -> StageWorker:
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise ConfigError(f"k is {k!r}, must be the number of a stage, one of {self.local_stages}")
         if k not in self._runners:
             where = f"stages 0 .. {self.depth - 1} exist" if not 0 <= k < self.depth else f"here live {self.local_stages}"
             raise ConfigError(f"stage {k} does not live in this process; {where}")

@@ -30,7 +30,7 @@ from pipeoptim.engine.stage_times import now
 from pipeoptim.engine.step_loss import step_loss
 from pipeoptim.errors import ConfigError
 from pipeoptim.options import PipelineOptions
-from pipeoptim.options.checks import count
+from pipeoptim.options.checks import count, flag
 from pipeoptim.schedule import Action, Program
 
 
@@ -149,7 +149,7 @@ class Pipeline(LocalStages):
         different versions.
         """
         self._refuse_within_update("eval_step")
-        if drain:
+        if flag("drain", drain):
             self.drain()
         (micro_batch,) = self._split_batch(BatchSplitter(1), args, kwargs, stage_kwargs, target)
         self._note_end()
@@ -182,9 +182,10 @@ class Pipeline(LocalStages):
             (1.75, {'largest': 1.75}, 4.0)
         """
         self._refuse_within_update("evaluate")
-        if drain:
+        each = each_batch(batches)
+        if flag("drain", drain):
             self.drain()
-        return evaluation_of(self._evaluate_all(each_batch(batches)))
+        return evaluation_of(self._evaluate_all(each))
 
     def load_stage_state_dict(self, k: int, state: dict[str, Any]) -> None:
         """Continue stage ``k`` from :meth:`stage_state_dict`.

@@ -29,6 +29,7 @@ from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
 from pipeoptim.engine.runner import StageRunner
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
+from pipeoptim.engine.stage.state import check_state
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.stage.tied_weights import (
     TiedWeight,
@@ -382,6 +383,7 @@ class ProcessPipeline(Pipeline):
         Each replica takes its own random numbers from it, and what its own compression lost; one that the state does not know
         draws new ones.
         """
+        check_state(k, state)
         replicas = self._replica_sets.get(k)
         index = 0 if replicas is None else replicas.replicas.index
         for name in filter(state.__contains__, _PER_REPLICA):

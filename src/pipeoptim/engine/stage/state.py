@@ -19,6 +19,7 @@ from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.rng import StageRandom
 from pipeoptim.engine.stage.tied_weights import TiedWeight
 from pipeoptim.engine.transport.compression import Compressor
+from pipeoptim.errors import ConfigError
 from pipeoptim.weights import StageWeights
 from pipeoptim.weights.store import WeightPredictor
 
@@ -70,6 +71,17 @@ def state_of(stage: SavedStage) -> dict[str, Any]:
     if lost := stage.compressor.state_dict():
         state["compress"] = lost
     return state
+
+
+_ALWAYS = ("module", "optimizer", "scheduler", "random", "version", "predictor")
+
+
+def check_state(k: int, state: Any) -> None:
+    """Raises ConfigError where ``state`` is not what :func:`state_of` gives."""
+    missing = [name for name in _ALWAYS if not isinstance(state, dict) or name not in state]
+    if missing:
+        given = f"a dict without {', '.join(missing)}" if isinstance(state, dict) else f"a {type(state).__name__}"
+        raise ConfigError(f"the state of stage {k} is {given}, must be what stage_state_dict({k}) returned")
 
 
 def restore(stage: SavedStage, state: dict[str, Any]) -> None:

@@ -57,7 +57,7 @@ from pipeoptim.engine.stage.recompute import check_recompute, recomputing
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.rng import StageRandom
 from pipeoptim.engine.stage.script_calls import ScriptCalls
-from pipeoptim.engine.stage.state import restore, state_of
+from pipeoptim.engine.stage.state import check_state, restore, state_of
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.stage.tied_weights import TiedWeight, TieOnStage
 from pipeoptim.engine.stage.update import StageUpdate, UpdateState
@@ -599,8 +599,13 @@ class StageWorker:
         return state_of(self)
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue from :meth:`state_dict`. Only with nothing in flight."""
+        """Continue from :meth:`state_dict`. Only with nothing in flight.
+
+        Raises:
+            ConfigError: it is the state of something else.
+        """
         self._only_at_rest("loaded")
+        check_state(self.k, state)
         # Before restart(), which counts micro-batches from the version restored here, and drops predictions of older weights.
         restore(self, state)
         self.restart()
