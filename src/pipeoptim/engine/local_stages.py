@@ -102,6 +102,7 @@ class LocalStages:
 
     def weight_copies(self, k: int) -> int:
         """Copies of its weights that stage ``k`` holds at most, the latest included: what the method promises."""
+        self.program.check_stage(k)
         refresh = refresh_every(self.options.prediction, self.options.refresh)
         keeps = self.options.recompute == "forward"
         return copies(self.method, self.depth, self.microbatches, k, keeps, self.program, refresh)

@@ -115,14 +115,14 @@ class Program:
 
     def step(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` when mini-batch ``n`` (from 0 since the last restart) is fed."""
-        self._check_stage(k)
+        self.check_stage(k)
         actions = self.placed_order.step(k, self.depth, self.microbatches, n)
         # What is left over here is what `_postponed` finds again for mini-batch n + 1.
         return _after_next_forward([*self._postponed(k, n), *actions])[0] if self.overlap else actions
 
     def drain(self, k: int, n: int) -> list[Action]:
         """Actions of stage ``k`` that finish all that is in flight after ``n`` mini-batches were fed."""
-        self._check_stage(k)
+        self.check_stage(k)
         # No forward comes any more, so the postponed update is due at once.
         left = self._postponed(k, n) if self.overlap else []
         return left + self.placed_order.drain(k, self.depth, self.microbatches, n)
@@ -162,12 +162,12 @@ class Program:
 
     def in_flight(self, k: int) -> int:
         """The most micro-batches between F and B on stage ``k`` at any time."""
-        self._check_stage(k)
+        self.check_stage(k)
         return self.placed_order.in_flight(k, self.depth, self.microbatches)
 
     def gap(self, k: int, i: int) -> int:
         """Version gap s of micro-batch ``i`` on stage ``k``: updates of this stage between its F and its B."""
-        self._check_stage(k)
+        self.check_stage(k)
         steady = self._steady
         if i >= steady:  # so that the table is finite
             i = steady + (i - steady) % self.microbatches
@@ -188,7 +188,10 @@ class Program:
         # Kept: it is asked for with every forward.
         return self.warm_up * self.microbatches
 
-    def _check_stage(self, k: int) -> None:
+    def check_stage(self, k: int) -> None:
+        """Raises ConfigError where ``k`` is no stage of this pipeline."""
+        if isinstance(k, bool) or not isinstance(k, int):
+            raise ConfigError(f"k is {k!r}, must be the number of a stage, 0 to {self.depth - 1}")
         if not 0 <= k < self.depth:
             raise ConfigError(f"stage {k} does not exist in a pipeline of depth {self.depth}: use 0 .. {self.depth - 1}")
 
