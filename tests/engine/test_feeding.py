@@ -86,7 +86,7 @@ def test_an_evaluation_that_ends_otherwise_on_one_process_is_told_at_once(both):
             told, shorter = one["at_once"][longer], 1 - longer
             assert f"stage {longer} was given more batches to evaluate than stage {shorter}, which had 2" in told or (
                 f"stage {shorter} ended after 2 batches to evaluate, but stage {longer} was given 3" in told
-            )
+            ), told
     for failing in (0, 1):
         assert both[failing]["at_once"][2 + failing] == "KeyError: 'no such file'"
         assert (
