@@ -220,3 +220,19 @@ class Masked(nn.Module):
 
 def masked() -> nn.Sequential:
     return nn.Sequential(nn.Linear(6, 8), Masked(), nn.Linear(8, 3))
+
+
+class Spoiled(nn.Module):
+    """Its output is not a number in training forward number ``at``."""
+
+    def __init__(self, at: int) -> None:
+        super().__init__()
+        self.at, self.seen = at, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen += self.training
+        return x * float("nan") if self.training and self.seen == self.at else x
+
+
+def spoiled_model(at: int = 10) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(6, 8), Spoiled(at), nn.Linear(8, 8), nn.Linear(8, 3))
