@@ -50,16 +50,15 @@ class Contender:
 
 
 IN_PROGRESS = {"prediction": "in_progress"}
-MUON_TOO = {"muon": {"prediction": None}}  # Muon's matrices by the kind of the run as well
 
 SYNCHRONOUS = Contender("1f1b", "1f1b")
 CONTENDERS = (
     SYNCHRONOUS,
     Contender("naive", "naive"),
+    Contender("pipeoptim, in progress", "pipeoptim", IN_PROGRESS),
     Contender("pipedream", "pipedream"),
     Contender("pipeoptim", "pipeoptim", {"prediction": "refined"}),
-    Contender("pipeoptim, in progress", "pipeoptim", IN_PROGRESS, MUON_TOO),
-    Contender("pipeoptim_stash, in progress", "pipeoptim_stash", IN_PROGRESS, MUON_TOO),
+    Contender("pipeoptim_stash, in progress", "pipeoptim_stash", IN_PROGRESS),
     Contender("pipedream_2bw", "pipedream_2bw"),
     Contender("spectrain", "spectrain"),
     Contender("xpipe", "xpipe"),
