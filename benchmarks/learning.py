@@ -1,11 +1,14 @@
 """Compare methods in runs of 1,500 updates after warm-up, each at its own best learning rate, three seeds, several optimizers.
 
-    python benchmarks/learning.py [--jobs 2] [--only 8x8/adamw,8x1] [--work runs/learning] [--list]
+    python benchmarks/learning.py [--jobs 2] [--only 8x8/adamw,8x1] [--list]
 
-A *setting* is a task, a depth D and a number of micro-batches M; in each setting every method has the learning rate with the lowest
-final validation loss at seed 0 among those of the optimizer's grid, and then the other seeds at that rate. Every run is a folder under
---work, and a run that has ended is not repeated, so that the whole grid can be stopped and continued at will; after every
-run benchmarks/results/learning.json is written from what is there. Its tables are in docs/results.md (benchmarks/render_results.py).
+A *setting* is a task, a depth D, a number of micro-batches M and an optimizer. In each, every contender (a method with its options)
+looks for its learning rate at seed 0: from the middle of the optimizer's rates upwards, then downwards, as long as the final
+validation loss falls. The other seeds follow at the best one. Everything is in benchmarks/results/learning.json, which is written after every run: what
+is in it is not run again, so that the grid can be stopped and continued at will, also on another machine. Delete a run there to repeat
+it. Its tables are in docs/results.md (`python benchmarks/render.py`).
+
+Without staleness the number of micro-batches changes rounding only. So synchronous training is run once per depth and mini-batch, at M = 1.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import json
 import multiprocessing
 import os
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,8 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeoptim.bench.record import machine
-from pipeoptim.compare.outcome import is_done, read_run
-from pipeoptim.compare.statistics import Spread, tail_mean
+from pipeoptim.compare.outcome import read_run
+from pipeoptim.compare.statistics import tail_mean
 from pipeoptim.compare.worker import OUTCOME, carry_out
 from pipeoptim.config import Component, TrainConfig
 
@@ -50,38 +54,56 @@ class Contender:
 
 
 IN_PROGRESS = {"prediction": "in_progress"}
+REFINED = {"prediction": "refined"}
 
 SYNCHRONOUS = Contender("1f1b", "1f1b")
-CONTENDERS = (
-    SYNCHRONOUS,
-    Contender("naive", "naive"),
-    Contender("pipeoptim, in progress", "pipeoptim", IN_PROGRESS),
-    Contender("pipedream", "pipedream"),
-    Contender("pipeoptim", "pipeoptim", {"prediction": "refined"}),
-    Contender("pipeoptim_stash, in progress", "pipeoptim_stash", IN_PROGRESS),
-    Contender("pipedream_2bw", "pipedream_2bw"),
-    Contender("spectrain", "spectrain"),
-    Contender("xpipe", "xpipe"),
-    Contender("pipemare", "pipemare(anneal_updates=400)"),
-    Contender("nesterov", "nesterov"),
-)
-CORE = ("1f1b", "naive", "pipedream", "pipeoptim, in progress", "pipeoptim")
+CONTENDERS = {
+    contender.name: contender
+    for contender in (
+        SYNCHRONOUS,
+        Contender("naive", "naive"),
+        Contender("pipedream", "pipedream"),
+        Contender("pipeoptim, in progress", "pipeoptim", IN_PROGRESS),
+        Contender("pipeoptim, refined", "pipeoptim", REFINED),
+        Contender("pipeoptim_stash, in progress", "pipeoptim_stash", IN_PROGRESS),
+        Contender("pipeoptim_stash, refined", "pipeoptim_stash", REFINED),
+        Contender("pipedream_2bw", "pipedream_2bw"),
+        Contender("spectrain", "spectrain"),
+        Contender("xpipe", "xpipe"),
+        Contender("pipemare", "pipemare(anneal_updates=400)"),
+        Contender("nesterov", "nesterov"),
+        Contender("pipeoptim, refined, 160 synchronous", "pipeoptim", {**REFINED, "synchronous_updates": 160}),
+    )
+}
+#: What synchronous training reaches in a part of the updates, each run with its own learning rate schedule to its end: the first is what
+#: 1F1B with a flush does at D = M = 8 while an asynchronous pipeline does all of them (8 of 15 slots are busy).
+SHORTER = {f"1f1b, {steps} updates": steps for steps in (853, 1067, 1280)}
+CONTENDERS |= {name: Contender(name, "1f1b", {"steps": steps}) for name, steps in SHORTER.items()}
+
+#: The least that answers "how much of the gap is closed".
+CORE = ("1f1b", "naive", "pipedream", "pipeoptim, in progress")
+RIVALS = ("pipedream_2bw", "nesterov", "spectrain", "xpipe", "pipemare", "pipeoptim, refined", "pipeoptim_stash, in progress")
+#: At M = 1 there is no mini-batch in progress.
+CORE_1 = ("1f1b", "naive", "pipedream", "pipeoptim, refined", "pipeoptim, refined, 160 synchronous")
 
 
 @dataclass(frozen=True)
 class OptimizerGrid:
-    """An optimizer and the learning rates that every method is tried with."""
+    """An optimizer, and the learning rates among which every contender looks for its own, in rising order; it begins in the middle."""
 
     component: Component
     rates: tuple[float, ...]
 
 
 OPTIMIZERS = {
-    "adamw": OptimizerGrid(Component("adamw", {"weight_decay": 0.01}), (1e-3, 3e-3, 6e-3)),
-    "muon": OptimizerGrid(Component("muon_adamw", {"weight_decay": 0.01}), (1e-3, 3e-3, 6e-3)),
-    "rotated": OptimizerGrid(Component("rotated_adam", {"weight_decay": 0.01}), (1e-3, 3e-3, 6e-3)),
-    "sgd": OptimizerGrid(Component("sgd", {"momentum": 0.9}), (0.03, 0.1, 0.3)),
-    "rmsprop": OptimizerGrid(Component("rmsprop", {"alpha": 0.99}), (5e-4, 1e-3, 2e-3)),
+    "adamw": OptimizerGrid(Component("adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "muon": OptimizerGrid(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "rotated": OptimizerGrid(Component("rotated_adam", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "rotated_95": OptimizerGrid(
+        Component("rotated_adam", {"weight_decay": 0.01, "betas": (0.95, 0.999)}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
+    ),
+    "sgd": OptimizerGrid(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4)),
+    "rmsprop": OptimizerGrid(Component("rmsprop", {"alpha": 0.99}), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
 }
 
 
@@ -121,7 +143,7 @@ class Setting:
     depth: int
     microbatches: int
     optimizer: str
-    contenders: tuple[str, ...] = tuple(contender.name for contender in CONTENDERS)
+    contenders: tuple[str, ...]
 
     @property
     def name(self) -> str:
@@ -132,20 +154,25 @@ class Setting:
         """The run of one contender."""
         component = OPTIMIZERS[self.optimizer].component.with_options(lr=rate, **contender.optimizer.get(self.optimizer, {}))
         base = TASKS[self.task](self.depth, self.microbatches)
-        return replace(base, method=contender.method, seed=seed, optimizer=component, **contender.fields)
+        microbatches = 1 if contender.method == SYNCHRONOUS.method else self.microbatches
+        return replace(
+            base, method=contender.method, seed=seed, optimizer=component, microbatches=microbatches, **contender.fields
+        )
 
 
 #: In the order in which they are trained: what is wanted most comes first.
 SETTINGS = (
-    Setting("chars", 8, 8, "adamw"),
+    Setting("chars", 8, 8, "adamw", (*CORE, *SHORTER)),
+    Setting("chars", 8, 1, "rotated", CORE_1),
+    Setting("chars", 8, 8, "rotated", CORE),
     Setting("chars", 8, 8, "muon", CORE),
     Setting("chars", 8, 8, "sgd", CORE),
-    Setting("chars", 8, 8, "rotated", CORE),
-    Setting("chars", 8, 1, "adamw", CORE),
-    Setting("chars", 8, 1, "rotated", CORE),
+    Setting("chars", 8, 1, "adamw", CORE_1),
     Setting("chars", 8, 16, "adamw", CORE),
-    Setting("chars", 16, 16, "adamw", CORE),
+    Setting("chars", 8, 1, "rotated_95", CORE_1),
     Setting("chars", 32, 32, "adamw", CORE),
+    Setting("chars", 8, 8, "adamw", (*CORE, *SHORTER, *RIVALS)),
+    Setting("chars", 16, 16, "adamw", CORE),
     Setting("chars", 4, 4, "adamw", CORE),
     Setting("chars", 8, 8, "rmsprop", CORE),
 )
@@ -160,122 +187,112 @@ class Run:
     rate: float
     seed: int
 
-    def folder(self, work: Path) -> Path:
-        name = self.contender.name.replace(", ", "-").replace(" ", "_")
-        return work / self.setting.name / name / f"lr-{self.rate:g}-seed-{self.seed}"
+    @property
+    def config(self) -> TrainConfig:
+        return self.setting.config(self.contender, self.rate, self.seed)
+
+    @property
+    def key(self) -> str:
+        """By which the result file knows it."""
+        config = self.config
+        what = f"{self.setting.task}/{config.stages}x{config.microbatches}/batch {config.batch_size}/{self.setting.optimizer}"
+        return f"{what}/{self.contender.name}/lr {self.rate:g}/seed {self.seed}"
 
 
-def loss_of(run: Run, work: Path) -> float | None:
-    """Final validation loss; None where the run has not ended, or has diverged."""
-    folder = run.folder(work)
-    if not is_done(folder) or json.loads((folder / OUTCOME).read_text())["status"] != "finished":
-        return None
-    outcome = read_run(run.setting.config(run.contender, run.rate, run.seed), folder)
-    return outcome.val_loss
+class Ledger:
+    """The result file: what every run gave, by its key."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.runs: dict[str, dict[str, Any]] = json.loads(path.read_text())["runs"] if path.exists() else {}
+
+    def loss(self, run: Run) -> float | None:
+        """Final validation loss; None if the run has diverged. KeyError if it has not ended."""
+        loss: float | None = self.runs[run.key]["val_loss"]
+        return loss
+
+    def add(self, run: Run, figures: dict[str, Any]) -> None:
+        """Keep it, and write the file, one line per run."""
+        self.runs[run.key] = figures
+        about = {name: " ".join((make.__doc__ or "").split()) for name, make in TASKS.items()}
+        lines = ",\n".join(f"  {json.dumps(key)}: {json.dumps(self.runs[key], allow_nan=False)}" for key in sorted(self.runs))
+        head = f' "about": {json.dumps(about)},\n "machine": {json.dumps(machine())},\n "runs": {{\n'
+        part = self.path.with_suffix(".json.part")
+        part.write_text("{\n" + head + lines + "\n }\n}\n")
+        part.replace(self.path)
+
+    def climb(self, setting: Setting, contender: Contender) -> tuple[Run | None, Run | None]:
+        """The next run of the search for the learning rate, or (None, the best of them); (None, None) if all have diverged."""
+        rates = OPTIMIZERS[setting.optimizer].rates
+        runs = [Run(setting, contender, rate, SEEDS[0]) for rate in rates]
+        best = len(rates) // 2
+        for step in (1, -1):
+            at = best
+            while 0 <= at < len(runs):
+                if runs[at].key not in self.runs:
+                    return runs[at], None
+                if _worse(self.loss(runs[at]), self.loss(runs[best])):
+                    break
+                best = at
+                at += step
+        return None, None if self.loss(runs[best]) is None else runs[best]
+
+    def missing(self, settings: Sequence[Setting]) -> Iterator[Run]:
+        """The runs that can begin now: of every contender the next one of its search, and the other seeds once that has ended."""
+        for setting in settings:
+            for contender in (CONTENDERS[name] for name in setting.contenders):
+                run, best = self.climb(setting, contender)
+                others = [] if best is None else [replace(best, seed=seed) for seed in SEEDS[1:]]
+                yield from (r for r in ([run] if run else others) if r.key not in self.runs)
 
 
-def best_rate(setting: Setting, contender: Contender, work: Path) -> float | None:
-    """The learning rate with the lowest loss at the first seed; None as long as one of the grid is missing, or if all diverged."""
-    rates = OPTIMIZERS[setting.optimizer].rates
-    runs = [Run(setting, contender, rate, SEEDS[0]) for rate in rates]
-    if not all(is_done(run.folder(work)) for run in runs):
-        return None
-    losses = [(loss, run.rate) for run in runs if (loss := loss_of(run, work)) is not None]
-    return min(losses)[1] if losses else None
+def _worse(loss: float | None, than: float | None) -> bool:
+    """Of two final losses; a run that diverged (None) is worse than any, and no better than another that did."""
+    return than is not None and (loss is None or loss > than)
 
 
-def missing_runs(settings: Sequence[Setting], work: Path) -> Iterator[Run]:
-    """The runs to do next: first the grids at seed 0, then, contender by contender, the other seeds."""
-    for setting in settings:
-        for contender in (c for c in CONTENDERS if c.name in setting.contenders):
-            best = best_rate(setting, contender, work)
-            grid = [Run(setting, contender, rate, SEEDS[0]) for rate in OPTIMIZERS[setting.optimizer].rates]
-            seeds = [Run(setting, contender, best, seed) for seed in SEEDS[1:]] if best is not None else []
-            yield from (run for run in (*grid, *seeds) if not is_done(run.folder(work)))
+def carry_out_run(run: Run) -> tuple[Run, dict[str, Any], float]:
+    """Train it in a folder that is gone afterwards; returns its figures and the seconds it took."""
+    began, config = time.monotonic(), run.config
+    with tempfile.TemporaryDirectory(prefix="learning-") as work:
+        folder = Path(work) / "run"
+        ended = carry_out(config, folder)
+        (folder / OUTCOME).write_text(json.dumps(ended) + "\n")
+        if ended["status"] not in ("finished", "diverged"):
+            raise RuntimeError(f"{run.key}: {ended['status']}: {ended.get('reason')}")
+        outcome = read_run(config, folder)
+    curve = [
+        [step, float(f"{value:.5g}")] for step, value in zip(outcome.validation.steps, outcome.validation.values, strict=True)
+    ]
+    figures = {
+        "val_loss": outcome.val_loss,
+        "train_loss": tail_mean(outcome.train.values) if outcome.finished else None,
+        "weight_copies": outcome.weight_copies,
+        "weight_bytes": outcome.weight_bytes,
+        "curve": curve,
+        "version": outcome.versions.get("pipeoptim"),
+    }
+    return run, figures, time.monotonic() - began
 
 
-def carry_out_run(run: Run, work: Path) -> str:
-    """Train it, unless somebody else is at it or was; returns a line for the terminal."""
-    folder, began = run.folder(work), time.monotonic()
-    outcome = carry_out(run.setting.config(run.contender, run.rate, run.seed), folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / OUTCOME).write_text(json.dumps(outcome) + "\n")
-    loss = loss_of(run, work)
-    figure = f"{loss:.4f}" if loss is not None else f"{outcome['status']}: {outcome.get('reason', '')}"
-    return (
-        f"{time.monotonic() - began:5.0f} s  {run.setting.name} {run.contender.name} lr {run.rate:g} seed {run.seed}: {figure}"
-    )
-
-
-def train_all(settings: Sequence[Setting], work: Path, jobs: int, result: Path) -> None:
+def train_all(settings: Sequence[Setting], jobs: int, ledger: Ledger) -> None:
     """All that is missing, `jobs` at a time."""
-    began: set[Path] = set()
+    began: set[str] = set()
     with multiprocessing.get_context("spawn").Pool(jobs, maxtasksperchild=8) as pool:
         running: list[Any] = []
         while True:
-            running, ended = [r for r in running if not r.ready()], [r for r in running if r.ready()]
+            ended, running = [r for r in running if r.ready()], [r for r in running if not r.ready()]
             for done in ended:
-                print(done.get(), flush=True)
-            if ended:
-                write(work, result)
-            following = (run for run in missing_runs(settings, work) if run.folder(work) not in began)
-            while len(running) < jobs and (run := next(following, None)) is not None:
-                began.add(run.folder(work))
-                running.append(pool.apply_async(carry_out_run, (run, work)))
+                run, figures, seconds = done.get()
+                ledger.add(run, figures)
+                print(f"{seconds:5.0f} s  {run.key}: {figures['val_loss'] or 'diverged'}", flush=True)
+            following = (run for run in ledger.missing(settings) if run.key not in began)
+            while len(running) < jobs and (following_run := next(following, None)) is not None:
+                began.add(following_run.key)
+                running.append(pool.apply_async(carry_out_run, (following_run,)))
             if not running:
                 return
             running[0].wait(1.0)
-
-
-def line(setting: Setting, contender: Contender, work: Path) -> dict[str, Any] | None:
-    """What a table shows of one contender; None as long as its grid is not done."""
-    rate = best_rate(setting, contender, work)
-    if rate is None:
-        return None
-    runs = [run for seed in SEEDS if is_done((run := Run(setting, contender, rate, seed)).folder(work))]
-    losses = [loss_of(run, work) for run in runs]
-    spread = Spread.of(losses)
-    outcomes = [read_run(run.setting.config(run.contender, run.rate, run.seed), run.folder(work)) for run in runs]
-    grid = {f"{r:g}": loss_of(Run(setting, contender, r, SEEDS[0]), work) for r in OPTIMIZERS[setting.optimizer].rates}
-    return {
-        "contender": contender.name,
-        "method": contender.method,
-        "fields": contender.fields,
-        "lr": rate,
-        "lr_tried": grid,
-        "losses": losses,
-        "val_loss": None if spread is None else {"mean": spread.mean, "deviation": spread.deviation},
-        "train_loss": [tail_mean(outcome.train.values) for outcome in outcomes],
-        "weight_copies": outcomes[0].weight_copies,
-        "weight_bytes": outcomes[0].weight_bytes,
-        "curves": [[list(o.validation.steps), [float(f"{v:.5g}") for v in o.validation.values]] for o in outcomes],
-    }
-
-
-def write(work: Path, result: Path) -> None:
-    """The result file, from all runs that are there."""
-    tables = []
-    for setting in SETTINGS:
-        lines = [entry for c in CONTENDERS if c.name in setting.contenders and (entry := line(setting, c, work))]
-        if lines:
-            base = TASKS[setting.task](setting.depth, setting.microbatches)
-            tables.append(
-                {
-                    "name": setting.name,
-                    "task": setting.task,
-                    "stages": setting.depth,
-                    "microbatches": setting.microbatches,
-                    "optimizer": setting.optimizer,
-                    "steps": base.steps,
-                    "batch_size": base.batch_size,
-                    "lines": lines,
-                }
-            )
-    about = {name: " ".join((make.__doc__ or "").split()) for name, make in TASKS.items()}
-    data = {"about": about, "seeds": len(SEEDS), "machine": machine(), "tables": tables}
-    part = result.with_suffix(".json.part")
-    part.write_text(json.dumps(data, indent=1, allow_nan=False) + "\n")
-    part.replace(result)
 
 
 def chosen_settings(only: str) -> list[Setting]:
@@ -291,18 +308,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     parser.add_argument("--only", default="", help="parts of names of settings, with commas between them")
-    parser.add_argument("--work", type=Path, default=ROOT / "runs" / "learning", help="folder of the runs")
     parser.add_argument("--result", type=Path, default=RESULT, help="result file")
-    parser.add_argument("--list", action="store_true", help="say which runs are missing, and train nothing")
+    parser.add_argument("--list", action="store_true", help="say which runs could begin now, and train nothing")
     options = parser.parse_args()
-    settings = chosen_settings(options.only)
+    settings, ledger = chosen_settings(options.only), Ledger(options.result)
     if options.list:
-        for run in missing_runs(settings, options.work):
-            print(run.folder(options.work))
+        for run in ledger.missing(settings):
+            print(run.key)
         return
     os.environ["OMP_NUM_THREADS"] = "1"
-    train_all(settings, options.work, options.jobs, options.result)
-    write(options.work, options.result)
+    train_all(settings, options.jobs, ledger)
 
 
 if __name__ == "__main__":
