@@ -5,7 +5,7 @@
 Regimes: M = 1 (every mini-batch updates: a stage's weights move up to D-1 times between F and B) and M = D (at most once).
 The learning rate of each optimizer is the best of a few for synchronous training with seed 0, the same for all methods. Continues
 where it was stopped. Writes benchmarks/results/compare-<recipe>.json after every comparison; benchmarks/render_results.py makes
-docs/results.md of them.
+docs/results_short.md of them.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@
 
 A *setting* is a task, a depth D, a number of micro-batches M and an optimizer. In each, every contender (a method with its options)
 looks for its learning rate at seed 0: from the middle of the optimizer's rates upwards, then downwards, as long as the final
-validation loss falls. The other seeds follow at the best one. Everything is in benchmarks/results/learning.json, which is written after every run: what
-is in it is not run again, so that the grid can be stopped and continued at will, also on another machine. Delete a run there to repeat
-it. Its tables are in docs/results.md (`python benchmarks/render.py`).
+validation loss falls. The other seeds follow at the best one. Everything is in benchmarks/results/learning.json, which is written
+after every run: what is in it is not run again, so that the grid can be stopped and continued at will, also on another machine. Delete
+a run there to repeat it. Its tables are in docs/results.md (`python benchmarks/render.py`).
 
 Without staleness the number of micro-batches changes rounding only. So synchronous training is run once per depth and mini-batch, at M = 1.
 """

@@ -9,6 +9,7 @@ import re
 import sys
 from pathlib import Path
 
+import render_learning
 from draw_architecture import architecture_svg
 from render_evidence import EVIDENCE, evidence_json
 
@@ -60,6 +61,7 @@ def documents() -> dict[Path, str]:
     """Every rendered file and what it should hold."""
     pages = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
     texts = {path: tables(render_document(path, ROOT)) for path in pages}
+    texts = {path: render_learning.render(text) for path, text in texts.items()}
     texts[EVIDENCE] = evidence_json()
     texts[ROOT / "docs/async_1f1b.svg"] = to_svg(Program("async_1f1b", 4), 9, "PipeOptim: asynchronous 1F1B, no flush")
     texts[ROOT / "docs/slack.svg"] = to_svg(

@@ -6,6 +6,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from learning import CONTENDERS, RESULT, SEEDS, SETTINGS, Ledger
+from render_learning import learned
+
 from pipeoptim.methods import get_method
 
 ROOT = Path(__file__).parents[1]
@@ -18,9 +21,45 @@ LEAST_GAP = 0.02
 def evidence_json() -> str:
     """The text of the file; a row is an `Evidence`."""
     rows = [row for path in sorted(PROTOTYPES.parent.glob("compare-*.json")) for row in _compared(json.loads(path.read_text()))]
+    rows += _learned()
     prototypes = json.loads(PROTOTYPES.read_text())["rows"]
     rows += [{"source": "a prototype, benchmarks/results/prototypes.json", **row} for row in prototypes]
     return "[\n" + ",\n".join(" " + json.dumps(row) for row in rows) + "\n]\n"
+
+
+def _learned() -> list[dict[str, Any]]:
+    """The long runs: every contender whose seeds are all there, at its own learning rate."""
+    ledger, rows = Ledger(RESULT), []
+    for setting in {s.name: s for s in SETTINGS}.values():
+        synchronous = learned(ledger, setting, "1f1b")
+        others = [found for name in ("naive", "pipedream") if (found := learned(ledger, setting, name))]
+        for name in setting.contenders:
+            found, contender = learned(ledger, setting, name), CONTENDERS[name]
+            if (
+                synchronous is None
+                or found is None
+                or len(others) < 2
+                or len(found.losses) < len(SEEDS)
+                or "synchronous" in name
+            ):
+                continue
+            if get_method(contender.method).program(1, 1).flushes:
+                continue
+            rows.append(
+                {
+                    "source": f"{setting.task} in docs/results.md",
+                    "depth": setting.depth,
+                    "microbatches": setting.microbatches,
+                    "optimizer": {"rotated": "rotated_adam"}.get(setting.optimizer, setting.optimizer),
+                    "method": contender.method,
+                    "prediction": contender.fields.get("prediction", "paper") if get_method(contender.method).predicts else "",
+                    "seeds": len(found.losses),
+                    "loss": round(found.mean, 4),
+                    "synchronous": round(synchronous.mean, 4),
+                    "without": round(min(other.mean for other in others), 4),
+                }
+            )
+    return rows
 
 
 def _compared(data: dict[str, Any]) -> list[dict[str, Any]]:
@@ -39,7 +78,7 @@ def _compared(data: dict[str, Any]) -> list[dict[str, Any]]:
                 continue
             rows.append(
                 {
-                    "source": f"{data['recipe']} in docs/results.md",
+                    "source": f"{data['recipe']} in docs/results_short.md",
                     "depth": comparison["stages"],
                     "microbatches": comparison["microbatches"],
                     "optimizer": comparison["optimizer"],

@@ -1,4 +1,4 @@
-"""Write the tables, numbers and figure of docs/results.md anew from benchmarks/results/compare-*.json.
+"""Write the tables, numbers and figure of docs/results_short.md anew from benchmarks/results/compare-*.json.
 
     python benchmarks/render_results.py            writes them
     python benchmarks/render_results.py --check    says whether the page is up to date, and changes nothing
@@ -20,8 +20,8 @@ from pipeoptim.methods import get_method
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
-PAGE = ROOT / "docs" / "results.md"
-FIGURE = ROOT / "docs" / "results.svg"
+PAGE = ROOT / "docs" / "results_short.md"
+FIGURE = ROOT / "docs" / "results_short.svg"
 NAMES = {"adamw": "AdamW", "sgd": "SGD with momentum", "rmsprop": "RMSprop"}
 
 _TABLE = re.compile(r"(<!-- comparison: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)

@@ -106,7 +106,7 @@ def test_figures_are_those_of_the_result_files():
     chars = json.loads((ROOT / "benchmarks/results/compare-chars.json").read_text())
     (eight,) = (c for c in chars["comparisons"] if (c["stages"], c["microbatches"], c["optimizer"]) == (8, 8, "adamw"))
     line = next(line for line in eight["lines"] if line["method"] == "pipeoptim")
-    cited = nearest(8, 8, "adamw", "pipeoptim", chars["prediction"], by_source["chars in docs/results.md"])
+    cited = nearest(8, 8, "adamw", "pipeoptim", chars["prediction"], by_source["chars in docs/results_short.md"])
     assert cited.loss == pytest.approx(line["val_loss"]["mean"], abs=1e-3)
     assert cited.share == pytest.approx(line["share"], abs=1e-2)
     prototypes = json.loads((ROOT / "benchmarks/results/prototypes.json").read_text())["rows"]

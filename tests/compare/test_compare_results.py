@@ -1,4 +1,4 @@
-"""docs/results.md says what benchmarks/results/compare-*.json say, and nothing else."""
+"""docs/results_short.md says what benchmarks/results/compare-*.json say, and nothing else."""
 
 from __future__ import annotations
 

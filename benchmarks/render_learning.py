@@ -1,0 +1,122 @@
+"""The tables and numbers of docs/results.md, from benchmarks/results/learning.json; `python benchmarks/render.py` writes them.
+
+``<!-- learning: chars/8x8/adamw -->`` is followed by the table of that setting, and
+``<!-- learned: chars/8x8/adamw | pipeoptim, in progress | share -->`` by one number: loss, share, updates or time.
+"""
+
+from __future__ import annotations
+
+import re
+import statistics
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+
+from learning import CONTENDERS, RESULT, SEEDS, SETTINGS, SHORTER, TASKS, Ledger, Run, Setting
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results.md"
+
+_TABLE = re.compile(r"(<!-- learning: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
+_NUMBER = re.compile(r"(<!-- learned: (?P<what>[^>]*?) -->).*?(<!-- end -->)", re.DOTALL)
+_MISSING = "not yet run"
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What one contender reached at its best learning rate: final validation loss of each seed."""
+
+    rate: float
+    losses: list[float]
+    copies: int
+
+    @property
+    def mean(self) -> float:
+        return statistics.mean(self.losses)
+
+    def __str__(self) -> str:
+        if len(self.losses) < len(SEEDS):
+            return f"{self.mean:.3f} ({len(self.losses)} of {len(SEEDS)} seeds)"
+        return f"{self.mean:.3f} ({min(self.losses):.3f} .. {max(self.losses):.3f})"
+
+
+def learned(ledger: Ledger, setting: Setting, name: str) -> Learned | None:
+    """None where its learning rate is not found yet."""
+    _, best = ledger.climb(setting, CONTENDERS[name])
+    if best is None:
+        return None
+    runs: list[Run] = [replace(best, seed=seed) for seed in SEEDS]
+    losses = [loss for run in runs if run.key in ledger.runs and (loss := ledger.loss(run)) is not None]
+    return Learned(best.rate, losses, ledger.runs[best.key]["weight_copies"])
+
+
+def share(ledger: Ledger, setting: Setting, name: str) -> float | None:
+    """Of the gap between synchronous training and naive or PipeDream, whichever is better, how much ``name`` closes."""
+    ours, synchronous = learned(ledger, setting, name), learned(ledger, setting, "1f1b")
+    others = [learned(ledger, setting, other) for other in ("naive", "pipedream")]
+    if ours is None or synchronous is None or None in others:
+        return None
+    worst = min(other.mean for other in others if other)
+    return (worst - ours.mean) / (worst - synchronous.mean)
+
+
+def updates_of_1f1b(ledger: Ledger, setting: Setting, name: str) -> float | None:
+    """How many updates synchronous training needs for the loss of ``name``: between runs of several lengths, linearly."""
+    ours, steps = learned(ledger, setting, name), TASKS[setting.task](setting.depth, setting.microbatches).steps
+    known = [(length, learned(ledger, setting, shorter)) for shorter, length in SHORTER.items()]
+    known.append((steps or 0, learned(ledger, setting, "1f1b")))
+    points = [(length, found.mean) for length, found in known if found is not None]
+    if ours is None:
+        return None
+    for (fewer, above), (more, below) in pairwise(points):
+        if below <= ours.mean <= above:
+            return fewer + (more - fewer) * (above - ours.mean) / (above - below)
+    return None
+
+
+def table(ledger: Ledger, setting: Setting) -> str:
+    """All contenders of one setting that have been run."""
+    rows = [
+        "| method | copies | learning rate | final validation loss (lowest .. highest) | gap closed |",
+        "|---|---|---|---|---|",
+    ]
+    settings = [s for s in SETTINGS if s.name == setting.name]
+    for name in dict.fromkeys(name for s in settings for name in s.contenders):
+        found = learned(ledger, setting, name)
+        if found is None:
+            continue
+        part = None if name.startswith("1f1b") else share(ledger, setting, name)
+        closed = "" if part is None else f"{100 * part:.0f} %"
+        rows.append(f"| {name} | {found.copies} | {found.rate:g} | {found} | {closed} |")
+    return "\n".join(rows)
+
+
+def number(ledger: Ledger, what: str) -> str:
+    """One number in a sentence."""
+    place, name, kind = (part.strip() for part in what.split("|"))
+    setting = next(s for s in SETTINGS if s.name == place)
+    found = learned(ledger, setting, name)
+    value: float | None
+    if kind == "loss":
+        return _MISSING if found is None else f"{found.mean:.3f}"
+    if kind == "share":
+        value = share(ledger, setting, name)
+        return _MISSING if value is None else f"{100 * value:.0f} %"
+    value = updates_of_1f1b(ledger, setting, name)
+    if value is None:
+        return _MISSING
+    if kind == "updates":
+        return f"{value:,.0f}"
+    assert kind == "time", kind
+    steps = TASKS[setting.task](setting.depth, setting.microbatches).steps or 0
+    # With a flush an update takes M+D-1 slots of the pipeline, without one M.
+    slots = (setting.microbatches + setting.depth - 1) / setting.microbatches
+    return f"{value * slots / steps:.2f}"
+
+
+def render(text: str) -> str:
+    """``text`` with everything behind its marks written anew."""
+    ledger = Ledger(RESULT)
+    by_name = {setting.name: setting for setting in SETTINGS}
+    text = _TABLE.sub(lambda match: match[1] + table(ledger, by_name[match["what"]]) + match[3], text)
+    return _NUMBER.sub(lambda match: match[1] + number(ledger, match["what"]) + match[3], text)
