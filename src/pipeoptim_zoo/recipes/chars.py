@@ -30,6 +30,7 @@ def chars(tiny: bool = False) -> TrainConfig:
         lr_schedule=Component("cosine", {"warmup": 50, "final": 0.1}),
         stages=4,
         microbatches=4,
+        prediction="in_progress",
         batch_size=32,
         steps=1000,
         eval_every=100,
