@@ -81,7 +81,7 @@ def read_ramp(text: str, name: str = "the schedule") -> dict[int, int]:
     known = all(len(pair) == 2 and pair[0] >= 0 and pair[1] >= 1 for pair in pairs)
     if not known or [pair[0] for pair in pairs] != sorted(found):
         raise ConfigError(
-            f"{name} is {text!r}, must be mini-batches and numbers, MINI_BATCH:NUMBER, the mini-batches rising from 0 on: 0:1,2000:8"
+            f"{name} is {text!r}, must be mini-batches and numbers, MINI_BATCH:NUMBER, the mini-batches rising: 0:1,2000:8"
         )
     return found
 
@@ -132,8 +132,8 @@ class TrainConfig(RunOptions):
     )
     microbatches_schedule: str = own_setting(
         "",
-        "Micro-batches that change in mid-run, as 0:1,2000:8: 1 up to mini-batch 1999, 8 from there on. The pipeline drains there, and "
-        "version gaps follow; learning rates do not.",
+        "Micro-batches that change in mid-run, as 0:1,2000:8: 1 up to mini-batch 1999, 8 from there on (before the first, --microbatches "
+        "holds). The pipeline drains there, and version gaps follow; learning rates do not.",
         check_value=lambda name, value: read_ramp(value, name),
     )
     batch_size_schedule: str = own_setting(

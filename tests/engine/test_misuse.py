@@ -1,5 +1,7 @@
 """Mistakes that users make in a script: one sentence that says what was given and what to give instead."""
 
+import copy
+import pickle
 import re
 import warnings
 
@@ -312,3 +314,10 @@ def test_a_function_that_fails_is_named_and_its_error_is_the_cause():
     with pytest.raises(po.ConfigError, match="optimizers is a function that failed for stage 0: ZeroDivisionError: ") as told:
         po.Emulator([nn.Linear(2, 2)], fails, nn.functional.mse_loss)
     assert isinstance(told.value.__cause__, ZeroDivisionError)
+
+
+def test_a_pipeline_is_neither_copied_nor_pickled():
+    pipe = emulator()
+    for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+        with pytest.raises(po.ConfigError, match="stage_state_dict"):
+            attempt(pipe)

@@ -10,6 +10,7 @@ import pytest
 
 import tiny
 from compare import assert_same_state, timeless
+from pipeoptim.cli.settings import with_given
 from pipeoptim.compare.plan import plan_comparison
 from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.config import read_ramp
@@ -68,6 +69,14 @@ def test_impossible_sizes_are_refused_before_anything_is_made() -> None:
             check(replace(tiny.recipe(), **changes))  # type: ignore[arg-type]
     check_possible(replace(tiny.recipe(), slack="auto", engine="processes"))
     check(replace(tiny.recipe(), microbatches_schedule="0:4", method="pipedream_2bw", stages=4))  # M = 1 is never used
+
+
+def test_a_number_of_micro_batches_without_effect_is_refused() -> None:
+    ramp = replace(tiny.recipe(), microbatches_schedule="0:1,5:2")
+    assert with_given(ramp, {"batch_size": 16}).batch_size == 16
+    assert with_given(replace(ramp, microbatches_schedule="5:2"), {"microbatches": 4}).microbatches == 4
+    with pytest.raises(ConfigError, match="microbatches is 2, but microbatches_schedule '0:1,5:2' says"):
+        with_given(ramp, {"microbatches": 2})
 
 
 def test_a_comparison_with_slack_runs_synchronous_methods_without() -> None:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, TypeVar
 
 from typer import Option
 
-from pipeoptim.config import SETTINGS, TrainConfig
+from pipeoptim.config import SETTINGS, TrainConfig, read_ramp
 from pipeoptim.errors import ConfigError
 
 F = TypeVar("F", bound=Callable[..., None])
@@ -92,9 +92,14 @@ def with_given(config: TrainConfig, given: Mapping[str, Any]) -> TrainConfig:
     """``config`` with what the command line gives.
 
     Raises:
-        ConfigError: a setting without the one that it says more about.
+        ConfigError: a setting without the one that it says more about, or beside one that leaves it without effect.
     """
     config = replace(config, **given)
+    if "microbatches" in given and 0 in read_ramp(config.microbatches_schedule):
+        raise ConfigError(
+            f"microbatches is {given['microbatches']}, but microbatches_schedule {config.microbatches_schedule!r} says how many there are "
+            "from mini-batch 0 on; leave one of them out, or let the schedule begin later"
+        )
     for name, value in given.items():
         other, _, wanted = SETTINGS[name].only_with.partition("=")
         if not other or value == SETTINGS[name].default:

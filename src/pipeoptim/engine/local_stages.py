@@ -168,6 +168,12 @@ class LocalStages:
         """Where the trace records stage ``k``."""
         return None if self.trace is None else self.trace.row(k, self.program, self.method.name, device)
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise ConfigError(
+            "a pipeline cannot be copied or pickled: it holds what its modules, optimizers and neighbours hold as well; keep "
+            "stage_state_dict(k) of every stage, and load it into a new pipeline"
+        )
+
     def _worker(self, k: int) -> StageWorker:
         if isinstance(k, bool) or not isinstance(k, int):
             raise ConfigError(f"k is {k!r}, must be the number of a stage, one of {self.local_stages}")
