@@ -24,7 +24,7 @@ from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
 from pipeoptim.engine.processes.crowded_cores import own_core_use
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
 from pipeoptim.engine.processes.norm_exchange import ProcessNorms
-from pipeoptim.engine.processes.progress import TrainingProgress
+from pipeoptim.engine.processes.progress import ENDED, EVALUATES, TRAINS, TrainingProgress
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.replicas.replica_set import ReplicaSet, broadcast_values, read_replicas
 from pipeoptim.engine.runner import StageRunner
@@ -78,7 +78,7 @@ class ProcessPipeline(Pipeline):
     _norms: ProcessNorms | None = None  # of gradients, where clipping needs those of all stages
     _tied_exchanges: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
     _connections: Connections | None = None
-    _training: bool  # whether the newest call was step(), not drain() or an evaluation
+    _doing: str  # what the newest call began: training, an evaluation, or the end of either
     _evaluated: int  # batches of the evaluation in progress
     _evaluations: int  # complete ones, at this rendezvous
 
@@ -123,7 +123,7 @@ class ProcessPipeline(Pipeline):
     def _meet(self, rendezvous: Rendezvous) -> None:
         """Meet the other processes at ``rendezvous``; what was counted for the one before it begins anew with all of them."""
         self.rendezvous, self._progress = rendezvous, TrainingProgress(rendezvous)
-        self._training, self._evaluated, self._evaluations = False, 0, 0
+        self._doing, self._evaluated, self._evaluations = ENDED, 0, 0
 
     @contextmanager
     def _closed_on_error(self) -> Iterator[None]:
@@ -290,13 +290,15 @@ class ProcessPipeline(Pipeline):
             self._connections.hand_over()
 
     def _note_training(self) -> None:
-        self._training, self._evaluated = True, 0
+        self._doing, self._evaluated = TRAINS, 0
         self._progress.note_training()
 
     def _note_end(self, evaluated: int = 0) -> None:
-        self._training, self._evaluated = False, evaluated
-        if evaluated < 2:  # once per evaluation; how many batches there were is told after the last
+        self._doing, self._evaluated = EVALUATES if evaluated else ENDED, evaluated
+        if evaluated == 0:
             self._progress.note_end((self._fed, 0))
+        elif evaluated == 1:  # once per evaluation; how many batches there were is told after the last
+            self._progress.note_evaluation(self._fed)
 
     def _evaluate_all(self, batches: Iterator[Any]) -> dict[str, Any]:
         self._evaluated = 0
@@ -309,6 +311,7 @@ class ProcessPipeline(Pipeline):
             raise
 
     def _of_last_stage(self, result: dict[str, Any]) -> dict[str, Any]:
+        self._doing = ENDED
         self._progress.note_end((self._fed, self._evaluated))
         for runner in self._runners.values():
             runner.end_evaluation(self._evaluated)
@@ -320,8 +323,8 @@ class ProcessPipeline(Pipeline):
     def _cause(self, error: str, connections: Connections) -> str:
         """``error``, or why another process failed before; processes that were fed unequally wait for what nobody sends."""
         if connections.interrupted_by is None:  # else the store may have gone or hang
-            place = self._fed + self._training, self._evaluated
-            uneven = self._progress.difference(self._training, place)
+            place = self._fed + (self._doing == TRAINS), self._evaluated
+            uneven = self._progress.difference(self._doing, place)
             error = f"{uneven} ({error})" if uneven else error
         return connections.cause(error)
 

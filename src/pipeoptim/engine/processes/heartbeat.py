@@ -168,7 +168,8 @@ class Heartbeat:
             store, peer = self._judge_store(elapsed), self._judge_peers(elapsed)
             if self.failure is None:
                 # Nothing can be recorded in a store that is silent; and what this process has seen for itself stands without one.
-                self.failure = store or (peer and (self._first_failure(peer) or peer))
+                found = store or (peer and (self._first_failure(peer) or peer))
+                self.failure = found or self.failure  # which the other thread may have heard of meanwhile
             if self.failure is not None and not self._stop.is_set():
                 self.on_dead(self.failure)
                 return

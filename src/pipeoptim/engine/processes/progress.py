@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Mapping
+from math import inf
 
 from pipeoptim.engine.processes.rendezvous import Rendezvous
+
+TRAINS, EVALUATES, ENDED = "trains", "evaluates", "ended"
+"""What a process does: it waits inside a mini-batch; it has ended those, and is inside an evaluation; it is at the end of both."""
 
 _PATIENCE = 0.3  # seconds to hear from the others, which fail at about the same time
 
@@ -41,14 +45,18 @@ class TrainingProgress:
 
     def note_end(self, place: Place) -> None:
         """No mini-batch begins before the others have come as far."""
-        self._note(f"end {place[0]} {place[1]}")
+        self._note(f"{ENDED} {place[0]} {place[1]}")
 
-    def difference(self, training: bool, place: Place) -> str:
+    def note_evaluation(self, trained: int) -> None:
+        """An evaluation begins after ``trained`` mini-batches; how many batches it has nobody knows yet."""
+        self._note(f"{EVALUATES} {trained} 0")
+
+    def difference(self, doing: str, place: Place) -> str:
         """A sentence about processes that were given different numbers; empty where none is known.
 
-        ``training``: whether this process waited inside a mini-batch, the last one in ``place``.
+        ``doing``: what this process was at when it failed, at ``place``, the mini-batch or batch that it was inside included.
         """
-        own = f"{'wait' if training else 'end'} {place[0]} {place[1]}"
+        own = f"{doing} {place[0]} {place[1]}"
         self._note(own)
         until = time.monotonic() + _PATIENCE
         while not self._store_lost and time.monotonic() < until:
@@ -82,13 +90,13 @@ class TrainingProgress:
 
 def _compared(name: str, notes: Mapping[int, str]) -> str:
     """Who has ended before another; ``notes`` by the number that goes into ``name``."""
-    ended: dict[int, Place] = {}
+    ended: dict[int, tuple[float, float]] = {}
     reached: dict[int, Place] = {}
     for j, note in notes.items():
         kind, *numbers = note.split()
         reached[j] = (int(numbers[0]), int(numbers[1]))
-        if kind == "end":
-            ended[j] = reached[j]
+        if kind != TRAINS:
+            ended[j] = reached[j] if kind == ENDED else (reached[j][0], inf)
     if not ended:
         return ""
     short, far = min(ended, key=lambda j: ended[j]), max(reached, key=lambda j: reached[j])

@@ -57,7 +57,7 @@ class Rendezvous:
         self._members = f"pipeoptim/{role}/{'_'.join(map(str, self.ranks))}"
         self.generation, self.number = generation, _made[self._members] if number is None else number
         self._prefix = f"{self._members}/{self.number}.{generation}"
-        self._sockets = OpenedSockets()
+        self._sockets = OpenedSockets(_port(c10d._get_default_store()))
         with self._sockets:  # a connection of its own, which can be cut without taking the caller's store away
             self._connection = _clone(c10d._get_default_store())
         self.store: Store = PrefixStore(self._prefix, self._connection)
@@ -200,6 +200,13 @@ def _end_later(groups: dict[str, dist.ProcessGroup], sockets: OpenedSockets) -> 
 def _clone(store: Store) -> Store:
     clone: Callable[[], Store] | None = getattr(store, "clone", None)
     return store if clone is None else clone()
+
+
+def _port(store: Store) -> int | None:
+    """Where the processes reach it; None where it listens nowhere."""
+    while isinstance(store, PrefixStore):
+        store = store.underlying_store
+    return getattr(store, "port", None)
 
 
 def new_group(ranks: list[int], name: str, store: Store, timeout: timedelta, backend: str | None) -> dist.ProcessGroup:
