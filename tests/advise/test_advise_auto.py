@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,9 +16,11 @@ import pipeoptim as po
 import stage_processes
 from pipeoptim.advise import automatic
 from pipeoptim.cli.app import _run
-from pipeoptim.engine.automatic import settle_method
+from pipeoptim.config import Component
+from pipeoptim.engine.automatic import settle_options
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import run
+from pipeoptim.train.automatic import settled
 from pipeoptim.train.recipes import get_recipe
 
 ADAMW = torch.optim.AdamW
@@ -66,15 +69,19 @@ def test_processes_come_to_the_same_and_equal_the_emulator_or_refuse_to_differ()
 def test_a_process_settles_it_alone_and_other_optimizers_are_an_error():
     stages = [nn.Linear(2, 2) for _ in range(2)]
     optimizers = [ADAMW(stages[0].parameters()), torch.optim.SGD(stages[1].parameters(), lr=0.1)]
-    alone = [settle_method("auto", 2, 1, [optimizer], None) for optimizer in optimizers]
-    assert alone == [("pipeoptim", "refined"), ("naive", None)]  # which they find out when they compare their settings
+    alone = [settle_options(po.PipelineOptions, "auto", None, [optimizer], 2) for optimizer in optimizers]
+    assert [po.get_method(o.method).name for o in alone] == [
+        "pipeoptim",
+        "naive",
+    ]  # which they find out when they compare their settings
     with pytest.raises(ConfigError, match="call for different ones"):
         po.Emulator(stages, optimizers, nn.functional.mse_loss, "auto")
-    assert settle_method(po.METHODS["naive"], 2, 1, optimizers, "paper") == (po.METHODS["naive"], "paper")
+    assert settle_options(po.PipelineOptions, po.METHODS["naive"], None, optimizers, 2).method is po.METHODS["naive"]
 
 
 def tiny(**changes):
-    return replace(get_recipe("digits", tiny=True), steps=4, eval_every=0, stages=2, microbatches=2, method="auto", **changes)
+    usual = {"steps": 4, "eval_every": 0, "stages": 2, "microbatches": 2, "method": "auto"}
+    return replace(get_recipe("digits", tiny=True), **{**usual, **changes})
 
 
 def test_a_run_records_what_auto_stood_for_and_keeps_it(tmp_path, capsys, monkeypatch):
@@ -120,3 +127,65 @@ def test_the_command_line_repeats_and_resumes_it(tmp_path, capsys, monkeypatch):
     assert json.loads((tmp_path / "runs/paper/config.json").read_text())["prediction"] == "paper"
     assert _run(["compare", "--methods", "auto", "--recipe", "digits", "--tiny"]) == 2
     assert "pipeoptim advise says which" in capsys.readouterr().err
+
+
+WITHOUT_PREDICTION = {"ErrorFeedback": lambda p, lr: po.optim.ErrorFeedback(ADAMW(p, lr=lr))}
+MAKES = {
+    "AdamW": ADAMW,
+    "SGD": torch.optim.SGD,
+    "SpikeCompensation": lambda p, lr: po.optim.SpikeCompensation(ADAMW(p, lr=lr)),
+    **WITHOUT_PREDICTION,
+}
+CHOICES = {
+    "prediction": ["paper", "in_progress", "none"],
+    "refresh": [2],
+    "scale": ["auto", 0.5],
+    "synchronous_updates": [2],
+    "monitor": [True],
+    "overlap": [True],
+    "slack": [1.0],
+    "recompute": ["forward"],
+    "clip": [1.0],
+    "processes": [2],
+}
+
+
+@pytest.mark.parametrize("make", MAKES)
+def test_auto_is_never_refused_where_another_method_is_not(make):
+    rng = random.Random(make)
+
+    def refusal(method, depth, **options):
+        stages = [nn.Linear(2, 2) for _ in range(depth)]
+        try:
+            po.Emulator(stages, lambda p: MAKES[make](p, lr=0.1), nn.functional.mse_loss, method, **options)
+        except ConfigError as error:
+            return str(error)
+        return ""
+
+    refused = 0
+    for _ in range(60):
+        options = {name: rng.choice(CHOICES[name]) for name in rng.sample(list(CHOICES), rng.randint(0, 3))}
+        options["microbatches"] = rng.choice([1, 3, 4])
+        depth = 4 if "processes" in options else rng.choice([1, 2, 4])
+        told = refusal("auto", depth, **options)
+        if told:
+            refused += 1
+            kinds = [{}] if "prediction" in options else [{}, {"prediction": "in_progress"}]
+            possible = [name for name in po.METHODS for kind in kinds if not refusal(name, depth, **options, **kind)]
+            assert possible == [], (depth, options, told)
+    assert refused < 60
+
+
+def test_auto_says_which_choice_the_options_rule_out_and_a_run_keeps_what_was_asked(capsys):
+    pipe = emulator(make=WITHOUT_PREDICTION["ErrorFeedback"], microbatches=3)
+    assert pipe.method.name == "naive"
+    assert emulator(make=torch.optim.SGD, monitor=True).method.name == "pipeoptim"
+    assert emulator(depth=1, microbatches=3, slack=1.0).method.name == "pipeoptim"
+    with pytest.raises(ConfigError, match="method is 'auto', but the other options rule out each of"):
+        emulator(make=WITHOUT_PREDICTION["ErrorFeedback"], monitor=True)
+    plain = tiny(optimizer=Component("sgd", {"lr": 0.1}))
+    assert settled(replace(plain, microbatches=1)).method == "naive"
+    asked = settled(replace(plain, microbatches=1, monitor_every=5))
+    assert (asked.method, asked.monitor_every) == ("pipeoptim", 5)
+    assert "Instead of naive, for monitor is " in capsys.readouterr().err
+    assert settled(tiny(refresh=2, stages=1)).prediction == "in_progress"

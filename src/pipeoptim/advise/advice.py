@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from math import ceil
 from typing import Any, NamedTuple
 
-from pipeoptim.advise.decision import Choice, decide
+from pipeoptim.advise.decision import IF_REFUSED, Choice, decide
 from pipeoptim.advise.evidence import UNKNOWN, nearest
 from pipeoptim.advise.situation import Situation
+from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method
 from pipeoptim.schedule import Program
 
@@ -178,19 +180,48 @@ class Settled(NamedTuple):
     line: str
 
 
-def automatic(depth: int, microbatches: int, momentum: float | None = None, prediction: str | None = None) -> Settled:
+Check = Callable[[str, str | None], None]
+"""Raises ConfigError where a method, with a kind of prediction, does not go with all that the user has asked for."""
+
+
+def automatic(
+    depth: int, microbatches: int, momentum: float | None = None, prediction: str | None = None, check: Check | None = None
+) -> Settled:
     """What ``method="auto"`` stands for. Only what all processes of a pipeline know enters, so that each finds the same by itself;
     of memory nothing is known, so that what is found never takes more than two copies of the weights.
 
     Args:
         depth, microbatches, momentum: see :class:`Situation`.
         prediction: the kind that the user asked for; None to choose it as well.
+        check: refuses what the user's other options rule out; then the next of ``IF_REFUSED`` is tried.
+
+    Raises:
+        ConfigError: everything is refused.
 
     Example:
         >>> automatic(4, 4)[:2]
         ('pipeoptim', 'in_progress')
     """
-    choice, _ = decide(Situation(depth, microbatches, momentum=momentum))
-    kind = (choice.prediction or None) if prediction is None else prediction
-    shown = choice.method if kind is None else f"{choice.method} with prediction {kind}"
-    return Settled(choice.method, kind, f"method auto: {shown} (D = {depth}, M = {microbatches}). {choice.because}")
+    first, _ = decide(Situation(depth, microbatches, momentum=momentum))
+    refusals: dict[str, str] = {}
+    for choice in (first, *IF_REFUSED):
+        kind = (choice.prediction or None) if prediction is None else prediction
+        shown = choice.method if kind is None else f"{choice.method} with prediction {kind}"
+        if shown in refusals:
+            continue
+        try:
+            if check is not None:
+                check(choice.method, kind)
+        except ConfigError as error:
+            refusals[shown] = str(error)
+            continue
+        instead = "".join(f" Instead of {other}, for {why}." for other, why in list(refusals.items())[:1])
+        line = f"method auto: {shown} (D = {depth}, M = {microbatches}). {choice.because}{instead}"
+        return Settled(choice.method, kind, line)
+    tried, reasons = list(refusals), list(dict.fromkeys(refusals.values()))
+    if len(reasons) == 1:  # nothing that has to do with the method
+        raise ConfigError(reasons[0])
+    raise ConfigError(
+        f"method is 'auto', but the other options rule out each of {', '.join(tried)}: for the first, {reasons[0]}; leave one of these "
+        "options out, or name a method"
+    )

@@ -118,6 +118,15 @@ TREE = Question(
 """Asked from the top. What is not known counts as in the lambdas: room for two copies there is, for more there is not."""
 
 
+IF_REFUSED = (
+    Choice("pipeoptim", "refined", "It predicts, with two copies of the weights."),
+    Choice("pipeoptim", "in_progress", "It predicts from the mini-batch in progress, with two copies of the weights."),
+    Choice("naive", "", "It predicts nothing, and takes one copy of the weights."),
+    _SYNCHRONOUS,
+)
+"""What is tried in turn where other options of the user rule the choice of the tree out: none takes more than two copies of the weights."""
+
+
 def decide(situation: Situation) -> tuple[Choice, list[tuple[str, bool]]]:
     """The choice, and the questions with their answers that led to it.
 

@@ -4,10 +4,38 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+from torch.optim import Optimizer
+
+from pipeoptim.engine.stage.checks import check_delay_compensation
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import Method, refresh_every
+from pipeoptim.methods import Method, PredictorContext, get_method, refresh_every
 from pipeoptim.options import PipelineOptions, about
-from pipeoptim.schedule import Program
+from pipeoptim.schedule import AUTO, Program, slack_at_first
+
+
+def planned(options: PipelineOptions, depth: int, processes: int | None = None) -> tuple[Method, Program]:
+    """What a pipeline with these options trains by.
+
+    Raises:
+        ConfigError: the method is not defined for them, or an option could not take effect.
+    """
+    method = get_method(options.method).starting_synchronously(options.synchronous_updates)
+    program = method.program(depth, options.microbatches, processes, options.overlap, slack_at_first(options.slack))
+    check_effects(options, method, program)
+    if options.slack == AUTO:
+        method.check_slack()
+    return method, program
+
+
+def check_optimizer(optimizer: Optimizer | None, method: Method, program: Program, prediction: str) -> None:
+    """Raise ConfigError where a stage with ``optimizer`` could not train by ``method``: the checks that a stage itself makes."""
+    if optimizer is None:
+        return
+    check_delay_compensation(optimizer, method)
+    predicting = next((k for k in range(program.depth) if method.predicts_on(program, k)), None)
+    stepped = method.compensated(optimizer)
+    if predicting is not None and stepped is not None:
+        method.make_predictor(PredictorContext(stepped, program, predicting, kind=prediction, fused=False))
 
 
 def check_effects(options: PipelineOptions, method: Method, program: Program) -> None:

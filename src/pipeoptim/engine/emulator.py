@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import traced
-from pipeoptim.engine.automatic import settle_method
+from pipeoptim.engine.automatic import settle_options
 from pipeoptim.engine.microbatches import MicroBatch, StageKwargs
 from pipeoptim.engine.per_stage import one_each, scalers_of
 from pipeoptim.engine.pipeline import Pipeline
@@ -101,10 +101,14 @@ class Emulator(Pipeline):
         scalers = scalers_of(len(modules), options.pop("scaler", None))
         # Made here where a function is given: per stage, from that stage's parameters only.
         chosen = one_each("optimizers", len(modules), optimizers, [list(module.parameters()) for module in modules])
-        method, kind = settle_method(method, len(modules), microbatches, chosen, options.get("prediction"))
-        if kind is not None:
-            options["prediction"] = kind
-        read = PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options)
+        read = settle_options(
+            lambda method: PipelineOptions.read("Emulator", OPTIONS, method, microbatches, options),
+            method,
+            options.get("prediction"),
+            chosen,
+            len(modules),
+            processes,
+        )
         if read.slack == AUTO:
             raise ConfigError(
                 "slack is 'auto', which is measured between processes, and an emulator has no links; give the number that they chose "

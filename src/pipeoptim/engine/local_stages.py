@@ -7,17 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.engine.effects import check_effects
+from pipeoptim.engine.effects import check_effects, planned
 from pipeoptim.engine.runner import StageRunner
 from pipeoptim.engine.stage.prediction_monitor import PredictionError
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.stage_times import StageTimes
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.errors import ConfigError
-from pipeoptim.methods import copies, get_method, refresh_every
+from pipeoptim.methods import copies, refresh_every
 from pipeoptim.options import PipelineOptions
 from pipeoptim.options.checks import count
-from pipeoptim.schedule import AUTO, Program, Slack, slack_at_first
+from pipeoptim.schedule import Program, Slack
 
 
 class LocalStages:
@@ -33,14 +33,8 @@ class LocalStages:
 
     def __init__(self, options: PipelineOptions, depth: int, processes: int | None = None) -> None:
         self.options, self._asked_processes = options, processes
-        self.method = get_method(options.method).starting_synchronously(options.synchronous_updates)
         # Before anything is made: an option that could not take effect is refused, not ignored.
-        self.program = self.method.program(
-            depth, options.microbatches, processes, options.overlap, slack_at_first(options.slack)
-        )
-        check_effects(options, self.method, self.program)
-        if options.slack == AUTO:
-            self.method.check_slack()
+        self.method, self.program = planned(options, depth, processes)
         self.depth, self.microbatches, self.trace = depth, options.microbatches, options.trace
         self._runners: dict[int, StageRunner] = {}  # of the stages that live here, in order
 

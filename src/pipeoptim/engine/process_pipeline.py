@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine import auto_slack, traced
-from pipeoptim.engine.automatic import settle_method
+from pipeoptim.engine.automatic import settle_options
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
 from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
@@ -103,9 +103,14 @@ class ProcessPipeline(Pipeline):
         self._meet(Rendezvous("pipeline", members, read_option("timeout", options), f"{self._place_name} {{}}"))
         with self._closed_on_error():
             own = [arguments.optimizer for arguments in given]
-            method, kind = settle_method(method, len(self.ranks), microbatches, own, options.get("prediction"))
-            options = options if kind is None else {**options, "prediction": kind}
-            read = PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options)
+            read = settle_options(
+                lambda method: PipelineOptions.read(type(self).__name__, PROCESS_OPTIONS, method, microbatches, options),
+                method,
+                options.get("prediction"),
+                own,
+                len(self.ranks),
+                len(members),
+            )
             super().__init__(read, len(self.ranks), len(members))
             self._processes = (self.rendezvous.index,)
             # Before the workers, which hold their ends; connected later, when all processes have agreed.

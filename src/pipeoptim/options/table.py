@@ -5,6 +5,7 @@ What needs more than Python to check is named, and imported when the option is g
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import Field, dataclass, field, fields
@@ -443,9 +444,18 @@ def renamed(options: Mapping[str, Any]) -> dict[str, Any]:
         if old in found:
             if new in found:
                 raise ConfigError(f"{old} is the former name of {new}, and both were given; leave {old} out")
-            warnings.warn(f"{old}= is called {new}= now; the old name goes with the next minor release", DeprecationWarning, 5)
+            told = f"{old}= is called {new}= now; the old name goes with the next minor release"
+            warnings.warn(told, DeprecationWarning, stacklevel=_levels_to_user())
             found[new] = found.pop(old)
     return found
+
+
+def _levels_to_user() -> int:
+    """The ``stacklevel`` of a warning about what was called from outside the package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).split(".")[0] == "pipeoptim":
+        frame, level = frame.f_back, level + 1
+    return level
 
 
 def _refusal(pipeline: str, name: str, names: Sequence[str]) -> ConfigError:

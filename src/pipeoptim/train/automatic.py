@@ -4,40 +4,55 @@ from __future__ import annotations
 
 import inspect
 import sys
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
-from pipeoptim.advise import automatic
+from pipeoptim.advise import Settled, automatic
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
-from pipeoptim.options import DEFAULTS
+from pipeoptim.options import RUN_SETTINGS
 from pipeoptim.schedule import AUTO
 
 
-def settled(config: TrainConfig, prediction: str | None = None) -> TrainConfig:
+def settled(config: TrainConfig, given: Mapping[str, Any] | None = None) -> TrainConfig:
     """``config`` with the method and kind of prediction that "auto" stands for; itself under any other method.
 
     Args:
         config: of a run.
-        prediction: the kind that the user asked for; by default that of ``config``, where it is not the usual one.
+        given: settings that the user asked for, which the method must be able to take; others, of a recipe, are dropped where a method has
+            no use for them. By default all that are not the usual ones.
 
     Raises:
-        ConfigError: the optimizers of the stages call for different methods.
+        ConfigError: the optimizers of the stages call for different methods, or what is given rules out all methods.
     """
     if config.method != AUTO:
         return config
     from pipeoptim.train.change_method import with_method
+    from pipeoptim.train.checks import check_method
 
-    if prediction is None and config.prediction != DEFAULTS.prediction:
-        prediction = config.prediction
-    found = {automatic(config.stages, config.microbatches, momentum, prediction) for momentum in momenta(config.optimizer)}
+    if given is None:
+        given = {name: getattr(config, name) for name, known in RUN_SETTINGS.items() if getattr(config, name) != known.default}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if name in RUN_SETTINGS}
+    prediction = asked.pop("prediction", None)
+
+    def changed(method: str, kind: str | None) -> TrainConfig:
+        kept: dict[str, Any] = asked if kind is None else {**asked, "prediction": kind}
+        return replace(with_method(config, method), **kept)
+
+    def found_for(momentum: float) -> Settled:
+        return automatic(
+            config.stages, config.microbatches, momentum, prediction, lambda *choice: check_method(changed(*choice))
+        )
+
+    found = {found_for(momentum) for momentum in momenta(config.optimizer)}
     if len(found) > 1:
         raise ConfigError(
             f"method is {AUTO!r}, but optimizer {config.optimizer.target!r} calls for different ones by stage; name one"
         )
     (choice,) = found
     print(choice.line, file=sys.stderr)
-    config = with_method(config, choice.method)
-    return config if choice.prediction is None else replace(config, prediction=choice.prediction)
+    return changed(choice.method, choice.prediction)
 
 
 def kept(config: TrainConfig, before: TrainConfig) -> TrainConfig:

@@ -161,7 +161,7 @@ def train(
             notes.append(kept_note(chosen.optimizer, config.optimizer))
         if config.method == AUTO:
             exists = None if name is None or new else RunDir(out / _checked(name))
-            config = _settled(config, exists, {**in_file, **changed}.get("prediction"))
+            config = _settled(config, exists, {**in_file, **changed})
         if "steps" in changed or ("steps" in in_file and "lr_schedule" not in in_file):
             notes.append(warmup_note(config))
             config = shortened(config)
@@ -232,13 +232,13 @@ def _same_run(directory: RunDir, config: TrainConfig) -> TrainConfig:
         raise
 
 
-def _settled(config: TrainConfig, directory: RunDir | None, prediction: str | None) -> TrainConfig:
+def _settled(config: TrainConfig, directory: RunDir | None, given: dict[str, Any]) -> TrainConfig:
     """What ``auto`` stands for; in a run that exists, what it stood for when that was begun."""
     from pipeoptim.train.automatic import kept, settled
 
     if directory is not None and directory.config.exists():
         return kept(config, directory.read_config())
-    return settled(config, prediction)
+    return settled(config, given)
 
 
 def _resumed(

@@ -19,9 +19,11 @@ from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.engine.stage.tied_weights import TieOnStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
+from pipeoptim.optim import DelayCompensation
 from pipeoptim.options import PipelineOptions
 from pipeoptim.options.checks import takes
 from pipeoptim.rules import KINDS, Predictor
+from pipeoptim.rules.combined import members
 from pipeoptim.rules.lr import drives
 from pipeoptim.schedule import Program
 from pipeoptim.weights.store import WeightPredictor
@@ -170,6 +172,20 @@ def check_still_held(module: nn.Module, optimizer: Optimizer, k: int) -> None:
             f"{lost[0]}; load_state_dict(assign=True), a parametrization, another nn.Parameter?); write into parameters in place, with "
             "copy_() under no_grad(), or make a new pipeline with a new optimizer"
         )
+
+
+def check_delay_compensation(optimizer: Optimizer | None, method: Method) -> None:
+    """Raises ConfigError where an optimizer that the user made correct for delay meets predictions that deal with it already.
+
+    Under a flushing method it finds a gap of 0 and corrects nothing, so that the same script has its synchronous baseline.
+    """
+    for member in () if optimizer is None else members(optimizer):
+        if isinstance(member, DelayCompensation) and method.predicts and not member.follows_rule:
+            own = type(member).__name__
+            raise ConfigError(
+                f"{own} compensates the delay by itself, and method {method.name!r} predicts weights for the same delay; pass the "
+                f"optimizer without {own}, or choose a method that predicts nothing, for example 'pipedream_2bw'"
+            )
 
 
 def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions, ties: Sequence[TieOnStage]) -> None:

@@ -24,6 +24,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.engine.stage.autocast import autocast_to
 from pipeoptim.engine.stage.checks import (
+    check_delay_compensation,
     check_groups,
     check_loss_function,
     check_sharded,
@@ -139,6 +140,7 @@ class StageWorker:
         # Two lists in one order: what the optimizer moves (perhaps float32 masters), and the module's own parameters.
         parameters, params = optimizer_parameters(module, optimizer, scheduler, k)
         check_sharded(reduction, method, options, ties)
+        check_delay_compensation(optimizer, method)
         optimizer = method.compensated(optimizer)
         self.module, self.optimizer, self.scheduler = module, optimizer, scheduler
         self.method, self.program, self.k, self.loss_fn = method, program, k, loss_fn
