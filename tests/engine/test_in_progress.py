@@ -10,6 +10,7 @@ from torch import nn
 
 import oracle
 import pipeoptim as po
+from pipeoptim.rules import Predictor
 from test_oracle import WIDTH, Layer, latest_at_backward
 
 METHODS = sorted(name for name, method in po.METHODS.items() if method.predicts_by_rule)
@@ -335,3 +336,23 @@ def test_what_cannot_take_effect_is_refused():
     ):
         with pytest.raises(po.ConfigError, match=words):
             make(**options)
+
+
+@pytest.mark.parametrize(("depth", "m", "refresh"), [(4, 4, 1), (4, 4, 2), (3, 6, 1), (2, 5, 3)])
+def test_nothing_is_predicted_in_vain(depth, m, refresh, monkeypatch):
+    """One prediction for each stale micro-batch, or for `refresh` of them: those of stage k are D-1-k of a mini-batch."""
+    counted = []
+    real = Predictor.predict_into
+    monkeypatch.setattr(Predictor, "predict_into", lambda self, *args: counted.append(1) or real(self, *args))
+    stages = [nn.Linear(3, 3) for _ in range(depth)]
+    options = {"method": "pipeoptim", "microbatches": m, "prediction": "in_progress", "refresh": refresh}
+    pipe = po.Emulator(stages, lambda p: torch.optim.AdamW(p), nn.functional.mse_loss, **options)
+    per_step = []
+    for _ in range(5):
+        counted.clear()
+        pipe.step(torch.randn(2 * m, 3), target=torch.randn(2 * m, 3))
+        per_step.append(len(counted))
+    stale = [depth - 1 - k for k in range(depth)]
+    seen = [m - n for n in stale]  # micro-batches of the next update that the first stale forward of a stage knows
+    expected = sum(len({(c + i) // refresh for i in range(n)}) for n, c in zip(stale, seen, strict=True))
+    assert per_step[-1] == per_step[-2] == expected

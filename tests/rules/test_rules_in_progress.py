@@ -378,6 +378,29 @@ def test_the_predictor_keeps_nothing_and_steps_by_the_kernel() -> None:
     assert largest_difference(values_of(optimizer), real) < 1e-6
 
 
+@pytest.mark.parametrize(
+    "change",
+    [{"lr": 0.03}, {"weight_decay": 0.5}, {"betas": (0.5, 0.9)}, {"eps": 1.0}, {"maximize": True}, {"lr": torch.tensor(0.03)}],
+    ids=str,
+)
+def test_options_may_change_between_two_predictions_of_one_version(change: dict[str, Any]) -> None:
+    """What a dry step keeps from one prediction to the next does not outlive what it was made for."""
+    optimizer = Case("", torch.optim.AdamW, {"lr": 0.01}).make(dtype=torch.float32)
+    train(optimizer, 2)
+    predictor, grads = Predictor(optimizer, kind="in_progress"), gradients(optimizer, 5)
+    out = [torch.empty_like(w) for w in values_of(optimizer)]
+    predictor.predict_into(out, 1, whole(grads))
+    for group in optimizer.param_groups:
+        group.update(change)
+    for _ in range(2):
+        predictor.predict_into(out, 1, whole(grads))
+        assert largest_difference(out, really_stepped(optimizer, grads)) < 1e-6
+    if isinstance(change.get("lr"), Tensor):
+        change["lr"].fill_(0.09)  # in place: the same object, another number
+        predictor.predict_into(out, 1, whole(grads))
+        assert largest_difference(out, really_stepped(optimizer, grads)) < 1e-6
+
+
 @pytest.mark.parametrize("updates", [0, 3])  # by the optimizer's own step on copies, and by its rule
 def test_a_buffer_may_have_another_type(updates: int) -> None:
     optimizer = Case("", torch.optim.AdamW, {"lr": 0.01}).make(dtype=torch.float32)
