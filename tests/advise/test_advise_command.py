@@ -18,11 +18,11 @@ def found(capsys, *arguments):
 def test_text_names_everything_and_a_command_that_trains_so(capsys):
     assert _run(["advise", "--stages", "8", "--late", "0.3"]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[0] == "pipeoptim, prediction in_progress, M = 8, slack 1"
-    assert lines[1] == "B on the latest weights; gap 2; at most 2 copies of the weights"
+    assert lines[0] == "pipeoptim, prediction in_progress, M = 14, slack 1"
+    assert lines[1] == "B on the latest weights; gap 1; at most 2 copies of the weights"
     assert "  Is M at least D? yes" in lines
     assert any(line.startswith("Cost of staleness: validation loss") for line in lines)
-    assert lines[-1] == "pipeoptim train --method pipeoptim --prediction in_progress --stages 8 --microbatches 8 --slack 1"
+    assert lines[-1] == "pipeoptim train --method pipeoptim --prediction in_progress --stages 8 --microbatches 14 --slack 1"
 
 
 def test_json_is_the_function(capsys):
@@ -74,7 +74,7 @@ def test_a_run_says_its_depth_batch_and_optimizer_and_how_far_off_its_prediction
         (("--stages", "4", "--activations", "1"), "give them"),
         (("--stages", "4", "--late", "-1"), "late is -1"),
         (("--stages", "4", "--optimizer", "adma"), "unknown optimizer 'adma'"),
-        (("--run", "nothing"), "no run to resume in runs/nothing"),
+        (("--run", "nothing"), "there is no run in runs/nothing"),
         (("--stages", "1000000"), "would take long"),
     ],
 )

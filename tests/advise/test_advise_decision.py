@@ -11,9 +11,11 @@ import pytest
 
 from pipeoptim.advise import Evidence, Question, Situation, advise, automatic, decide, evidence, nearest, to_mermaid
 from pipeoptim.advise.decision import TREE, choices
+from pipeoptim.bench.slack_model import efficiency
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
 from pipeoptim.rules import KINDS
+from pipeoptim.schedule import Program
 from pipeoptim.stability import LinearStage, largest_stable_rate, linear_optimizer
 
 ROOT = Path(__file__).parents[2]
@@ -88,12 +90,33 @@ def test_the_kind_at_one_micro_batch_is_that_which_the_theory_calls_more_stable(
 
 
 def test_slack_follows_from_how_late_messages_are_and_says_what_it_costs():
-    assert [advise(Situation(4, 4, late=late)).slack for late in (None, 0.0, 0.3, 0.9, 5.0)] == [0, 0, 1, 2, 2]
+    assert [advise(Situation(4, 4, late=late)).slack for late in (None, 0.0, 0.3, 0.5, 0.9, 2.0, 50.0)] == [0, 0, 1, 1, 2, 4, 8]
     found = advise(Situation(4, 4, late=0.3))
     assert found.gap == 2
     assert any("makes the gap 2 updates, and one from M = 6 on" in reason for reason in found.reasons)
     assert advise(Situation(4, 6, late=0.3)).gap == 1
-    assert any("more than was tried" in reason for reason in advise(Situation(4, 4, late=5.0)).reasons)
+    assert any(
+        "of which it hides 4, the most that is advised" in reason for reason in advise(Situation(4, 4, late=50.0)).reasons
+    )
+    free = advise(Situation(4, late=2.0))  # M is chosen so that both hold
+    assert (free.slack, free.microbatches, free.gap) == (4, 15, 1)
+    assert (
+        "M: 15, as many as the first stage forwards before its first backward, with this slack: the gap is one update."
+        in free.reasons
+    )
+    few = advise(Situation(4, most_microbatches=4, late=2.0))
+    assert (few.microbatches, few.gap) == (4, 4)
+    assert "M: 4, the most that is possible." in few.reasons
+
+
+@pytest.mark.parametrize("late", [0.3, 0.5, 1.0, 2.0])
+def test_the_slack_that_is_advised_hides_what_it_says_and_less_does_not(late):
+    found = advise(Situation(4, late=late))
+    least = [efficiency(Program("async_1f1b", 4, slack=x), late, 0.0, minibatches=200) for x in (found.slack, found.slack - 1)]
+    assert least[0] > 0.999 > least[1]
+
+
+def test_an_exact_result_has_no_slack():
     assert advise(Situation(4, late=0.5, exact=True)).slack == 0
 
 

@@ -160,3 +160,9 @@ def test_what_processes_must_agree_on_is_described_without_addresses():
     assert "method=mine microbatches=4" in told
     assert "scaler=on" in told and "replicas=2" in told
     assert "0x" not in told and "on_update" not in told
+
+
+@pytest.mark.parametrize("pipeline", [po.Emulator, po.Schedule, po.InterleavedSchedule])
+def test_help_shows_types_as_the_code_has_them(pipeline):
+    shown = str(inspect.signature(pipeline))
+    assert "ForwardRef" not in shown and "clip: 'Clip | float | None' = None" in shown

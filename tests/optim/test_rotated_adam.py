@@ -260,6 +260,7 @@ def test_groups_of_linear_weights():
         ({"lr": -1.0}, "lr of RotatedAdam is -1.0, must be a number of at least 0"),
         ({"betas": (0.9, 1.0)}, "beta2 of RotatedAdam is 1.0, must be a number of at least 0, and below 1"),
         ({"betas": 0.9}, "must be two numbers"),
+        ({"foreach": 3}, "foreach of RotatedAdam is 3, must be True, False or None"),
         ({"sides": "both"}, "sides of RotatedAdam is 'both', must be one of bilateral, unilateral"),
         ({"refresh_every": 0}, "refresh_every of RotatedAdam is 0"),
         ({"rotate": 1}, "rotate of RotatedAdam is 1, must be True or False"),

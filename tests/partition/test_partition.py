@@ -213,6 +213,23 @@ def test_bad_input_is_refused_with_a_sentence(options, words):
         partition(linears(3), **options)
 
 
+@pytest.mark.parametrize("wrong", ["2", [2], 2.0, True])
+@pytest.mark.parametrize("name", ["num_stages", "devices"])
+def test_a_number_of_another_type_is_refused_before_the_model_is_looked_at(wrong, name):
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layers = nn.ModuleList(linears(3))
+
+        def forward(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    with pytest.raises(po.ConfigError, match=f"{name} is .*, must be an integer"):
+        partition(Own(), sample_args=(torch.ones(2, 4),), **{"num_stages": 2, name: wrong})
+
+
 def test_a_model_that_cannot_be_sliced_is_refused():
     with pytest.raises(po.ConfigError, match="pass an nn.Sequential or the list of its blocks"):
         partition(nn.Linear(2, 2), 1)

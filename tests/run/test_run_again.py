@@ -220,7 +220,7 @@ def test_a_worker_that_python_cannot_interrupt_ends_with_its_launcher(tmp_path: 
 
 
 def test_a_run_that_is_not_there_is_not_begun_by_resume(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(ConfigError, match="no run to resume"):
+    with pytest.raises(ConfigError, match="there is no run in"):
         run(tiny.recipe(), "runs/nothing", resume=True, progress=False)
     assert not Path("runs/nothing").exists()
     result = run(tiny.recipe(), "runs/something", resume=None, progress=False)

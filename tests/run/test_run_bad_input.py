@@ -74,7 +74,7 @@ CASES = {
     "name that is too long": ([*TINY, "--name", "a" * 300], ["one folder"]),
     "word without an option": (["digits"], ["unexpected", "digits", "--help"]),
     "name that is a path": ([*TINY, "--name", "../x"], ["'../x'", "--out"]),
-    "resume of nothing": (["--resume", "--name", "nothing"], ["no run to resume", "--name"]),
+    "resume of nothing": (["--resume", "--name", "nothing"], ["there is no run in", "check its name"]),
     "lr of a group nan": ([*TINY, "--group", "lr=nan"], ["lr of a parameter group is nan", "finite number above 0"]),
     "lr of a group negative": ([*TINY, "--group", "ndim=2,lr=-1"], ["lr of a parameter group is -1"]),
     "group of no weights": ([*TINY, "--group", "ndim=9,lr=1"], ["'ndim': 9", "takes no weights"]),

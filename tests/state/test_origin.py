@@ -176,7 +176,11 @@ REFUSED = {
         lambda f: po.save_sharded(emulator(cut()), existing(f / "w"), overwrite=True),
         "holds no state.json, so it is not replaced",
     ),
-    "a file above": (lambda f: po.check_export(emulator(cut()), existing(f / "w") / "thesis.txt" / "w"), "is no folder that"),
+    "a file above": (
+        lambda f: po.check_export(emulator(cut()), existing(f / "w") / "thesis.txt" / "w"),
+        "nothing can be made in .*thesis.txt",
+    ),
+    "a folder of the kernel's": (lambda f: po.check_export(emulator(cut()), "/proc/x/y"), "nothing can be made in /proc"),
     "a model beside": (lambda f: po.check_export(emulator(cut()), f / "w", also_save=[nn.Linear(1, 1)]), "such as a tokenizer"),
     "a name beside": (lambda f: po.check_export(emulator(cut()), f / "w", also_save="gpt2"), "also_save is 'gpt2', must be"),
     "overwrite": (lambda f: po.check_export(emulator(cut()), f / "w", overwrite="yes"), "overwrite is 'yes', must be"),
@@ -207,3 +211,25 @@ def test_renaming_is_welcome_and_an_export_replaces_an_export(tmp_path):
     assert equal(again.state_dict(), po.full_state_dict(pipe))
     assert po.load_sharded(pipe, tmp_path / "c")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["c", "w"], "nothing is left of what was replaced"
+
+
+def test_what_is_around_a_whole_stage_is_in_no_name_and_a_check_leaves_nothing_behind(tmp_path):
+    model = nn.Sequential(*(nn.Linear(2, 2) for _ in range(4)))
+    stages = [torch.compile(model[:2]), torch.compile(model[2:])]
+    pipe = po.Emulator(stages, adamw, nn.functional.mse_loss, "1f1b")
+    po.check_export(pipe, tmp_path / "deep" / "weights")
+    assert list(tmp_path.iterdir()) == []
+    found = po.full_state_dict(pipe)
+    assert found.keys() == model.state_dict().keys()
+    po.save_weights(pipe, tmp_path / "weights")
+    for target, entries in (
+        (nn.Sequential(*(nn.Linear(2, 2) for _ in range(4))), model),
+        (torch.compile(model[2:]), model[2:]),
+    ):
+        po.load_weights(target, tmp_path / "weights")
+        for own, saved in zip(target.parameters(), entries.parameters(), strict=True):
+            assert torch.equal(own, saved)
+    same = [torch.compile(nn.Linear(2, 2)) for _ in range(2)]  # no slices: their names are those of a Sequential of them
+    assert list(po.full_state_dict(po.Emulator(same, adamw, nn.functional.mse_loss, "1f1b"))) == [
+        f"{k}.{name}" for k in range(2) for name in ("weight", "bias")
+    ]

@@ -14,10 +14,6 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.methods import copies, get_method
 from pipeoptim.schedule import Program
 
-SLACK = ((0.02, 0.0), (0.3, 1.0), (1.0, 2.0))
-"""(messages late by up to so many times of a stage, slack at which that costs nothing), by the max-plus model of the order."""
-
-
 UNEVEN = 1.1
 """From here on a slow stage is worth a new cut."""
 
@@ -111,22 +107,20 @@ def _slack(situation: Situation, flushes: bool) -> tuple[float, list[str]]:
         return 0.0, []
     if situation.late is None:
         return 0.0, ["Slack: 0, as it is not known how late messages come; between processes --slack auto measures it."]
-    x = next((x for late, x in SLACK if situation.late <= late), SLACK[-1][1])
-    beyond = ", and more than was tried" if situation.late > SLACK[-1][0] else ""
+    x, ahead = situation.slack, situation.ahead
     if not x:
-        return x, [f"Slack: 0, as messages are late by {situation.late:g} times of a stage only."]
-    ahead = ceil((1 + x) * (situation.stages - 1))
+        return 0.0, [f"Slack: 0, as messages are late by {situation.late:g} times of a stage only."]
+    beyond = f", of which it hides {x / 2:g}, the most that is advised" if 2 * situation.late > x else ""
     more = f"; it makes the gap {ceil(ahead / situation.m)} updates, and one from M = {ahead} on" if situation.m < ahead else ""
-    return x, [f"Slack: {x:g}, as messages are late by {situation.late:g} times of a stage{beyond}{more}."]
+    return float(x), [f"Slack: {x}, as messages are late by {situation.late:g} times of a stage{beyond}{more}."]
 
 
 def _of_microbatches(situation: Situation, flushes: bool) -> list[str]:
     m, depth = situation.m, situation.stages
     if situation.microbatches is None and not flushes:
-        return [
-            f"M: {m}, "
-            + ("as many as there are stages: the gap is one update." if m >= depth else "the most that is possible.")
-        ]
+        wanted = "there are stages" if m == depth else "the first stage forwards before its first backward, with this slack"
+        enough = m >= max(depth, situation.ahead)
+        return [f"M: {m}, " + (f"as many as {wanted}: the gap is one update." if enough else "the most that is possible.")]
     if m >= depth or flushes:
         return []
     possible = situation.most_microbatches is None or situation.most_microbatches >= depth

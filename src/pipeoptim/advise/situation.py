@@ -3,8 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from math import ceil
 
 from pipeoptim.errors import ConfigError
+
+NOT_LATE = 0.02
+"""Times of a stage that cost no more than slack would."""
+
+MOST_SLACK = 8
+"""What is advised at most: messages later than four stage times each way call for another link, or for longer stages."""
 
 
 @dataclass(frozen=True)
@@ -49,11 +56,22 @@ class Situation:
             raise ConfigError(f"late is {self.late!r}, must be a number of at least 0, in times of a stage")
 
     @property
+    def slack(self) -> int:
+        """The least that hides messages as late as these: 2d on every boundary, for d stage times one way (docs/performance.md)."""
+        return 0 if self.exact or self.late is None or self.late <= NOT_LATE else min(ceil(2 * self.late), MOST_SLACK)
+
+    @property
+    def ahead(self) -> int:
+        """Micro-batches that the first stage forwards before its first backward: with as many in a mini-batch the gap is one update."""
+        return (1 + self.slack) * (self.stages - 1)
+
+    @property
     def m(self) -> int:
-        """M: as given, or D where that is possible, or as near to it as it is."""
+        """M: as given, or what makes the gap one update where that is possible, or as near to it as it is."""
         if self.microbatches is not None:
             return self.microbatches
-        return self.stages if self.most_microbatches is None else min(self.stages, self.most_microbatches)
+        wanted = max(self.stages, self.ahead)
+        return wanted if self.most_microbatches is None else min(wanted, self.most_microbatches)
 
     def has_room(self, copies: int, unknown: bool) -> bool:
         """Whether so many copies of the weights fit; ``unknown`` where nothing is known of that."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import tempfile
 from pathlib import Path
 
 from pipeoptim.checkpoint.saving_group import SavingGroup
@@ -12,7 +13,7 @@ from pipeoptim.files import cause_of, make_folder, replace_folder, sync_tree
 
 
 def check_folder(folder: Path, processes: SavingGroup, overwrite: bool, known_by: str) -> None:
-    """Refuse, in all processes alike, a folder that could not be written; nothing is touched.
+    """Refuse, in all processes alike, a folder that could not be written; nothing is left behind.
 
     Args:
         overwrite: whether an earlier one of the same kind is replaced.
@@ -62,6 +63,9 @@ def _refusal(folder: Path, overwrite: bool, known_by: str) -> str:
     if folder.exists() and not (folder / known_by).is_file():
         return f"{folder} exists already and holds no {known_by}, so it is not replaced; choose another folder, or remove it"
     above = next(path for path in folder.absolute().parents if path.exists())
-    if not above.is_dir() or not os.access(above, os.W_OK | os.X_OK):
-        return f"{folder} cannot be made, for {above} is no folder that may be written to; choose another folder"
+    try:
+        # Tried and not asked: of a full disk, a file system that is read-only or one like /proc, permissions say nothing.
+        os.rmdir(tempfile.mkdtemp(prefix=".pipeoptim-", dir=above))
+    except OSError as error:
+        return f"{folder} cannot be made, for nothing can be made in {above} ({cause_of(error)}); choose another folder"
     return ""

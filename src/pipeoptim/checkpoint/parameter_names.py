@@ -15,6 +15,8 @@ from pipeoptim.errors import ConfigError
 if TYPE_CHECKING:
     from pipeoptim.engine.pipeline import Pipeline
 
+_WRAPPERS = "OptimizedModule", "DistributedDataParallel"  # by name: to import the first takes torch a second
+
 T = TypeVar("T")
 Names = Sequence[Mapping[str, str]]
 """For every stage: name in the original model -> name in the stage (``Partition.names``)."""
@@ -25,7 +27,8 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, l
 
     A weight that the original model uses twice has two names there. Without ``names``, stages of ``partition`` carry theirs. Of others,
     slices of an ``nn.Sequential`` keep its names, so names that no two stages share are taken for the original ones. Where two stages do
-    share one, the original is taken to be ``nn.Sequential(*stages)``.
+    share one, the original is taken to be ``nn.Sequential(*stages)``. What ``torch.compile`` or DDP has put around a whole stage is in
+    no name.
 
     Raises:
         ConfigError: ``names`` does not cover a stage, or contradicts what it carries.
@@ -44,13 +47,30 @@ def original_names(pipe: Pipeline, names: Names | None) -> dict[int, dict[str, l
         return {k: _original_names_given(k, pipe.stage_module(k), names) for k in pipe.local_stages}
     own = {k: list(pipe.stage_module(k).state_dict()) for k in pipe.local_stages}
     carried = {k: carried_names(pipe.stage_module(k)) for k in pipe.local_stages}
-    unnamed = {k: [name for name in entries if name not in carried[k]] for k, entries in own.items()}
+    inner = {k: {name: without_wrapper(pipe.stage_module(k), name) for name in entries} for k, entries in own.items()}
+    unnamed = {k: [inner[k][name] for name in entries if name not in carried[k]] for k, entries in own.items()}
     # All processes gather, so that all decide alike.
     often = Counter(name for part in saving_group(pipe).gather(unnamed) for entries in part.values() for name in entries)
     unique = max(often.values(), default=1) == 1
     return {
-        k: {name: carried[k].get(name) or [name if unique else f"{k}.{name}"] for name in entries} for k, entries in own.items()
+        k: {name: carried[k].get(name) or [inner[k][name] if unique else f"{k}.{inner[k][name]}"] for name in entries}
+        for k, entries in own.items()
     }
+
+
+def without_wrapper(module: nn.Module, name: str) -> str:
+    """``name`` of an entry of ``module`` as it is inside of what was put around all of it.
+
+    Example:
+        >>> import torch
+        >>> without_wrapper(torch.compile(nn.Linear(1, 1)), "_orig_mod.weight")
+        'weight'
+    """
+    for attribute in ("_orig_mod", "module"):  # of torch.compile, of DistributedDataParallel
+        inside = module._modules.get(attribute)
+        if inside is not None and len(module._modules) == 1 and type(module).__name__ in _WRAPPERS:
+            return without_wrapper(inside, name.removeprefix(f"{attribute}."))
+    return name
 
 
 def carried_names(module: nn.Module) -> dict[str, list[str]]:

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.checkpoint.parameter_names import carried_names, inverted
+from pipeoptim.checkpoint.parameter_names import carried_names, inverted, without_wrapper
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import as_path
 
@@ -52,7 +52,7 @@ def load_weights(
     files = _files_of(source)
     wanted = inverted(names) if names is not None else carried_names(module)
     own = module.state_dict()
-    where = {name: wanted.get(name, [name]) for name in own}
+    where = {name: wanted.get(name) or list(dict.fromkeys((name, without_wrapper(module, name)))) for name in own}
     loaded = _read(files, where, own, source)
     _check_missing(module, loaded, where, source)
     with torch.no_grad():

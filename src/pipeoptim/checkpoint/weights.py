@@ -140,7 +140,7 @@ def check_export(
     also_save: Sequence[Any] = (),
     overwrite: bool = False,
 ) -> None:
-    """Refuse now what :func:`save_weights` with the same arguments would refuse after training. Writes and drains nothing.
+    """Refuse now what :func:`save_weights` with the same arguments would refuse after training. Leaves nothing behind and drains nothing.
 
     With one process per stage all call it.
 

@@ -92,6 +92,8 @@ class LocalStages:
 
     def version_gap(self, k: int, microbatch: int = 0) -> int:
         """Updates of stage ``k`` between F and B of micro-batch ``microbatch`` of a mini-batch, in steady state."""
+        if isinstance(microbatch, bool) or not isinstance(microbatch, int) or not 0 <= microbatch < self.microbatches:
+            raise ConfigError(f"microbatch is {microbatch!r}, must be one of a mini-batch's: 0 .. {self.microbatches - 1}")
         return self.program.steady_gap(k, microbatch)
 
     def weight_copies(self, k: int) -> int:

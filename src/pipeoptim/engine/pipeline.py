@@ -92,6 +92,10 @@ class Pipeline(LocalStages):
             raise ConfigError(
                 "step() was called without gradients (inside no_grad or inference_mode); call it outside, or eval_step()"
             )
+        if losses is not None and not isinstance(losses, list):
+            raise ConfigError(
+                f"losses is {losses!r}, must be a list, which is filled with the loss of each micro-batch, or None"
+            )
         micro_batches = self._split_batch(self._splitter, args, kwargs, stage_kwargs, target)
         self._note_training()
         if 0 in self._runners:

@@ -247,6 +247,8 @@ def _check_options(group: Mapping[str, Any]) -> None:
             raise ConfigError(f"{name} of RotatedAdam is {group[name]!r}, must be an integer of at least 1")
     if not isinstance(group["rotate"], bool):
         raise ConfigError(f"rotate of RotatedAdam is {group['rotate']!r}, must be True or False")
+    if group["foreach"] is not None and not isinstance(group["foreach"], bool):
+        raise ConfigError(f"foreach of RotatedAdam is {group['foreach']!r}, must be True, False or None")
     if group["sides"] not in SIDES:
         raise ConfigError(f"sides of RotatedAdam is {group['sides']!r}, must be one of {', '.join(SIDES)}")
 

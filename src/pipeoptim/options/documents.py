@@ -7,7 +7,7 @@ import re
 import textwrap
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import fields
-from typing import Any, TypeVar
+from typing import Any, ForwardRef, TypeVar
 
 from pipeoptim.options.keywords import OptionKeywords, ProcessKeywords
 from pipeoptim.options.table import PipelineOptions, about
@@ -32,8 +32,13 @@ def show_keywords(function: Any, keywords: Iterable[tuple[str, Any, Any]]) -> No
     """Give ``function`` a signature with ``keywords`` (name, default, type) in place of its ``**``."""
     signature = inspect.signature(function)
     own = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    shown = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=t) for n, d, t in keywords]
+    shown = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY, default=d, annotation=_text(t)) for n, d, t in keywords]
     function.__signature__ = signature.replace(parameters=[*own, *shown])
+
+
+def _text(annotation: Any) -> Any:
+    """As the code says it, as all others are in a module with postponed annotations."""
+    return annotation.__forward_arg__ if isinstance(annotation, ForwardRef) else annotation
 
 
 def document(cls: C, helps: Iterable[tuple[str, str]]) -> C:

@@ -284,8 +284,8 @@ class PipelineOptions:
     )
     compress: Compression | None = option(
         None,
-        "'bf16', 'int8' or a pipeoptim.Compression: messages between stages take fewer bytes. An emulator loses the same "
-        "precision.",
+        "'bf16', 'int8' or a pipeoptim.Compression: messages between stages take fewer bytes; tensors of fewer than 32 numbers are "
+        "sent as they are. An emulator loses the same precision.",
         read_by("pipeoptim.engine.transport.compression:as_compression"),
         agreed=EQUAL,
         given="Compression | str | None",

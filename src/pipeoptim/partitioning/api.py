@@ -113,6 +113,9 @@ def partition(
         raise ConfigError(f"microbatches is {microbatches!r}, must be an integer of at least 1")
     if refresh is not None and (type(refresh) is not int or refresh < 1):
         raise ConfigError(f"refresh is {refresh!r}, must be an integer of at least 1, or None")
+    for what, number in (("num_stages", num_stages), ("devices", devices)):
+        if number is not None and type(number) is not int:
+            raise ConfigError(f"{what} is {number!r}, must be an integer")
     check_types(model, sample_kwargs, layers, costs, speeds, memory, bandwidth, group)
     how, splitter = _splitter(model, sample_args, dict(sample_kwargs or {}), how, layers, microbatches, num_stages)
     blocks = len(splitter.names)
@@ -206,9 +209,6 @@ def _check(
 ) -> None:
     if stages is None and devices is None:
         raise ConfigError("neither num_stages nor devices was given; say how many stages, or how many devices to use")
-    for what, number in (("num_stages", stages), ("devices", devices)):
-        if number is not None and type(number) is not int:
-            raise ConfigError(f"{what} is {number!r}, must be an integer")
     if stages is not None and not 1 <= stages <= blocks:
         raise ConfigError(f"num_stages is {stages}, but the model has {blocks} blocks; use 1 .. {blocks}")
     if bandwidth is not None and not bandwidth > 0:

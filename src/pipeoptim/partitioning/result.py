@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from pipeoptim.engine.stage.tied import Tied
+from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.parameter_places import full_state_dict
 from pipeoptim.partitioning.stage_row import StageRow, bytes_in_words
@@ -53,13 +54,24 @@ class Partition:
             states: the ``state_dict`` of each stage, for instance gathered from other processes; by default those of
                 :attr:`stages`.
 
+        Raises:
+            ConfigError: ``states`` are not the states of all stages, or one lacks an entry.
+
         Example:
             >>> from pipeoptim.partitioning import partition
             >>> model = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2))
             >>> sorted(partition(model, 2, pins=[1]).full_state_dict())
             ['0.bias', '0.weight', '1.bias', '1.weight']
         """
-        return full_state_dict(self.names, [s.state_dict() for s in self.stages] if states is None else states)
+        if states is None:
+            states = [stage.state_dict() for stage in self.stages]
+        elif not isinstance(states, list | tuple) or not all(isinstance(state, Mapping) for state in states):
+            raise ConfigError(f"states is {states!r}, must be a list with the state_dict() of each stage, in order")
+        elif len(states) != len(self.stages):
+            raise ConfigError(
+                f"states has {len(states)} entries for {len(self.stages)} stages; give the state_dict() of each, in order"
+            )
+        return full_state_dict(self.names, states)
 
     def __str__(self) -> str:
         """:meth:`to_text`."""

@@ -131,7 +131,7 @@ class RunDir:
             return TrainConfig.from_json(self.config.read_text(encoding="utf-8"))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
-                f"no run to resume in {self.path} (no {self.config.name}); check --name and --out, or leave out --resume"
+                f"there is no run in {self.path} (no {self.config.name}); check its name and the folder of the runs"
             ) from error
         except OSError as error:
             raise ConfigError(

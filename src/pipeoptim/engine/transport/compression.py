@@ -31,7 +31,7 @@ from pipeoptim.errors import ConfigError
 KINDS = ("bf16", "int8")
 FEEDBACKS = ("none", "gradients", "activations", "both")
 ROW = 32
-"""Numbers that share a scale, at least; tensors with fewer are sent as they are."""
+"""Numbers that share a scale, at least; tensors with fewer are sent as they are, which the help of ``compress`` says."""
 
 _TYPES = {"bf16": (torch.float32,), "int8": (torch.float32, torch.float16, torch.bfloat16)}
 _LEAST_SCALE = torch.finfo(torch.float32).tiny  # a row of zeros must not be divided by zero
