@@ -48,7 +48,7 @@ def another(name: str) -> object:
     """A value of a setting that is not the default."""
     known = SETTINGS[name]
     by_type = {"bool": [True], "int": [(known.default or 0) + 1] if known.type_name != "str" else [], "float": [1.5]}
-    candidates = by_type.get(known.type_name.split(" | ")[0], ["paper", "1", "0.5", *reversed(known.choices)])
+    candidates = by_type.get(known.type_name.split(" | ")[0], ["paper", "1", "0.5", "skip", *reversed(known.choices)])
     for value in candidates:
         with suppress(ConfigError):
             known.check(name, value)
