@@ -25,6 +25,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from compare_all import Choice
+
 from pipeoptim.bench.record import machine
 from pipeoptim.compare.outcome import read_run
 from pipeoptim.compare.statistics import tail_mean
@@ -44,13 +46,11 @@ class Contender:
         name: as tables show it.
         method: as ``pipeoptim train --method`` takes it.
         fields: of the run's configuration, where they are not those of the setting.
-        optimizer: options of the optimizer that belong to this contender, by the optimizer's name.
     """
 
     name: str
     method: str
     fields: dict[str, Any] = field(default_factory=dict)
-    optimizer: dict[str, dict[str, Any]] = field(default_factory=dict)
 
 
 IN_PROGRESS = {"prediction": "in_progress"}
@@ -87,23 +87,16 @@ RIVALS = ("pipedream_2bw", "nesterov", "spectrain", "xpipe", "pipemare", "pipeop
 CORE_1 = ("1f1b", "naive", "pipedream", "pipeoptim, refined", "pipeoptim, refined, 160 synchronous")
 
 
-@dataclass(frozen=True)
-class OptimizerGrid:
-    """An optimizer, and the learning rates among which every contender looks for its own, in rising order; it begins in the middle."""
-
-    component: Component
-    rates: tuple[float, ...]
-
-
+#: The rates rise, and every contender looks for its own among them, beginning in the middle.
 OPTIMIZERS = {
-    "adamw": OptimizerGrid(Component("adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "muon": OptimizerGrid(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "rotated": OptimizerGrid(Component("rotated_adam", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "rotated_95": OptimizerGrid(
+    "adamw": Choice(Component("adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "muon": Choice(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "rotated": Choice(Component("rotated_adam", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "rotated_95": Choice(
         Component("rotated_adam", {"weight_decay": 0.01, "betas": (0.95, 0.999)}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
     ),
-    "sgd": OptimizerGrid(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4)),
-    "rmsprop": OptimizerGrid(Component("rmsprop", {"alpha": 0.99}), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
+    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4)),
+    "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
 }
 
 
@@ -152,7 +145,7 @@ class Setting:
 
     def config(self, contender: Contender, rate: float, seed: int) -> TrainConfig:
         """The run of one contender."""
-        component = OPTIMIZERS[self.optimizer].component.with_options(lr=rate, **contender.optimizer.get(self.optimizer, {}))
+        component = OPTIMIZERS[self.optimizer].component.with_options(lr=rate)
         base = TASKS[self.task](self.depth, self.microbatches)
         microbatches = 1 if contender.method == SYNCHRONOUS.method else self.microbatches
         return replace(

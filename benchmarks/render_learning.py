@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import statistics
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ PAGE = ROOT / "docs" / "results.md"
 
 _TABLE = re.compile(r"(<!-- learning: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _NUMBER = re.compile(r"(<!-- learned: (?P<what>[^>]*?) -->).*?(<!-- end -->)", re.DOTALL)
+_MACHINE = re.compile(r"(<!-- learned on -->).*?(<!-- end -->)", re.DOTALL)
 _MISSING = "not yet run"
 
 
@@ -56,8 +58,8 @@ def share(ledger: Ledger, setting: Setting, name: str) -> float | None:
     others = [learned(ledger, setting, other) for other in ("naive", "pipedream")]
     if ours is None or synchronous is None or None in others:
         return None
-    worst = min(other.mean for other in others if other)
-    return (worst - ours.mean) / (worst - synchronous.mean)
+    without = min(other.mean for other in others if other)
+    return (without - ours.mean) / (without - synchronous.mean)
 
 
 def updates_of_1f1b(ledger: Ledger, setting: Setting, name: str) -> float | None:
@@ -114,9 +116,17 @@ def number(ledger: Ledger, what: str) -> str:
     return f"{value * slots / steps:.2f}"
 
 
+def machine_line() -> str:
+    """What the newest runs were made on."""
+    known = json.loads(RESULT.read_text())["machine"]
+    versions = f"torch {known['torch']}, Python {known['python']}, pipeoptim {known['pipeoptim']}"
+    return f"{known['cores']} cores of {known['processor']}; {versions}"
+
+
 def render(text: str) -> str:
     """``text`` with everything behind its marks written anew."""
     ledger = Ledger(RESULT)
+    text = _MACHINE.sub(lambda match: match[1] + machine_line() + match[2], text)
     by_name = {setting.name: setting for setting in SETTINGS}
     text = _TABLE.sub(lambda match: match[1] + table(ledger, by_name[match["what"]]) + match[3], text)
     return _NUMBER.sub(lambda match: match[1] + number(ledger, match["what"]) + match[3], text)

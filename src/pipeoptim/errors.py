@@ -27,6 +27,15 @@ class StageFailure(PipeOptimError, RuntimeError):
     """Another stage died or stopped answering; the message names it."""
 
 
+def first_line(error: BaseException) -> str:
+    """What of an error of another library fits into a sentence.
+
+    >>> first_line(RuntimeError("out of memory\\nat line 3")), first_line(KeyError())
+    ('out of memory', 'no reason given')
+    """
+    return (str(error).splitlines() or ["no reason given"])[0][:160]
+
+
 def unknown_name(what: str, value: str, known: Iterable[str], more: str = "") -> ConfigError:
     """The error for a ``value`` that is not among ``known``: it names the closest one, and all of them.
 

@@ -44,7 +44,7 @@ from pipeoptim.engine.stage_times import WINDOW
 from pipeoptim.engine.torch_stage import StagePlace, read_stage
 from pipeoptim.engine.transport.link import Sender
 from pipeoptim.engine.transport.ports import Ports
-from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure, first_line
 from pipeoptim.methods import Method
 from pipeoptim.options import PROCESS_OPTIONS, PipelineOptions, read_option
 from pipeoptim.schedule import AUTO, Program, Slack, describe_slack, messages_early, read_slack
@@ -354,8 +354,8 @@ class ProcessPipeline(Pipeline):
         self._failed = True  # close() must not wait for the others to finish with it
         if self._connections is not None and isinstance(error, Exception):  # no time to lose where it is told to end
             kind = "" if isinstance(error, PipeOptimError) else f"{type(error).__name__}: "
-            reason = (str(error).splitlines() or [""])[0]
-            self._connections.cause(f"{self.rendezvous.name.format(self.rendezvous.index)} {what}: {kind}{reason}")
+            place = self.rendezvous.name.format(self.rendezvous.index)
+            self._connections.cause(f"{place} {what}: {kind}{first_line(error)}")
 
     def _note_stop(self) -> None:
         replicas = self._replica_sets.get(0)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from pipeoptim.engine.processes.exchange import GradientExchange, LocalExchangeEnd
 from pipeoptim.engine.processes.rendezvous import Rendezvous
-from pipeoptim.errors import StageFailure
+from pipeoptim.errors import StageFailure, first_line
 
 
 class LocalGradientSum:
@@ -141,5 +141,5 @@ def in_order(gradients: Sequence[Tensor]) -> Tensor:
 
 
 def _failure(error: RuntimeError) -> StageFailure:
-    first = (str(error).splitlines() or ["no reason given"])[0][:160]
+    first = first_line(error)
     return StageFailure(f"a stage died or did not send its gradient of a tied weight ({first})")

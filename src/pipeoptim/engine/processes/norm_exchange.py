@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from pipeoptim.engine.processes.exchange import LocalExchangeEnd, NormExchange
-from pipeoptim.errors import StageFailure
+from pipeoptim.errors import StageFailure, first_line
 
 
 class LocalNormExchange:
@@ -164,5 +164,5 @@ class GatheredNorms:
 
 
 def _failure(error: RuntimeError) -> StageFailure:
-    first = (str(error).splitlines() or ["no reason given"])[0][:160]
+    first = first_line(error)
     return StageFailure(f"a stage died or did not send the norm of its gradients ({first})")

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore, Store
 
 from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.opened_sockets import OpenedSockets
-from pipeoptim.errors import StageFailure
+from pipeoptim.errors import StageFailure, first_line
 
 _ABORTED = "!"
 _made: Counter[str] = Counter()  # rendezvous completed in this process, by who met
@@ -147,7 +147,7 @@ class Rendezvous:
                         self.ranks, f"{self._prefix}/{full}", self._connection, self.timeout, backend
                     )
             except RuntimeError as error:
-                first = (str(error).splitlines() or ["no reason given"])[0][:160]
+                first = first_line(error)
                 raise StageFailure(f"the group {name!r} could not be connected ({first})") from error
             self._count += 1
             if self._interrupted:  # after its connections had been looked for

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from pipeoptim.engine.stage.reduction import NoReplicas
-from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
+from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure, first_line
 from pipeoptim.weights import swapped
 
 BUCKET_BYTES = 25 * 2**20
@@ -217,5 +217,5 @@ def _summed(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:
 
 def failure(error: RuntimeError) -> StageFailure:
     """What a broken or overdue exchange between replicas means."""
-    first = (str(error).splitlines() or ["no reason given"])[0][:160]
+    first = first_line(error)
     return StageFailure(f"a replica of this stage died or does not answer ({first})")

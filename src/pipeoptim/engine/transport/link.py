@@ -33,7 +33,7 @@ from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.ports import Incoming, Outgoing
 from pipeoptim.engine.transport.unix_channel import UnixChannel
-from pipeoptim.errors import PipeOptimError, StageFailure
+from pipeoptim.errors import PipeOptimError, StageFailure, first_line
 
 Waiting = Callable[[int | None], None]
 """Called with a stage before this process waits for it, and with None after the wait."""
@@ -92,7 +92,7 @@ class LinkEnd:
             self.channel.close()
 
     def _reason(self, error: RuntimeError) -> str:
-        first = (str(error).splitlines() or ["no reason given"])[0][:160]
+        first = first_line(error)
         # Words of gloo and of our own channels: torch raises a plain RuntimeError for everything.
         if "imed out" in str(error):
             return f"stage {self.peer} did not answer within {self.timeout.total_seconds():g} s ({first})"
