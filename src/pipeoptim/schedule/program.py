@@ -135,6 +135,8 @@ class Program:
 
     def process_drain(self, p: int, n: int) -> list[tuple[int, Action]]:
         """Actions of all stages of process ``p`` that finish all that is in flight after ``n`` mini-batches were fed."""
+        if not self.interleaved:
+            return [(p, action) for action in self.drain(p, n)]
         return self._merged(p, self.placed_order.process_drain(p, self.depth, self.microbatches, n), lambda k: self.drain(k, n))
 
     def _merged(self, p: int, base: list[tuple[int, Action]], own: Callable[[int], list[Action]]) -> list[tuple[int, Action]]:

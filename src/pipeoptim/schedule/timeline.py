@@ -5,13 +5,16 @@ This is what the drawings show and what a measured run is held against. Transfer
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from pipeoptim.errors import PipeOptimError
 from pipeoptim.schedule.actions import Action, ActionKind
+from pipeoptim.schedule.actions_table import action_table
 from pipeoptim.schedule.program import Program
+from pipeoptim.schedule.recurrence import StuckError, in_levels
 
 
 class Span(NamedTuple):
@@ -65,7 +68,7 @@ def replay(
         plans: what each process does, in its order. They may be cut out of a longer run: an action whose neighbour's part
             is in none of the lists does not wait for it.
         depth: stages of the pipeline.
-        lasts: ``lasts(k, kind)``, the duration of an action of stage k; asked once for each of its actions, in their order.
+        lasts: ``lasts(k, kind)``, the duration of an action of stage k; asked once for each action, process after process.
         delay: time that a message takes from one stage to the next.
 
     Raises:
@@ -76,29 +79,16 @@ def replay(
         >>> [f"{s.k}:{s.action}@{s.start:g}" for s in replay(plans, 2, lambda k, kind: 1.0)]
         ['0:F7@0', '0:B6@1', '1:F7@1']
     """
-    todo = [list(plan)[::-1] for plan in plans]  # reversed: the next action is taken off the end
-    planned = {step for plan in plans for step in plan}
-    clock = [0.0] * len(plans)
-    # End of every F and B so far, which is when its result reaches the neighbour.
-    done: dict[tuple[int, Action], float] = {}
-    spans: list[Span] = []
-    process_of = {k: p for p, plan in enumerate(plans) for k, _ in plan}
-    awake = deque(range(len(plans)))  # processes that may be able to go on: one that waits is woken by its neighbours' progress
-    while awake:
-        p = awake.popleft()
-        queue, neighbours = todo[p], set[int]()
-        # As far as it gets: one wake-up may carry out a whole mini-batch.
-        while queue and (ready := _ready_at(*queue[-1], depth, done, planned)) is not None:
-            k, action = queue.pop()
-            start = max(clock[p], ready)
-            clock[p] = start + lasts(k, action.kind)
-            done[k, action] = clock[p] + delay
-            spans.append(Span(k, action, start, clock[p]))
-            neighbours |= {k - 1, k + 1}
-        awake += {process_of[k] for k in neighbours if k in process_of} - {p, *awake}
-    if any(todo):  # every process waits for another one
-        waiting = ", ".join(f"stage {queue[-1][0]} at {queue[-1][1]}" for queue in todo if queue)
-        raise PipeOptimError(f"the program deadlocks: {waiting}")
+    table = action_table(plans, depth)
+    try:
+        events = in_levels(table.before, table.needs)
+    except StuckError as error:
+        waiting = ", ".join("stage {} at {}".format(*table.action(v)) for v in error.events)
+        raise PipeOptimError(f"the program deadlocks: {waiting}") from None
+    steps = [step for plan in plans for step in plan]
+    ends = events.ends(np.array([lasts(k, action.kind) for k, action in steps], float), arrives=delay)
+    begins = events.begins(ends, arrives=delay).tolist()
+    spans = [Span(*step, begin, end) for step, begin, end in zip(steps, begins, ends.tolist(), strict=True)]
     return sorted(spans, key=lambda s: (s.start, s.k))
 
 
@@ -117,18 +107,3 @@ def _whole_run(program: Program, p: int, minibatches: int) -> list[tuple[int, Ac
 
 def _per_stage(duration: Durations, program: Program) -> Sequence[float]:
     return [duration] * program.depth if isinstance(duration, (int, float)) else duration
-
-
-def _ready_at(
-    k: int, action: Action, depth: int, done: dict[tuple[int, Action], float], planned: set[tuple[int, Action]]
-) -> float | None:
-    """When the neighbour's result that ``action`` needs has arrived; None while it has not."""
-    if (
-        (action.kind is ActionKind.F and k == 0)
-        or (action.kind is ActionKind.B and k == depth - 1)
-        or action.kind is ActionKind.U
-    ):
-        return 0.0
-    needed = (k - 1 if action.kind is ActionKind.F else k + 1, action)
-    # Not planned: it lies before a list that was cut out of a longer run.
-    return done.get(needed) if needed in planned else 0.0

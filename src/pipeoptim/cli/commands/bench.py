@@ -146,7 +146,7 @@ def slack(
 ) -> None:
     """What slack can win where messages are late or stages vary, computed from the action program: nothing is measured.
 
-    About a minute; `bench efficiency --delay --jitter --slack` measures it.
+    Some seconds; `bench efficiency --delay --jitter --slack` measures it.
     """
     from pipeoptim.bench.slack_model import measure
 
