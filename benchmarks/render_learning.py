@@ -1,7 +1,9 @@
 """The tables and numbers of docs/results.md, from benchmarks/results/learning.json; `python benchmarks/render.py` writes them.
 
 ``<!-- learning: chars/8x8/adamw -->`` is followed by the table of that setting, and
-``<!-- learned: chars/8x8/adamw | pipeoptim, in progress | share -->`` by one number: loss, share, updates or time.
+``<!-- learned: chars/8x8/adamw | pipeoptim, in progress | share -->`` by one number: loss, share,
+updates, slots (times as long for synchronous training to the same loss, in slots of equal stages) or measured (the same with the
+throughput that benchmarks/results/efficiency.json holds of both on emulated devices).
 """
 
 from __future__ import annotations
@@ -12,11 +14,15 @@ import statistics
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
-from learning import CONTENDERS, RESULT, SEEDS, SETTINGS, SHORTER, TASKS, Ledger, Run, Setting
+from learning import CONTENDERS, RESULT, SEEDS, SETTINGS, SHORTER, TASKS, Contender, Ledger, Run, Setting
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
+#: Contenders whose predictions are made anew after so many micro-batches, which is their default.
+REFRESH = {name: 1 for name, c in CONTENDERS.items() if c.fields.get("prediction") == "in_progress"}
+EFFICIENCY = ROOT / "benchmarks" / "results" / "efficiency.json"
 
 _TABLE = re.compile(r"(<!-- learning: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _NUMBER = re.compile(r"(<!-- learned: (?P<what>[^>]*?) -->).*?(<!-- end -->)", re.DOTALL)
@@ -109,11 +115,34 @@ def number(ledger: Ledger, what: str) -> str:
         return _MISSING
     if kind == "updates":
         return f"{value:,.0f}"
-    assert kind == "time", kind
+    assert kind in ("slots", "measured"), kind
     steps = TASKS[setting.task](setting.depth, setting.microbatches).steps or 0
-    # With a flush an update takes M+D-1 slots of the pipeline, without one M.
-    slots = (setting.microbatches + setting.depth - 1) / setting.microbatches
-    return f"{value * slots / steps:.2f}"
+    slower = slots_of_a_flush(setting) if kind == "slots" else measured_of_torch(setting, CONTENDERS[name])
+    return _MISSING if slower is None else f"{value * slower / steps:.2f}"
+
+
+def slots_of_a_flush(setting: Setting) -> float:
+    """How much longer an update takes with a flush, in slots of equal stages: M+D-1 instead of M."""
+    return (setting.microbatches + setting.depth - 1) / setting.microbatches
+
+
+def measured_of_torch(setting: Setting, contender: Contender) -> float | None:
+    """How much longer an update took on emulated devices with torch's best schedule; None where it was not measured."""
+    ours, torchs = [], []
+    for row in json.loads(EFFICIENCY.read_text())["rows"]:
+        place = row["settings"]
+        if (place["depth"], place["microbatches"]) == (setting.depth, setting.microbatches) and _equal_stages(place):
+            samples = statistics.median(row["samples"])
+            if place["method"] == contender.method and place.get("refresh") == REFRESH.get(contender.name):
+                ours.append(samples)
+            elif not place["ours"]:
+                torchs.append(samples)
+    return ours[-1] / max(torchs) if ours and torchs else None
+
+
+def _equal_stages(place: dict[str, Any]) -> bool:
+    """Without anything that favours one of the two."""
+    return not (any(place[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")) or place.get("slack"))
 
 
 def machine_line() -> str:

@@ -136,11 +136,15 @@ def test_throughput_of_all_schedules_and_late_links(tmp_path: Path) -> None:
     (alone,) = (row for row in late if row.settings["method"] == ALONE)  # sends nothing
     assert all(row.median < min(0.5, alone.median) for row in late if row is not alone)
     assert len(columns(Record.read(out))[1]) == len(late) == 5
-    near = [*command, "--steps", "3", "--repeats", "1", "--transport", "group", "--out", str(out), "--add"]
-    assert _run(near) == 0
-    (gloo,) = Record.read(out).rows[len(late) :]  # beside them, and no contender that goes through gloo anyway
-    assert gloo.settings["gloo"]
-    assert gloo.name.endswith("through gloo")
+    near = ["--transport", "group", "--method", "pipeoptim", "--microbatches", "2", "--refresh", "1"]
+    assert _run([*command, *near, "--steps", "3", "--repeats", "1", "--out", str(out), "--add"]) == 0
+    gloo = Record.read(out).rows[len(late) :]  # beside them, and no contender that goes through gloo anyway
+    assert all(row.settings["gloo"] and row.name.endswith("through gloo") for row in gloo)
+    assert [(row.settings["method"], row.settings.get("refresh")) for row in gloo] == [
+        ("1f1b", None),
+        ("pipeoptim", None),
+        ("pipeoptim", 1),
+    ]
 
 
 def test_compressed_messages_are_small_and_fast_on_a_slow_link(tmp_path: Path) -> None:

@@ -30,6 +30,7 @@ from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, possible, rival_step
 from pipeoptim.engine import Schedule
+from pipeoptim.methods import get_method
 from pipeoptim.schedule import Program, read_slack
 
 BATCH = 16
@@ -133,6 +134,7 @@ def measure(
     bandwidth: float = 0.0,
     transport: str = "auto",
     slack: str = "0",
+    refresh: list[int] | None = None,
     width: int = 256,
     repeats: int = 3,
     steps: int = 40,
@@ -152,6 +154,8 @@ def measure(
         transport: "group" to send through gloo, as torch's schedules do, also where processes share this machine; then only the
             methods are measured.
         slack: of the methods, see :class:`~pipeoptim.Schedule`.
+        refresh: methods that predict by the optimizer's rule are measured as well with predictions from the mini-batch in progress, made
+            anew after so many micro-batches.
         width: numbers per sample that travel between stages.
         repeats, steps: windows per contender, and mini-batches per window.
 
@@ -171,6 +175,7 @@ def measure(
         "bandwidth": bandwidth,
         "gloo": transport == "group",
         "slack": slack,
+        "refresh": refresh or [],
         "width": width,
         "repeats": repeats,
         "steps": steps,
@@ -193,7 +198,8 @@ def stage(**options: Any) -> list[dict[str, Any]]:
             if not options["gloo"]:
                 rows.append(_row(options, milliseconds, m, ALONE, _alone, True))
             for method in options["methods"]:
-                rows.append(_row(options, milliseconds, m, method, _ours, True))
+                for refresh in (None, *(options["refresh"] if get_method(method).predicts_by_rule else ())):
+                    rows.append(_row({**options, "refresh": refresh}, milliseconds, m, method, _ours, True))
         for m in [] if options["gloo"] else options["torch_microbatches"]:
             for name in RIVALS:
                 if possible(name, m, depth):
@@ -223,13 +229,25 @@ def _row(
         samples.append(float(busy) / seconds)
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
     settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
-    slack = f", slack {options['slack']}" if make is _ours and read_slack(options["slack"]) else ""
-    settings |= {"slack": options["slack"]} if slack else {}
+    how = ""
+    if make is _ours:
+        settings |= {what: options[what] for what in ("slack", "refresh") if _chosen(options, what)}
+        how = _how(settings)
     return {
-        "name": f"{name} M={m}{slack}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
+        "name": f"{name} M={m}{how}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
         "samples": samples,
         "settings": settings,
     }
+
+
+def _chosen(options: dict[str, Any], what: str) -> bool:
+    return bool(read_slack(options[what]) if what == "slack" else options[what])
+
+
+def _how(settings: dict[str, Any]) -> str:
+    """Options of a method, as names of contenders tell them."""
+    slack = f", slack {settings['slack']}" if "slack" in settings else ""
+    return slack + (f", in_progress refresh={settings['refresh']}" if "refresh" in settings else "")
 
 
 def _warm_up(depth: int, options: dict[str, Any]) -> int:
@@ -262,6 +280,7 @@ def _ours(device: Device, name: str, m: int, options: dict[str, Any]) -> Step:
         liveness_timeout=None,
         slack=options["slack"],
         compress=options.get("compress"),
+        **({"prediction": "in_progress", "refresh": options["refresh"]} if options.get("refresh") else {}),
     )
     x = torch.ones(BATCH, width)
     args, target = ((x,) if k == 0 else ()), (x if k == depth - 1 else None)
@@ -311,7 +330,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         conditions = (
             _conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, "gloo": False, **s})[2:] or "equal stages"
         )
-        contender = ("" if s["ours"] else "torch ") + s["method"] + (f", slack {s['slack']}" if "slack" in s else "")
+        contender = ("" if s["ours"] else "torch ") + s["method"] + _how(s)
         cells = [str(s["depth"]), f"{s['milliseconds']:g}", conditions, contender]
         body.append([*cells, str(s["microbatches"]), f"{row.median:.3f}", f"{min(row.samples):.3f} .. {max(row.samples):.3f}"])
     return head, body

@@ -99,6 +99,12 @@ def efficiency(
         str, Option(help="auto, or group: send through gloo, as torch's schedules do; then only methods are measured.")
     ] = "auto",
     slack: Annotated[str, Option(help="More micro-batches in flight in the methods, as for train: x, or 0,x,0.")] = "0",
+    refresh: Annotated[
+        list[int] | None,
+        Option(
+            help="Also with predictions from the mini-batch in progress, made anew after so many micro-batches; several times."
+        ),
+    ] = None,
     repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 3,
     steps: Annotated[int, Option(help="Mini-batches per window.")] = 40,
     add: Annotated[bool, _ADD] = False,
@@ -116,7 +122,15 @@ def efficiency(
     from pipeoptim.engine.transport.unix_channel import check_transport
 
     check_transport(transport)
-    at_least(1, depth=depth, microbatches=microbatches, torch_microbatches=torch_microbatches, repeats=repeats, steps=steps)
+    at_least(
+        1,
+        depth=depth,
+        microbatches=microbatches,
+        torch_microbatches=torch_microbatches,
+        repeats=repeats,
+        steps=steps,
+        refresh=refresh,
+    )
     at_least(0, jitter=jitter, uneven=uneven, delay=delay, bandwidth=bandwidth)
     above_zero(milliseconds=milliseconds)
     record = measure(
@@ -131,6 +145,7 @@ def efficiency(
         bandwidth * 1e6,
         transport,
         slack,
+        refresh,
         repeats=repeats,
         steps=steps,
     )
