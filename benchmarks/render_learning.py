@@ -118,7 +118,10 @@ def number(ledger: Ledger, what: str) -> str:
     assert kind in ("slots", "measured"), kind
     steps = TASKS[setting.task](setting.depth, setting.microbatches).steps or 0
     slower = slots_of_a_flush(setting) if kind == "slots" else measured_of_torch(setting, CONTENDERS[name])
-    return _MISSING if slower is None else f"{value * slower / steps:.2f}"
+    if slower is None:
+        return _MISSING
+    flushed = CONTENDERS[name].fields.get("synchronous_updates", 0)  # of ours: these take as long as those of 1F1B
+    return f"{value * slower / (steps - flushed + flushed * slower):.2f}"
 
 
 def slots_of_a_flush(setting: Setting) -> float:
