@@ -86,6 +86,28 @@ def read_ramp(text: str, name: str = "the schedule") -> dict[int, int]:
     return found
 
 
+def read_signals(text: str) -> tuple[int, ...]:
+    """``"TERM,USR1"``: the numbers of these signals; ``()`` for ``""``.
+
+    Raises:
+        ConfigError: a name that is no signal, or a signal that no process can catch, or Ctrl-C's, which stops a run anyway.
+
+    Example:
+        >>> read_signals("TERM")
+        (15,)
+    """
+    import signal
+
+    names = [name.strip().upper().removeprefix("SIG") for name in text.split(",")] if text else []
+    found = [getattr(signal, f"SIG{name}", None) for name in names]
+    known = all(isinstance(number, signal.Signals) for number in found)
+    if not known or {"KILL", "STOP", "CONT", "CHLD", "INT"} & set(names):
+        raise ConfigError(
+            f"stop_signals is {text!r}, must be names of signals that a process can catch, such as TERM,USR1; INT (Ctrl-C) always is one"
+        )
+    return tuple(dict.fromkeys(int(number) for number in found if number is not None))
+
+
 def own_setting(default: Any, help: str, **known: Any) -> Any:
     """A setting of a run that is no option of pipelines; ``known``: see :class:`~pipeoptim.options.Setting`."""
     return setting(Setting(default, help, **known))
@@ -185,6 +207,20 @@ class TrainConfig(RunOptions):
         2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False
     )
     threads: int = own_setting(1, "CPU threads of each process.", least=1, most=1024)
+    stop_signals: str = own_setting(
+        "TERM,USR1",
+        "Signals after which a run saves and ends, with exit code 128 + their number; sent to any of its processes or to all. The same "
+        "command again goes on.",
+        computes=False,
+        check_value=lambda _, value: read_signals(value),
+    )
+    grace: int = own_setting(
+        30,
+        "Seconds that a run has after such a signal. It stops at the next checkpoint if that comes in time, else after the next "
+        "mini-batch.",
+        least=0,
+        computes=False,
+    )
     tensorboard: bool = own_setting(False, "Also write the figures to runs/<name>/tensorboard.", computes=False)
 
     def to_json(self) -> str:

@@ -17,7 +17,7 @@ TRAIN = [sys.executable, "-m", "pipeoptim", "train"]
 
 
 class Command:
-    """A command with its output in files; terminated at the end of the ``with`` block if it still runs."""
+    """A command with its output in files; killed at the end of the ``with`` block if it still runs."""
 
     def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
@@ -56,12 +56,8 @@ class Command:
 
     def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
         if self.process.poll() is None:
-            self.process.terminate()
-            try:
-                self.process.wait(10)
-            except subprocess.TimeoutExpired:
-                self.process.kill()
-                self.process.wait(10)
+            self.process.kill()  # its workers end with it
+            self.process.wait(10)
         self._out.close()
         self._err.close()
 

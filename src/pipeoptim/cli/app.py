@@ -68,7 +68,7 @@ def _first_line(help: object) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
+    """Run the command line and exit: 0 done, 1 failed, 2 bad input, 128 + n stopped by signal n (130 by Ctrl-C)."""
     sys.exit(_run(arguments))
 
 
@@ -80,9 +80,9 @@ def _run(arguments: list[str] | None) -> int:
     except ConfigError as error:
         return _fail(str(error), EXIT_BAD_INPUT)
     except PipeOptimError as error:
-        from pipeoptim.train.signals import AbortedError
+        from pipeoptim.train.signals import AbortedError, exit_code
 
-        return _fail(str(error), EXIT_INTERRUPTED if isinstance(error, AbortedError) else EXIT_FAILED)
+        return _fail(str(error), exit_code(error.number) if isinstance(error, AbortedError) else EXIT_FAILED)
     except KeyboardInterrupt:
         return _fail("interrupted before anything was saved", EXIT_INTERRUPTED)
     except OSError as error:

@@ -12,6 +12,7 @@ import shutil
 import signal
 import sys
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,8 @@ def carry_out(config: TrainConfig, folder: Path) -> dict[str, Any]:
     from pipeoptim.train import run
 
     try:
-        run(config, folder, resume=_can_continue(config, folder), progress=False)
+        # A comparison that is ended ends its runs at once, for it begins them anew.
+        run(replace(config, stop_signals=""), folder, resume=_can_continue(config, folder), progress=False)
     except PipeOptimError as error:
         return _ended(error, folder)
     except Exception as error:

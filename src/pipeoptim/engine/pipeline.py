@@ -98,6 +98,9 @@ class Pipeline(LocalStages):
             )
         micro_batches = self._split_batch(self._splitter, args, kwargs, stage_kwargs, target)
         self._note_training()
+        if self._stop_wanted:
+            for runner in self._runners.values():
+                runner.asks_stop = True
         if 0 in self._runners:
             with self._guard():
                 self._note_stop()
@@ -202,7 +205,10 @@ class Pipeline(LocalStages):
         self._steps = 0
 
     def request_stop(self) -> None:
-        """Ask the run to stop: on stage 0, every stage sees :attr:`stop_requested` after the same next step."""
+        """Ask the run to stop, in any process: every stage sees :attr:`stop_requested` after the same step.
+
+        From stage 0 it is the next one; from another stage, the wish has first to reach stage 0 with gradients.
+        """
         self._stop_wanted = True  # takes effect at the next step, also when a signal handler calls this inside one
 
     @property
@@ -339,7 +345,7 @@ class Pipeline(LocalStages):
     def _note_stop(self) -> None:
         """Called on stage 0 before a mini-batch is fed, so that all its micro-batches carry the same flag."""
         first = self._runners[0]
-        first.stop = first.stop or self._stop_wanted
+        first.stop = first.stop or first.asks_stop
 
     @staticmethod
     def _mean_loss(found: list[CountedLoss], losses: list[Tensor] | None) -> Tensor | None:

@@ -360,7 +360,8 @@ class ProcessPipeline(Pipeline):
     def _note_stop(self) -> None:
         replicas = self._replica_sets.get(0)
         if replicas is not None:  # all of them must stop after the same mini-batch
-            self._runners[0].stop = replicas.agree_to_stop(self._stop_wanted) or self._runners[0].stop
+            first = self._runners[0]
+            first.stop = replicas.agree_to_stop(first.asks_stop) or first.stop
         else:
             super()._note_stop()
 

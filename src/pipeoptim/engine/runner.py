@@ -19,7 +19,8 @@ from pipeoptim.errors import PipeOptimError, StageFailure
 from pipeoptim.schedule import Action, ActionKind
 
 STOP = 1
-"""Flag of a message: a stop was requested. It travels with the activations, so all stages see it with the same mini-batch."""
+"""Flag of a message: a stop was requested. It travels with the activations, so all stages see it with the same mini-batch. With gradients
+it is only the wish of a later stage, on its way to stage 0, which decides."""
 
 EVALUATION = 2
 """Flag of a message: it belongs to an evaluation, so that no stage trains on it whose process was fed more mini-batches."""
@@ -50,12 +51,13 @@ class StageRunner:
 
     Attributes:
         stop: whether a stop was requested, as of the newest activation.
+        asks_stop: whether this stage or a later one wishes for it.
         clock: measures how long the stage computes and waits.
     """
 
     def __init__(self, worker: StageWorker, splitter: BatchSplitter, ports: Ports) -> None:
         self.worker, self.splitter, self.ports = worker, splitter, ports
-        self.stop, self.clock = False, StageClock()
+        self.stop, self.asks_stop, self.clock = False, False, StageClock()
 
     def run(self, action: Action, micro_batches: Sequence[MicroBatch], losses: list[CountedLoss]) -> None:
         """Carry out ``action`` of the mini-batch cut into ``micro_batches``; the last stage appends to ``losses``."""
@@ -111,11 +113,12 @@ class StageRunner:
         else:
             message = source.receive()
             waited = now() - began
+            self.asks_stop = self.asks_stop or bool(message.flags & STOP)
             received = worker.compressor.unpack(message.tree)
             gradients = worker.backward(i, received, message.loss_scale, bool(message.flags & BAD))
         if target is not None:
             scale = worker.loss_scale
-            flags = BAD if worker.finite.found else 0
+            flags = (BAD if worker.finite.found else 0) | (STOP if self.asks_stop else 0)
             target.send(worker.compressor.pack_gradients(i, gradients, scale), flags, scale)
         self.clock.waited += waited
         self.clock.computed += now() - began - waited

@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
-from pipeoptim.config import TrainConfig
+from pipeoptim.config import TrainConfig, read_signals
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError
 from pipeoptim.files import cause_of
 from pipeoptim.schedule import AUTO
@@ -28,8 +28,8 @@ from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import FinishedError, RunDir, Start
 from pipeoptim.train.session import run_session
 from pipeoptim.train.setup import RunSetup, build_setup, cpu_threads, probe_setup
-from pipeoptim.train.signals import AbortedError, StopOnInterrupt
-from pipeoptim.train.worker import join, reports, under_torchrun
+from pipeoptim.train.signals import AbortedError, StopSignals
+from pipeoptim.train.worker import first_of_run, join, reports, under_torchrun
 
 
 def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, progress: bool = True) -> RunResult:
@@ -41,8 +41,11 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
     check(config)
     train = _joined if under_torchrun() else _emulated if config.engine == "emulator" else _launched
     with ExitStack() as held:
+        stop = held.enter_context(
+            StopSignals(read_signals(config.stop_signals), config.grace, first_of_run(), directory.resume_command)
+        )
         # The lock is taken inside and released here, after result and curve are written.
-        result = train(config, _Beginning(directory, resume, held), quiet=not progress)
+        result = train(config, _Beginning(directory, resume, held, stop), quiet=not progress)
         if reports(config):
             _draw_curve(directory, config)
     return result
@@ -76,11 +79,13 @@ class _Beginning:
     Args:
         resume: True to continue a run, False to begin one; None to begin it or continue it, whichever there is to do.
         held: keeps the directory's lock until the session ends.
+        stop: what signals wish.
     """
 
     directory: RunDir
     resume: bool | None
     held: ExitStack
+    stop: StopSignals
 
     def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
@@ -118,8 +123,7 @@ def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunRes
         pipe, optimizers = make_emulator(setup, loss)
         start = beginning.start(setup)
         try:
-            with StopOnInterrupt() as stop:
-                return run_session(directory, setup, pipe, optimizers, loss, SingleProcessGroup(), start, stop, quiet)
+            return run_session(directory, setup, pipe, optimizers, loss, SingleProcessGroup(), start, beginning.stop, quiet)
         except KeyboardInterrupt as error:
             raise AbortedError(f"aborted by Ctrl-C; {directory.how_to_resume()}") from error
         except CheckpointWriteError:
@@ -141,7 +145,7 @@ def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:
 
 
 def _launched(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
-    return launch(beginning.directory, config, _checked_start(config, beginning), quiet)
+    return launch(beginning.directory, config, _checked_start(config, beginning), beginning.stop, quiet)
 
 
 def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
@@ -149,4 +153,4 @@ def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResul
         raise ConfigError(
             "torchrun started several processes, but engine is 'emulator'; use --engine processes, or leave torchrun out"
         )
-    return join(config, beginning.directory, partial(_checked_start, config, beginning), quiet)
+    return join(config, beginning.directory, partial(_checked_start, config, beginning), beginning.stop, quiet)

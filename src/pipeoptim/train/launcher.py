@@ -1,7 +1,7 @@
 """Starts the processes of the stages with torch's elastic agent (which torchrun runs as well) and reports how they ended.
 
 Ctrl-C reaches the agent, which passes it on to the workers and waits for them: they stop cleanly and save. A second
-Ctrl-C makes it terminate them.
+Ctrl-C makes it terminate them. Signals of schedulers are passed on by :mod:`~pipeoptim.train.passed_signals`.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
 from pipeoptim.train.layout import Layout, layout_of
 from pipeoptim.train.parent import LAUNCHER
+from pipeoptim.train.passed_signals import passed_on
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
-from pipeoptim.train.signals import AbortedError
+from pipeoptim.train.signals import AbortedError, StopSignals
 from pipeoptim.train.stopped_workers import stopped_workers_end
 
 #: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
-STOP_SECONDS = "120"
+STOP_SECONDS = 120
 
 
 class StageLogs(LogsSpecs):
@@ -69,8 +70,10 @@ class StageLogs(LogsSpecs):
         return str(self.folder / f"stage-{'-'.join(map(str, stages))}{of}.{kind}")
 
 
-def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunResult:
+def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, quiet: bool) -> RunResult:
     """Run ``config`` from ``start`` in as many processes as its layout has, on this machine; returns when all have ended.
+
+    ``stop``: the signals that are passed on to them.
 
     Raises:
         StageFailure: a stage failed; the message names it, says why, and how to resume.
@@ -89,22 +92,34 @@ def launch(run: RunDir, config: TrainConfig, start: Start, quiet: bool) -> RunRe
         monitor_interval=0.1,
         logs_specs=logs,
         local_addr="localhost",
+        signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
+        shutdown_timeout=STOP_SECONDS,
     )
     arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
     arguments += ["--config-sha256", run.config_digest()]
+    arguments += ["--stop-signals", config.stop_signals, "--grace", str(config.grace)]
     # What is there afterwards was written by this session.
     run.result.unlink(missing_ok=True)
     inherited = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
     if not available():  # this process has warned already; the workers would only repeat it in their logs
         inherited["PIPEOPTIM_KERNELS"] = "0"
-    with _environment(**inherited), _silent_agent(), _signals_restored(), stopped_workers_end():
+    with (
+        _environment(**inherited),
+        _silent_agent(),
+        _signals_restored(),
+        stopped_workers_end(),
+        passed_on(stop, map(logs.err, range(layout.processes))),
+    ):
         try:
             elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
         except ChildFailedError as error:
-            raise _first_failure(error.failures, logs, run) from error
+            failure = _first_failure(error.failures, logs, run)
+            if stop.wanted:
+                raise AbortedError(f"{stop.name} came, and {failure}", stop.number) from error
+            raise failure from error
         except SignalException as error:
             if not run.result.exists():
-                raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}") from error
+                raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}", error.sigval) from error
     return RunResult.read(run.path)
 
 
@@ -156,7 +171,6 @@ def _first_line(text: str) -> str:
 @contextmanager
 def _environment(**values: str) -> Iterator[None]:
     """What the workers inherit."""
-    values = {"TORCH_ELASTIC_SHUTDOWN_TIMEOUT": STOP_SECONDS, **values}
     before = {name: os.environ.get(name) for name in [*values, "TORCHELASTIC_SIGNALS_TO_HANDLE"]}
     os.environ.update(values)
     try:
@@ -192,7 +206,7 @@ def _drop_record(_: logging.LogRecord) -> bool:
 @contextmanager
 def _signals_restored() -> Iterator[None]:
     """The agent installs signal handlers and leaves them; put the caller's back."""
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+    names = (signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
     before = {name: signal.getsignal(name) for name in names}
     try:
         yield

@@ -1,7 +1,7 @@
 """The training loop: the same for both engines, and on every process of a run.
 
 At a step where a checkpoint is due the pipeline drains, validates and saves, in this order; all processes take the same decision
-from the step number and from the stop flag that travels with the activations.
+from the step number and from the stop flag that travels with the activations; see :mod:`~pipeoptim.train.stopping`.
 """
 
 from __future__ import annotations
@@ -24,13 +24,18 @@ from pipeoptim.train.measurements import StageMeasurements
 from pipeoptim.train.ramps import Sizes
 from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.setup import RunSetup
-from pipeoptim.train.signals import StopOnInterrupt
+from pipeoptim.train.stopping import StopPlan
 
 SCALED_EVERY = 20
 """Mini-batches between two rows of prediction errors, with the factors that adapt to them, where monitor_every does not say it."""
 
 TIMED_EVERY = 50
 """Mini-batches between two rows of stage times in the metrics."""
+
+_INEXACT = (
+    "This step lies between two checkpoints: the pipeline was drained for it, so the resumed run goes on from here, but not bit for bit as "
+    "one that was never stopped. Save more often (--checkpoint-every), or give more time (--grace)."
+)
 
 
 @dataclass
@@ -44,7 +49,7 @@ class Loop:
         recorder: where the last stage is; None elsewhere.
         check: raises where the weights of a drained pipeline are not finite, in all processes; given the number of mini-batches done.
         save: writes a checkpoint of a drained pipeline, given the same number.
-        stop: set by Ctrl-C; counts where stage 0 is.
+        plan: where the run stops when it is asked to.
         weight_bytes: filled with the bytes of weights that each stage held.
         mean_loss: of the losses of all replicas.
         measurements: brings measured prediction errors to the recorder.
@@ -59,24 +64,28 @@ class Loop:
     recorder: Recorder | None
     check: Callable[[int], None]
     save: Callable[[int], None]
-    stop: StopOnInterrupt
+    plan: StopPlan
     weight_bytes: dict[int, int]
     mean_loss: Callable[[Tensor], Tensor]
     measurements: StageMeasurements
     timings: StageMeasurements
     errors: prediction.StageErrors
+    _told: bool = False
 
     def run(self, start: int, validate: bool = False) -> int:
         """Train from mini-batch ``start`` to the end, or until stopped. Returns the number of mini-batches done in all.
 
         ``validate``: where nothing is left to train, since the run ended before its validation was reported.
         """
-        config = self.setup.config
+        config, plan = self.setup.config, self.plan
         done = start
         if start >= config.steps:  # trained and saved, but not all reported
             self._measure_weight_bytes()
             if validate:
                 self._validate(start)
+        elif plan.agreed():  # a signal came while the run was set up
+            self._measure_weight_bytes()
+            return done
         while done < config.steps:
             self._step(done)
             done += 1
@@ -85,9 +94,13 @@ class Loop:
             if _is_due(done, TIMED_EVERY):
                 self._time_stages(done)
             last, stopped = done == config.steps, self.pipe.stop_requested
-            if stopped and not last and self.recorder:
-                self.recorder.note(f"stopping: saving step {done} (Ctrl-C again to abort)")
             saves = last or stopped or _is_due(done, config.checkpoint_every)
+            if stopped and not last:
+                self._note(f"stopping: saving step {done} (Ctrl-C again to abort)")
+                if not plan.is_exact(done):
+                    self._note(_INEXACT)
+            began = time.perf_counter()
+            plan.stop.saving = saves
             if saves:
                 self._measure_weight_bytes()
                 self.pipe.drain()
@@ -100,7 +113,9 @@ class Loop:
                 self._record_timings(wait=True)
                 with self._traced_block("checkpoint"):
                     self.save(done)
-            if stopped:
+                plan.note_save(time.perf_counter() - began)
+                plan.stop.saving = False
+            if saves and not last and (plan.agreed() or stopped):
                 break
         return done
 
@@ -111,9 +126,7 @@ class Loop:
         elif step == sizes.first:
             pipe.restart_stage_times()  # mini-batches have another size from here on
         first, last = 0 in pipe.local_stages, pipe.depth - 1 in pipe.local_stages
-        # Stage 0 alone asks: the request travels with its activations, so every stage stops at the same step.
-        if first and self.stop.wanted:
-            pipe.request_stop()
+        self._heed_signals(step)
         # Before the step, in which the scheduler advances.
         lr = self.optimizers[pipe.depth - 1].param_groups[0]["lr"] if last else 0.0
         began = time.perf_counter()
@@ -121,6 +134,7 @@ class Loop:
             x, y = self._batch(sizes, step) if first or last else (None, None)
         slack = pipe.slack
         value = pipe.step(*((x,) if first else ()), target=y if last else None)
+        self.plan.note_step(time.perf_counter() - began)
         if self.recorder and pipe.slack != slack:
             self.recorder.note(f"slack {describe_slack(pipe.slack)} was chosen from the first {counted(step, 'mini-batch')}")
         if value is None:
@@ -128,6 +142,22 @@ class Loop:
         value = self.mean_loss(value)
         if self.recorder:
             self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began, sizes.batch_size)
+
+    def _heed_signals(self, done: int) -> None:
+        if not self.plan.stop.wanted:
+            return
+        if self.plan.at_once(done):
+            # Asked by any stage: the wish travels to stage 0, and its decision with the activations, so that all stop at the same step.
+            self.pipe.request_stop()
+        elif not self._told:
+            self._told = True
+            self._note(
+                f"{self.plan.stop.name}: stops at step {self.plan.next_checkpoint(done)}, the next checkpoint (Ctrl-C again to abort)"
+            )
+
+    def _note(self, text: str) -> None:
+        if self.recorder is not None:
+            self.recorder.note(text)
 
     def _batch(self, sizes: Sizes, step: int) -> Iterable[Tensor]:
         batch = self.setup.task.train_batch(sizes.batch(step), sizes.batch_size)

@@ -54,7 +54,7 @@ class RunResult:
 
     Args:
         run_dir: its directory.
-        status: ``"finished"``, or ``"stopped"`` by Ctrl-C (saved, can be resumed).
+        status: ``"finished"``, or ``"stopped"`` by a signal (saved, can be resumed).
         step: mini-batches done in all.
         train_loss: mean over the last (at most 20) mini-batches of this session, or of the run where only its result was missing.
         val_loss, val_metrics: of the last validation, likewise; None and {} if there was none.
@@ -63,6 +63,7 @@ class RunResult:
         stages: what each held.
         data: what it was trained on.
         versions: of pipeoptim, torch and Python.
+        stopped_by: the name of the signal, such as ``"SIGTERM"``; empty for none.
     """
 
     run_dir: Path
@@ -76,6 +77,7 @@ class RunResult:
     stages: tuple[StageFacts, ...]
     data: str
     versions: dict[str, str]
+    stopped_by: str = ""
 
     def rows(self) -> list[Row]:
         """All rows of ``metrics.jsonl``."""

@@ -160,7 +160,7 @@ class RunDir:
 
         meta = find(self.checkpoints).meta
         if meta is None:
-            return "no checkpoint was written yet: start again with another --name"
+            return "no checkpoint was written yet: the same command begins again"
         return f"resume from step {meta.step} with: {self.resume_command()}"
 
 

@@ -27,7 +27,8 @@ from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.result import RunResult, StageFacts, traced_shares, versions
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.setup import RunSetup
-from pipeoptim.train.signals import StopOnInterrupt
+from pipeoptim.train.signals import StopSignals
+from pipeoptim.train.stopping import StopPlan
 
 
 def run_session(
@@ -38,7 +39,7 @@ def run_session(
     loss: ObservedLoss,
     group: RunGroup,
     start: Start,
-    stop: StopOnInterrupt,
+    stop: StopSignals,
     quiet: bool,
 ) -> RunResult:
     """Train from ``start`` to the end or to a stop. Every process of ``group`` returns the same result.
@@ -100,7 +101,7 @@ def run_session(
             recorder,
             check,
             save_all,
-            stop,
+            StopPlan(config, pipe.program.flushes, stop, group.gather),
             {},
             group.mean_loss,
             group.measurements("figures"),
@@ -148,6 +149,7 @@ def _run_result(
         run_dir=run.path,
         status="finished" if done == setup.config.steps else "stopped",
         step=done,
+        stopped_by=loop.plan.signal if done < setup.config.steps else "",
         stages=tuple(StageFacts(**one) for one in found),
         data=setup.task.describe(),
         versions=versions(),

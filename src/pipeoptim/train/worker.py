@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeoptim.config import read_signals
 from pipeoptim.train.parent import end_with_parent
-from pipeoptim.train.signals import StopOnInterrupt
+from pipeoptim.train.passed_signals import listening
+from pipeoptim.train.signals import StopSignals
 
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
@@ -23,7 +24,19 @@ if TYPE_CHECKING:
     from pipeoptim.train.rundir import RunDir, Start
 
 
-def main(arguments: list[str], stop: StopOnInterrupt) -> None:
+def read_arguments(arguments: list[str]) -> argparse.Namespace:
+    """What the launcher says; without torch, so that signals are heeded as soon as possible."""
+    parser = argparse.ArgumentParser(prog="pipeoptim.train.worker")
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--from", dest="checkpoint", default="")
+    parser.add_argument("--config-sha256", required=True)
+    parser.add_argument("--stop-signals", default="")
+    parser.add_argument("--grace", type=int, default=30)
+    parser.add_argument("--quiet", action="store_true")
+    return parser.parse_args(arguments)
+
+
+def main(options: argparse.Namespace, stop: StopSignals) -> None:
     """Train the stages that the environment variable RANK says."""
     from torch.distributed.elastic.multiprocessing.errors import record
 
@@ -31,12 +44,6 @@ def main(arguments: list[str], stop: StopOnInterrupt) -> None:
     from pipeoptim.train.rundir import RunDir
 
     keep_freed_memory()
-    parser = argparse.ArgumentParser(prog="pipeoptim.train.worker")
-    parser.add_argument("run_dir", type=Path)
-    parser.add_argument("--from", dest="checkpoint", default="")
-    parser.add_argument("--config-sha256", required=True)
-    parser.add_argument("--quiet", action="store_true")
-    options = parser.parse_args(arguments)
     run = RunDir(options.run_dir)
 
     def work() -> None:
@@ -69,7 +76,7 @@ def process_group() -> Iterator[None]:
     dist.destroy_process_group()
 
 
-def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopOnInterrupt, quiet: bool) -> RunResult:
+def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, quiet: bool) -> RunResult:
     """Train this process's stages of ``config``; the process group exists."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
@@ -108,7 +115,12 @@ def reports(config: TrainConfig) -> bool:
     return not under_torchrun() or os.environ["RANK"] == str(layout_of(config).reporter)
 
 
-def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: bool) -> RunResult:
+def first_of_run() -> bool:
+    """Whether this process is the only one of its run, or that of stage 0."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], stop: StopSignals, quiet: bool) -> RunResult:
     """Train as one process of the user's own torchrun. Stage 0 makes or checks the run directory, for all.
 
     Raises:
@@ -126,7 +138,7 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
         raise ConfigError(
             f"torchrun started {world} processes, but the run has {layout.describe()}; start {layout.processes} processes"
         )
-    with interruptible(StopOnInterrupt()) as stop, process_group():
+    with process_group():
         start, refusal, finished = Start(), "", False
         if dist.get_rank() == 0:
             try:
@@ -142,20 +154,10 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], quiet: 
     raise FinishedError(refusal) if finished else ConfigError(refusal)
 
 
-@contextmanager
-def interruptible(stop: StopOnInterrupt) -> Iterator[StopOnInterrupt]:
-    """Stage 0 turns Ctrl-C into ``stop.wanted``; the others ignore it, since stage 0 passes the request on."""
-    if os.environ.get("RANK") == "0":
-        with stop:
-            yield stop
-    else:
-        before = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        yield stop
-        signal.signal(signal.SIGINT, before)
-
-
 if __name__ == "__main__":
     end_with_parent()
-    with interruptible(StopOnInterrupt()) as asked:
-        print(f"rank {os.environ.get('RANK')}: process {os.getpid()}", file=sys.stderr, flush=True)
-        main(sys.argv[1:], asked)
+    given = read_arguments(sys.argv[1:])
+    # Every process heeds the signals, for a scheduler may send them to one or to all; a second Ctrl-C is for stage 0 alone.
+    with StopSignals(read_signals(given.stop_signals), given.grace, aborts=first_of_run()) as asked:
+        print(listening(os.environ.get("RANK")), file=sys.stderr, flush=True)
+        main(given, asked)

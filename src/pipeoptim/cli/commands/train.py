@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -114,8 +115,8 @@ def train(
       pipeoptim train --resume --name chars-pipeoptim --stages 2
           Continue with another number of stages, in runs/chars-pipeoptim-2-stages: weights and optimizer state move.
 
-    Ctrl-C saves and says how to continue; a second Ctrl-C aborts. Under torchrun (one process per stage, or as --chunks and
-    --replicas say), add --engine processes.
+    Ctrl-C and SIGTERM save and say how to continue (see --grace); a second Ctrl-C aborts. Under torchrun (one process per stage, or
+    as --chunks and --replicas say), add --engine processes.
     """
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train import recut, run
@@ -276,6 +277,7 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, no
 
     from pipeoptim.telemetry.summary import print_summary
     from pipeoptim.train.layout import layout_of
+    from pipeoptim.train.signals import exit_code
     from pipeoptim.train.worker import reports
 
     if not quiet and reports(config):
@@ -286,4 +288,4 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, no
     if result.status == "stopped":
         if reports(config):
             print(f"stopped at step {result.step}; resume with: {directory.resume_command()}")
-        raise typer.Exit(130)
+        raise typer.Exit(exit_code(signal.Signals[result.stopped_by]))
