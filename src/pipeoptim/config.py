@@ -221,6 +221,12 @@ class TrainConfig(RunOptions):
         least=0,
         computes=False,
     )
+    export: bool = own_setting(
+        False,
+        "When training ends, write the weights to runs/<name>/model as safetensors. For a model of Transformers that is a folder for "
+        "from_pretrained.",
+        computes=False,
+    )
     tensorboard: bool = own_setting(False, "Also write the figures to runs/<name>/tensorboard.", computes=False)
 
     def to_json(self) -> str:

@@ -37,6 +37,14 @@ DataOption = Annotated[
         "--model, no recipe is needed."
     ),
 ]
+SetOption = Annotated[
+    list[str] | None,
+    Option(
+        "--set",
+        help="Option of the model, the data, the optimizer or the lr_schedule, as data.text=book.txt or model.source.hidden_size=64; may "
+        "be given several times. Values are JSON, or else strings.",
+    ),
+]
 LearningRateOption = Annotated[float | None, Option(help="Learning rate.")]
 TinyOption = Annotated[bool, Option("--tiny", help="The recipe's tiny form: a minute, and nothing to download.")]
 

@@ -117,7 +117,7 @@ def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunRes
     directory = beginning.directory
     with cpu_threads(config.threads):
         beginning.look(config)
-        setup = build_setup(config)
+        setup = build_setup(config).all_here()
         probe_setup(setup)
         loss = ObservedLoss(setup.task)
         pipe, optimizers = make_emulator(setup, loss)

@@ -60,6 +60,8 @@ def cut_between_layers(model: nn.Module, stages: int, sample: Tensor, lengths: S
     """
     splitter = LayerSplitter(model, (sample,), {}, None)
     sizes, n = [sum(own.values()) for own in splitter.weights()], len(splitter.names)
+    trained = {id(p) for p in model.parameters() if p.requires_grad}
+    trains = [bool(trained & own.keys()) for own in splitter.weights()]
     ends = [0, *accumulate(sizes)]
     if lengths and (len(lengths) != stages or sum(lengths) != n):
         raise ConfigError(
@@ -67,7 +69,8 @@ def cut_between_layers(model: nn.Module, stages: int, sample: Tensor, lengths: S
         )
 
     def cost(_: int, start: int, end: int) -> float:
-        return (ends[end] - ends[start] or inf) if end == n or splitter.may_cut(end - 1) else inf
+        possible = any(trains[start:end]) and (end == n or splitter.may_cut(end - 1))
+        return ends[end] - ends[start] if possible else inf
 
     places = sum(splitter.may_cut(c) for c in range(n - 1))
     found = lengths or (best_cut(n, stages, cost) if stages <= places + 1 else [])

@@ -163,4 +163,6 @@ def _layers(stages: Sequence[nn.Module]) -> dict[Parameter, set[str]]:
 
 
 def _parameters(stages: Sequence[nn.Module | Iterable[Parameter]]) -> list[Parameter]:
-    return [p for stage in stages for p in (stage.parameters() if isinstance(stage, nn.Module) else stage)]
+    """Those that are trained: of frozen ones there would be a copy with every prediction."""
+    every = (p for stage in stages for p in (stage.parameters() if isinstance(stage, nn.Module) else stage))
+    return [p for p in every if p.requires_grad]

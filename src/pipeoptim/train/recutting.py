@@ -91,7 +91,7 @@ def _moved_states(checkpoint: Path, before: TrainConfig, after: TrainConfig) -> 
 
 
 def _pipe(config: TrainConfig) -> tuple[Any, Sequence[Tied]]:
-    setup = build_setup(config)
+    setup = build_setup(config).all_here()
     probe_setup(setup)
     return make_emulator(setup, setup.task.loss)[0], setup.tied
 

@@ -58,6 +58,11 @@ class RunDir:
         return self.path / "result.json"
 
     @property
+    def exported(self) -> Path:
+        """The trained weights, if they were asked for."""
+        return self.path / "model"
+
+    @property
     def tensorboard(self) -> Path:
         """Figures for TensorBoard, if they were asked for."""
         return self.path / "tensorboard"

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from pipeoptim.checkpoint import load_stage, save, sick_weight
+from pipeoptim.checkpoint import check_export, load_stage, save, save_weights, sick_weight
 from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.errors import DivergedError
@@ -53,6 +53,8 @@ def run_session(
             pipe.load_stage_state_dict(k, load_stage(start.checkpoint, k))
     for sizes in setup.sizes.parts:
         pipe.check_microbatches(sizes.microbatches)  # now, and not in the middle of the run
+    if config.export:
+        check_export(pipe, run.exported, overwrite=True)
     began = time.monotonic()
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
@@ -113,12 +115,22 @@ def run_session(
         pipe.trace.save(run.trace)
     traced = setup.config.trace and done > start.step
     result = _run_result(run, setup, pipe, loop, group, done, time.monotonic() - began, traced)
+    if config.export and done == config.steps:
+        _export(run, setup, pipe)
     if recorder is not None:
         # After the last checkpoint: a crash in between leaves a run that only has to be reported again.
         write_durably(run.result, result.to_json())
     # No process returns before the result is on the disk.
     group.barrier()
     return result
+
+
+def _export(run: RunDir, setup: RunSetup, pipe: Pipeline) -> None:
+    """Write the trained weights; the last that is done with the stages, which this may change."""
+    pipe.drain()
+    if setup.stagewise is not None:
+        setup.stagewise.prepare_export(pipe.stage_module(k) for k in pipe.local_stages)
+    save_weights(pipe, run.exported, also_save=getattr(setup.task, "also_save", ()), overwrite=True)
 
 
 def _validated(recorder: Recorder | None, run: RunDir, group: RunGroup, step: int) -> bool:

@@ -6,7 +6,7 @@ any number of stages and for both engines.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -31,6 +31,7 @@ from pipeoptim.train.cut import cut, cut_between_layers
 from pipeoptim.train.parameter_groups import check_all_used
 from pipeoptim.train.ramps import SizePlan, parts_of
 from pipeoptim.train.recomputed import checkpoint_blocks
+from pipeoptim.train.stagewise import StagewiseModel, without_values
 from pipeoptim.train.targets import build
 
 
@@ -46,7 +47,8 @@ class Task(Protocol):
 
 @dataclass(frozen=True)
 class RunSetup:
-    """Everything that an engine is built from; ``replica`` is the one of the run's replicas that trains in this process."""
+    """Everything that an engine is built from; ``replica`` is the one of the run's replicas that trains in this process, ``stagewise``
+    what fills its stages, where they are still without values."""
 
     config: TrainConfig
     task: Task
@@ -56,6 +58,7 @@ class RunSetup:
     validation: Sequence[tuple[Tensor, Tensor]]
     tied: Sequence[Tied] = ()
     replica: int = 0
+    stagewise: StagewiseModel | None = None
 
     @cached_property
     def sizes(self) -> SizePlan:
@@ -63,9 +66,16 @@ class RunSetup:
         return SizePlan(self.config)
 
     def local_to(self, replica: int, stages: Sequence[int]) -> RunSetup:
-        """The setup of some stages of a replica, without the weights of the others."""
+        """The setup of some stages of a replica, with their weights and without those of the others."""
+        if self.stagewise is not None:
+            with seeded(self.config.seed):
+                self.stagewise.fill([self.stages[k] for k in stages])
         mine = [stage if k in stages else nn.Identity() for k, stage in enumerate(self.stages)]
         return replace(self, stages=mine, replica=replica)
+
+    def all_here(self) -> RunSetup:
+        """The setup of all stages, with their weights."""
+        return self.local_to(0, range(len(self.stages)))
 
     def replica_rows(self, batch: Tensor, m: int) -> Tensor:
         """This replica's part of a mini-batch: of each of its ``m`` micro-batches, so that together the replicas train on the same ones
@@ -86,12 +96,11 @@ def build_setup(config: TrainConfig) -> RunSetup:
     optimizer = optimizers.factory(config.optimizer, config.stages)
     task = read_data(config)
     config = with_steps(config, task)
-    _check_sizes(config, task)
     scheduler = lr_schedules.factory(config.lr_schedule, config.steps)
-    with seeded(config.seed):
-        model = build("model", config.model)
-    if not isinstance(model, nn.Module):
-        raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
+    made = build_model(config)
+    stagewise = made if isinstance(made, StagewiseModel) else None
+    model = made.skeleton if isinstance(made, StagewiseModel) else made
+    _check_sizes(config, task, {} if stagewise is None else stagewise.sizes)
     stages, tied = _cut(model, config, task)
     read_tied(
         tied,
@@ -109,7 +118,20 @@ def build_setup(config: TrainConfig) -> RunSetup:
     if config.recompute:
         for stage in stages:
             checkpoint_blocks(stage)
-    return RunSetup(config, task, stages, optimizer, scheduler, _validation_batches(task, config), tied)
+    return RunSetup(config, task, stages, optimizer, scheduler, _validation_batches(task, config), tied, stagewise=stagewise)
+
+
+def build_model(config: TrainConfig) -> nn.Module | StagewiseModel:
+    """The model of ``config``.
+
+    Raises:
+        ConfigError: it is unknown, refuses its options, or is no module.
+    """
+    with seeded(config.seed):
+        model = build("model", config.model)
+    if not isinstance(model, nn.Module | StagewiseModel):
+        raise ConfigError(f"model {config.model.target} returned a {type(model).__name__}, must return an nn.Module")
+    return model
 
 
 def _cut(model: nn.Module, config: TrainConfig, task: Task) -> tuple[Sequence[nn.Module], Sequence[Tied]]:
@@ -128,7 +150,7 @@ def read_data(config: TrainConfig) -> Task:
     Raises:
         ConfigError: it is unknown, refuses its options, or its files are not there.
     """
-    task: Task = build("data", config.data, seed=config.seed)
+    task: Task = build("data", config.data, seed=config.seed, model_options=config.model.options)
     return task
 
 
@@ -154,13 +176,14 @@ def with_steps(config: TrainConfig, task: Task | None = None) -> TrainConfig:
     return replace(config, steps=config.epochs * count(config.batch_size), epochs=0)
 
 
-def _check_sizes(config: TrainConfig, task: Task) -> None:
+def _check_sizes(config: TrainConfig, task: Task, sizes: Mapping[str, int]) -> None:
     """A vocabulary or set of classes larger than the model's might show only late, as an index error in the middle of a run."""
-    for name in ("vocab_size", "classes"):
-        has, needed = config.model.options.get(name), getattr(task, name, 0)
+    for name in ("vocab_size", "classes", "context"):
+        has, needed = config.model.options.get(name, sizes.get(name)), getattr(task, name, 0)
         if isinstance(has, int) and has < needed:
             raise ConfigError(
-                f"the model's {name} is {has}, but the data ({task.describe()}) has {needed}; raise it in the options of model"
+                f"the model's {name} is {has}, but the data ({task.describe()}) has {needed}; raise it in the options of model, or "
+                "change the data"
             )
 
 
@@ -196,6 +219,8 @@ def probe_setup(setup: RunSetup) -> None:
     check_all_used(setup.stages, setup.config.optimizer.options.get("groups", ()))
     for k, stage in enumerate(setup.stages):
         setup.scheduler(setup.optimizer(stage, k))
+    if any(map(without_values, setup.stages)):  # whose forms have run when they were cut
+        return
     try:
         loss = _probe_forward(setup, x[:size].clone(), y[:size])
     except ConfigError:

@@ -7,9 +7,9 @@ continues as the uninterrupted run would have.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -102,7 +102,8 @@ class IndexedTask:
 
     Epoch e visits the training examples in the order ``shuffled(n, seed, e)``; the ``n mod batch_size``
     examples left over at its end are dropped, others in every epoch. ``vocab_size`` (ids of the input) and
-    ``classes`` say which size of model fits; 0 where they do not apply.
+    ``classes`` and ``context`` (tokens) say which size of model fits; 0 where they do not apply. ``also_save``: what an export of the model
+    is to have beside its weights, such as its tokenizer.
     """
 
     name: str
@@ -114,6 +115,8 @@ class IndexedTask:
     seed: int = 0
     vocab_size: int = 0
     classes: int = 0
+    context: int = 0
+    also_save: Sequence[Any] = ()
     _order: tuple[int, Tensor] = field(default=(-1, torch.empty(0)), init=False, repr=False, compare=False)
 
     def steps_per_epoch(self, batch_size: int) -> int:

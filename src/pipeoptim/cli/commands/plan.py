@@ -169,13 +169,15 @@ def _of_config(config: TrainConfig) -> tuple[Any, tuple[Any, ...], dict[str, Any
     """Model, arguments, depth and M of a run."""
     import torch
 
-    from pipeoptim.train.setup import read_data, seeded
-    from pipeoptim.train.targets import build
+    from pipeoptim.train.setup import build_model, read_data, seeded
+    from pipeoptim.train.stagewise import StagewiseModel
 
     torch.set_num_threads(config.threads)
     x, _ = read_data(config).train_batch(0, config.batch_size)
+    made = build_model(config)
     with seeded(config.seed):
-        return build("model", config.model), (x,), {}, config.stages, config.microbatches
+        model = made.whole() if isinstance(made, StagewiseModel) else made  # measured, so it needs its weights
+    return model, (x,), {}, config.stages, config.microbatches
 
 
 def _own(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:

@@ -15,6 +15,7 @@ from pipeoptim.cli.settings import (
     LearningRateOption,
     ModelOption,
     OptimizerOption,
+    SetOption,
     TinyOption,
     given,
     takes_settings,
@@ -45,6 +46,7 @@ def train(
     tiny: TinyOption = False,
     model: ModelOption = None,
     data: DataOption = None,
+    set_options: SetOption = None,
     optimizer: OptimizerOption = None,
     group: Annotated[
         list[str] | None,
@@ -100,6 +102,9 @@ def train(
           A convolutional net on handwritten digits.
       pipeoptim train --model mine:net --data mine:task --optimizer mine:Opt --lr 0.01
           What you have: mine.py in this folder has net(), task() and a class Opt. Runs go to runs/mine-pipeoptim.
+      pipeoptim train --recipe causal_lm --set model.source=my-gpt2 --set data.text=books
+          Fine-tune a model of Hugging Face Transformers (a folder) on the text files in books. The trained model goes to
+          runs/causal_lm-pipeoptim/model, for from_pretrained.
       pipeoptim train --optimizer muon_adamw,adamw,adamw,sgd --lr 0.003 --name mixed
           Another optimizer on every stage.
       pipeoptim train --group ndim=2,prediction=displacement --group prediction=none --name groups
@@ -124,6 +129,7 @@ def train(
     from pipeoptim.train.optimizers import kept_note
     from pipeoptim.train.recipes import chosen_config, full_name
     from pipeoptim.train.rundir import FinishedError, RunDir
+    from pipeoptim.train.set_options import with_set
     from pipeoptim.train.shorten import shortened, warmup_note
     from pipeoptim.train.trust import check_trusted, named_targets
     from pipeoptim.train.worker import reports
@@ -135,8 +141,8 @@ def train(
     wanted = DEFAULT_RECIPE if recipe is None else recipe
     notes: list[str] = []
     if resume:
-        if group or new or config_file:
-            option = "--group" if group else "--new" if new else "--config"
+        if group or new or config_file or set_options:
+            option = "--group" if group else "--new" if new else "--config" if config_file else "--set"
             raise ConfigError(f"{option} belongs to a new run, and --resume continues one as it was begun; leave {option} out")
         own = full_name(wanted, tiny)
         if ":" in wanted or (model and data):
@@ -157,7 +163,7 @@ def train(
             directory = recut(directory, config)
     else:
         chosen, in_file = _chosen(recipe, tiny, config_file, model, data)
-        config = _new(chosen, changed, optimizer, lr, group)
+        config = _new(with_set(chosen, set_options or ()), changed, optimizer, lr, group)
         if optimizer is not None:
             notes.append(kept_note(chosen.optimizer, config.optimizer))
         if config.method == AUTO:

@@ -200,7 +200,9 @@ class TiedWeight:
         # In the order of sending, as every exchange requires; sums that are not due yet stay on their way.
         while self._sent and self._sent[0] <= due:
             self._receive_oldest()
-        self.optimized.grad = self._sums.pop(due, None)
+        total = self._sums.pop(due, None)
+        # Of a frozen weight it is zero, which an optimizer with weight decay would take for a gradient.
+        self.optimized.grad = total if self.parameter.requires_grad else None
 
     def _receive_oldest(self) -> None:
         version = self._sent.popleft()
