@@ -14,7 +14,7 @@ import tiny
 from pipeoptim.cli.app import _run
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
-from pipeoptim.train.config_file import read_config_file, to_toml
+from pipeoptim.train.config_file import chosen_run, read_config_file, to_toml
 
 plain = st.recursive(
     st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -97,5 +97,13 @@ def test_the_command_prints_what_it_trains(
     assert "is finished" in capsys.readouterr().err
     assert _run(["train", "--resume", "--name", "tiny-pipeoptim", "--print-config"]) == 0
     assert read(written(tmp_path, capsys.readouterr().out, "own.toml")) == made, "the run's own"
-    assert _run(["train", "--resume", "--name", "tiny-pipeoptim", "--config", "run.toml"]) == 2
-    assert "--config belongs to a new run" in capsys.readouterr().err
+    for option, value in (("--config", "run.toml"), ("--set", "model.width=8")):
+        assert _run(["train", "--resume", "--name", "tiny-pipeoptim", option, value]) == 2
+        assert f"{option} belongs to a new run" in capsys.readouterr().err
+
+
+def test_what_is_set_goes_before_the_file(tmp_path: Path) -> None:
+    file = written(tmp_path, to_toml(replace(tiny.recipe(), model=Component("tiny:model", {"width": 8}))))
+    config, _ = chosen_run(None, False, file, None, None, "chars", ["model.width=4", "data.seconds=0.5", "optimizer.lr=1e-3"])
+    assert (config.model.options, config.data.options, config.optimizer.options["lr"]) == ({"width": 4}, {"seconds": 0.5}, 1e-3)
+    assert config.recipe == "tiny"

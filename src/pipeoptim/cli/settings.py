@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 from typer import Option
@@ -35,6 +36,14 @@ DataOption = Annotated[
     Option(
         help="module:function or file.py:function that returns the task (batches, loss, metrics), in place of the recipe's. With "
         "--model, no recipe is needed."
+    ),
+]
+ConfigFileOption = Annotated[
+    Path | None,
+    Option(
+        "--config",
+        help="TOML file with settings of the run, of a whole run or of what is changed of a recipe, or the config.json of a run; options "
+        "given here go before it. The functions that it names are called.",
     ),
 ]
 SetOption = Annotated[

@@ -10,7 +10,7 @@ import json
 import re
 import textwrap
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,8 @@ from pipeoptim.config import FIELDS, SETTINGS, Component, TrainConfig, read_fiel
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import cause_of
 from pipeoptim.train.change_method import with_method
-from pipeoptim.train.recipes import get_recipe
+from pipeoptim.train.recipes import chosen_config, get_recipe
+from pipeoptim.train.set_options import with_set
 from pipeoptim.train.trust import COMPONENTS
 
 WHOLE = ("model", "data", "optimizer")
@@ -51,6 +52,36 @@ def read_config_file(path: Path, recipe: str | None, tiny: bool, default: str) -
         base = with_method(base, given["method"])
     merged = {name: getattr(base, name).with_options(**own) for name, own in options.items()}
     return replace(base, **merged, **given), given
+
+
+def chosen_run(
+    recipe: str | None,
+    tiny: bool,
+    config_file: Path | None,
+    model: str | None,
+    data: str | None,
+    default: str,
+    settings: Sequence[str] = (),
+) -> tuple[TrainConfig, dict[str, Any]]:
+    """What a command starts from, and what its configuration file says itself.
+
+    Args:
+        recipe, tiny, model, data, default: as for :func:`~pipeoptim.train.recipes.chosen_config`.
+        config_file: what changes the recipe, or is a run of its own.
+        settings: of ``--set``, which go before the file.
+
+    Raises:
+        ConfigError: as the functions that read these.
+    """
+    in_file: dict[str, Any] = {}
+    if config_file is None:
+        config = chosen_config(recipe, tiny, model, data, default)
+    else:
+        config, in_file = read_config_file(config_file, recipe, tiny, default)
+        named = (("model", model), ("data", data))
+        parts: dict[str, Any] = {what: Component(target) for what, target in named if target is not None}
+        config = replace(config, **parts)
+    return with_set(config, settings), in_file
 
 
 def _fields_in(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:

@@ -10,10 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from pipeoptim.cli.settings import (
+    ConfigFileOption,
     DataOption,
     LearningRateOption,
     ModelOption,
     OptimizerOption,
+    SetOption,
     TinyOption,
     given,
     takes_settings,
@@ -61,6 +63,8 @@ def compare(
     ] = None,
     model: ModelOption = None,
     data: DataOption = None,
+    set_options: SetOption = None,
+    config_file: ConfigFileOption = None,
     seeds: Annotated[str, Option(help="How many seeds (3), or which ones (0,1,2).")] = "1",
     optimizer: OptimizerOption = None,
     lr: LearningRateOption = None,
@@ -106,10 +110,11 @@ def compare(
     from pipeoptim.compare.api import compare as run_comparison
     from pipeoptim.compare.report import write_report
     from pipeoptim.compare.settings import ComparisonSettings
+    from pipeoptim.train.config_file import chosen_run
     from pipeoptim.train.layout import layout_of
-    from pipeoptim.train.recipes import chosen_config
 
-    config = _config(chosen_config(recipe, tiny, model, data, "chars"), given(settings), optimizer, lr)
+    chosen, _ = chosen_run(recipe, tiny, config_file, model, data, "chars", set_options or ())
+    config = _config(chosen, given(settings), optimizer, lr)
     compared = ComparisonSettings(config, _methods(methods), _seeds(seeds), same_optimizer, _positive("own-lr", own_lr), target)
     folder = out or Path("runs") / f"compare-{config.recipe.replace(':', '.').replace('/', '.')}"
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -138,7 +143,7 @@ def _config(chosen: TrainConfig, changed: dict[str, Any], optimizer: str | None,
     from pipeoptim.train.setup import with_steps
     from pipeoptim.train.shorten import shortened
 
-    config = with_given(replace(chosen, threads=1), changed)
+    config = with_given(replace(chosen, threads=1, export=False), changed)  # of its runs nobody wants the weights
     check_settings(config)
     config = with_steps(config)
     if "eval_every" not in changed:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.settings import DataOption, TinyOption, given, takes_settings
+from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption, given, takes_settings
 from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
@@ -42,6 +42,8 @@ def plan(
         ),
     ] = None,
     data: DataOption = None,
+    set_options: SetOption = None,
+    config_file: ConfigFileOption = None,
     from_run: Annotated[
         Path | None,
         Option(
@@ -91,8 +93,8 @@ def plan(
     from pipeoptim.methods import get_method, refresh_every
     from pipeoptim.partitioning import partition
     from pipeoptim.schedule import read_slack
+    from pipeoptim.train.config_file import chosen_run
     from pipeoptim.train.measured_run import read_measured_run
-    from pipeoptim.train.recipes import chosen_config
 
     keep_freed_memory()
     wanted = given(settings)
@@ -106,16 +108,23 @@ def plan(
     if model is not None and (recipe is not None or tiny):
         other = f"recipe {recipe!r}" if recipe is not None else "--tiny, which is of recipes,"
         raise ConfigError(f"model {model!r} and {other} were given; leave one out")
-    if from_run is not None and (model is not None or data is not None or recipe is not None or tiny or speed or devices):
+    if model is not None and data is None and (set_options or config_file):
+        option = "--set" if set_options else "--config"
+        raise ConfigError(f"{option} changes a recipe, and {model!r} returns model and mini-batch by itself; leave one out")
+    others = (model, data, recipe, tiny, set_options, config_file, speed, devices)
+    if from_run is not None and any(others):
         raise ConfigError(
-            "--from-run has the run's own model and speeds; leave --model, --data, --recipe, --tiny, --speed and --devices out"
+            "--from-run has the run's own model and speeds; leave --model, --data, --recipe, --tiny, --set, --config, --speed and "
+            "--devices out"
         )
     measured = None if from_run is None else read_measured_run(from_run)
     limits = [_bytes(gib) for gib in memory] if memory else None
     if model is not None and data is None:
         module, args, kwargs, depth, m = _own(model)
     else:
-        config = measured.config if measured else chosen_config(recipe, tiny, model, data, "chars")
+        config = (
+            measured.config if measured else chosen_run(recipe, tiny, config_file, model, data, "chars", set_options or ())[0]
+        )
         module, args, kwargs, depth, m = _of_config(config)
     module, args, kwargs = _on(device, module, args, kwargs)
     m = wanted.get("microbatches", m)

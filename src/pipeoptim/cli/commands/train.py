@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from pipeoptim.cli.settings import (
+    ConfigFileOption,
     DataOption,
     LearningRateOption,
     ModelOption,
@@ -21,7 +22,7 @@ from pipeoptim.cli.settings import (
     takes_settings,
     with_given,
 )
-from pipeoptim.config import NOT_COMPUTED, Component, TrainConfig
+from pipeoptim.config import NOT_COMPUTED, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.schedule import AUTO
 
@@ -69,14 +70,7 @@ def train(
             "--resume, does so as well, and begins the run if there is none.)",
         ),
     ] = False,
-    config_file: Annotated[
-        Path | None,
-        Option(
-            "--config",
-            help="TOML file with settings of the run, of a whole run or of what is changed of a recipe; options given here go before it. "
-            "The functions that it names are called.",
-        ),
-    ] = None,
+    config_file: ConfigFileOption = None,
     print_config: Annotated[
         bool, Option("--print-config", help="Print the run's settings as such a file, and what each means, and train nothing.")
     ] = False,
@@ -125,11 +119,10 @@ def train(
     """
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train import recut, run
-    from pipeoptim.train.config_file import to_toml
+    from pipeoptim.train.config_file import chosen_run, to_toml
     from pipeoptim.train.optimizers import kept_note
     from pipeoptim.train.recipes import chosen_config, full_name
     from pipeoptim.train.rundir import FinishedError, RunDir
-    from pipeoptim.train.set_options import with_set
     from pipeoptim.train.shorten import shortened, warmup_note
     from pipeoptim.train.trust import check_trusted, named_targets
     from pipeoptim.train.worker import reports
@@ -162,8 +155,8 @@ def train(
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
             directory = recut(directory, config)
     else:
-        chosen, in_file = _chosen(recipe, tiny, config_file, model, data)
-        config = _new(with_set(chosen, set_options or ()), changed, optimizer, lr, group)
+        chosen, in_file = chosen_run(recipe, tiny, config_file, model, data, DEFAULT_RECIPE, set_options or ())
+        config = _new(chosen, changed, optimizer, lr, group)
         if optimizer is not None:
             notes.append(kept_note(chosen.optimizer, config.optimizer))
         if config.method == AUTO:
@@ -187,22 +180,6 @@ def train(
             print(finished, file=sys.stderr)
         return
     _report(result, config, directory, quiet, notes)
-
-
-def _chosen(
-    recipe: str | None, tiny: bool, config_file: Path | None, model: str | None, data: str | None
-) -> tuple[TrainConfig, dict[str, Any]]:
-    """What the command line changes: a recipe, or what a file makes of it, or a model and data; and what the file itself says."""
-    from pipeoptim.train.config_file import read_config_file
-    from pipeoptim.train.recipes import chosen_config
-
-    if config_file is None:
-        return chosen_config(recipe, tiny, model, data, DEFAULT_RECIPE), {}
-    config, in_file = read_config_file(config_file, recipe, tiny, DEFAULT_RECIPE)
-    parts: dict[str, Any] = {
-        what: Component(target) for what, target in (("model", model), ("data", data)) if target is not None
-    }
-    return replace(config, **parts), in_file
 
 
 def _new(
