@@ -1,6 +1,8 @@
 """Predictions from the mini-batch in progress: against an oracle in float64, and with everything that changes what a gradient is."""
 
+import dataclasses
 import math
+import types
 
 import pytest
 import torch
@@ -10,7 +12,9 @@ from torch import nn
 
 import oracle
 import pipeoptim as po
-from pipeoptim.rules import Predictor
+from pipeoptim.engine.stage.gradient_so_far import GradientSoFar, InProgressPredictor
+from pipeoptim.rules import PartialGradient, Predictor
+from pipeoptim.weights import Predicted, UpdateProgress
 from test_oracle import WIDTH, Layer, latest_at_backward
 
 METHODS = sorted(name for name, method in po.METHODS.items() if method.predicts_by_rule)
@@ -196,9 +200,9 @@ def test_measured_copies_equal_the_promise(method, depth, m):
 def test_a_prediction_is_made_anew_after_that_many_micro_batches(refresh):
     """Stage 0 of D = M = 8 has seen c = 1 .. 7 when it forwards the 7 micro-batches that miss an update."""
     pipe = po.Emulator(layers(8), adamw, nn.functional.mse_loss, "pipeoptim", 8, prediction="in_progress", refresh=refresh)
-    predictor, seen = pipe.stage_worker(0).predictor.inner, []
-    original = predictor.predict_into
-    predictor.predict_into = lambda out, steps, known, clip: seen.append(known[0].seen) or original(out, steps, known, clip)
+    weights, seen = pipe.stage_worker(0).weights, []
+    predictor, original = weights.predictor, weights.predictor.predict_into
+    predictor.predict_into = lambda *args: seen.append(weights.progress.share_done) or original(*args)
     for n, (x, y) in enumerate(data(4)):
         seen.clear() if n == 3 else None
         pipe.step(x, target=y)
@@ -342,8 +346,8 @@ def test_what_cannot_take_effect_is_refused():
 def test_nothing_is_predicted_in_vain(depth, m, refresh, monkeypatch):
     """One prediction for each stale micro-batch, or for `refresh` of them: those of stage k are D-1-k of a mini-batch."""
     counted = []
-    real = Predictor.predict_into
-    monkeypatch.setattr(Predictor, "predict_into", lambda self, *args: counted.append(1) or real(self, *args))
+    real = InProgressPredictor.predict_into
+    monkeypatch.setattr(InProgressPredictor, "predict_into", lambda self, *args: counted.append(1) or real(self, *args))
     stages = [nn.Linear(3, 3) for _ in range(depth)]
     options = {"method": "pipeoptim", "microbatches": m, "prediction": "in_progress", "refresh": refresh}
     pipe = po.Emulator(stages, lambda p: torch.optim.AdamW(p), nn.functional.mse_loss, **options)
@@ -356,3 +360,63 @@ def test_nothing_is_predicted_in_vain(depth, m, refresh, monkeypatch):
     seen = [m - n for n in stale]  # micro-batches of the next update that the first stale forward of a stage knows
     expected = sum(len({(c + i) // refresh for i in range(n)}) for n, c in zip(stale, seen, strict=True))
     assert per_step[-1] == per_step[-2] == expected
+
+
+def always_1(program, k, i):
+    """In the order of its micro-batches, the gap of a stage tells versions apart; this does not."""
+    return 1
+
+
+ONE = dataclasses.replace(po.METHODS["pipeoptim"], name="one", forward=Predicted(always_1))
+
+
+@pytest.mark.parametrize("method", [*METHODS, pytest.param(ONE, id="always 1")])
+def test_checked_once_per_update_it_equals_checked_every_time(method, monkeypatch):
+    """Whatever may change between two predictions: rates by a schedule and by hand, clipping, frozen weights, skipped updates, M."""
+
+    def trained(growing):
+        torch.manual_seed(1)
+        # One weight each, so that a gradient often lies where that of the mini-batch before has lain.
+        stages, counted = [nn.Sequential(nn.Linear(6, 6, bias=False), nn.Tanh()) for _ in range(5)], []
+        with monkeypatch.context() as patch:
+            real = Predictor.predict_into
+            patch.setattr(Predictor, "predict_into", lambda self, *args: counted.append(1) or real(self, *args))
+            if not growing:
+                patch.setattr(Predictor, "growing", None)
+            schedules = lambda optimizer: torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)  # noqa: E731
+            options = {"prediction": "in_progress", "schedulers": schedules, "clip": 1.0, "on_bad": "skip"}
+            pipe = po.Emulator(stages, adamw, nn.functional.mse_loss, method, 6, **options)
+            for n, (x, y) in enumerate(data(16, batch=12)):
+                pipe.step(x, target=y * math.inf if n == 5 else y)
+                pipe.stage_worker(0).optimizer.param_groups[0]["lr"] *= 1.3
+                if n == 7:
+                    stages[1][0].weight.requires_grad_(False)
+                if n == 9:
+                    pipe.set_microbatches(3)
+            pipe.drain()
+        return [p.detach().clone() for stage in stages for p in stage.parameters()], len(counted)
+
+    once, fewer = trained(growing=True)
+    every_time, all_of_them = trained(growing=False)
+    assert same(once, every_time)
+    assert fewer < 0.7 * all_of_them
+
+
+def test_after_an_update_it_is_checked_anew_though_gradients_lie_where_they_did():
+    layer = nn.Linear(4, 4)
+    optimizer, params = adamw(layer.parameters()), [*layer.parameters()]
+    for p in params:
+        p.grad = torch.ones_like(p)
+    optimizer.step()
+    progress, nothing_found = UpdateProgress(4, 1), types.SimpleNamespace(found="", skips=False)
+    rules = Predictor(optimizer, kind="in_progress")
+    predictor = InProgressPredictor(rules, GradientSoFar(params, progress, [], None, None, nothing_found))
+    out, again = ([torch.empty_like(p) for p in params] for _ in "ab")
+    for lr in (0.01, 0.1):
+        progress.begin()
+        optimizer.param_groups[0]["lr"] = lr
+        for seen in (0.25, 0.5):
+            progress.note_backward(None)
+            predictor.predict_into(out, 1)
+            rules.predict_into(again, 1, [PartialGradient(p.grad, seen) for p in params])
+            assert same(out, again)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+import sys
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from torch.optim import Optimizer
 from pipeoptim.kernels import available, calls
 from pipeoptim.rules import ClipEstimate, CombinedOptimizer, Horizon, PartialGradient, Predictor, predict_weights
 from pipeoptim.rules.entries import parameter_entries
-from pipeoptim.rules.estimate import GradientEstimate
+from pipeoptim.rules.estimate import GradientEstimate, momentum_of
 from pipeoptim.rules.lr import next_rates
 from pipeoptim.rules.rule_moves import predict_by_rule
 from test_kernels_fused import BY_TORCH, FORMS, OPTIONS, close, copy_of, give_gradients, make, weights_of
@@ -54,8 +55,10 @@ class Run:
 def kernel_runs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Of every call of a kernel how many parameters it took."""
     used: list[int] = []
-    original = calls.MultiTensorStep.run
-    monkeypatch.setattr(calls.MultiTensorStep, "run", lambda self, *how: (used.append(len(how[1])), original(self, *how)))
+    for name in ("run", "dry"):
+        original = getattr(calls.MultiTensorStep, name)
+        note = lambda self, *how, f=original: (used.append(len(how[1])), f(self, *how))[1]  # noqa: E731
+        monkeypatch.setattr(calls.MultiTensorStep, name, note)
     return used
 
 
@@ -133,6 +136,35 @@ def test_parameters_that_no_kernel_takes_are_predicted_beside_those_that_one_doe
         predict_by_rule(parameter_entries(optimizer, "in_progress"), [None] * 3, horizon, out)
         close(got, out, units=16)
     assert kernel_runs == [2, 2]
+
+
+@pytest.mark.parametrize("clip", [None, ClipEstimate(0.5), ClipEstimate(last_factor=0.5)])
+@pytest.mark.parametrize("name", sorted(OPTIONS))
+def test_as_gradients_grow_it_is_made_anew_with_the_same_bits(
+    name: str, clip: ClipEstimate | None, kernel_runs: list[int]
+) -> None:
+    run = Run(name)
+    # Of the first one nothing is known but the mean of its gradients, where there is one.
+    hidden = int(momentum_of(parameter_entries(run.optimizer, "in_progress")[0]) is not None)
+    grads: list[Tensor | None] = [*[None] * hidden, *run.grads[hidden:]]
+    known = lambda seen: [None if g is None else PartialGradient(g, seen, 0.5) for g in grads]  # noqa: E731
+    run.predictor.predict_into(run.out, 2, known(0.25), clip)
+    growing, again = run.predictor.growing, [torch.empty_like(w) for w in run.out]
+    assert growing is not None
+    taken = iter([[copy_of(w) for w in run.out], run.out, run.out])
+    users = [*map(sys.getrefcount, run.grads)]
+    for seen in (0.25, 0.5, 1.0):
+        torch._foreach_mul_(run.grads, 1.0 + seen)
+        kernel_runs.clear()
+        if not growing(buffers := next(taken), grads, seen, 0.5, clip):
+            assert seen == 1.0 and hidden  # without a gradient in the whole mini-batch a parameter stays
+            continue
+        assert kernel_runs == []  # packed once
+        run.predictor.predict_into(again, 2, known(seen), clip)
+        assert all(torch.equal(a, b) for a, b in zip(buffers, again, strict=True))
+    assert [*map(sys.getrefcount, run.grads)] == users  # it keeps none of them alive
+    moved: list[list[Tensor | None]] = [[*grads[:1], other, *grads[2:]] for other in (copy_of(run.grads[1]), None)]
+    assert not any(growing(run.out, other, 0.5, 0.5, clip) for other in moved) and not growing(run.out, grads, 0.0, 0.5, clip)
 
 
 def test_the_first_update_is_torchs(kernel_runs: list[int]) -> None:

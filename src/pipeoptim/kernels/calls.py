@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
 from typing import NamedTuple
@@ -65,7 +65,7 @@ class EstimateFactors(NamedTuple):
     of_weight: float = 0.0
 
 
-_NO_ESTIMATE = EstimateFactors()
+NO_ESTIMATE = EstimateFactors()
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class AdamCoefficients:
             factors, self.form, into, count, 0,
             self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2 if self.gain is None else self.gain,
             self.decay, self.rate, self.inverse, self.eps,
-            a.lose, scale, a.steps or 0.0, *(self.dry or _NO_ESTIMATE),
+            a.lose, scale, a.steps or 0.0, *(self.dry or NO_ESTIMATE),
         )  # fmt: skip
 
 
@@ -145,7 +145,7 @@ class SgdCoefficients:
             form, into,
             self.sign, self.coupled, self.mu, self.damp, *self.along, self.lr,
             a.lose, *(a.factors[0] if a.factors else (0.0, 0.0)), a.steps or 0.0,
-            *(self.dry or _NO_ESTIMATE),
+            *(self.dry or NO_ESTIMATE),
         )  # fmt: skip
 
 
@@ -197,8 +197,49 @@ class MultiTensorStep:
         tables = [_factor_table(one) for one in sets]  # kept alive until the call returns: the packed sets point into them
         packed = b"".join([sets[n].packed(self._destination, ctypes.addressof(table)) for n, table in enumerate(tables)])
         entry = getattr(library(), self._entry)
-        jobs = self._count, self._tensors, self._pack_grads.pack(*grads), self._pack_sets.pack(*set_of)
+        jobs = self._jobs(grads, set_of)
         _check_memory(entry(*jobs, packed, torch.get_num_threads()), self._count)
+
+    def dry(
+        self, grads: Iterable[int], set_of: Sequence[int], sets: Sequence[AdamCoefficients] | Sequence[SgdCoefficients]
+    ) -> DryStep:
+        """As `run`, of sets with `dry`: ready to be carried out with any estimates."""
+        # No table of factors: a dry step has one.
+        packed = [one.packed(self._destination, 0) for one in sets]
+        return DryStep(getattr(library(), self._entry), self._jobs(grads, set_of), packed)
+
+    def _jobs(self, grads: Iterable[int], set_of: Sequence[int]) -> tuple[int, bytes, bytes, bytes]:
+        return self._count, self._tensors, self._pack_grads.pack(*grads), self._pack_sets.pack(*set_of)
+
+
+class DryStep:
+    """A dry step of several parameters, packed once for estimates that change: each run writes only these into the packed sets.
+
+    Args:
+        entry: function of the library.
+        jobs: its first arguments; what they point to must stay alive.
+        sets: packed coefficients.
+    """
+
+    def __init__(self, entry: Callable[..., int], jobs: tuple[int, bytes, bytes, bytes], sets: Sequence[bytes]) -> None:
+        self._count, tensors, *self._gradients = jobs
+        self._entry, self._tensors = entry, ctypes.create_string_buffer(tensors, len(tensors))
+        packed, size = b"".join(sets), len(sets[0])
+        self._sets = ctypes.create_string_buffer(packed, len(packed))
+        self._places = range(size - layout.DRY_ESTIMATE.size, len(packed), size)
+
+    def write_into(self, outs: Sequence[int]) -> None:
+        """From here on, write the predictions to these addresses."""
+        size = len(self._tensors) // self._count
+        for n, address in enumerate(outs, 1):  # the last field of each parameter
+            layout.ADDRESS.pack_into(self._tensors, n * size - layout.ADDRESS.size, address)
+
+    def run(self, estimates: Sequence[EstimateFactors]) -> None:
+        """Write the predictions; `estimates`: of each set."""
+        for place, factors in zip(self._places, estimates, strict=True):
+            layout.DRY_ESTIMATE.pack_into(self._sets, place, *factors)
+        failed = self._entry(self._count, self._tensors, *self._gradients, self._sets, torch.get_num_threads())
+        _check_memory(failed, self._count)
 
 
 class StepCounters:

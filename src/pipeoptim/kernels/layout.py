@@ -7,6 +7,8 @@ from struct import Struct
 
 ADAM_TENSORS, ADAM_COEFFICIENTS = Struct("@q4P"), Struct("@P4i16f")
 SGD_TENSORS, SGD_COEFFICIENTS = Struct("@q3P"), Struct("@2i14f")
+ADDRESS = Struct("@P")  # of a prediction: the last field of the structures of addresses
+DRY_ESTIMATE = Struct("@3f")  # the last fields of both coefficients
 MOVE = Struct("@q3P2i2f")
 TERM = Struct("@2P4f")
 FACTOR = Struct("@2f")

@@ -68,19 +68,26 @@ def estimate(entry: ParameterEntry, partial: PartialGradient | None, clip: ClipE
     value, seen, factor = (None, 0.0, 1.0) if partial is None else (partial.value, partial.seen, partial.factor)
     if not entry.weight.requires_grad and value is None:  # frozen: it had updates once, it gets none now
         return None
+    value = None if value is None or seen <= 0 else as_real(value)
+    return combined_estimate(value, seen, factor, clip, None if seen >= 1 else momentum_of(entry))
+
+
+def combined_estimate(
+    value: Tensor | None, seen: float, factor: Scalar, clip: ClipEstimate | None, momentum: Momentum | None
+) -> GradientEstimate | None:
+    """The estimate from its parts: those of a `PartialGradient`, and what the optimizer's state knows of the rest."""
     if clip is not None and clip.last_factor is not None:
         factor = factor * clip.last_factor
-    value = None if value is None or seen <= 0 else as_real(value)
     missing = 1.0 - seen
     if missing <= 0:
         return None if value is None else GradientEstimate(value, factor)
-    momentum = _momentum(entry)
     if momentum is None:
         return None if value is None else GradientEstimate(value, factor * (1.0 + missing))
     return GradientEstimate(value, factor, momentum.value, missing * momentum.scale, missing * momentum.of_weight)
 
 
-def _momentum(entry: ParameterEntry) -> Momentum | None:
+def momentum_of(entry: ParameterEntry) -> Momentum | None:
+    """What the optimizer's state knows of this parameter's gradients; None where that is nothing."""
     if entry.rule is None:
         return None
     weight, state = entry.real_weight, entry.real_state

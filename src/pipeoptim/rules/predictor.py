@@ -20,6 +20,7 @@ from pipeoptim.rules.displacement import PREVIOUS, Buffers, DisplacementMemory
 from pipeoptim.rules.entries import EntrySet, EntryTable, optimizer_parameters
 from pipeoptim.rules.fallback import copy_weights
 from pipeoptim.rules.fused.dry import FusedDryStep
+from pipeoptim.rules.fused.growing import GrowingPrediction
 from pipeoptim.rules.fused.step import FusedStep
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.lr import next_rates
@@ -216,7 +217,7 @@ class Predictor:
         call rounds twice.
         """
         check_steps(steps)
-        self._dry_kernel.prefetch(out)  # before the checks, which read the same objects
+        self._dry_kernel.begin(out)  # before the checks, which read the same objects
         entries = self._table.current()
         weights = [entry.weight for entry in entries.all]
         check_in_progress(in_progress, clip, weights, used=entries.in_progress)
@@ -233,6 +234,14 @@ class Predictor:
             grads = self._grads if self._grads is not None else [None] * len(entries.all)
             horizon = self._horizon(steps)._replace(in_progress=in_progress, clip=clip)
             predict_by_rule(entries.all, grads, horizon, out, dry_kernel=self._dry_kernel)
+
+    @property
+    def growing(self) -> GrowingPrediction | None:
+        """Makes the prediction of the last `predict_into` anew as gradients in progress grow, if kernels made all of it, else None.
+
+        For whoever knows that meanwhile nothing else changes, neither weights nor state nor options.
+        """
+        return self._dry_kernel.growing
 
     # -- state -----------------------------------------------------------------------------------------------------------
 

@@ -17,6 +17,9 @@ class UpdateProgress:
         microbatches: M, of an update.
         refresh: after how many further micro-batches a prediction is made anew.
 
+    Attributes:
+        updates: how many are over, skipped ones among them.
+
     Example:
         >>> progress = UpdateProgress(4, refresh=2)
         >>> progress.note_backward(None)
@@ -24,11 +27,12 @@ class UpdateProgress:
         (1, 0.25, [1, 0])
     """
 
-    __slots__ = ("_shares", "microbatches", "refresh")
+    __slots__ = ("_shares", "microbatches", "refresh", "updates")
 
     def __init__(self, microbatches: int, refresh: int) -> None:
         self.microbatches, self.refresh = microbatches, refresh
         self._shares: list[float | None] = []
+        self.updates = 0
 
     def note_backward(self, share: float | None) -> None:
         """A micro-batch that counts for ``share`` of the mini-batch had its backward; None for 1/M."""
@@ -37,6 +41,7 @@ class UpdateProgress:
     def begin(self) -> None:
         """Nothing of the next update is there yet."""
         self._shares.clear()
+        self.updates += 1
 
     @property
     def microbatches_done(self) -> int:

@@ -11,7 +11,7 @@ Nothing is exchanged for it: the estimate is that of this stage, and of this rep
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -22,7 +22,8 @@ from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
-from pipeoptim.rules import KINDS, ClipEstimate, PartialGradient
+from pipeoptim.rules import KINDS, ClipEstimate, PartialGradient, Predictor
+from pipeoptim.rules.fused.growing import GrowingPrediction
 from pipeoptim.weights import UpdateProgress
 from pipeoptim.weights.store import WeightPredictor
 
@@ -31,12 +32,15 @@ class StageGradient(NamedTuple):
     """What is known of the gradient of the coming update.
 
     Attributes:
-        gradients: of every parameter; empty where nothing is known.
+        sums: of every parameter the gradient so far, without a copy; None where there is none.
+        seen, factor: of all of them, see :class:`~pipeoptim.rules.PartialGradient`.
         clip: how the update will be clipped; None where it will not.
     """
 
-    gradients: Sequence[PartialGradient | None] = ()
-    clip: ClipEstimate | None = None
+    sums: Sequence[Tensor | None]
+    seen: float
+    factor: float
+    clip: ClipEstimate | None
 
 
 class GradientSoFar:
@@ -61,26 +65,35 @@ class GradientSoFar:
     ) -> None:
         # By identity: == of tensors compares their values.
         others = {id(p) for p in summed_elsewhere}
-        self._parameters = [(p, id(p) in others) for p in parameters]
-        self._progress, self._clipper, self._scaling, self._finite_check = progress, clipper, scaling, finite
+        self._parameters = list(parameters)
+        self._elsewhere = [n for n, p in enumerate(parameters) if id(p) in others]
+        self.progress, self._clipper, self._scaling, self._finite_check = progress, clipper, scaling, finite
 
-    def __call__(self) -> StageGradient:
-        """As it is now; refers to the gradients, without a copy."""
-        factor = 1.0
+    def __call__(self) -> StageGradient | None:
+        """As it is now; None where nothing is known."""
         if self._finite_check.found:
-            return StageGradient()  # of the updates that are predicted it is none
-        if (self._scaling is not None or self._finite_check.skips) and not self._finite():
-            return StageGradient()  # the update will be skipped, and whatever is predicted must be finite
-        if self._scaling is not None:
-            factor = 1.0 / self._scaling.current
-        share = self._progress.share_done
-        gradients = [None if other else PartialGradient(p.grad, share, factor) for p, other in self._parameters]
-        return StageGradient(gradients, None if self._clipper is None else self._clipper.estimate())
+            return None  # of the updates that are predicted it is none
+        sums = [p.grad for p in self._parameters]
+        if (self._scaling is not None or self._finite_check.skips) and not _finite(sums):
+            return None  # the update will be skipped, and whatever is predicted must be finite
+        for n in self._elsewhere:
+            sums[n] = None
+        factor = 1.0 if self._scaling is None else 1.0 / self._scaling.current
+        clip = None if self._clipper is None else self._clipper.estimate()
+        return StageGradient(sums, self.progress.share_done, factor, clip)
 
-    def _finite(self) -> bool:
-        grads = [p.grad for p, _ in self._parameters if p.grad is not None]
-        # The largest element, which no sum of squares can overflow; the device is waited for, as in the update itself.
-        return not grads or math.isfinite(float(get_total_norm(grads, math.inf)))
+    def partial_gradients(self, known: StageGradient) -> list[PartialGradient | None]:
+        """What is ``known`` of each parameter; None where that is nothing."""
+        partial: list[PartialGradient | None] = [PartialGradient(grad, known.seen, known.factor) for grad in known.sums]
+        for n in self._elsewhere:
+            partial[n] = None
+        return partial
+
+
+def _finite(sums: Sequence[Tensor | None]) -> bool:
+    grads = [grad for grad in sums if grad is not None]
+    # The largest element, which no sum of squares can overflow; the device is waited for, as in the update itself.
+    return not grads or math.isfinite(float(get_total_norm(grads, math.inf)))
 
 
 @runtime_checkable
@@ -135,8 +148,11 @@ def progress_predictor(predictor: WeightPredictor, method: Method, kind: str) ->
 class InProgressPredictor:
     """Tells ``inner`` the gradient so far whenever it predicts."""
 
-    def __init__(self, inner: ProgressPredictor, gradient: Callable[[], StageGradient]) -> None:
+    def __init__(self, inner: ProgressPredictor, gradient: GradientSoFar) -> None:
         self.inner, self.gradient = inner, gradient
+        # What makes predictions anew, by steps, and the updates that were over when they were made.
+        self._growing: dict[int, GrowingPrediction] = {}
+        self._made_after = 0
         self.before_step, self.after_step = inner.before_step, inner.after_step
         self.state_dict, self.load_state_dict = inner.state_dict, inner.load_state_dict
 
@@ -147,4 +163,20 @@ class InProgressPredictor:
 
     def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
         """Write the prediction into ``out``."""
-        self.inner.predict_into(out, steps, *self.gradient())
+        if self._made_after != self.gradient.progress.updates:
+            self.forget()
+        known = self.gradient()
+        if known is None:
+            self.inner.predict_into(out, steps)
+            return
+        growing = self._growing.get(steps)
+        if growing is not None and growing(out, *known):  # all buffers of a stage lie as its parameters do
+            return
+        self.inner.predict_into(out, steps, self.gradient.partial_gradients(known), known.clip)
+        if isinstance(self.inner, Predictor) and self.inner.growing is not None:
+            self._growing[steps] = self.inner.growing
+
+    def forget(self) -> None:
+        """Make every prediction from the beginning: an update has come, or a script may have changed anything."""
+        self._growing.clear()
+        self._made_after = self.gradient.progress.updates

@@ -169,6 +169,7 @@ class StageWorker:
         self.monitor: PredictionMonitor | None = None
         self.scale: PredictionScale | None = None
         progress: UpdateProgress | None = None
+        self._in_progress: InProgressPredictor | None = None
         if optimizer is not None and method.predicts_on(program, k):
             if options.monitor and method.forward.predicts:
                 every = None if options.monitor is True else options.monitor
@@ -189,7 +190,7 @@ class StageWorker:
                 progress = UpdateProgress(program.microbatches, refresh)
                 sums = [weight.optimized for weight in self.tied]
                 gradient = GradientSoFar(self.parameters, progress, sums, self.clipper, self.scaling, self.finite)
-                self.predictor = InProgressPredictor(told, gradient)
+                self.predictor = self._in_progress = InProgressPredictor(told, gradient)
         step = step_function(optimizer, method, program, self.predictor, reduction, ties)
         self.master_weights = MasterWeights(self.parameters, params)
         if self.predictor is not None and self.master_weights.pairs:
@@ -254,6 +255,8 @@ class StageWorker:
             return
         check_groups(self.optimizer, len(self.parameters), self.k)
         self.script_calls.begin_mini_batch()
+        if self._in_progress is not None:  # between mini-batches a script may have changed rates, say
+            self._in_progress.forget()
         if not self.reduction.shards:  # whole weights come and go there
             # In full where nothing is in flight; else only whether each parameter is still where it was, which is a look into a dict.
             if self.forward_weights.next_forward == 0 or not self._places.all_hold():

@@ -28,13 +28,13 @@ class BatchEstimates(NamedTuple):
     """The gradients of the next update, as far as they are known, of the parameters of a batch.
 
     Attributes:
-        values: what stands for the gradient of each parameter: the one in progress, or the mean where there is none yet.
+        addresses: of what stands for the gradient of each parameter: the one in progress, or the mean where there is none yet.
         set_of: for each parameter the number of its set.
         samples: of each set a parameter, and its step count after the update.
         known: the estimate of that parameter, whose factors are those of the whole set.
     """
 
-    values: list[Tensor]
+    addresses: list[int]
     set_of: list[int]
     samples: list[tuple[int, float]]
     known: list[GradientEstimate]
@@ -111,7 +111,7 @@ class StepperBatch:
             values: of every parameter of the optimizer what stands for its gradient (`rules.fused.dry`).
             horizon: what to predict from.
         """
-        own = [value for n in self.places if (value := values[n]) is not None]
+        own = [value.data_ptr() for n in self.places if (value := values[n]) is not None]
         shares = [horizon.share(n) for n in self.places] if horizon.in_progress else [NOTHING_SEEN]
         after = self._counts_after()
         if len(set(shares)) == 1:
@@ -129,14 +129,12 @@ class StepperBatch:
     def estimate_parts(self, estimates: BatchEstimates) -> list[calls.EstimateParts]:
         """Where the estimates of this batch lie, for their norm."""
         factors = [known.kernel_factors for known in estimates.known]
-        rows = zip(self._weights_and_means, map(Tensor.data_ptr, estimates.values), estimates.set_of, strict=True)
+        rows = zip(self._weights_and_means, estimates.addresses, estimates.set_of, strict=True)
         return [calls.EstimateParts(n, value, mean, w, factors[number]) for (n, w, mean), value, number in rows]
 
-    def dry_job(self, estimates: BatchEstimates, horizon: Horizon, factor: float) -> tuple[list[int], list[int], list[Any]]:
-        """The arguments of the kernel for a dry step with the estimates times `factor`, which counts nothing."""
-        pairs = zip(self._fixed_coefficients(estimates, horizon), estimates.known, strict=True)
-        sets = [replace(fixed, dry=known.scaled(factor).kernel_factors) for fixed, known in pairs]
-        return [*map(Tensor.data_ptr, estimates.values)], estimates.set_of, sets
+    def dry_step(self, estimates: BatchEstimates, horizon: Horizon) -> calls.DryStep:
+        """The kernel's dry step, which counts nothing."""
+        return self.kernel.dry(estimates.addresses, estimates.set_of, self._fixed_coefficients(estimates, horizon))
 
     def _fixed_coefficients(self, estimates: BatchEstimates, horizon: Horizon) -> list[Any]:
         """Those of a dry step but for the estimate: the same from one prediction to the next, until an update.
@@ -147,24 +145,24 @@ class StepperBatch:
         made_for = None if None in options else (estimates.samples, horizon.rates, horizon.scales, options)
         if made_for is None or made_for != self._fixed_for:
             self._fixed_for = made_for
-            self._fixed = [
-                self._dry_coefficients(self.entries[first], estimates.values[first], t, horizon)
-                for first, t in estimates.samples
-            ]
+            pairs = zip(estimates.samples, estimates.known, strict=True)
+            self._fixed = [self._dry_coefficients(self.entries[first], known, t, horizon) for (first, t), known in pairs]
         return self._fixed
 
-    def _dry_coefficients(self, entry: ParameterEntry, value: Tensor, t: float, horizon: Horizon) -> Any:
+    def _dry_coefficients(self, entry: ParameterEntry, known: GradientEstimate, t: float, horizon: Horizon) -> Any:
         """The numbers of a dry step to update t of this parameter, and of all that share its set, but for the estimate."""
         assert entry.rule is not None
         ahead = horizon.ahead(entry)
         # The rule reads numbers only, and of tensors which they are: those that the kernel will have.
+        value = known.mean if known.value is None else known.value
+        assert value is not None
         grad = value.detach()  # an object of its own, as `value` may be the buffer, which terms are told apart from
         move = entry.rule.move(entry.weight, {**entry.state, "step": t}, grad, entry.group, ahead.from_state_after())
         assert move is not None
         move = move.scaled(ahead.scale)
         assert not isinstance(move.keep, Tensor)
         prediction = calls.KernelPrediction(1.0 - move.keep, self.stepper.prediction_factors(move, grad, entry.state))
-        return self.stepper.coefficients(entry.group, t, prediction)
+        return replace(self.stepper.coefficients(entry.group, t, prediction), dry=calls.NO_ESTIMATE)
 
     def options_unchanged(self) -> bool:
         """Whether the options of every param group still need this kernel, with the same tensors."""

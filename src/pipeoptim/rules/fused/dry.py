@@ -11,27 +11,31 @@ from collections.abc import Callable, Sequence
 
 from torch import Tensor
 
-from pipeoptim.kernels import calls
-from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import estimate
-from pipeoptim.rules.fused.batch import BatchEstimates, stepper_of
-from pipeoptim.rules.fused.plan import FusedPlan
+from pipeoptim.rules.fused.batch import stepper_of
+from pipeoptim.rules.fused.growing import GrowingPrediction, clip_scale
 from pipeoptim.rules.fused.plan_cache import PlanCache
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.move import Scalar
 
 
 class FusedDryStep:
-    """Predicts from the mini-batch in progress, one after the other; keeps a plan of the tensors that kernels can take."""
+    """Predicts from the mini-batch in progress, one after the other; keeps a plan of the tensors that kernels can take.
+
+    Attributes:
+        growing: makes the last prediction anew; None where it was not made by kernels alone.
+    """
 
     def __init__(self) -> None:
         self._plans = PlanCache()
+        self.growing: GrowingPrediction | None = None
         self._asked_for: Sequence[ParameterEntry] | None = None  # the entries that `_able` was found for
         self._able: list[bool] = []
 
-    def prefetch(self, out: Sequence[Tensor]) -> None:
+    def begin(self, out: Sequence[Tensor]) -> None:
         """Ask for the memory that a prediction into these buffers reads of Python's objects, if there is a plan for it."""
+        self.growing = None
         if out:
             self._plans.prefetch(_key(out))
 
@@ -53,11 +57,15 @@ class FusedDryStep:
         if plan is None or not plan.supports_next_step():
             return frozenset()
         estimates = [batch.estimates(values, horizon) for batch in plan.batches]
-        scale = _own_factor(plan, estimates, horizon.clip) if not plan.without_grad else factor()
+        scale = clip_scale(plan.batches, estimates, horizon.clip) if not plan.without_grad else factor()
         if isinstance(scale, Tensor):
             return frozenset()
+        steps = []
         for batch, known in zip(plan.batches, estimates, strict=True):
-            batch.kernel.run(*batch.dry_job(known, horizon, scale))
+            steps.append(batch.dry_step(known, horizon))
+            steps[-1].run([one.scaled(scale).kernel_factors for one in known.known])
+        if not plan.without_grad and len({(p.seen, p.factor) for p in horizon.in_progress if p is not None}) == 1:
+            self.growing = GrowingPrediction(plan, out, estimates, steps, horizon)
         return plan.moving
 
     def _values(self, entries: Sequence[ParameterEntry], horizon: Horizon) -> list[Tensor | None]:
@@ -70,14 +78,6 @@ class FusedDryStep:
 def _key(out: Sequence[Tensor]) -> int:
     """An engine has few sets of buffers; the first identifies the set."""
     return id(out[0])
-
-
-def _own_factor(plan: FusedPlan, estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> float:
-    """That of clipping, where the plan has all parameters: the addresses are at hand, which saves asking every tensor."""
-    if clip is None or clip.max_norm is None:
-        return 1.0
-    pairs = zip(plan.batches, estimates, strict=True)
-    return clip.factor(calls.norm_of_estimates(part for batch, known in pairs for part in batch.estimate_parts(known)))
 
 
 def _has_kernel(entry: ParameterEntry) -> bool:
