@@ -4,7 +4,7 @@
 where a name is expected, or :func:`register_method` it to use it by name.
 """
 
-from pipeoptim.methods.facts import copies, gap, mean_gap, refresh_every
+from pipeoptim.methods.facts import WeightPasses, copies, gap, mean_gap, refresh_every, weight_passes
 from pipeoptim.methods.lookup import get_method
 from pipeoptim.methods.method import Method
 from pipeoptim.methods.predictor_context import PredictorContext
@@ -14,10 +14,12 @@ __all__ = [
     "METHODS",
     "Method",
     "PredictorContext",
+    "WeightPasses",
     "copies",
     "gap",
     "get_method",
     "mean_gap",
     "refresh_every",
     "register_method",
+    "weight_passes",
 ]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -84,6 +84,39 @@ def copies(
     return _weight_use(method, program or method.program(depth, microbatches), k, keep_forward, refresh).copies
 
 
+class WeightPasses(NamedTuple):
+    """What a stage does with its weights in a mini-batch of the steady state, beside the optimizer's step.
+
+    Attributes:
+        forward, backward: for each of the M micro-batches, whether its F or B makes a prediction.
+        copied: whether U copies the weights before it overwrites them.
+    """
+
+    forward: tuple[bool, ...]
+    backward: tuple[bool, ...]
+    copied: bool
+
+
+def weight_passes(method: Method, program: Program, k: int, refresh: int | None = None) -> WeightPasses:
+    """The passes of stage ``k``; where step and prediction are one pass, it counts as that of the next F.
+
+    Args:
+        refresh: as for :func:`copies`.
+
+    Example:
+        >>> from pipeoptim.methods import get_method
+        >>> for name in ("pipeoptim", "pipedream", "gpipe"):
+        ...     print(weight_passes(get_method(name), get_method(name).program(4, 2), 0))
+        WeightPasses(forward=(True, True), backward=(False, False), copied=False)
+        WeightPasses(forward=(False, False), backward=(False, False), copied=True)
+        WeightPasses(forward=(False, False), backward=(False, False), copied=False)
+    """
+    use, m = _weight_use(method, program, k, keep_forward=False, refresh=refresh), program.microbatches
+    n = program.warm_up + 1  # behind the warm-up, and its B and U before the drain
+    predicts = [tuple((kind, i) in use.predictions for i in range(n * m, (n + 1) * m)) for kind in (ActionKind.F, ActionKind.B)]
+    return WeightPasses(predicts[0], predicts[1], n in use.copied)
+
+
 def refresh_every(kind: str, refresh: int | None) -> int | None:
     """After how many micro-batches predictions of ``kind`` are made anew; None where they do not use the mini-batch in progress.
 
@@ -110,10 +143,14 @@ class WeightUse:
     Attributes:
         copies: the most that there are at once, the latest included.
         gaps: of each micro-batch the updates from the weights that its F uses or predicts from to its B.
+        predictions: the F and B that make one.
+        copied: the U that copy the weights first, by number.
     """
 
     copies: int
     gaps: dict[int, int]
+    predictions: frozenset[Action]
+    copied: frozenset[int]
 
 
 @lru_cache(maxsize=1024)
@@ -123,7 +160,7 @@ def _weight_use(method: Method, program: Program, k: int, keep_forward: bool, re
     for action in program.full(k, minibatches=2 * program.warm_up + 2):
         stage.act(action)
     # The latest weights are no copy, but count in what a stage holds.
-    return WeightUse(1 + stage.weights.most_copies, stage.gaps)
+    return WeightUse(1 + stage.weights.most_copies, stage.gaps, frozenset(stage.predictor.made), frozenset(stage.copied))
 
 
 class _WeightlessStage:
@@ -131,21 +168,23 @@ class _WeightlessStage:
 
     def __init__(self, method: Method, program: Program, k: int, keep_forward: bool, refresh: int | None) -> None:
         self.method, self.program = method, program
-        predictor = _NoPredictions() if method.predicts_on(program, k) else None
+        self.predictor = _NoPredictions()
         progress = None if refresh is None else UpdateProgress(program.microbatches, refresh)
-        self.weights = StageWeights([], program, k, predictor, progress)
+        self.weights = StageWeights([], program, k, self.predictor if method.predicts_on(program, k) else None, progress)
         self.gaps: dict[int, int] = {}
         self._keeps = keep_forward or method.backward.reuses_forward  # the forward's set until the backward
         self._in_flight: dict[int, tuple[int, WeightSet | None]] = {}  # version that F used, and the set where it is kept
         self._next_forward = 0
+        self.copied: list[int] = []
 
     def act(self, action: Action) -> None:
+        self.predictor.action = action
         if action.kind is ActionKind.F:
             self._forward(action.number)
         elif action.kind is ActionKind.B:
             self._backward(action.number)
         else:
-            self._update()
+            self._update(action.number)
 
     def _forward(self, i: int) -> None:
         used = self.method.forward.acquire(self.weights, i)
@@ -165,8 +204,10 @@ class _WeightlessStage:
         if self.weights.progress is not None:
             self.weights.progress.note_backward(None)
 
-    def _update(self) -> None:
+    def _update(self, n: int) -> None:
         self._retain()  # before the update, which would overwrite a version that is still to be asked for
+        if self.weights.latest_in_use:
+            self.copied.append(n)
         self.weights.before_update()
         # Without `ahead`: the fused step is an optimization that never needs a copy more.
         self.weights.update(lambda: None)
@@ -179,15 +220,20 @@ class _WeightlessStage:
 
 
 class _NoPredictions:
-    """A predictor of no weights."""
+    """A predictor of no weights, which notes the actions that ask it."""
 
     needs_previous = False
+
+    def __init__(self) -> None:
+        self.action: Action
+        self.made: list[Action] = []
 
     def before_step(self, spare: Sequence[Tensor] | None) -> None: ...
 
     def after_step(self) -> None: ...
 
-    def predict_into(self, out: Sequence[Tensor], steps: int) -> None: ...
+    def predict_into(self, out: Sequence[Tensor], steps: int) -> None:
+        self.made.append(self.action)
 
     def state_dict(self) -> dict[str, Any]:
         return {}

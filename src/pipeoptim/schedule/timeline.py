@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeoptim.errors import PipeOptimError
 from pipeoptim.schedule.actions import Action, ActionKind
-from pipeoptim.schedule.actions_table import action_table
+from pipeoptim.schedule.actions_table import action_table, whole_run
 from pipeoptim.schedule.program import Program
 from pipeoptim.schedule.recurrence import StuckError, in_levels
 
@@ -55,7 +55,7 @@ def timeline(
         ActionKind.B: _per_stage(t_backward, program),
         ActionKind.U: _per_stage(0.0, program),
     }
-    plans = [_whole_run(program, p, minibatches) for p in range(program.processes or program.depth)]
+    plans = [whole_run(program, p, minibatches) for p in range(program.processes or program.depth)]
     return replay(plans, program.depth, lambda k, kind: durations[kind][k], delay)
 
 
@@ -98,11 +98,6 @@ def bubble(spans: list[Span], processes: int | None = None) -> float:
     processes = processes or 1 + max(s.k for s in spans)
     length = max(s.end for s in spans) - min(s.start for s in spans)
     return 1.0 - busy / (processes * length)
-
-
-def _whole_run(program: Program, p: int, minibatches: int) -> list[tuple[int, Action]]:
-    fed = [a for n in range(minibatches) for a in program.process_step(p, n)]
-    return fed + program.process_drain(p, minibatches)
 
 
 def _per_stage(duration: Durations, program: Program) -> Sequence[float]:

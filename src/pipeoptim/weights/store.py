@@ -252,11 +252,16 @@ class StageWeights:
         self._sets, self._free, self._copies = {}, [], []
         self._over_gradients = self._may_predict_over_gradients()
 
+    @property
+    def latest_in_use(self) -> bool:
+        """Whether a micro-batch in flight holds the latest weights in place, so that an update has to copy them first."""
+        weight_set = self._sets.get(WeightKey(self.version))
+        return weight_set is not None and weight_set.copy is None
+
     def before_update(self) -> None:
         """Copy the latest weights if they are in use; free unused predictions."""
-        weight_set = self._sets.get(WeightKey(self.version))
-        # Only if a micro-batch in flight still holds the latest set; else the update overwrites in place.
-        if weight_set is not None and weight_set.copy is None:
+        if self.latest_in_use:  # else the update overwrites in place
+            weight_set = self._sets[WeightKey(self.version)]
             weight_set.copy = self._take_copy()
             with torch.no_grad():
                 # By storage, not by parameter: what autograd saved may be a view that reaches across parameters.

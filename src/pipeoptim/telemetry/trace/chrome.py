@@ -20,11 +20,16 @@ RUN, IDEAL = 1000, 2000
 Event = dict[str, Any]
 
 
-def to_chrome(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], shares: Sequence[StageShares]) -> dict[str, Any]:
-    """The whole file as plain data: ``json.dump`` it."""
+def to_chrome(
+    stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], shares: Sequence[StageShares], title: str = "run"
+) -> dict[str, Any]:
+    """The whole file as plain data: ``json.dump`` it; ``title`` says what the stages are of."""
     depth, m = len(stages), stages[0].microbatches
     about = f"{stages[0].method}, {counted(depth, 'stage')}, {counted(m, 'micro-batch')}"
-    events: list[Event] = [*_names(RUN, f"run: {about}", depth), *_names(IDEAL, "ideal schedule of the same actions", depth)]
+    events: list[Event] = [
+        *_names(RUN, f"{title}: {about}", depth),
+        *_names(IDEAL, "ideal schedule of the same actions", depth),
+    ]
     for stage in stages:
         pieces = flatten(stage.spans)
         events += [_complete(RUN, stage.stage, _label(p), _category(p), p.begin, p.end, _details(p, m)) for p in pieces]

@@ -46,8 +46,8 @@ class Bar(NamedTuple):
     end: float
 
 
-def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan]) -> str:
-    """A self-contained SVG; stages are aligned.
+def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], title: str = "measured") -> str:
+    """A self-contained SVG; stages are aligned, and ``title`` says what they are of.
 
     Numbers are mini-batches. Empty space is time in which a stage did nothing that was recorded.
     """
@@ -56,7 +56,7 @@ def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan]) -> str:
     # Stages that take turns in one process need more time on the picture, so fewer forwards are shown.
     mates = sum(s.process == stages[0].process for s in stages)
     panels = [
-        (f"measured: {stages[0].method}", *_window(run, mates)),
+        (f"{title}: {stages[0].method}", *_window(run, mates)),
         ("ideal schedule of the same actions", *_window(best, 1)),
     ]
     longest = max(end - begin for _, _, begin, end in panels) or 1.0
@@ -64,7 +64,7 @@ def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan]) -> str:
     tall = _GAP + _ROW * len(stages)
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {_WIDTH} {2 * tall + 24}" width="{_WIDTH}" role="img" '
-        f'aria-label="measured and ideal schedule" font-family="system-ui, sans-serif" font-size="11">',
+        f'aria-label="{title} and ideal schedule" font-family="system-ui, sans-serif" font-size="11">',
         "<style>.ink{fill:#222}@media (prefers-color-scheme: dark){.ink{fill:#ddd}}</style>",
     ]
     for n, (title, bars, begin, end) in enumerate(panels):

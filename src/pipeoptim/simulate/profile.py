@@ -1,0 +1,217 @@
+"""What a model costs on a device, block by block: the file that ``pipeoptim profile`` writes and ``pipeoptim simulate`` reads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from functools import lru_cache
+from math import isfinite
+from pathlib import Path
+from typing import Any
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.files import read_object, write_durably
+from pipeoptim.version import __version__
+
+FORMAT = 1
+
+UNITS = {
+    "forward": "seconds of a micro-batch, one number per entry of rows",
+    "backward": "seconds of a micro-batch, one number per entry of rows",
+    "output_bytes": "bytes that a micro-batch hands to the next block",
+    "gradient_bytes": "bytes of its gradient on the way back",
+    "saved_bytes": "bytes that a micro-batch keeps from F to B",
+    "weight_bytes": "bytes",
+    "fixed": "seconds per call",
+    "per_byte": "seconds per byte of weights",
+    "state_bytes": "bytes of the optimizer's state per byte of weights",
+    "latency": "seconds from the end of a message's last byte to its arrival",
+    "bandwidth": "bytes per second of each link and direction; null: no limit",
+    "action": "seconds that the engine itself adds to each F, B and U",
+    "spread": "sigma of a log-normal factor on the seconds of F and B",
+}
+
+
+@dataclass(frozen=True)
+class BlockProfile:
+    """One block. Where a field is a tuple, it has an entry for each of the profile's ``rows``; units are in UNITS."""
+
+    name: str
+    forward: tuple[float, ...]
+    backward: tuple[float, ...]
+    output_bytes: tuple[float, ...]
+    gradient_bytes: tuple[float, ...]
+    saved_bytes: tuple[float, ...]
+    weight_bytes: float
+
+
+@dataclass(frozen=True)
+class PassCost:
+    """Seconds of one pass over the weights of a stage: ``fixed + per_byte * bytes``."""
+
+    fixed: float
+    per_byte: float
+
+    def seconds(self, weight_bytes: float) -> float:
+        """Of a stage with so many bytes of weights."""
+        return self.fixed + self.per_byte * weight_bytes
+
+
+@dataclass(frozen=True)
+class OptimizerProfile:
+    """What an update costs: its step, a prediction, a copy of the weights; and how large its state is."""
+
+    name: str
+    step: PassCost
+    predict: PassCost
+    copy: PassCost
+    state_bytes: float
+
+
+@dataclass(frozen=True)
+class LinkProfile:
+    """A link between two devices, in each direction."""
+
+    latency: float
+    bandwidth: float | None
+
+
+@dataclass(frozen=True)
+class Profile:
+    """A model on a device.
+
+    Attributes:
+        model: its name.
+        synthetic: whether the figures come from a formula and not from a measurement.
+        batch_rows: rows of a mini-batch.
+        rows: sizes of micro-batches that the blocks have figures for, ascending.
+        blocks: in their order.
+        optimizer, link: as they say.
+        action: seconds that the engine adds to each F, B and U.
+        spread: sigma of a log-normal factor on F and B.
+        made: by which versions, on what, by which formula.
+    """
+
+    model: str
+    synthetic: bool
+    batch_rows: int
+    rows: tuple[int, ...]
+    blocks: tuple[BlockProfile, ...]
+    optimizer: OptimizerProfile
+    link: LinkProfile
+    action: Mapping[str, float] = field(default_factory=lambda: {"F": 0.0, "B": 0.0, "U": 0.0})
+    spread: float = 0.0
+    made: Mapping[str, Any] = field(default_factory=dict)
+
+    def at(self, values: Sequence[float], rows: float) -> float:
+        """A figure of a block for a micro-batch of ``rows``, between the sizes that there are figures for.
+
+        Raises:
+            ConfigError: there are none of such sizes.
+        """
+        place = _place(self.rows, rows)
+        if place is None:
+            raise ConfigError(
+                f"the profile of {self.model} has micro-batches of {_range(self.rows)} rows, none of {rows:g}; choose another number of "
+                f"micro-batches, or profile the model with --rows {rows:g} as well"
+            )
+        upper, share = place
+        return values[upper] if share == 0 else values[upper] - share * (values[upper] - values[upper - 1])
+
+    def write(self, path: Path) -> Path:
+        """As JSON that explains itself; whole or not at all.
+
+        Raises:
+            OSError: no space, no permission.
+        """
+        data = {"format": FORMAT, "pipeoptim": __version__, "units": UNITS, **asdict(self)}
+        write_durably(path, json.dumps(data, indent=1) + "\n")
+        return path
+
+
+@lru_cache(maxsize=256)
+def _place(known: tuple[int, ...], rows: float) -> tuple[int, float] | None:
+    """The smallest size of at least ``rows``, and how far down to the next smaller one it lies; None outside of them."""
+    if not known[0] <= rows <= known[-1]:
+        return None
+    upper = next(n for n, size in enumerate(known) if size >= rows)
+    return upper, 0.0 if known[upper] == rows else (known[upper] - rows) / (known[upper] - known[upper - 1])
+
+
+def _range(rows: Sequence[int]) -> str:
+    return str(rows[0]) if len(rows) == 1 else f"{rows[0]} to {rows[-1]}"
+
+
+def read_profile(path: Path) -> Profile:
+    """What :meth:`Profile.write` wrote.
+
+    Raises:
+        ConfigError: there is no such file; it is damaged, of another format, or holds a figure that cannot be.
+    """
+    try:
+        data = read_object(path)
+    except OSError as error:
+        raise ConfigError(
+            f"the profile {path} cannot be read ({error.strerror}); make it with pipeoptim profile --out {path}"
+        ) from error
+    if data.get("format") != FORMAT:
+        raise ConfigError(
+            f"{path} is no profile of format {FORMAT} (it says {data.get('format')!r}); make it anew with pipeoptim profile"
+        )
+    try:
+        return _checked(_profile(data))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ConfigError(
+            f"{path} is damaged ({type(error).__name__}: {error}); make it anew with pipeoptim profile"
+        ) from error
+
+
+def _profile(data: dict[str, Any]) -> Profile:
+    def block(entry: dict[str, Any]) -> BlockProfile:
+        values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
+        return BlockProfile(**values)
+
+    optimizer: dict[str, Any] = {key: PassCost(**v) if isinstance(v, dict) else v for key, v in data["optimizer"].items()}
+    own = {one.name: data[one.name] for one in fields(Profile)}
+    return Profile(
+        **{
+            **own,
+            "rows": tuple(data["rows"]),
+            "blocks": tuple(map(block, data["blocks"])),
+            "optimizer": OptimizerProfile(**optimizer),
+            "link": LinkProfile(**data["link"]),
+        }
+    )
+
+
+def _checked(found: Profile) -> Profile:
+    if not found.blocks:
+        raise ConfigError("a profile needs at least one block")
+    if not found.rows or list(found.rows) != sorted(set(found.rows)):
+        raise ConfigError(f"rows is {list(found.rows)}, must be sizes of micro-batches in ascending order")
+    for what, value, least in _figures(found):
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < least:
+            raise ConfigError(f"{what} is {value!r}, must be a number of at least {least:g}")
+    if found.link.bandwidth is not None and not found.link.bandwidth > 0:
+        raise ConfigError(f"bandwidth of the link is {found.link.bandwidth!r}, must be above 0, or null for no limit")
+    return found
+
+
+def _figures(found: Profile) -> list[tuple[str, Any, float]]:
+    """Name, value and least value of every figure."""
+    figures: list[tuple[str, Any, float]] = [("batch_rows", found.batch_rows, 1), ("spread", found.spread, 0)]
+    figures += [("an entry of rows", size, 1) for size in found.rows]
+    for block in found.blocks:
+        for name, value in asdict(block).items():
+            if isinstance(value, tuple):
+                if len(value) != len(found.rows):
+                    raise ConfigError(f"{name} of block {block.name} has {len(value)} numbers for {len(found.rows)} sizes")
+                figures += [(f"{name} of block {block.name}", one, 0) for one in value]
+        figures.append((f"weight_bytes of block {block.name}", block.weight_bytes, 0))
+    for kind in ("step", "predict", "copy"):
+        figures += [(f"{part} of {kind}", value, 0) for part, value in asdict(getattr(found.optimizer, kind)).items()]
+    figures += [("state_bytes", found.optimizer.state_bytes, 0), ("latency of the link", found.link.latency, 0)]
+    return figures + [(f"action {kind}", found.action[kind], 0) for kind in ("F", "B", "U")]

@@ -1,0 +1,178 @@
+"""What is simulated: a profile cut into stages, a method with its action program, and the conditions that they run under."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from math import isfinite
+
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import Method
+from pipeoptim.schedule import Program
+from pipeoptim.simulate.profile import Profile
+
+MOST_DRAWS = 1000
+
+PerBoundary = float | tuple[float, ...]
+"""The same on every boundary between two stages, or a number for each of the D-1 boundaries."""
+
+
+@dataclass(frozen=True)
+class Conditions:
+    """Devices and links, where they are not as the profile says.
+
+    Attributes:
+        delay: seconds from the end of a message's last byte to its arrival; None for the latency of the profile's link.
+        bandwidth: bytes per second of a link in each direction; infinite for no limit; None for that of the profile's link.
+        jitter: sigma of a log-normal factor on every F and B; None for the profile's spread.
+        stragglers: stage -> how many times as long as profiled its actions take.
+        draws: how often a run with jitter is simulated, each time with other random factors.
+        seed: of the first.
+    """
+
+    delay: PerBoundary | None = None
+    bandwidth: PerBoundary | None = None
+    jitter: float | None = None
+    stragglers: Mapping[int, float] = field(default_factory=dict)
+    draws: int = 20
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for what, value in (("delay", self.delay), ("jitter", self.jitter)):
+            for one in _numbers(value):
+                if not isfinite(one) or one < 0:
+                    raise ConfigError(f"{what} is {one:g}, must be a number of at least 0")
+        for one in _numbers(self.bandwidth):
+            if not one > 0:
+                raise ConfigError(f"bandwidth is {one:g} bytes per second, must be above 0")
+        for k, factor in self.stragglers.items():
+            if not isfinite(factor) or factor <= 0:
+                raise ConfigError(
+                    f"the straggler of stage {k} is {factor:g} times as slow, must be a number above 0, as in {k}:1.5"
+                )
+        if not 1 <= self.draws <= MOST_DRAWS:
+            raise ConfigError(f"draws is {self.draws}, must be from 1 to {MOST_DRAWS}")
+
+    def check_depth(self, depth: int) -> None:
+        """Raises ConfigError where a straggler is no stage, or a list has not a number for every boundary."""
+        for k in self.stragglers:
+            if not 0 <= k < depth:
+                raise ConfigError(
+                    f"the straggler is stage {k}, which a pipeline of {depth} stages does not have; use 0 to {depth - 1}"
+                )
+        for what, value in (("delay", self.delay), ("bandwidth", self.bandwidth)):
+            if isinstance(value, tuple) and len(value) != depth - 1:
+                raise ConfigError(
+                    f"{what} has {len(value)} numbers, must have one for each of the {depth - 1} boundaries between {depth} stages, or be "
+                    "a single number"
+                )
+
+
+def _numbers(value: PerBoundary | None) -> Iterable[float]:
+    return () if value is None else value if isinstance(value, tuple) else (value,)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    """A run to simulate.
+
+    Attributes:
+        profile: of the model.
+        lengths: blocks of each stage.
+        method, program: what the stages do.
+        minibatches: that are fed before the drain.
+        replicas: copies of the pipeline, each for its part of every mini-batch.
+        refresh: of predictions from the mini-batch in progress; None for other predictions.
+        conditions: of devices and links.
+
+    Raises:
+        ConfigError: the parts do not fit together.
+    """
+
+    profile: Profile
+    lengths: tuple[int, ...]
+    method: Method
+    program: Program
+    minibatches: int
+    replicas: int = 1
+    refresh: int | None = None
+    conditions: Conditions = Conditions()
+
+    def __post_init__(self) -> None:
+        depth = self.program.depth
+        if len(self.lengths) != depth or any(length < 1 for length in self.lengths):
+            raise ConfigError(f"the cut is {list(self.lengths)}, must be {depth} lengths of at least 1, one per stage")
+        if sum(self.lengths) != len(self.profile.blocks):
+            raise ConfigError(
+                f"the cut has {sum(self.lengths)} blocks, the profile of {self.profile.model} {len(self.profile.blocks)}; give lengths "
+                "that add up to them"
+            )
+        for what, value in (("mini-batches", self.minibatches), ("replicas", self.replicas)):
+            if value < 1:
+                raise ConfigError(f"{what} is {value}, must be at least 1")
+        self.conditions.check_depth(depth)
+        parts = self.program.microbatches * self.replicas
+        if self.profile.batch_rows % parts:
+            raise ConfigError(
+                f"the mini-batch of {self.profile.model} has {self.profile.batch_rows} rows, which {self.program.microbatches} "
+                f"micro-batches x {self.replicas} replicas do not divide; choose numbers that do"
+            )
+
+    @property
+    def rows(self) -> int:
+        """Of a micro-batch."""
+        return self.profile.batch_rows // (self.program.microbatches * self.replicas)
+
+    @property
+    def jitter(self) -> float:
+        """Sigma of the factor on every F and B."""
+        return self.profile.spread if self.conditions.jitter is None else self.conditions.jitter
+
+    def delays(self) -> list[float]:
+        """Of each boundary."""
+        return self._each(self.profile.link.latency if self.conditions.delay is None else self.conditions.delay)
+
+    def bandwidths(self) -> list[float]:
+        """Of each boundary; infinite where there is no limit."""
+        own = self.profile.link.bandwidth
+        found = self.conditions.bandwidth if self.conditions.bandwidth is not None else own
+        return self._each(float("inf") if found is None else found)
+
+    def _each(self, value: PerBoundary) -> list[float]:
+        return list(value) if isinstance(value, tuple) else [value] * (self.program.depth - 1)
+
+    def under(self, **changes: object) -> Scenario:
+        """The same under other conditions."""
+        return replace(self, conditions=replace(self.conditions, **changes))  # type: ignore[arg-type]
+
+
+def even_cut(profile: Profile, depth: int, rows: float, speeds: Sequence[float] | None = None) -> tuple[int, ...]:
+    """Blocks per stage whose slowest stage is the fastest, by F and B of a micro-batch.
+
+    Raises:
+        ConfigError: there are more stages than blocks.
+    """
+    blocks = profile.blocks
+    if depth == len(blocks):
+        return (1,) * depth
+    if depth > len(blocks):
+        raise ConfigError(
+            f"stages is {depth}, but the profile of {profile.model} has {len(blocks)} blocks; use 1 to {len(blocks)}"
+        )
+    seconds = [profile.at(block.forward, rows) + profile.at(block.backward, rows) for block in blocks]
+    return fastest_cut(seconds, speeds or [1.0] * depth)
+
+
+def fastest_cut(seconds: Sequence[float], speeds: Sequence[float]) -> tuple[int, ...]:
+    """Lengths of contiguous, non-empty pieces, one per speed, with the least largest ``sum(seconds) / speed``. Exact.
+
+    Example:
+        >>> fastest_cut([1, 9, 9, 9, 9, 1], [1, 1, 1, 1])
+        (2, 1, 1, 2)
+    """
+    from pipeoptim.partitioning.balance import best_cut
+
+    sums = [0.0]
+    for one in seconds:
+        sums.append(sums[-1] + one)
+    return tuple(best_cut(len(seconds), len(speeds), lambda k, start, end: (sums[end] - sums[start]) / speeds[k]))

@@ -1,0 +1,103 @@
+"""What each stage of a scenario takes: seconds of its actions, bytes of its messages and of what it keeps."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+
+from pipeoptim.methods import WeightPasses, copies, weight_passes
+from pipeoptim.simulate.scenario import Scenario
+
+MOST_ACTIONS = 300_000
+"""Of all stages, walked through in two or three seconds to count copies and predictions."""
+
+
+@dataclass(frozen=True)
+class StageCost:
+    """One stage; seconds and bytes of a micro-batch, but for U, weights and what belongs to them.
+
+    Attributes:
+        forward, backward, update: seconds of F, B and U, what the engine adds included.
+        predict: seconds of one prediction.
+        passes: predictions and copies in a mini-batch.
+        sent_bytes: of an activation for the next stage, 0 on the last.
+        returned_bytes: of a gradient for the stage before, 0 on the first.
+        weight_bytes: of the latest weights.
+        copies: of the weights at most, the latest included; None where there are too many stages to count them.
+        saved_bytes: kept from F to B.
+        state_bytes: of the optimizer.
+    """
+
+    forward: float
+    backward: float
+    update: float
+    predict: float
+    passes: WeightPasses
+    sent_bytes: float
+    returned_bytes: float
+    weight_bytes: float
+    copies: int | None
+    saved_bytes: float
+    state_bytes: float
+
+    def memory(self, in_flight: int) -> float | None:
+        """Peak bytes with so many micro-batches in flight: weights, their copies and gradient, optimizer state, activations."""
+        if self.copies is None:
+            return None
+        return self.weight_bytes * (self.copies + 1) + self.state_bytes + self.saved_bytes * in_flight
+
+
+def countable(scenario: Scenario) -> bool:
+    """Whether copies and predictions of all stages are counted, which takes a walk through each stage's steady state."""
+    program = scenario.program
+    return program.depth * (2 * program.warm_up + 2) * (2 * program.microbatches + 1) <= MOST_ACTIONS
+
+
+def stage_costs(scenario: Scenario) -> list[StageCost]:
+    """Of every stage."""
+    ends = [0, *accumulate(scenario.lengths)]
+    counts = countable(scenario)
+    return [_stage(scenario, k, start, end, counts) for k, (start, end) in enumerate(pairwise(ends))]
+
+
+def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> StageCost:
+    profile, rows, optimizer = scenario.profile, scenario.rows, scenario.profile.optimizer
+    blocks, slower = profile.blocks[start:end], scenario.conditions.stragglers.get(k, 1.0)
+    first, last = k == 0, k == scenario.program.depth - 1
+
+    def total(name: str) -> float:
+        return sum(profile.at(getattr(block, name), rows) for block in blocks)
+
+    weights = sum(block.weight_bytes for block in blocks)
+    refresh = scenario.refresh if scenario.method.predicts_by_rule else None
+    passes = _counted(scenario, k, refresh) if counts else _assumed(scenario, last)
+    update = optimizer.step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
+    return StageCost(
+        forward=slower * (total("forward") + profile.action["F"]),
+        backward=slower * (total("backward") + profile.action["B"]),
+        update=slower * (update + profile.action["U"]),
+        predict=slower * optimizer.predict.seconds(weights),
+        passes=passes,
+        sent_bytes=0.0 if last else profile.at(blocks[-1].output_bytes, rows),
+        returned_bytes=0.0 if first else profile.at(profile.blocks[start - 1].gradient_bytes, rows),
+        weight_bytes=weights,
+        copies=_copies(scenario, k, refresh) if counts else None,
+        saved_bytes=total("saved_bytes"),
+        state_bytes=optimizer.state_bytes * weights,
+    )
+
+
+def _counted(scenario: Scenario, k: int, refresh: int | None) -> WeightPasses:
+    return weight_passes(scenario.method, scenario.program, k, refresh)
+
+
+def _copies(scenario: Scenario, k: int, refresh: int | None) -> int:
+    program = scenario.program
+    return copies(scenario.method, program.depth, program.microbatches, k, program=program, refresh=refresh)
+
+
+def _assumed(scenario: Scenario, last: bool) -> WeightPasses:
+    """Where there is too much to count: one prediction of each kind per mini-batch, but none on the last stage."""
+    method, others = scenario.method, (False,) * (scenario.program.microbatches - 1)
+    forward, backward = (not last and source.predicts for source in (method.forward, method.backward))
+    return WeightPasses((forward, *others), (backward, *others), method.backward.reuses_forward and not method.predicts)
