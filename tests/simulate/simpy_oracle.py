@@ -69,10 +69,9 @@ class _Pipelines:
             self.env.process(self.average(k, done))
 
     def average(self, k, done):
-        count, delays, bandwidths = self.scenario.replicas, self.scenario.delays(), self.scenario.bandwidths()
-        rounds, size = 2 * (count - 1), self.costs[k].weight_bytes / count
-        for _ in range(rounds):
-            yield self.env.timeout(size / min(bandwidths) + max(delays))
+        count, link = self.scenario.replicas, self.scenario.conditions
+        for _ in range(2 * (count - 1)):  # a ring: each replica's share goes round twice
+            yield self.env.timeout(self.costs[k].weight_bytes / count / link.bandwidth + link.delay)
         done.succeed()
 
     def averaged(self, r, k, n, cost):

@@ -128,15 +128,29 @@ class Scenario:
         """Sigma of the factor on every F and B."""
         return self.profile.spread if self.conditions.jitter is None else self.conditions.jitter
 
+    @property
+    def delay(self) -> PerBoundary:
+        """Of messages."""
+        return self.profile.link.latency if self.conditions.delay is None else self.conditions.delay
+
+    @property
+    def bandwidth(self) -> PerBoundary:
+        """Of links; infinite where there is no limit."""
+        found = self.profile.link.bandwidth if self.conditions.bandwidth is None else self.conditions.bandwidth
+        return float("inf") if found is None else found
+
     def delays(self) -> list[float]:
         """Of each boundary."""
-        return self._each(self.profile.link.latency if self.conditions.delay is None else self.conditions.delay)
+        return self._each(self.delay)
 
     def bandwidths(self) -> list[float]:
-        """Of each boundary; infinite where there is no limit."""
-        own = self.profile.link.bandwidth
-        found = self.conditions.bandwidth if self.conditions.bandwidth is not None else own
-        return self._each(float("inf") if found is None else found)
+        """Of each boundary."""
+        return self._each(self.bandwidth)
+
+    def average_seconds(self, weight_bytes: float) -> float:
+        """Of an average of gradients in a ring over R replicas: 2 (R-1)/R times the bytes over the slowest link, and 2 (R-1) delays."""
+        slowest = min(_numbers(self.bandwidth), default=float("inf"))
+        return 2 * (self.replicas - 1) * (weight_bytes / self.replicas / slowest + max(_numbers(self.delay), default=0.0))
 
     def _each(self, value: PerBoundary) -> list[float]:
         return list(value) if isinstance(value, tuple) else [value] * (self.program.depth - 1)

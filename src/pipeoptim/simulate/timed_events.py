@@ -204,7 +204,7 @@ def _average(graph: _Graph, table: ActionTable, scenario: Scenario, costs: list[
     for r in range(replicas):  # complete on all up to r
         graph.add(chain, complete[r], AVERAGE, stage, 0.0)
         chain = np.arange(len(graph.before) - len(updates), len(graph.before))
-    seconds = np.array([average_seconds(scenario, c.weight_bytes) for c in costs])[stage]
+    seconds = np.array([scenario.average_seconds(c.weight_bytes) for c in costs])[stage]
     for r in range(replicas):  # averaged, and told to all up to r
         graph.add(chain, nothing, AVERAGE, stage, seconds if r == 0 else 0.0)
         chain = np.arange(len(graph.before) - len(updates), len(graph.before))
@@ -222,11 +222,3 @@ def _insert(graph: _Graph, behind: NDArray[np.integer]) -> Numbers:
     graph.before[moved] = place[graph.before[moved]]
     graph.add(behind, np.full(len(behind), NOTHING), AVERAGE, graph.stage[behind], 0.0)
     return added
-
-
-def average_seconds(scenario: Scenario, weight_bytes: float) -> float:
-    """Of a ring over R replicas: 2 (R-1)/R times the gradients over the slowest link, and 2 (R-1) latencies."""
-    replicas = scenario.replicas
-    link = scenario.profile.link
-    bandwidth = min(scenario.bandwidths(), default=link.bandwidth or float("inf"))
-    return 2 * (replicas - 1) * (weight_bytes / replicas / bandwidth + max(scenario.delays(), default=link.latency))
