@@ -4,17 +4,18 @@ VENV   ?= .venv
 STAMP  := $(VENV)/.installed
 RUN    := $(VENV)/bin
 
-.PHONY: train test lint types unit clean
+.PHONY: train test lint types unit site clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo "make train   train a character GPT on 4 processes with pipeoptim, about 2 minutes on 2 cores; shows the loss curve's path"
 	@echo "make test    everything that CI checks: lint, types, tests"
 	@echo "make lint | types | unit   its three parts"
+	@echo "make site    the documentation as a site, build/site/index.html; opens from the disk"
 
 $(STAMP): pyproject.toml setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,third-party,data]'
+	$(RUN)/pip install --quiet --constraint constraints.txt --editable '.[test,third-party,data,docs]'
 	@touch $@
 
 train: $(STAMP)
@@ -31,6 +32,11 @@ types: $(STAMP)
 
 unit: $(STAMP)
 	OMP_NUM_THREADS=1 $(RUN)/pytest -n 2 --dist loadfile $(ARGS)
+
+# The notice that is switched off advertises MkDocs' successor.
+site: $(STAMP)
+	NO_MKDOCS_2_WARNING=1 $(RUN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 clean:
 	rm -rf $(VENV) build dist src/*.egg-info

@@ -39,7 +39,7 @@ def gap(method: Method, depth: int, microbatches: int, k: int, microbatch: int =
         [[1, 1, 1, 0], [1, 1, 1, 1]]
     """
     program = program or method.program(depth, microbatches)
-    use = _weight_use(method, program, k, keep_forward=False, refresh=None)
+    use = weight_use(method, program, k, keep_forward=False, refresh=None)
     return use.gaps[2 * program.warm_up * microbatches + microbatch]
 
 
@@ -81,7 +81,7 @@ def copies(
         >>> [copies(get_method("pipeoptim_stash"), 4, 4, 0, refresh=r) for r in (1, 2, 4)]
         [4, 4, 3]
     """
-    return _weight_use(method, program or method.program(depth, microbatches), k, keep_forward, refresh).copies
+    return weight_use(method, program or method.program(depth, microbatches), k, keep_forward, refresh).copies
 
 
 class WeightPasses(NamedTuple):
@@ -154,7 +154,8 @@ class WeightUse:
 
 
 @lru_cache(maxsize=1024)
-def _weight_use(method: Method, program: Program, k: int, keep_forward: bool, refresh: int | None) -> WeightUse:
+def weight_use(method: Method, program: Program, k: int, keep_forward: bool = False, refresh: int | None = None) -> WeightUse:
+    """What stage ``k`` does with its weights from the start until the steady state has repeated once; arguments as of :func:`copies`."""
     stage = _WeightlessStage(method, program, k, keep_forward, refresh)
     # Long enough for the warm-up and a mini-batch of the steady state, which `gap` reads.
     for action in program.full(k, minibatches=2 * program.warm_up + 2):

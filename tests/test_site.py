@@ -1,0 +1,122 @@
+"""The documentation site: built strictly, complete, silent when opened from the disk; its schedules are those that the engine runs."""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import pipeoptim as po
+from browser import needs_browser, open_browser
+from pipeoptim.methods.facts import weight_use
+
+ROOT = Path(__file__).parents[1]
+pytest.importorskip("mkdocs")
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("site")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(folder)]
+    environment = os.environ | {"NO_MKDOCS_2_WARNING": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder
+
+
+def test_every_page_and_every_public_name_is_there(site):
+    pages = {path.stem for path in (ROOT / "docs").glob("*.md")} | {"CHANGELOG", "CONTRIBUTING", "SECURITY"}
+    assert pages <= {path.stem for path in site.glob("*.html")}
+    told = {
+        name for path in (site / "api").glob("*.html") for name in re.findall(r'id="(pipeoptim\.[\w.]+)"', path.read_text())
+    }
+    assert {f"pipeoptim.{name}" for name in po.__all__} - told == {
+        f"pipeoptim.{name}" for name in ("METHODS", "__version__", "optim")
+    }
+    assert {f"pipeoptim.optim.{name}" for name in po.optim.__all__} <= told
+    assert {"pipeoptim.Emulator.step", "pipeoptim.Schedule.drain"} <= told, "what is inherited is there as well"
+    reference = (site / "api/engine.html").read_text()
+    assert "on_bad" in reference and ":class:" not in reference, "options are shown as help() shows them, roles as links"
+
+
+def test_nothing_is_fetched_from_elsewhere(site):
+    for path in [site / "index.html", site / "how_it_works.html", site / "choosing.html"]:
+        page = path.read_text()
+        assert not re.findall(r'<(?:script|img|link)[^>]*(?:src|href)="(?:https?:)?//', page)
+        assert "mermaid" not in page
+
+
+def messages():
+    """What the package says in its errors, with … for what is filled in."""
+    for path in (ROOT / "src/pipeoptim").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+            elif isinstance(node, ast.JoinedStr):
+                yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+
+
+def test_troubleshooting_has_messages_that_exist():
+    told = re.findall(r"^### (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
+    said = list(messages())
+    assert len(told) >= 25
+    assert [message for message in told if not any(message.removesuffix(" …") in one for one in said)] == []
+
+
+def schedules(site):
+    return json.loads((site / "assets/schedules.js").read_text().removeprefix("const SCHEDULES = ").removesuffix(";\n"))
+
+
+def test_the_viewer_has_the_programs_that_the_engine_runs(site):
+    data = schedules(site)
+    assert set(data["methods"]) == set(po.METHODS)
+    for key, told in data["programs"].items():
+        order, depth, m, slack = key.split("/")
+        (method,) = [method for method in po.METHODS.values() if method.order == order][:1]
+        program = method.program(int(depth), int(m), slack=int(slack))
+        for k, line in enumerate(told["spans"]):
+            actions = [one.split("@")[0] for one in line.split()]
+            minibatches = sum(one.startswith("U") for one in actions)
+            assert actions == [str(action) for action in program.full(k, minibatches)]
+
+
+@needs_browser
+def test_the_viewer_in_a_browser_counts_what_the_methods_do(site):
+    """Every method at D = 4: from which version F of stage 0 predicts, or which it uses, beside the engine's own bookkeeping."""
+    with open_browser() as browser:
+        browser.get((site / "how_it_works.html").as_uri())
+        for name, method in po.METHODS.items():
+            for m in (1, 4):
+                shown = browser.execute_script(SHOW, name, m)
+                try:
+                    program = method.program(4, m)
+                except po.ConfigError:
+                    assert shown == "not defined"
+                    continue
+                used = weight_use(method, program, 0).gaps
+                before = {i: i // m for i in used}  # updates of the stage before B of micro-batch i
+                known = min(len(shown), len(used))
+                assert known >= 4 and shown[:known] == [before[i] - used[i] for i in range(known)], (name, m)
+        assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
+
+
+SHOW = """
+const viewer = document.querySelector(".schedule-viewer");
+for (const [name, value] of [["method", arguments[0]], ["D", 4], ["M", arguments[1]], ["slack", 0]]) {
+  const field = viewer.querySelector(`select[name=${name}]`);
+  field.value = value;
+  field.dispatchEvent(new Event("change"));
+}
+if (viewer.textContent.includes("is not defined here")) return "not defined";
+return [...viewer.querySelectorAll("[data-k='0'][data-action^=F]")].map((cell) => {
+  cell.dispatchEvent(new Event("click"));
+  const told = viewer.querySelector(".told").textContent.match(/F on (.*?\\))/)[1];
+  return +(told.match(/predicted from version (\\d+)/) || told.match(/W(\\d+)/))[1];
+});
+"""
