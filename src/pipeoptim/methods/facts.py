@@ -111,7 +111,7 @@ def weight_passes(method: Method, program: Program, k: int, refresh: int | None 
         WeightPasses(forward=(False, False), backward=(False, False), copied=True)
         WeightPasses(forward=(False, False), backward=(False, False), copied=False)
     """
-    use, m = _weight_use(method, program, k, keep_forward=False, refresh=refresh), program.microbatches
+    use, m = weight_use(method, program, k, keep_forward=False, refresh=refresh), program.microbatches
     n = program.warm_up + 1  # behind the warm-up, and its B and U before the drain
     predicts = [tuple((kind, i) in use.predictions for i in range(n * m, (n + 1) * m)) for kind in (ActionKind.F, ActionKind.B)]
     return WeightPasses(predicts[0], predicts[1], n in use.copied)
