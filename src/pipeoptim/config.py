@@ -207,6 +207,13 @@ class TrainConfig(RunOptions):
         2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False
     )
     threads: int = own_setting(1, "CPU threads of each process.", least=1, most=1024)
+    max_restarts: int = own_setting(
+        0,
+        "How often a run whose processes fail starts them again by itself, from the newest checkpoint, bit for bit. An emulated run gets a "
+        "process of its own for it.",
+        least=0,
+        computes=False,
+    )
     stop_signals: str = own_setting(
         "TERM,USR1",
         "Signals after which a run saves and ends, with exit code 128 + their number; sent to any of its processes or to all. The same "

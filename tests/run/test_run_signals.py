@@ -21,9 +21,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.train import run
 from pipeoptim.train.result import RunResult
 
-MOMENTS: dict[
-    str, tuple[Any, str, int]
-] = {  # what is called, and the number of the call in which the signal comes; the first batch is a probe
+MOMENTS: dict[str, tuple[Any, str, int]] = {  # what is called, and in which call the signal comes; the first batch is a probe
     "set-up": (tiny, "model", 0),
     "the first mini-batch": (tiny.Task, "train_batch", 1),
     "a later one": (tiny.Task, "train_batch", 11),

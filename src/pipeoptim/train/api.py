@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import sys
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
+from torch import nn
+
 from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
 from pipeoptim.config import TrainConfig, read_signals
-from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError
+from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.files import cause_of
 from pipeoptim.schedule import AUTO
 from pipeoptim.telemetry.metrics import read_rows
@@ -24,6 +26,7 @@ from pipeoptim.train.group import SingleProcessGroup
 from pipeoptim.train.launcher import launch
 from pipeoptim.train.layout import layout_of
 from pipeoptim.train.lock import locked
+from pipeoptim.train.restarts import with_restarts
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import FinishedError, RunDir, Start
 from pipeoptim.train.session import run_session
@@ -39,7 +42,8 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
         begun = resume is not False and directory.config.exists()
         config = kept(config, directory.read_config()) if begun else settled(config)
     check(config)
-    train = _joined if under_torchrun() else _emulated if config.engine == "emulator" else _launched
+    launched = config.engine == "processes" or config.max_restarts
+    train = _joined if under_torchrun() else _launched if launched else _emulated
     with ExitStack() as held:
         stop = held.enter_context(
             StopSignals(read_signals(config.stop_signals), config.grace, first_of_run(), directory.resume_command)
@@ -80,12 +84,14 @@ class _Beginning:
         resume: True to continue a run, False to begin one; None to begin it or continue it, whichever there is to do.
         held: keeps the directory's lock until the session ends.
         stop: what signals wish.
+        stages: filled where the run may start again by itself, with modules that know the names of its parameters.
     """
 
     directory: RunDir
     resume: bool | None
     held: ExitStack
     stop: StopSignals
+    stages: list[nn.Module] = field(default_factory=list)
 
     def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
@@ -98,19 +104,29 @@ class _Beginning:
     def start(self, setup: RunSetup) -> Start:
         """The last thing before work starts, and the first that writes."""
         directory, config = self.directory, setup.config
+        if config.max_restarts:
+            self.stages[:] = setup.stages
         if self.resume is False or (self.resume is None and not directory.path.exists()):
             begun = rundir.begin(directory, config)
             self.held.enter_context(locked(directory.path))
             return begun
         directory.read_config()  # where there is no run, no lock is left behind
         self.held.enter_context(locked(directory.path))
-        say = partial(print, file=sys.stderr)
         try:
-            return rundir.resume(directory, config, say, setup.stages, anew=self.resume is None)
+            return rundir.resume(directory, config, _say, setup.stages, anew=self.resume is None)
         except FinishedError:
             if not directory.curve.exists():
                 _draw_curve(directory, config)
             raise
+
+    def start_again(self, config: TrainConfig) -> Start:
+        """After a failure of the run's processes."""
+        directory = self.directory
+        return rundir.resume(directory, config, _say, self.stages, anew=not any(directory.checkpoints.glob("step-*")))
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr)
 
 
 def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
@@ -145,10 +161,26 @@ def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:
 
 
 def _launched(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
-    return launch(beginning.directory, config, _checked_start(config, beginning), beginning.stop, quiet)
+    directory, stop = beginning.directory, beginning.stop
+    start = _checked_start(config, beginning)
+    try:
+        return with_restarts(
+            config.max_restarts,
+            start,
+            lambda start: launch(directory, config, start, stop, quiet),
+            lambda: beginning.start_again(config),
+            stop,
+            _say,
+        )
+    except (StageFailure, DivergedError) as error:
+        raise type(error)(f"{error}; {directory.how_to_resume()}") from error
 
 
 def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
+    if config.max_restarts:
+        raise ConfigError(
+            f"max_restarts is {config.max_restarts}, but under torchrun its agent starts processes again; give --max-restarts to torchrun"
+        )
     if config.engine != "processes":
         raise ConfigError(
             "torchrun started several processes, but engine is 'emulator'; use --engine processes, or leave torchrun out"

@@ -26,7 +26,7 @@ from pipeoptim.engine.processes.loopback import gloo_on_loopback
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
-from pipeoptim.train.layout import Layout, layout_of
+from pipeoptim.train.layout import Layout, processes_of
 from pipeoptim.train.parent import LAUNCHER
 from pipeoptim.train.passed_signals import passed_on
 from pipeoptim.train.result import RunResult
@@ -76,11 +76,12 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
     ``stop``: the signals that are passed on to them.
 
     Raises:
-        StageFailure: a stage failed; the message names it, says why, and how to resume.
+        StageFailure: a stage failed; the message names it and says why.
+        DivergedError: a weight is not finite.
         ConfigError: a stage found the configuration impossible.
         AbortedError: aborted before it could save.
     """
-    layout = layout_of(config)
+    layout = processes_of(config)
     logs = StageLogs(_next_folder(run.logs), layout)
     settings = LaunchConfig(
         min_nodes=1,
@@ -113,9 +114,9 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
         try:
             elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
         except ChildFailedError as error:
-            failure = _first_failure(error.failures, logs, run)
+            failure = _first_failure(error.failures, logs)
             if stop.wanted:
-                raise AbortedError(f"{stop.name} came, and {failure}", stop.number) from error
+                raise AbortedError(f"{stop.name} came, and {failure}; {run.how_to_resume()}", stop.number) from error
             raise failure from error
         except SignalException as error:
             if not run.result.exists():
@@ -127,7 +128,7 @@ def _next_folder(logs: Path) -> Path:
     return logs / f"launch-{1 + len(list(logs.glob('launch-*')))}"
 
 
-def _first_failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir) -> PipeOptimError:
+def _first_failure(failures: Mapping[int, ProcessFailure], logs: StageLogs) -> PipeOptimError:
     """The error of the stage that failed first, rather than of those that the agent ended or that failed because of a peer."""
     told = {k: _reason(failure, logs.err(k)) for k, failure in failures.items()}
 
@@ -141,11 +142,11 @@ def _first_failure(failures: Mapping[int, ProcessFailure], logs: StageLogs, run:
         return ConfigError(text)
     if kind == "StageFailure":  # it names another stage, which failed first
         cause = text.removeprefix("first failure: ")
-        return StageFailure(f"{cause} (seen by {logs.layout.name(rank)}, log: {logs.err(rank)}); {run.how_to_resume()}")
+        return StageFailure(f"{cause} (seen by {logs.layout.name(rank)}, log: {logs.err(rank)})")
     if kind == "DivergedError" and text.startswith("the weights"):  # found by all together, and it names the stage itself
-        return DivergedError(f"{text}; {run.how_to_resume()}")
+        return DivergedError(text)
     reason = text if colon and kind in ("DivergedError", "CheckpointWriteError", "PipeOptimError") else told[rank]
-    return StageFailure(f"{logs.layout.name(rank)} failed: {reason} (log: {logs.err(rank)}); {run.how_to_resume()}")
+    return StageFailure(f"{logs.layout.name(rank)} failed: {reason} (log: {logs.err(rank)})")
 
 
 def _reason(failure: ProcessFailure, log: str) -> str:

@@ -59,3 +59,8 @@ class Layout:
 def layout_of(config: TrainConfig) -> Layout:
     """The layout of a run."""
     return Layout(config.stages, config.chunks, config.replicas)
+
+
+def processes_of(config: TrainConfig) -> Layout:
+    """The layout of the processes that carry a run out: one, with all stages, for an emulated run."""
+    return Layout(config.stages, config.stages) if config.engine == "emulator" else layout_of(config)

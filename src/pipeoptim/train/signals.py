@@ -87,6 +87,13 @@ class StopSignals:
             threading.Thread(target=self._watch, name="pipeoptim-grace", daemon=True).start()
         return self
 
+    def wait(self, seconds: float) -> bool:
+        """Wait so long, or until a signal has come; whether one has."""
+        until = time.monotonic() + seconds
+        while not self.wanted and time.monotonic() < until:
+            time.sleep(0.05)
+        return self.wanted
+
     def leave_to_others(self) -> None:
         """From here on other processes, which are told of the signals, watch the grace time."""
         self._over.set()

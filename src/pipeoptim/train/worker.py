@@ -51,8 +51,12 @@ def main(options: argparse.Namespace, stop: StopSignals) -> None:
 
         if run.config_digest() != options.config_sha256:  # the launcher has looked at what it names
             raise ConfigError(f"{run.config} was changed while the run was starting; start again")
+        config, start = run.read_config(), start_at(options.checkpoint)
+        if config.engine == "emulator":
+            train_emulated(run, config, start, stop, options.quiet)
+            return
         with process_group():
-            train_stage(run, run.read_config(), start_at(options.checkpoint), stop, options.quiet)
+            train_stage(run, config, start, stop, options.quiet)
 
     # Writes the exception to the agent's error file, from which the launcher takes its sentence.
     record(work)()
@@ -70,8 +74,14 @@ def start_at(checkpoint: str) -> Start:
 def process_group() -> Iterator[None]:
     """The default process group, on gloo."""
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.rendezvous import rendezvous
 
-    dist.init_process_group("gloo")
+    store, rank, world = next(rendezvous("env://"))
+    # torchrun serves all its attempts from one store where the address is given or nothing is; a second one would find what the dead have
+    # left there.
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    dist.init_process_group("gloo", store=PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world)
     yield  # not destroyed after a failure, which could wait for a dead peer
     dist.destroy_process_group()
 
@@ -101,6 +111,21 @@ def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopSignal
         result = run_session(run, setup, pipe, optimizers, loss, group, start, stop, quiet)
         pipe.close()
     return result
+
+
+def train_emulated(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, quiet: bool) -> RunResult:
+    """Train all stages of ``config`` in this process."""
+    from pipeoptim.train.engines import make_emulator
+    from pipeoptim.train.evaluate import ObservedLoss
+    from pipeoptim.train.group import SingleProcessGroup
+    from pipeoptim.train.session import run_session
+    from pipeoptim.train.setup import build_setup, cpu_threads
+
+    with cpu_threads(config.threads):
+        setup = build_setup(config).all_here()
+        loss = ObservedLoss(setup.task)
+        pipe, optimizers = make_emulator(setup, loss)
+        return run_session(run, setup, pipe, optimizers, loss, SingleProcessGroup(), start, stop, quiet)
 
 
 def under_torchrun() -> bool:
