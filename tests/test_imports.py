@@ -47,7 +47,7 @@ MAY_IMPORT = {
     "train": "errors files user_code version config options advise schedule kernels optim rules methods engine engine/processes "
     "engine/stage partitioning checkpoint telemetry",
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
-    "train",
+    "simulate train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
     "cli": "errors files version config options advise diagnosis schedule kernels methods stability engine engine/transport partitioning "
     "telemetry simulate train bench compare",

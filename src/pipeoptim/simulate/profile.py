@@ -28,6 +28,7 @@ UNITS = {
     "state_bytes": "bytes of the optimizer's state per byte of weights",
     "latency": "seconds from the end of a message's last byte to its arrival",
     "bandwidth": "bytes per second of each link and direction; null: no limit",
+    "handling": "seconds per byte that a message costs its sender, and as many its receiver",
     "action": "seconds that the engine itself adds to each F, B and U",
     "spread": "sigma of a log-normal factor on the seconds of F and B",
 }
@@ -71,10 +72,11 @@ class OptimizerProfile:
 
 @dataclass(frozen=True)
 class LinkProfile:
-    """A link between two devices, in each direction."""
+    """A link between two devices, in each direction, and what a message costs the processes at its ends."""
 
     latency: float
     bandwidth: float | None
+    handling: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -214,4 +216,5 @@ def _figures(found: Profile) -> list[tuple[str, Any, float]]:
     for kind in ("step", "predict", "copy"):
         figures += [(f"{part} of {kind}", value, 0) for part, value in asdict(getattr(found.optimizer, kind)).items()]
     figures += [("state_bytes", found.optimizer.state_bytes, 0), ("latency of the link", found.link.latency, 0)]
+    figures.append(("handling of the link", found.link.handling, 0))
     return figures + [(f"action {kind}", found.action[kind], 0) for kind in ("F", "B", "U")]

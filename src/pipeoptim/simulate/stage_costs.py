@@ -68,13 +68,18 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
     def total(name: str) -> float:
         return sum(profile.at(getattr(block, name), rows) for block in blocks)
 
+    def moved(name: str) -> float:
+        """Seconds that the messages of that kind cost this stage, which receives one and sends one."""
+        ends = ([] if first else [start - 1]) + ([] if last else [end - 1])
+        return profile.link.handling * sum(profile.at(getattr(profile.blocks[n], name), rows) for n in ends)
+
     weights = sum(block.weight_bytes for block in blocks)
     refresh = scenario.refresh if scenario.method.predicts_by_rule else None
     passes = _counted(scenario, k, refresh) if counts else _assumed(scenario, last)
     update = optimizer.step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
     return StageCost(
-        forward=slower * (total("forward") + profile.action["F"]),
-        backward=slower * (total("backward") + profile.action["B"]),
+        forward=slower * (total("forward") + moved("output_bytes") + profile.action["F"]),
+        backward=slower * (total("backward") + moved("gradient_bytes") + profile.action["B"]),
         update=slower * (update + profile.action["U"]),
         predict=slower * optimizer.predict.seconds(weights),
         passes=passes,

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from pipeoptim.cli.measured_models import moved_to, of_config, own_model
 from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption, given, takes_settings
 from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
-    from pipeoptim.config import TrainConfig
     from pipeoptim.partitioning import Partition
     from pipeoptim.schedule import Slack
 
@@ -120,13 +118,13 @@ def plan(
     measured = None if from_run is None else read_measured_run(from_run)
     limits = [_bytes(gib) for gib in memory] if memory else None
     if model is not None and data is None:
-        module, args, kwargs, depth, m = _own(model)
+        module, args, kwargs, depth, m = own_model(model)
     else:
         config = (
             measured.config if measured else chosen_run(recipe, tiny, config_file, model, data, "chars", set_options or ())[0]
         )
-        module, args, kwargs, depth, m = _of_config(config)
-    module, args, kwargs = _on(device, module, args, kwargs)
+        module, args, kwargs, depth, m = of_config(config)
+    module, args, kwargs = moved_to(device, module, args, kwargs)
     m = wanted.get("microbatches", m)
     stages = wanted.get("stages", depth if devices is None else None)
     costs = None
@@ -172,54 +170,6 @@ def _bytes(gib: float) -> int:
     if not 0 < gib < float("inf"):
         raise ConfigError(f"memory is {gib:g}, must be a positive number of GiB; leave it out where there is no limit")
     return int(gib * 2**30)
-
-
-def _of_config(config: TrainConfig) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
-    """Model, arguments, depth and M of a run."""
-    import torch
-
-    from pipeoptim.train.setup import build_model, read_data, seeded
-    from pipeoptim.train.stagewise import StagewiseModel
-
-    torch.set_num_threads(config.threads)
-    x, _ = read_data(config).train_batch(0, config.batch_size)
-    made = build_model(config)
-    with seeded(config.seed):
-        model = made.whole() if isinstance(made, StagewiseModel) else made  # measured, so it needs its weights
-    return model, (x,), {}, config.stages, config.microbatches
-
-
-def _own(target: str) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:
-    """The same of the user's own function, which may lie in the folder where the command runs."""
-    from torch import nn
-
-    from pipeoptim.train.targets import call, load
-
-    made = call("model", load("model", target), target)
-    parts = tuple(made) if isinstance(made, tuple) else (made,)
-    known = len(parts) in (2, 3) and isinstance(parts[0], nn.Module) and isinstance(parts[1], tuple)
-    if not known or (len(parts) == 3 and not isinstance(parts[2], dict)):
-        got = ", ".join(type(part).__name__ for part in parts)
-        raise ConfigError(
-            f"model {target!r} returned ({got}), must return (model, args) or (model, args, kwargs): an nn.Module, the tuple of its "
-            "positional arguments and the dict of its keyword arguments for one mini-batch"
-        )
-    return parts[0], parts[1], parts[2] if len(parts) == 3 else {}, None, 1
-
-
-def _on(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any, Any]:
-    """All on ``device``."""
-    import torch
-    from torch.utils._pytree import tree_map_only
-
-    from pipeoptim.engine.marks import MARKS
-
-    try:
-        to_device = partial(tree_map_only, torch.Tensor, lambda t: t.to(device))
-        marked = tree_map_only(MARKS, lambda mark: replace(mark, value=to_device(mark.value)), (args, kwargs))
-        return model.to(device), *to_device(marked)
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
 
 
 def _show(found: Partition, depth: int, m: int, slack: Slack, refresh: int | None) -> None:

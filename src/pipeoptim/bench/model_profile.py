@@ -1,0 +1,226 @@
+"""A profile of a model on this machine, for ``pipeoptim simulate``: measured by the engine itself, every block as a stage of its own.
+
+An emulator with a trace trains the model with one stage per block, so that seconds of F, B and U include what the engine adds to them.
+What that is for an action, whatever the stage, says a pipeline of stages that compute next to nothing; a stage of n blocks takes their
+sum, and that n - 1 times less. Two processes then tell what messages between them cost (:mod:`.link_profile`).
+"""
+
+from __future__ import annotations
+
+import copy
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
+from pipeoptim.bench.record import machine
+from pipeoptim.engine import Emulator, Trace
+from pipeoptim.errors import ConfigError, counted
+from pipeoptim.files import read_object
+from pipeoptim.partitioning import partition
+from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile
+
+OptimizerOf = Callable[[Any], Optimizer]
+
+
+@dataclass(frozen=True)
+class MeasuredModel:
+    """What is profiled.
+
+    Attributes:
+        name: for the file.
+        model: is copied before it is trained.
+        args, kwargs: a mini-batch.
+        rows: of it.
+        loss_fn, target: as for training; a sum over what the model returns where there is none.
+        optimizer: makes one from parameters.
+        how, layers: as for :func:`~pipeoptim.partition`.
+    """
+
+    name: str
+    model: nn.Module
+    args: tuple[Any, ...]
+    rows: int
+    optimizer: OptimizerOf
+    loss_fn: Callable[..., Any]
+    target: Any = None
+    kwargs: dict[str, Any] = field(default_factory=dict)
+    how: str = "auto"
+    layers: Sequence[str] | None = None
+
+
+def measure_profile(work: MeasuredModel, microbatches: Sequence[int] = (1,), repeats: int = 15) -> Profile:
+    """Measure everything that a profile holds.
+
+    Args:
+        work: the model and what trains it.
+        microbatches: the numbers M whose micro-batches are measured.
+        repeats: mini-batches that a figure is the median of.
+
+    Raises:
+        ConfigError: an M does not divide the mini-batch, or the model cannot be cut.
+    """
+    sizes = sorted({_rows(work, m): m for m in microbatches}.items())
+    spans, costs = {}, {}
+    for rows, m in sizes:
+        cut = partition(work.model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m)
+        costs[rows] = [(c.name, c.output_bytes / m, c.saved_bytes / m, c.weight_bytes) for c in cut.costs]
+        spans[rows] = _trained(work, len(cut.costs), "pipeoptim", m, repeats)
+    largest, m = sizes[-1]
+    plain, stashed = (_trained(work, len(costs[largest]), name, m, repeats) for name in ("naive", "pipedream"))
+    weights = [cost[3] for cost in costs[largest]]
+    idle = _idle_stages(work.optimizer, repeats)
+    link = measure_link(repeats)
+    blocks = tuple(
+        BlockProfile(
+            name=name,
+            forward=tuple(max(0.0, spans[rows][k].forward - idle["pipeoptim"].forward) for rows, _ in sizes),
+            backward=tuple(max(0.0, spans[rows][k].backward - idle["pipeoptim"].backward) for rows, _ in sizes),
+            output_bytes=tuple(costs[rows][k][1] for rows, _ in sizes),
+            gradient_bytes=tuple(costs[rows][k][1] for rows, _ in sizes),
+            saved_bytes=tuple(costs[rows][k][2] for rows, _ in sizes),
+            weight_bytes=weights[k],
+        )
+        for k, (name, *_) in enumerate(costs[largest])
+    )
+    predicted = spans[largest]
+    step = _pass([s.update for s in plain], weights, idle["naive"].update)
+    predict = _pass(
+        [max(0.0, a.update + a.predict - b.update) for a, b in zip(predicted[:-1], plain[:-1], strict=True)],
+        weights[:-1],
+        max(0.0, idle["pipeoptim"].update + idle["pipeoptim"].predict - idle["naive"].update),
+    )
+    copied = _pass(
+        [max(0.0, a.update - b.update) for a, b in zip(stashed[:-1], plain[:-1], strict=True)],
+        weights[:-1],
+        max(0.0, idle["pipedream"].update - idle["naive"].update),
+    )
+    return Profile(
+        model=work.name,
+        synthetic=False,
+        batch_rows=work.rows,
+        rows=tuple(rows for rows, _ in sizes),
+        blocks=blocks,
+        optimizer=OptimizerProfile(_name(work.optimizer), step, predict, copied, _state_bytes(work)),
+        link=LinkProfile(link.latency, link.bandwidth, link.handling),
+        action=_actions(idle["naive"], link),
+        spread=median(s.spread for s in spans[largest]),
+        made=machine(),
+    )
+
+
+def _rows(work: MeasuredModel, m: int) -> int:
+    if m < 1 or work.rows % m:
+        raise ConfigError(f"microbatches is {m}, must divide the mini-batch of {counted(work.rows, 'row')}")
+    return work.rows // m
+
+
+@dataclass(frozen=True)
+class StageSpans:
+    """Median seconds of a stage: F and B of a micro-batch, U and predictions of a mini-batch; ``spread`` of F and B, as a share."""
+
+    forward: float
+    backward: float
+    update: float
+    predict: float
+    spread: float
+
+
+def _trained(work: MeasuredModel, blocks: int, method: str, m: int, repeats: int) -> list[StageSpans]:
+    """Of every block as a stage, in training with ``method``."""
+    model = copy.deepcopy(work.model)
+    own = partition(model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m).costs
+    cut = partition(model, blocks, work.args, work.kwargs, how=work.how, layers=work.layers, costs=own)
+    return traced(cut, work.optimizer, work.loss_fn, method, m, work.args, work.kwargs, work.target, repeats)
+
+
+def traced(
+    stages: Any,
+    optimizer: OptimizerOf,
+    loss_fn: Callable[..., Any],
+    method: str,
+    m: int,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+    target: Any,
+    repeats: int,
+) -> list[StageSpans]:
+    """What the stages of an emulator take in the steady state."""
+    depth = len(getattr(stages, "stages", stages))
+    skip = depth + 2
+    trace = Trace(steps=repeats, skip=skip)
+    pipe = Emulator(stages, optimizer, loss_fn, method, m, trace=trace)
+    for _ in range(skip + repeats + depth):
+        pipe.step(*args, target=target, **kwargs)
+    pipe.drain()
+    with tempfile.TemporaryDirectory(prefix="pipeoptim-profile-") as folder:
+        return [_spans(read_object(path)["spans"], m) for path in trace.save(folder)]
+
+
+def _spans(spans: list[list[Any]], m: int) -> StageSpans:
+    seconds: dict[str, dict[int, float]] = {}
+    for what, number, begin, end, *_ in spans:
+        n = number if what == "U" else number // m
+        own = seconds.setdefault(what, {})
+        own[n] = own.get(n, 0.0) + (end - begin) * 1e-9
+    whole = {what: sorted(list(own.values())[1:-1] or own.values()) for what, own in seconds.items()}  # the ends may be cut off
+    middle = {what: median(values) for what, values in whole.items()}
+    both = sorted(f + seconds["B"][n] for n, f in seconds["F"].items() if n in seconds["B"])
+    spread = (both[round(0.84 * (len(both) - 1))] - both[round(0.16 * (len(both) - 1))]) / 2 / median(both)
+    return StageSpans(middle["F"] / m, middle["B"] / m, middle["U"], middle.get("predict", 0.0), spread)
+
+
+class _Idle(nn.Module):
+    """A stage that computes next to nothing."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.weight
+
+
+def _idle_stages(optimizer: OptimizerOf, repeats: int) -> dict[str, StageSpans]:
+    """What the engine takes for a stage that computes next to nothing, under each method."""
+    x = torch.ones(1, 1)
+    return {
+        method: traced([_Idle() for _ in range(3)], optimizer, nn.functional.mse_loss, method, 1, (x,), {}, x, 10 * repeats)[0]
+        for method in ("naive", "pipeoptim", "pipedream")
+    }
+
+
+def _pass(seconds: Sequence[float], weight_bytes: Sequence[float], fixed: float) -> PassCost:
+    """``fixed`` per call, and the rest by bytes."""
+    total = sum(weight_bytes)
+    return PassCost(fixed, max(0.0, sum(seconds) - fixed * len(seconds)) / total if total else 0.0)
+
+
+def _actions(idle: StageSpans, link: LinkMeasurement) -> dict[str, float]:
+    """What the engine adds to each action in a process of its own; U's is in the fixed part of a step."""
+    beside = max(0.0, link.per_microbatch - idle.forward - idle.backward) / 2
+    return {"F": idle.forward + beside, "B": idle.backward + beside, "U": max(0.0, link.per_minibatch - idle.update)}
+
+
+def _state_bytes(work: MeasuredModel) -> float:
+    """Bytes of the optimizer's state per byte of weights, after a step."""
+    model = copy.deepcopy(work.model)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    if not parameters:
+        return 0.0
+    for p in parameters:
+        p.grad = torch.zeros_like(p)
+    optimizer = work.optimizer(parameters)
+    optimizer.step()
+    state = sum(t.nbytes for own in optimizer.state.values() for t in own.values() if isinstance(t, Tensor) and t.dim())
+    return state / sum(p.nbytes for p in model.parameters())
+
+
+def _name(optimizer: OptimizerOf) -> str:
+    return type(optimizer([nn.Parameter(torch.ones(1))])).__name__
