@@ -26,6 +26,8 @@ from pipeoptim.rules.clip_estimate import ClipEstimate
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.move import Momentum, PartialGradient, Scalar, as_real
 
+NO_GRADIENT = PartialGradient(None, 0.0)
+
 
 class GradientEstimate(NamedTuple):
     """``of_value * value + of_mean * mean + of_weight * W``; a part whose tensor is None, or whose factor is 0, is not read."""
@@ -65,7 +67,7 @@ class GradientEstimate(NamedTuple):
 
 def estimate(entry: ParameterEntry, partial: PartialGradient | None, clip: ClipEstimate | None) -> GradientEstimate | None:
     """That of one parameter, before it is clipped by its own norm; None where nothing is known of its gradient, or it gets none."""
-    value, seen, factor = (None, 0.0, 1.0) if partial is None else (partial.value, partial.seen, partial.factor)
+    value, seen, factor = partial or NO_GRADIENT
     if not entry.weight.requires_grad and value is None:  # frozen: it had updates once, it gets none now
         return None
     value = None if value is None or seen <= 0 else as_real(value)

@@ -170,7 +170,7 @@ class StageWeights:
             weight_set.early = False
             weight_set.users += 1
             return weight_set
-        if any(s.key.version == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values()):
+        if self._over_gradients and self._has_adopted():
             self._over_gradients = False  # several predictions for one version: a buffer that stays serves them better
         self._drop_stale_predictions()  # first, so that the new prediction may overwrite the old one
         # Kept under its key with 0 users as well, until an update or another prediction needs the memory.
@@ -184,6 +184,9 @@ class StageWeights:
                     predicted.copy_(p)
         weight_set.users += 1
         return weight_set
+
+    def _has_adopted(self) -> bool:
+        return any(s.key.version == self.version and s.copy is not None and s.copy.adopted for s in self._sets.values())
 
     def _shared_prediction(self, steps: int) -> WeightSet | None:
         """The prediction that there is for ``steps`` updates after the latest, unless it is due to be made anew."""

@@ -9,17 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Sequence
 from dataclasses import replace
-from types import NoneType
 from typing import Any, NamedTuple
 
 from torch import Tensor
 
 from pipeoptim.kernels import calls
 from pipeoptim.rules.entries import ParameterEntry
-from pipeoptim.rules.estimate import GradientEstimate, estimate
+from pipeoptim.rules.estimate import NO_GRADIENT, GradientEstimate, combined_estimate, momentum_of
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.horizon import NOTHING_SEEN, Horizon
-from pipeoptim.rules.move import Group
+from pipeoptim.rules.move import Momentum
 from pipeoptim.rules.registry import Rule
 from pipeoptim.rules.rule_moves import ask_rule
 
@@ -31,12 +30,14 @@ class BatchEstimates(NamedTuple):
         addresses: of what stands for the gradient of each parameter: the one in progress, or the mean where there is none yet.
         set_of: for each parameter the number of its set.
         samples: of each set a parameter, and its step count after the update.
-        known: the estimate of that parameter, whose factors are those of the whole set.
+        momenta: of that parameter the mean of its gradients.
+        known: its estimate, whose factors are those of the whole set.
     """
 
     addresses: list[int]
     set_of: list[int]
     samples: list[tuple[int, float]]
+    momenta: list[Momentum | None]
     known: list[GradientEstimate]
 
 
@@ -81,8 +82,6 @@ class StepperBatch:
         self._group_ranks, self._firsts = [rank[group] for group in self._groups], list(first_of.values())
         # Options are compared per group, not per parameter: parameters of a group share them.
         self._options = [(entries[n].group, stepper.state_names(entries[n].group)) for n in self._firsts]
-        self._fixed: list[Any] = []  # see `_fixed_coefficients`
-        self._fixed_for: tuple[Any, ...] | None = None
 
     def job(self, grads: Sequence[Tensor | None], horizon: Horizon | None) -> tuple[list[int], list[int], list[Any]]:
         """The arguments of the kernel for the next step; with `horizon` also for the prediction after it. Counts the step.
@@ -104,8 +103,8 @@ class StepperBatch:
             sets.append(self.stepper.coefficients(entry.group, t, prediction))
         return [grad.data_ptr() for grad in own if grad is not None], set_of, sets
 
-    def estimates(self, values: Sequence[Tensor | None], horizon: Horizon) -> BatchEstimates:
-        """What the gradients of the next update are estimated from.
+    def estimates(self, values: Sequence[Tensor | None], horizon: Horizon) -> BatchEstimates | None:
+        """What the gradients of the next update are estimated from; None where the kernel cannot take the next step.
 
         Args:
             values: of every parameter of the optimizer what stands for its gradient (`rules.fused.dry`).
@@ -118,13 +117,16 @@ class StepperBatch:
             set_of, samples = self._coefficient_sets(after)
         else:  # some parameters have no gradient yet, say
             set_of, samples = _numbered([*zip(self._groups, after, shares, strict=True)], after)
+        if not self._supports(samples):
+            return None
+        momenta = [momentum_of(self.entries[first]) for first, _ in samples]
         known = []
-        for first, _ in samples:
-            entry = self.entries[first]
-            found = estimate(entry, horizon.partial(entry), horizon.clip)
+        for (first, _), momentum in zip(samples, momenta, strict=True):
+            value, seen, factor = horizon.partial(self.entries[first]) or NO_GRADIENT
+            found = combined_estimate(value if seen > 0 else None, seen, factor, horizon.clip, momentum)
             assert found is not None
             known.append(found)
-        return BatchEstimates(own, set_of, samples, known)
+        return BatchEstimates(own, set_of, samples, momenta, known)
 
     def estimate_parts(self, estimates: BatchEstimates) -> list[calls.EstimateParts]:
         """Where the estimates of this batch lie, for their norm."""
@@ -134,20 +136,9 @@ class StepperBatch:
 
     def dry_step(self, estimates: BatchEstimates, horizon: Horizon) -> calls.DryStep:
         """The kernel's dry step, which counts nothing."""
-        return self.kernel.dry(estimates.addresses, estimates.set_of, self._fixed_coefficients(estimates, horizon))
-
-    def _fixed_coefficients(self, estimates: BatchEstimates, horizon: Horizon) -> list[Any]:
-        """Those of a dry step but for the estimate: the same from one prediction to the next, until an update.
-
-        Kept as long as all that they depend on is: about 10 of 280 us per prediction of a block of the GPT benchmark, on a busy core.
-        """
-        options = [_plain_options(self.entries[n].group) for n in self._firsts]
-        made_for = None if None in options else (estimates.samples, horizon.rates, horizon.scales, options)
-        if made_for is None or made_for != self._fixed_for:
-            self._fixed_for = made_for
-            pairs = zip(estimates.samples, estimates.known, strict=True)
-            self._fixed = [self._dry_coefficients(self.entries[first], known, t, horizon) for (first, t), known in pairs]
-        return self._fixed
+        pairs = zip(estimates.samples, estimates.known, strict=True)
+        sets = [self._dry_coefficients(self.entries[first], known, t, horizon) for (first, t), known in pairs]
+        return self.kernel.dry(estimates.addresses, estimates.set_of, sets)
 
     def _dry_coefficients(self, entry: ParameterEntry, known: GradientEstimate, t: float, horizon: Horizon) -> Any:
         """The numbers of a dry step to update t of this parameter, and of all that share its set, but for the estimate."""
@@ -171,7 +162,9 @@ class StepperBatch:
     def supports_next_step(self) -> bool:
         """Whether the kernel can take the next step."""
         # Nothing is counted before all batches are known to support it.
-        samples = self._coefficient_sets(self._counts_after())[1]
+        return self._supports(self._coefficient_sets(self._counts_after())[1])
+
+    def _supports(self, samples: Sequence[tuple[int, float]]) -> bool:
         return all(self.stepper.supports_step(self.entries[n].group, t) for n, t in samples)
 
     def _counts_after(self) -> list[float]:
@@ -186,18 +179,6 @@ class StepperBatch:
         if len(set(counts)) == 1:  # the usual case: then a group is a set
             return self._group_ranks, [(n, counts[n] or 1.0) for n in self._firsts]
         return _numbered([*zip(self._groups, counts, strict=True)], counts)
-
-
-_PLAIN_OPTIONS = {bool, int, float, str, NoneType}
-
-
-def _plain_options(group: Group) -> list[Any] | None:
-    """Names and values of a group's options; None where one can change in place, as a tensor can."""
-    plain: list[Any] = []
-    for name, value in group.items():
-        if name not in ("params", "param_names"):
-            plain += (name, *value) if type(value) is tuple else (name, value)
-    return plain if {*map(type, plain)} <= _PLAIN_OPTIONS else None
 
 
 def _numbered(keys: Sequence[Hashable], counts: Sequence[float]) -> tuple[list[int], list[tuple[int, float]]]:

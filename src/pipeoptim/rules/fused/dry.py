@@ -54,9 +54,11 @@ class FusedDryStep:
             return frozenset()
         values = self._values(entries, horizon)
         plan = self._plans.current(_key(out), entries, values, out)
-        if plan is None or not plan.supports_next_step():
+        if plan is None:
             return frozenset()
-        estimates = [batch.estimates(values, horizon) for batch in plan.batches]
+        estimates = [found for batch in plan.batches if (found := batch.estimates(values, horizon)) is not None]
+        if len(estimates) < len(plan.batches):  # RAdam's first steps are torch's
+            return frozenset()
         scale = clip_scale(plan.batches, estimates, horizon.clip) if not plan.without_grad else factor()
         if isinstance(scale, Tensor):
             return frozenset()

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from pipeoptim.kernels import calls
 from pipeoptim.rules.clip_estimate import ClipEstimate
-from pipeoptim.rules.estimate import GradientEstimate, combined_estimate, momentum_of
+from pipeoptim.rules.estimate import NO_GRADIENT, GradientEstimate, combined_estimate
 from pipeoptim.rules.fused.batch import BatchEstimates, StepperBatch
 from pipeoptim.rules.fused.plan import FusedPlan
 from pipeoptim.rules.horizon import Horizon
@@ -57,10 +57,10 @@ class GrowingPrediction:
         # Of one parameter of each set: its place among all, or None where its gradient is not known, and the mean of its gradients.
         self._samples = [
             [
-                (None if horizon.partial(entry) is None else entry.number, momentum_of(entry))
-                for entry in (batch.entries[first] for first, _ in known.samples)
+                (None if horizon.partial(entry := batch.entries[first]) is None else entry.number, momentum)
+                for (first, _), momentum in zip(one.samples, one.momenta, strict=True)
             ]
-            for batch, known in zip(plan.batches, estimates, strict=True)
+            for batch, one in zip(plan.batches, estimates, strict=True)
         ]
 
     def __call__(
@@ -85,8 +85,8 @@ class GrowingPrediction:
         for samples, fixed in zip(self._samples, self._estimates, strict=True):
             known: list[GradientEstimate] = []
             for place, momentum in samples:
-                value, share, scale = (None, 0.0, 1.0) if place is None else (gradients[place], seen, factor)
-                found = combined_estimate(value, share, scale, clip, momentum)
+                partial = NO_GRADIENT if place is None else (gradients[place], seen, factor)
+                found = combined_estimate(partial[0], partial[1], partial[2], clip, momentum)
                 if found is None:  # of the whole mini-batch it has no gradient, so it stays
                     return False
                 known.append(found)
