@@ -173,11 +173,14 @@ class Program:
 
     def gap(self, k: int, i: int) -> int:
         """Version gap s of micro-batch ``i`` on stage ``k``: updates of this stage between its F and its B."""
-        self.check_stage(k)
+        table = self._gap_tables.get(k) if type(k) is int else None
+        if table is None:
+            self.check_stage(k)
+            table = self._gap_tables[k] = _gap_table(self, k)
         steady = self._steady
         if i >= steady:  # so that the table is finite
             i = steady + (i - steady) % self.microbatches
-        return _gap_table(self, k)[i]
+        return table[i]
 
     def steady_gap(self, k: int, microbatch: int = 0) -> int:
         """Version gap of micro-batch ``microbatch`` (0 .. M-1) of every mini-batch once the warm-up is over."""
@@ -187,6 +190,11 @@ class Program:
         """Updates that stage ``k`` has made since the last (re)start when it forwards micro-batch ``i``."""
         # Before its B it has made those of all earlier mini-batches.
         return i // self.microbatches - self.gap(k, i)
+
+    @cached_property
+    def _gap_tables(self) -> dict[int, dict[int, int]]:
+        """Of each stage that was asked for: with every forward, for which finding it by the program's hash would take too long."""
+        return {}
 
     @cached_property
     def _steady(self) -> int:

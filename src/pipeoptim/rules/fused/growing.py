@@ -81,21 +81,23 @@ class GrowingPrediction:
         """
         if seen <= 0 or isinstance(factor, Tensor) or [0 if g is None else g.data_ptr() for g in gradients] != self._addresses:
             return False
-        estimates = []
-        for samples, fixed in zip(self._samples, self._estimates, strict=True):
-            known: list[GradientEstimate] = []
+        known: list[list[GradientEstimate]] = []
+        for samples in self._samples:
+            known.append([])
             for place, momentum in samples:
                 partial = NO_GRADIENT if place is None else (gradients[place], seen, factor)
                 found = combined_estimate(partial[0], partial[1], partial[2], clip, momentum)
                 if found is None:  # of the whole mini-batch it has no gradient, so it stays
                     return False
-                known.append(found)
-            estimates.append(fixed._replace(known=known))
+                known[-1].append(found)
         if out is not self._out:
             self._write_into(out)
-        scale = clip_scale(self._plan.batches, estimates, clip)
-        for step, one in zip(self._steps, estimates, strict=True):
-            step.run([known.scaled(scale).kernel_factors for known in one.known])
+        scale = 1.0
+        if clip is not None:
+            estimates = [one._replace(known=those) for one, those in zip(self._estimates, known, strict=True)]
+            scale = clip_scale(self._plan.batches, estimates, clip)
+        for step, those in zip(self._steps, known, strict=True):
+            step.run([one.scaled(scale).kernel_factors for one in those])
         return True
 
     def _write_into(self, out: Sequence[Tensor]) -> None:
