@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, TypeVar
 
 from pipeoptim.errors import ConfigError, did_you_mean
+from pipeoptim.named_calls import read_calls
 from pipeoptim.options import RUN_SETTINGS, RunOptions, Setting, document, setting
 
 __all__ = ["ENGINES", "Component", "Recipe", "TrainConfig", "recipe"]
@@ -234,7 +235,23 @@ class TrainConfig(RunOptions):
         "from_pretrained.",
         computes=False,
     )
-    tensorboard: bool = own_setting(False, "Also write the figures to runs/<name>/tensorboard.", computes=False)
+    callbacks: str = own_setting(
+        "",
+        "What is called at the run's events: early_stopping(patience=5), best_checkpoint, or module:Class of your own; several between "
+        "commas.",
+        computes=False,
+        check_value=lambda _, value: read_calls("callback", value),
+    )
+    loggers: str = own_setting(
+        "",
+        "Where the figures go besides metrics.jsonl: tensorboard, wandb(project='mine'), mlflow, trackio, or module:Class of your own; "
+        "several between commas.",
+        computes=False,
+        check_value=lambda _, value: read_calls("logger", value),
+    )
+    tensorboard: bool = own_setting(
+        False, "Also write the figures to runs/<name>/tensorboard, as --loggers tensorboard does.", computes=False
+    )
 
     def to_json(self) -> str:
         """Indented JSON, keys in the order of the fields.

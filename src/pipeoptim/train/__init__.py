@@ -5,18 +5,26 @@ Imports torch when it is called, not before: the command line must answer ``--he
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
+    from pipeoptim.train.callbacks import Callback
     from pipeoptim.train.result import RunResult
     from pipeoptim.train.rundir import RunDir
 
 __all__ = ["recut", "run"]
 
 
-def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, progress: bool = True) -> RunResult:
+def run(
+    config: TrainConfig,
+    run_dir: Path | str,
+    resume: bool | None = False,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
     """Train as ``config`` says and leave everything in ``run_dir``.
 
     Args:
@@ -27,6 +35,8 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
             run's own; only engine, steps and how often it validates may differ. None: whatever is to be done; a run that does
             not exist begins, another one is continued, from its beginning where it has no checkpoint yet.
         progress: show a progress bar (a terminal) or lines (elsewhere) on stdout.
+        callbacks: objects that are called at the run's events, after those that ``config.callbacks`` names; see
+            :class:`~pipeoptim.train.callbacks.Callback`. With ``engine="emulator"`` only: other processes make their own by name.
 
     Raises:
         ConfigError: the run is impossible, finished, or in use by another process; nothing was written.
@@ -52,7 +62,7 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
     """
     from pipeoptim.train import api
 
-    return api.run(config, run_dir, resume=resume, progress=progress)
+    return api.run(config, run_dir, resume=resume, progress=progress, callbacks=callbacks)
 
 
 def recut(run_dir: RunDir, config: TrainConfig) -> RunDir:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,6 +20,7 @@ from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.telemetry.plots import loss_curve
 from pipeoptim.train import rundir
 from pipeoptim.train.automatic import kept, settled
+from pipeoptim.train.callbacks import Callback
 from pipeoptim.train.checks import check
 from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.evaluate import ObservedLoss
@@ -35,7 +37,13 @@ from pipeoptim.train.signals import AbortedError, StopSignals
 from pipeoptim.train.worker import first_of_run, join, reports, under_torchrun
 
 
-def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, progress: bool = True) -> RunResult:
+def run(
+    config: TrainConfig,
+    run_dir: Path | str,
+    resume: bool | None = False,
+    progress: bool = True,
+    callbacks: Sequence[Callback] = (),
+) -> RunResult:
     """Train as ``config`` says, in ``run_dir``; see :func:`pipeoptim.train.run`."""
     directory = RunDir(Path(run_dir))
     if config.method == AUTO:
@@ -43,13 +51,19 @@ def run(config: TrainConfig, run_dir: Path | str, resume: bool | None = False, p
         config = kept(config, directory.read_config()) if begun else settled(config)
     check(config)
     launched = config.engine == "processes" or config.max_restarts
+    if callbacks and (launched or under_torchrun()):
+        raise ConfigError(
+            f"callbacks holds {callbacks[0]!r}, an object of this process, but engine is {config.engine!r} with "
+            f"{config.max_restarts} restarts, where processes are started that make their own; name its class in the settings, as "
+            "callbacks='module:Class(option=value)'"
+        )
     train = _joined if under_torchrun() else _launched if launched else _emulated
     with ExitStack() as held:
         stop = held.enter_context(
             StopSignals(read_signals(config.stop_signals), config.grace, first_of_run(), directory.resume_command)
         )
         # The lock is taken inside and released here, after result and curve are written.
-        result = train(config, _Beginning(directory, resume, held, stop), quiet=not progress)
+        result = train(config, _Beginning(directory, resume, held, stop, tuple(callbacks)), quiet=not progress)
         if reports(config):
             _draw_curve(directory, config)
     return result
@@ -84,14 +98,22 @@ class _Beginning:
         resume: True to continue a run, False to begin one; None to begin it or continue it, whichever there is to do.
         held: keeps the directory's lock until the session ends.
         stop: what signals wish.
+<<<<<<< HEAD
         stages: filled where the run may start again by itself, with modules that know the names of its parameters.
+=======
+        callbacks: objects that were given beside those that the configuration names.
+>>>>>>> 5739753 (Callbacks of a run, with early stopping and the best checkpoint; loggers for TensorBoard, W&B, MLflow and trackio, or of one's own)
     """
 
     directory: RunDir
     resume: bool | None
     held: ExitStack
     stop: StopSignals
+<<<<<<< HEAD
     stages: list[nn.Module] = field(default_factory=list)
+=======
+    callbacks: tuple[Callback, ...] = ()
+>>>>>>> 5739753 (Callbacks of a run, with early stopping and the best checkpoint; loggers for TensorBoard, W&B, MLflow and trackio, or of one's own)
 
     def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
@@ -133,7 +155,7 @@ def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunRes
     directory = beginning.directory
     with cpu_threads(config.threads):
         beginning.look(config)
-        setup = build_setup(config).all_here()
+        setup = build_setup(config, beginning.callbacks).all_here()
         probe_setup(setup)
         loss = ObservedLoss(setup.task)
         pipe, optimizers = make_emulator(setup, loss)

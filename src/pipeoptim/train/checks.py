@@ -42,10 +42,14 @@ def check_settings(config: TrainConfig) -> None:
     if config.trace and len({part.microbatches for part in parts_of(config)}) > 1:
         raise ConfigError("a trace numbers micro-batches by their place in mini-batches of one size; leave trace out")
     _check_lr(config)
-    if config.tensorboard:
-        from pipeoptim.telemetry.tensorboard import check_installed
+    if config.loggers or config.tensorboard:
+        from pipeoptim.train.run_loggers import check_loggers
 
-        check_installed()
+        check_loggers(config)
+    if config.callbacks:
+        from pipeoptim.train.callbacks import make_callbacks
+
+        make_callbacks(config.callbacks)
 
 
 def check_method(config: TrainConfig) -> None:

@@ -25,7 +25,7 @@ def _options(setup: RunSetup) -> dict[str, Any]:
     """The options that both engines share."""
     config = setup.config
     given = {"method": config.method, "microbatches": setup.sizes.at(0).microbatches, "seed": config.seed, "tied": setup.tied}
-    return given | options_of_run(config)
+    return given | options_of_run(config) | {"on_update": setup.events.update_hook}
 
 
 def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Optimizer]]:

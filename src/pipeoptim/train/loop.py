@@ -97,7 +97,7 @@ class Loop:
             saves = last or stopped or _is_due(done, config.checkpoint_every)
             if stopped and not last:
                 self._note(f"stopping: saving step {done} (Ctrl-C again to abort)")
-                if not plan.is_exact(done):
+                if not plan.is_exact(done) and not plan.reason:
                     self._note(_INEXACT)
             began = time.perf_counter()
             plan.stop.saving = saves

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeoptim.errors import DivergedError
+from pipeoptim.errors import DivergedError, first_line
+from pipeoptim.telemetry.loggers import RunLogger
 from pipeoptim.telemetry.metrics import MetricsFile, Row
 from pipeoptim.telemetry.prediction import Changes, scalars
 from pipeoptim.telemetry.progress import ProgressView
-from pipeoptim.telemetry.tensorboard import TensorBoardLog
 from pipeoptim.telemetry.timing import SlowStages, times_of
+from pipeoptim.train.events import RunEvents
 
 #: Mini-batches that a loss or a rate is averaged over.
 WINDOW = 20
@@ -21,14 +22,23 @@ WINDOW = 20
 class Recorder:
     """Writes the rows of a session and remembers what its result needs.
 
-    ``skips``: mini-batches whose loss is not finite are left out.
+    Args:
+        loggers: where they go besides, by name.
+        events: who is told of them.
+        skips: mini-batches whose loss is not finite are left out.
     """
 
     def __init__(
-        self, file: MetricsFile, view: ProgressView, tensorboard_log: TensorBoardLog | None = None, skips: bool = False
+        self,
+        file: MetricsFile,
+        view: ProgressView,
+        loggers: Mapping[str, RunLogger] | None = None,
+        events: RunEvents | None = None,
+        skips: bool = False,
     ) -> None:
         self._skips = skips
-        self._file, self._view, self._tensorboard_log = file, view, tensorboard_log
+        self._file, self._view, self._loggers = file, view, dict(loggers or {})
+        self._events = events or RunEvents()
         self._changes, self._slow = Changes(), SlowStages()
         self._losses: deque[float] = deque(maxlen=WINDOW)
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # samples and seconds of each
@@ -55,6 +65,7 @@ class Recorder:
         self._file.write(step=step, loss=loss, lr=lr, samples_per_second=round(rate, 2))
         self._view.step(step, loss, rate)
         self._log_scalars(step, {"train/loss": loss, "train/lr": lr, "train/samples_per_second": rate})
+        self._events.step(step, loss)
 
     def validation(self, step: int, loss: float, metrics: dict[str, float]) -> None:
         """A validation after mini-batch ``step``. Figures that are not finite are left out of the row."""
@@ -65,6 +76,7 @@ class Recorder:
         self._log_scalars(
             step, {"validation/loss": loss, **{f"validation/{k.removeprefix('val_')}": v for k, v in named.items()}}
         )
+        self._events.validation(step, {"val_loss": loss, **{f"val_{name}": value for name, value in metrics.items()}})
 
     def recall(self, rows: Sequence[Row], step: int) -> bool:
         """Take the figures of a run that has been trained to its end from what it has written. Returns whether it validated there."""
@@ -99,8 +111,12 @@ class Recorder:
         self._log_scalars(step, figures)
 
     def _log_scalars(self, step: int, values: dict[str, float]) -> None:
-        if self._tensorboard_log is not None:
-            self._tensorboard_log.scalars(step, values)
+        for name, logger in list(self._loggers.items()) if self._loggers else ():
+            try:
+                logger.scalars(step, values)
+            except Exception as error:  # whatever a tool of somebody else's throws: training is worth more
+                del self._loggers[name]
+                self._view.note(f"logger {name} failed at step {step} and gets nothing more ({first_line(error)})")
 
     def note(self, text: str) -> None:
         """Show a line."""

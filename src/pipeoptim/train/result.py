@@ -63,6 +63,7 @@ class RunResult:
         stages: what each held.
         data: what it was trained on.
         versions: of pipeoptim, torch and Python.
+        reason: why a callback ended the run before its last step; empty where none did.
         stopped_by: the name of the signal, such as ``"SIGTERM"``; empty for none.
     """
 
@@ -78,6 +79,7 @@ class RunResult:
     data: str
     versions: dict[str, str]
     stopped_by: str = ""
+    reason: str = ""
 
     def rows(self) -> list[Row]:
         """All rows of ``metrics.jsonl``."""

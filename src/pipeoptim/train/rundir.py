@@ -11,7 +11,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeoptim.config import NOT_COMPUTED, Component, TrainConfig
 from pipeoptim.errors import ConfigError
@@ -58,14 +58,14 @@ class RunDir:
         return self.path / "result.json"
 
     @property
+    def best(self) -> Path:
+        """The checkpoint of the best validation, if it was asked for."""
+        return self.path / "best"
+
+    @property
     def exported(self) -> Path:
         """The trained weights, if they were asked for."""
         return self.path / "model"
-
-    @property
-    def tensorboard(self) -> Path:
-        """Figures for TensorBoard, if they were asked for."""
-        return self.path / "tensorboard"
 
     @property
     def trace(self) -> Path:
@@ -123,8 +123,9 @@ class RunDir:
             ) from error
 
     def write_config(self, config: TrainConfig) -> None:
-        """Replace the configuration of a run that is resumed with more steps, or on another engine."""
+        """Replace the configuration of a run that is resumed with more steps, or on another engine; what it names has been checked."""
         write_durably(self.config, config.to_json())
+        trust.sign(self.path, config)
 
     def read_config(self) -> TrainConfig:
         """The configuration of an existing run. Nothing that it names has been imported yet (see :mod:`.trust`).
@@ -153,11 +154,22 @@ class RunDir:
 
     def finished_at(self) -> int | None:
         """The step at which the run says it has finished; None where it does not, or not in readable words."""
+        result = self._read_result()
+        try:
+            return int(result["step"]) if result["status"] == "finished" else None
+        except (ValueError, TypeError, KeyError):
+            return None
+
+    def why_ended(self) -> str:
+        """Why a callback ended the run before its last step; empty where none did."""
+        return str(self._read_result().get("reason") or "")
+
+    def _read_result(self) -> dict[str, Any]:
         try:
             result = json.loads(self.result.read_text(encoding="utf-8"))
-            return int(result["step"]) if result["status"] == "finished" else None
-        except (OSError, ValueError, TypeError, KeyError, RecursionError):
-            return None
+        except (OSError, ValueError, RecursionError):
+            return {}
+        return result if isinstance(result, dict) else {}
 
     def how_to_resume(self) -> str:
         """What is saved and what to type, as the end of a sentence about a failure."""
@@ -246,6 +258,8 @@ def resume(
         folder, meta = newest(run, config, say, stages)
         if meta.step >= config.steps and run.finished_at() == meta.step:
             raise _finished_error(run, config, meta.step)
+        if anew and run.finished_at() == meta.step and run.why_ended():
+            raise FinishedError(f"run {run.path} ended ({run.why_ended()}); to train it further: {run.resume_command()}")
         start = Start(meta.step, folder)
         if anew:
             say(f"run {run.path} exists; it continues from step {meta.step} of {config.steps}")

@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from pipeoptim.checkpoint import check_export, load_stage, save, save_weights, sick_weight
+from pipeoptim.checkpoint import check_export, folder_name, load_stage, save, save_weights, sick_weight
 from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.errors import DivergedError
@@ -18,13 +18,14 @@ from pipeoptim.files import write_durably
 from pipeoptim.telemetry.metrics import MetricsFile, read_rows, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
-from pipeoptim.telemetry.tensorboard import TensorBoardLog
 from pipeoptim.telemetry.trace import merge_trace
+from pipeoptim.train.callbacks import RunView
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
 from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.result import RunResult, StageFacts, traced_shares, versions
+from pipeoptim.train.run_loggers import open_loggers
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.setup import RunSetup
 from pipeoptim.train.signals import StopSignals
@@ -65,8 +66,11 @@ def run_session(
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
             view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
-            tensorboard_log = stack.enter_context(TensorBoardLog(run.tensorboard, start.step)) if config.tensorboard else None
-            recorder = Recorder(file, view, tensorboard_log, config.on_bad == "skip")
+            loggers = {}
+            for name, logger in open_loggers(config, run, start.step):
+                stack.callback(logger.close)
+                loggers[name] = logger
+            recorder = Recorder(file, view, loggers, setup.events, config.on_bad == "skip")
 
         def check(step: int) -> None:
             sick = next(filter(None, group.gather(sick_weight(pipe))), None)
@@ -94,7 +98,18 @@ def run_session(
                 # One that lies behind our start was passed over: it must not stand in for a healthy one.
                 counts=lambda other: other <= start.step or other in saved,
             )
+            if recorder is not None:
+                setup.events.checkpoint(step, run.checkpoints / folder_name(step))
 
+        plan = StopPlan(config, pipe.program.flushes, stop, group.gather)
+
+        def end_run(reason: str) -> None:
+            if recorder is not None and not plan.reason:
+                plan.reason = reason
+                recorder.note(reason)
+                pipe.request_stop()
+
+        setup.events.begin(RunView(config, run.path, pipe, start.step, recorder is not None, end_run))
         loop = Loop(
             pipe,
             setup,
@@ -103,7 +118,7 @@ def run_session(
             recorder,
             check,
             save_all,
-            StopPlan(config, pipe.program.flushes, stop, group.gather),
+            plan,
             {},
             group.mean_loss,
             group.measurements("figures"),
@@ -115,11 +130,12 @@ def run_session(
         pipe.trace.save(run.trace)
     traced = setup.config.trace and done > start.step
     result = _run_result(run, setup, pipe, loop, group, done, time.monotonic() - began, traced)
-    if config.export and done == config.steps:
+    if config.export and result.status == "finished":
         _export(run, setup, pipe)
     if recorder is not None:
         # After the last checkpoint: a crash in between leaves a run that only has to be reported again.
         write_durably(run.result, result.to_json())
+        setup.events.end(result)
     # No process returns before the result is on the disk.
     group.barrier()
     return result
@@ -128,6 +144,9 @@ def run_session(
 def _export(run: RunDir, setup: RunSetup, pipe: Pipeline) -> None:
     """Write the trained weights; the last that is done with the stages, which this may change."""
     pipe.drain()
+    if run.best.exists():
+        for k in pipe.local_stages:
+            pipe.load_stage_state_dict(k, load_stage(run.best, k))
     if setup.stagewise is not None:
         setup.stagewise.prepare_export(pipe.stage_module(k) for k in pipe.local_stages)
     save_weights(pipe, run.exported, also_save=getattr(setup.task, "also_save", ()), overwrite=True)
@@ -159,9 +178,10 @@ def _run_result(
         found = [one | shares[one["stage"]] for one in found]
     return RunResult(
         run_dir=run.path,
-        status="finished" if done == setup.config.steps else "stopped",
+        status="finished" if done == setup.config.steps or loop.plan.reason else "stopped",
         step=done,
-        stopped_by=loop.plan.signal if done < setup.config.steps else "",
+        stopped_by=loop.plan.signal if done < setup.config.steps and not loop.plan.reason else "",
+        reason=loop.plan.reason if done < setup.config.steps else "",
         stages=tuple(StageFacts(**one) for one in found),
         data=setup.task.describe(),
         versions=versions(),

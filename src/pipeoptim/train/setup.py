@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, Protocol
 
@@ -26,8 +26,10 @@ from pipeoptim.options import options_of_run
 from pipeoptim.partitioning.block_splitter import sliceable
 from pipeoptim.partitioning.parameter_places import untie
 from pipeoptim.train import lr_schedules, optimizers
+from pipeoptim.train.callbacks import Callback, make_callbacks
 from pipeoptim.train.checks import program
 from pipeoptim.train.cut import cut, cut_between_layers
+from pipeoptim.train.events import RunEvents
 from pipeoptim.train.parameter_groups import check_all_used
 from pipeoptim.train.ramps import SizePlan, parts_of
 from pipeoptim.train.recomputed import checkpoint_blocks
@@ -48,7 +50,8 @@ class Task(Protocol):
 @dataclass(frozen=True)
 class RunSetup:
     """Everything that an engine is built from; ``replica`` is the one of the run's replicas that trains in this process, ``stagewise``
-    what fills its stages, where they are still without values."""
+    what fills its stages, where they are still without values,
+    ``events`` whom its callbacks listen to."""
 
     config: TrainConfig
     task: Task
@@ -59,6 +62,7 @@ class RunSetup:
     tied: Sequence[Tied] = ()
     replica: int = 0
     stagewise: StagewiseModel | None = None
+    events: RunEvents = field(default_factory=RunEvents)
 
     @cached_property
     def sizes(self) -> SizePlan:
@@ -87,8 +91,11 @@ class RunSetup:
         return torch.cat([rows.chunk(replicas)[self.replica] for rows in slices])
 
 
-def build_setup(config: TrainConfig) -> RunSetup:
+def build_setup(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> RunSetup:
     """Data and the model cut into stages, all checked.
+
+    Args:
+        callbacks: further ones than those that ``config`` names.
 
     Raises:
         ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
@@ -118,7 +125,9 @@ def build_setup(config: TrainConfig) -> RunSetup:
     if config.recompute:
         for stage in stages:
             checkpoint_blocks(stage)
-    return RunSetup(config, task, stages, optimizer, scheduler, _validation_batches(task, config), tied, stagewise=stagewise)
+    events = RunEvents([*make_callbacks(config.callbacks), *callbacks])
+    validation = _validation_batches(task, config)
+    return RunSetup(config, task, stages, optimizer, scheduler, validation, tied, stagewise=stagewise, events=events)
 
 
 def build_model(config: TrainConfig) -> nn.Module | StagewiseModel:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
 from pipeoptim.config import TrainConfig
 from pipeoptim.train.signals import StopSignals
@@ -29,8 +30,9 @@ class StopPlan:
         gather: the value of every process, on every process.
     """
 
-    def __init__(self, config: TrainConfig, flushes: bool, stop: StopSignals, gather: Callable[[str], list[str]]) -> None:
+    def __init__(self, config: TrainConfig, flushes: bool, stop: StopSignals, gather: Callable[[Any], list[Any]]) -> None:
         self.config, self.flushes, self.stop, self._gather = config, flushes, stop, gather
+        self.reason = ""  # of a callback that has ended the run, likewise; before, where the callback is
         self.signal = ""  # the name of the one that stopped the run, once all processes know of it
         self._seconds: deque[float] = deque(maxlen=20)  # of the last mini-batches
         self._save_seconds = 0.0
@@ -45,8 +47,9 @@ class StopPlan:
 
     def agreed(self) -> bool:
         """Whether any process was asked to stop; at the beginning and after a checkpoint, when nothing is lost by it. Called by all."""
-        self.signal = next(filter(None, self._gather(self.stop.name)), "")
-        return bool(self.signal)
+        found = self._gather([self.stop.name, self.reason])
+        self.signal, self.reason = (next(filter(None, asked), "") for asked in zip(*found, strict=True))
+        return bool(self.signal or self.reason)
 
     def next_checkpoint(self, done: int) -> int:
         """The first step after ``done`` mini-batches at which an undisturbed run saves."""

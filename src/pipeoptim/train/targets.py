@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeoptim.config import Component
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, unknown_name
 from pipeoptim.user_code import import_target
 
 
@@ -38,6 +38,17 @@ def accepts(function: Callable[..., Any], name: str) -> bool:
     except (TypeError, ValueError):
         return False
     return name in parameters or any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+
+
+def accepts_all(what: str, function: Callable[..., Any], named: tuple[str, Mapping[str, Any]]) -> None:
+    """Raises ConfigError where ``function`` has no argument for one of the options that it is named with."""
+    name, options = named
+    if unknown := next((option for option in options if not accepts(function, option)), None):
+        raise unknown_name(f"option of {what} {name}", unknown, _arguments(function))
+
+
+def _arguments(function: Callable[..., Any]) -> list[str]:
+    return [name for name in inspect.signature(function).parameters if name != "run"]
 
 
 def call(what: str, function: Callable[..., Any], target: str, *args: Any, **options: Any) -> Any:

@@ -19,9 +19,13 @@ from pathlib import Path
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import write_durably
+from pipeoptim.named_calls import read_calls
 
 COMPONENTS = ("model", "data", "optimizer", "lr_schedule")
 """Fields of a configuration that are a function and its options. Besides these, a method may be one of the user's own."""
+
+CALLED = ("callbacks", "loggers")
+"""Fields that name classes and their options."""
 
 SIGNATURE = "config.sig"
 
@@ -29,6 +33,7 @@ SIGNATURE = "config.sig"
 def targets_of(config: TrainConfig) -> dict[str, list[str]]:
     """Field -> the ``module:name`` and ``file.py:name`` in it. Short names are looked up in lists of this library and need no trust."""
     found = {what: getattr(config, what).target.split(",") for what in COMPONENTS} | {"method": [config.method]}
+    found |= {what: [call.name for call in read_calls(what, getattr(config, what))] for what in CALLED}
     return {what: [t.strip() for t in targets if ":" in t] for what, targets in found.items()}
 
 
@@ -83,7 +88,8 @@ def _is_signed(folder: Path, config: TrainConfig) -> bool:
 def _signature(key: bytes, config: TrainConfig) -> str:
     """Of all that says what is called, and with what."""
     parts = {what: asdict(getattr(config, what)) for what in COMPONENTS}
-    text = json.dumps({**parts, "method": config.method}, sort_keys=True)
+    called = {what: getattr(config, what) for what in CALLED if getattr(config, what)}
+    text = json.dumps({**parts, **called, "method": config.method}, sort_keys=True)
     return hmac.new(key, text.encode(), hashlib.sha256).hexdigest()
 
 

@@ -148,7 +148,10 @@ def train(
         config = _resumed(
             directory, changed, own if recipe is not None else None, lr, optimizer=optimizer, model=model, data=data
         )
-        check_trusted(directory.path, config, named_targets(recipe, tiny, optimizer, changed.get("method"), model, data))
+        # What the run's own file names; what is changed is named by this command line.
+        check_trusted(
+            directory.path, directory.read_config(), named_targets(recipe, tiny, optimizer, changed.get("method"), model, data)
+        )
         if print_config:
             print(to_toml(config))
             return
@@ -266,7 +269,7 @@ def _report(result: Any, config: TrainConfig, directory: RunDir, quiet: bool, no
     if not quiet and reports(config):
         how = f"{config.method}, {layout_of(config).describe()}, engine {config.engine}"
         print_summary(result, directory.read_config().steps, how)
-        for note in filter(None, notes):
+        for note in filter(None, [result.reason, *notes]):
             print(note)
     if result.status == "stopped":
         if reports(config):
