@@ -63,7 +63,7 @@ def run(
             StopSignals(read_signals(config.stop_signals), config.grace, first_of_run(), directory.resume_command)
         )
         # The lock is taken inside and released here, after result and curve are written.
-        result = train(config, _Beginning(directory, resume, held, stop, tuple(callbacks)), quiet=not progress)
+        result = train(config, _Beginning(directory, resume, held, stop, callbacks=tuple(callbacks)), quiet=not progress)
         if reports(config):
             _draw_curve(directory, config)
     return result
@@ -98,22 +98,16 @@ class _Beginning:
         resume: True to continue a run, False to begin one; None to begin it or continue it, whichever there is to do.
         held: keeps the directory's lock until the session ends.
         stop: what signals wish.
-<<<<<<< HEAD
         stages: filled where the run may start again by itself, with modules that know the names of its parameters.
-=======
         callbacks: objects that were given beside those that the configuration names.
->>>>>>> 5739753 (Callbacks of a run, with early stopping and the best checkpoint; loggers for TensorBoard, W&B, MLflow and trackio, or of one's own)
     """
 
     directory: RunDir
     resume: bool | None
     held: ExitStack
     stop: StopSignals
-<<<<<<< HEAD
     stages: list[nn.Module] = field(default_factory=list)
-=======
     callbacks: tuple[Callback, ...] = ()
->>>>>>> 5739753 (Callbacks of a run, with early stopping and the best checkpoint; loggers for TensorBoard, W&B, MLflow and trackio, or of one's own)
 
     def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
