@@ -208,6 +208,13 @@ class TrainConfig(RunOptions):
         2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False
     )
     threads: int = own_setting(1, "CPU threads of each process.", least=1, most=1024)
+    survive: int = own_setting(
+        0,
+        "With --engine processes: a process that dies is replaced while the others wait, by the image of itself that it left every so many "
+        "mini-batches; 0: the run ends. The weights are those of an undisturbed run, bit for bit.",
+        least=0,
+        computes=False,
+    )
     max_restarts: int = own_setting(
         0,
         "How often a run whose processes fail starts them again by itself, from the newest checkpoint, bit for bit. An emulated run gets a "

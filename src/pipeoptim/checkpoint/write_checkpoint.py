@@ -24,8 +24,7 @@ class CheckpointGroup(Protocol):
 
     @property
     def is_first(self) -> bool: ...
-    def barrier(self) -> None: ...
-    def gather(self, value: Any) -> list[Any]: ...
+    def once(self, work: Callable[[], Any]) -> list[Any]: ...
 
 
 def save(
@@ -62,11 +61,13 @@ def save(
             make_folder(temporary)
 
     def complete(files: dict[str, tuple[int, str]]) -> None:
-        if group.is_first:
+        # Where there is none, a process whose place this one has taken died after the rename.
+        if group.is_first and temporary.exists():
             meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
             write_durably(temporary / META, meta.to_json())
             # The rename makes it a checkpoint; only then may older ones go.
             replace_folder(temporary, final)
+        if group.is_first:
             _prune(root, step, keep, counts)
 
     _together(group, final, begin)
@@ -81,13 +82,18 @@ def save(
 def _together(group: CheckpointGroup, final: Path, work: Callable[[], T]) -> list[T]:
     """What ``work`` returned in every process, after all have done it. Where it fails in one, all of them raise with its reason: the
     others would otherwise wait for that one, and end with a reason of their own."""
-    done, cause, failure = None, None, None
-    try:
-        done = work()
-    except OSError as error:
-        cause, failure = cause_of(error), error
+    failure: OSError | None = None
+
+    def attempt() -> tuple[T | None, str | None]:
+        nonlocal failure
+        try:
+            return work(), None
+        except OSError as error:
+            failure = error
+            return None, cause_of(error)
+
     # Gathered also after a failure: the others are in this call and would wait for ever.
-    answers = group.gather((done, cause))
+    answers = group.once(attempt)
     for _, reason in answers:
         if reason is not None:
             raise CheckpointWriteError(

@@ -41,6 +41,7 @@ from pipeoptim.engine.stage.tied_weights import (
 )
 from pipeoptim.engine.stage.worker import LossFn
 from pipeoptim.engine.stage_times import WINDOW
+from pipeoptim.engine.survival import Survival, check_survives
 from pipeoptim.engine.torch_stage import StagePlace, read_stage
 from pipeoptim.engine.transport.link import Sender
 from pipeoptim.engine.transport.ports import Ports
@@ -78,6 +79,7 @@ class ProcessPipeline(Pipeline):
     _norms: ProcessNorms | None = None  # of gradients, where clipping needs those of all stages
     _tied_exchanges: Mapping[Tied, AllReducedGradients] = MappingProxyType({})  # of the gradients of each tied weight held here
     _connections: Connections | None = None
+    _survival: Survival | None = None  # where this process can be replaced
     _doing: str  # what the newest call began: training, an evaluation, or the end of either
     _evaluated: int  # batches of the evaluation in progress
     _evaluations: int  # complete ones, at this rendezvous
@@ -115,6 +117,9 @@ class ProcessPipeline(Pipeline):
             self._processes = (self.rendezvous.index,)
             # Before the workers, which hold their ends; connected later, when all processes have agreed.
             self._make_exchanges(places, given)
+            if self.options.survive is not None:
+                check_survives(self.options, places, self._tied_exchanges)
+                self._survival = Survival(self.options.survive, places[0].k, self.depth)
             for place, arguments in zip(places, given, strict=True):
                 self._runners[place.k] = self._make_runner(place, arguments, loss_fn)
             self._connect()
@@ -196,16 +201,19 @@ class ProcessPipeline(Pipeline):
         check_agreement(self.rendezvous, self._settings)
         for tie, exchange in self._tied_exchanges.items():
             exchange.connect(self._meet_holders(tie))
-        self._connections = connect(
-            self.rendezvous,
-            self.ranks,
-            self._endpoints,
-            self._norms,
-            options.transport,
-            options.liveness_timeout,
-            (*self._tied_exchanges.values(), *self._replica_sets.values()),
-            self._windows(),
-        )
+        if self._survival is not None:
+            self._connections = self._survival.connect(self.rendezvous, self._norms)
+        else:
+            self._connections = connect(
+                self.rendezvous,
+                self.ranks,
+                self._endpoints,
+                self._norms,
+                options.transport,
+                options.liveness_timeout,
+                (*self._tied_exchanges.values(), *self._replica_sets.values()),
+                self._windows(),
+            )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():
                 # After the connections, whose interrupt() it calls.
@@ -295,6 +303,8 @@ class ProcessPipeline(Pipeline):
             self._connections.hand_over()
 
     def _note_training(self) -> None:
+        if self._survival is not None:
+            self._survival.begin_mini_batch(self._fed)
         self._doing, self._evaluated = TRAINS, 0
         self._progress.note_training()
 
@@ -362,6 +372,9 @@ class ProcessPipeline(Pipeline):
         if replicas is not None:  # all of them must stop after the same mini-batch
             first = self._runners[0]
             first.stop = replicas.agree_to_stop(first.asks_stop) or first.stop
+        elif self._survival is not None:
+            first = self._runners[0]
+            first.stop = self._survival.stops(self._fed, first.asks_stop)
         else:
             super()._note_stop()
 
@@ -416,11 +429,13 @@ class ProcessPipeline(Pipeline):
         every stage what :meth:`stage_state_dict` gave at one drained boundary.
 
         Raises:
-            ConfigError: the stage has replicas, whose connections are not made anew; make a new pipeline then.
+            ConfigError: the stage has replicas, whose connections are not made anew, or ``survive``; make a new pipeline then.
             StageFailure: another process did not come within the time-out.
         """
         if self._replica_sets:
             raise ConfigError("a pipeline with replicas cannot be connected anew; make a new one, and load the last checkpoint")
+        if self._survival is not None:
+            raise ConfigError("a pipeline with survive connects anew by itself; make a new one, and load the last checkpoint")
         if self._connections is not None:
             # The others may be waiting for this process, and must come here, too.
             self._connections.interrupt("another stage connects anew")
@@ -466,6 +481,8 @@ class ProcessPipeline(Pipeline):
         if self._connections is not None:
             self._connections.close(wait)
             self._connections = None
+        if self._survival is not None:
+            self._survival.close()
         for exchange in self._tied_exchanges.values():
             exchange.close(wait)
         self.rendezvous.close(wait)

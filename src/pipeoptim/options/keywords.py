@@ -54,3 +54,4 @@ class ProcessKeywords(OptionKeywords, total=False):
     transport: str
     timeout: float
     liveness_timeout: float | None
+    survive: int | None

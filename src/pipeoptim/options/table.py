@@ -370,6 +370,14 @@ class PipelineOptions:
         seconds_or_none,
         between_processes=True,
     )
+    survive: int | None = option(
+        None,
+        "mini-batches after which each process leaves an image of itself, which takes its place when it dies, while the others wait; on "
+        "one machine and on CPUs, in runs of pipeoptim train (see docs/failures.md).",
+        count_or_none,
+        agreed=EQUAL,
+        between_processes=True,
+    )
 
     def __init__(self, method: str | Method = "pipeoptim", microbatches: int = 1, **options: Unpack[ProcessKeywords]) -> None:
         self._fill("PipelineOptions", PROCESS_OPTIONS, {**options, "method": method, "microbatches": microbatches})

@@ -17,17 +17,19 @@ class ProgressView:
 
     Args:
         quiet: show nothing.
+        bar: a bar in a terminal, which a thread redraws.
     """
 
-    def __init__(self, name: str, steps: int, start: int = 0, quiet: bool = False) -> None:
+    def __init__(self, name: str, steps: int, start: int = 0, quiet: bool = False, bar: bool = True) -> None:
         self._console = Console(quiet=quiet, highlight=False)
         self._name, self._steps, self._start = name, steps, start
         self._bar: Progress | None = None
+        self._wants_bar = bar
         self._validation = ""
         self._began = self._said = time.monotonic()
 
     def __enter__(self) -> ProgressView:
-        if self._console.is_terminal and not self._console.quiet:
+        if self._wants_bar and self._console.is_terminal and not self._console.quiet:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),

@@ -35,6 +35,7 @@ def check_settings(config: TrainConfig) -> None:
             "slack is 'auto', which one pipeline of several processes measures; set engine to 'processes' and leave replicas out, or give "
             "the number that such a run chose"
         )
+    _check_survive(config)
     for part in parts_of(config):
         _check_microbatches(part)
     if config.batch_size_schedule and not config.steps:
@@ -82,6 +83,23 @@ def _check_layout(config: TrainConfig) -> None:
             f"on_bad is 'skip', but {config.replicas} replicas would have to agree about each mini-batch, since each of them has losses of "
             "its own; set on_bad to 'stop', or replicas to 1"
         )
+
+
+def _check_survive(config: TrainConfig) -> None:
+    """What the engine would refuse as well, and what concerns a run only."""
+    settings = {
+        "engine": (config.engine != "processes", "there is no process to replace; use --engine processes"),
+        "threads": (config.threads > 1, "an image of a process has one thread; use --threads 1"),
+        "chunks": (config.chunks > 1, "interleaved stages are not covered; use --chunks 1"),
+        "replicas": (config.replicas > 1, "replicas are not covered; use --replicas 1"),
+        "slack": (config.slack == "auto", "that measures links which survive replaces; give a number"),
+        "export": (config.export, "what writes them has a process group; run pipeoptim train --resume --export afterwards"),
+        "trace": (config.trace, "a trace would hold what was done twice; leave one of them out"),
+        "tensorboard": (config.tensorboard, "its writer's thread is not in an image of the process; leave one of them out"),
+    }
+    for name, (refused, reason) in settings.items():
+        if config.survive and refused:
+            raise ConfigError(f"survive is {config.survive}, but {name} is {getattr(config, name)!r}: {reason}")
 
 
 def _check_microbatches(config: TrainConfig) -> None:

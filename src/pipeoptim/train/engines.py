@@ -56,7 +56,7 @@ def make_schedule(
     made = [PipelineStage(setup.stages[k], k, depth, device, group=group) for k in stages]
     optimizers = {k: setup.optimizer(setup.stages[k], k) for k in stages}
     rates = [setup.scheduler(optimizer) for optimizer in optimizers.values()]
-    options = {**_options(setup), "replicas": None if mesh is None else mesh["data"]}
+    options = {**_options(setup), "replicas": None if mesh is None else mesh["data"], "survive": setup.config.survive or None}
     if len(made) > 1:
         return InterleavedSchedule(made, list(optimizers.values()), loss, schedulers=rates, **options), optimizers
     return Schedule(made[0], optimizers[stages[0]], loss, scheduler=rates[0], **options), optimizers

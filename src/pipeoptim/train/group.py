@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeoptim.errors import StageFailure
-from pipeoptim.train.measurements import LocalMeasurements, StageMeasurements, StoreMeasurements
+from pipeoptim.train.measurements import KeptMeasurements, LocalMeasurements, StageMeasurements, StoreMeasurements
 
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
 
+    from pipeoptim.engine.processes.rendezvous import Rendezvous
     from pipeoptim.train.layout import Layout
 
 
@@ -35,6 +37,11 @@ class RunGroup(Protocol):
         """The ``value`` of every process, on every process; plain data and tensors."""
         ...
 
+    def once(self, work: Callable[[], Any]) -> list[Any]:
+        """What ``work`` returns in every process, on every process. A process that takes the place of one that has done it does not do
+        it again."""
+        ...
+
     def mean_loss(self, loss: Tensor) -> Tensor:
         """Of the losses of all replicas; called where the last stage is."""
         ...
@@ -56,6 +63,10 @@ class SingleProcessGroup:
     def gather(self, value: Any) -> list[Any]:
         """Only its own."""
         return [value]
+
+    def once(self, work: Callable[[], Any]) -> list[Any]:
+        """Done here."""
+        return [work()]
 
     def mean_loss(self, loss: Tensor) -> Tensor:
         """There is one replica."""
@@ -97,6 +108,10 @@ class DistributedGroup:
 
         return all_gather_plain(value)
 
+    def once(self, work: Callable[[], Any]) -> list[Any]:
+        """These processes are not replaced."""
+        return self.gather(work())
+
     def measurements(self, kind: str) -> StageMeasurements:
         """Through the store of the process group; those of the first replica."""
         import torch.distributed as dist
@@ -116,3 +131,48 @@ class DistributedGroup:
         except RuntimeError as error:
             raise StageFailure("a replica of the last stage died or does not answer") from error
         return total / self.layout.replicas
+
+
+class ReplaceableGroup(DistributedGroup):
+    """Processes that may be replaced: what each has said stays in the store, where one that does its predecessor's work again finds it.
+
+    Args:
+        rendezvous: of the pipeline, which looks after its neighbours while it waits.
+    """
+
+    def __init__(self, layout: Layout, rendezvous: Rendezvous) -> None:
+        super().__init__(layout)
+        self._rendezvous = rendezvous
+        self._count = 0
+
+    def barrier(self) -> None:
+        """Wait for all."""
+        self.gather(None)
+
+    def gather(self, value: Any) -> list[Any]:
+        """Tensors and plain data only; nothing is pickled."""
+        return self.once(lambda: value)
+
+    def once(self, work: Callable[[], Any]) -> list[Any]:
+        """Whoever finds its own answer in the store has done the work in an earlier life."""
+        from pipeoptim.engine.processes.collectives import pack, unpack
+
+        store, what = self._rendezvous.store, f"group/{self._count}"
+        self._count += 1
+        keys = [f"{what}/{rank}" for rank in range(len(self._rendezvous.ranks))]
+        own = keys[self._rendezvous.index]
+        if not store.check([own]):
+            store.set(own, bytes(pack(work()).numpy()).hex())
+        self._rendezvous.wait_for(keys, f"at meeting {self._count} of the run")
+        return [unpack(torch_bytes(bytes.fromhex(store.get(key).decode()))) for key in keys]
+
+    def measurements(self, kind: str) -> StageMeasurements:
+        """They stay in the store as well."""
+        return KeptMeasurements(self._rendezvous, self.layout.width, kind)
+
+
+def torch_bytes(data: bytes) -> Tensor:
+    """A block for ``unpack``."""
+    import torch
+
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

@@ -22,17 +22,18 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, P
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from pipeoptim.config import TrainConfig
-from pipeoptim.engine.processes.loopback import gloo_on_loopback
+from pipeoptim.engine.processes.loopback import gloo_on_loopback, loopback_environment, loopback_store
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
 from pipeoptim.train.layout import Layout, processes_of
-from pipeoptim.train.parent import LAUNCHER
+from pipeoptim.train.parent import LAUNCHER, SUPERVISED
 from pipeoptim.train.passed_signals import passed_on
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError, StopSignals
 from pipeoptim.train.stopped_workers import stopped_workers_end
+from pipeoptim.train.supervisor import Supervisor
 
 #: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
 STOP_SECONDS = 120
@@ -104,6 +105,10 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
     inherited = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
     if not available():  # this process has warned already; the workers would only repeat it in their logs
         inherited["PIPEOPTIM_KERNELS"] = "0"
+    if config.survive:
+        with _environment(**inherited):
+            _supervise(run, layout, logs, [*arguments, *(["--quiet"] if quiet else [])], stop)
+        return RunResult.read(run.path)
     with (
         _environment(**inherited),
         _silent_agent(),
@@ -122,6 +127,23 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
             if not run.result.exists():
                 raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}", error.sigval) from error
     return RunResult.read(run.path)
+
+
+def _supervise(run: RunDir, layout: Layout, logs: StageLogs, command: list[str], stop: StopSignals) -> None:
+    """Run the processes so that those that die are replaced."""
+    ranks, store = range(layout.processes), loopback_store()
+    world = {**loopback_environment(store), "WORLD_SIZE": str(layout.processes), SUPERVISED: "1"}
+    environments = {rank: {**world, "RANK": str(rank)} for rank in ranks}
+    files = logs.reify(environments)
+    supervisor = Supervisor([layout.name(rank) for rank in ranks], logs.folder / "processes.json")
+    stop.leave_to_others()
+    try:
+        supervisor.start(command, environments, files.stdouts, files.stderrs)
+        ended = supervisor.run(stop)
+    except KeyboardInterrupt:
+        raise AbortedError(f"aborted by {stop.name}; {run.how_to_resume()}", stop.number) from None
+    if ended:
+        raise _first_failure({k: ProcessFailure(k, 0, code, files.error_files[k]) for k, code in ended.items()}, logs)
 
 
 def _next_folder(logs: Path) -> Path:

@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    from pipeoptim.engine.processes.rendezvous import Rendezvous
 
 MeasurementRows = list[dict[str, Any]]
 
@@ -63,12 +66,33 @@ class StoreMeasurements:
         while self._due:
             keys = [f"{self._due[0]}/{k}" for k in range(self.depth)]
             if wait:
-                self._store.wait(keys, timedelta(seconds=300))
+                self._wait_for(keys)
             # Steps are reported in order, so the first incomplete one ends the search.
             elif not self._store.check(keys):
                 break
             rows = [row for key in keys for row in json.loads(self._store.get(key))]
             found.append((self._due.pop(0), rows))
-            for key in keys:
-                self._store.delete_key(key)
+            self._forget(keys)
         return found
+
+    def _wait_for(self, keys: list[str]) -> None:
+        self._store.wait(keys, timedelta(seconds=300))
+
+    def _forget(self, keys: list[str]) -> None:
+        for key in keys:
+            self._store.delete_key(key)
+
+
+class KeptMeasurements(StoreMeasurements):
+    """Between processes that may be replaced: rows stay in the store, since who takes over collects them again."""
+
+    def __init__(self, rendezvous: Rendezvous, depth: int, kind: str) -> None:
+        super().__init__(rendezvous.index, depth, kind)
+        self._rendezvous = rendezvous
+
+    def _wait_for(self, keys: list[str]) -> None:
+        # In turns, in which it looks after neighbours: one that is being replaced needs this process to get as far.
+        self._rendezvous.wait_for(keys, "to report", self._store)
+
+    def _forget(self, keys: list[str]) -> None:
+        """They may be asked for again."""

@@ -13,7 +13,15 @@ LAUNCHER = "PIPEOPTIM_LAUNCHER"
 """Environment variable with the process id of who starts a worker. The worker cannot ask: if that process has died meanwhile, its
 parent is another one already."""
 
+SUPERVISED = "PIPEOPTIM_SUPERVISED"
+"""Environment variable of a worker that its launcher replaces when it dies."""
+
 _PR_SET_PDEATHSIG = 1
+
+
+def is_supervised() -> bool:
+    """Whether this process is replaced when it dies."""
+    return SUPERVISED in os.environ
 
 
 def end_with_parent() -> None:

@@ -65,7 +65,7 @@ def run_session(
             # Steps behind the checkpoint are trained again and write their rows again.
             truncate_after(run.metrics, start.step)
             file = stack.enter_context(MetricsFile(run.metrics))
-            view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet))
+            view = stack.enter_context(ProgressView(run.path.name, config.steps, start.step, quiet, not config.survive))
             loggers = {}
             for name, logger in open_loggers(config, run, start.step):
                 stack.callback(logger.close)

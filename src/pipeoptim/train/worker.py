@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeoptim.config import read_signals
-from pipeoptim.train.parent import end_with_parent
+from pipeoptim.train.parent import end_with_parent, is_supervised
 from pipeoptim.train.passed_signals import listening
 from pipeoptim.train.signals import StopSignals
 
@@ -72,16 +72,22 @@ def start_at(checkpoint: str) -> Start:
 
 @contextmanager
 def process_group() -> Iterator[None]:
-    """The default process group, on gloo."""
+    """The default process group: on gloo, or, where a supervisor replaces processes that die, one that nothing is sent through."""
     import torch.distributed as dist
     from torch.distributed.distributed_c10d import PrefixStore
     from torch.distributed.rendezvous import rendezvous
+
+    from pipeoptim.engine.processes.named_group import init_named_group
 
     store, rank, world = next(rendezvous("env://"))
     # torchrun serves all its attempts from one store where the address is given or nothing is; a second one would find what the dead have
     # left there.
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    dist.init_process_group("gloo", store=PrefixStore(f"attempt-{attempt}", store), rank=rank, world_size=world)
+    own = PrefixStore(f"attempt-{attempt}", store)
+    if is_supervised():
+        init_named_group(own, rank, world)
+    else:
+        dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
     yield  # not destroyed after a failure, which could wait for a dead peer
     dist.destroy_process_group()
 
@@ -93,7 +99,7 @@ def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopSignal
 
     from pipeoptim.train.engines import make_schedule
     from pipeoptim.train.evaluate import ObservedLoss
-    from pipeoptim.train.group import DistributedGroup
+    from pipeoptim.train.group import DistributedGroup, ReplaceableGroup
     from pipeoptim.train.layout import layout_of
     from pipeoptim.train.session import run_session
     from pipeoptim.train.setup import build_setup, cpu_threads
@@ -108,6 +114,8 @@ def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopSignal
         setup = build_setup(config).local_to(replica, stages)
         loss = ObservedLoss(setup.task)
         pipe, optimizers = make_schedule(setup, stages, loss, mesh)
+        if config.survive and pipe.rendezvous is not None:
+            group = ReplaceableGroup(layout, pipe.rendezvous)
         result = run_session(run, setup, pipe, optimizers, loss, group, start, stop, quiet)
         pipe.close()
     return result
@@ -183,6 +191,8 @@ if __name__ == "__main__":
     end_with_parent()
     given = read_arguments(sys.argv[1:])
     # Every process heeds the signals, for a scheduler may send them to one or to all; a second Ctrl-C is for stage 0 alone.
-    with StopSignals(read_signals(given.stop_signals), given.grace, aborts=first_of_run()) as asked:
+    with StopSignals(read_signals(given.stop_signals), given.grace, aborts=first_of_run() and not is_supervised()) as asked:
+        if is_supervised():
+            asked.leave_to_others()  # an image of this process would not have the thread that watches the grace time
         print(listening(os.environ.get("RANK")), file=sys.stderr, flush=True)
         main(given, asked)

@@ -39,6 +39,9 @@ class Rendezvous:
         name: how messages call the n-th of them.
         generation: how often these processes have connected again for the same pipeline.
         number: which pipeline of these processes it is; counted if None. A process that joins anew must be given both.
+
+    Attributes:
+        while_waiting: called again and again while this process waits for the others here.
     """
 
     def __init__(
@@ -64,6 +67,7 @@ class Rendezvous:
         self._groups: dict[str, dist.ProcessGroup] = {}
         self._count = 0
         self._exchanged = self._interrupted = False
+        self.while_waiting: Callable[[], None] = _do_nothing
 
     def next_generation(self) -> Rendezvous:
         """Where the same processes meet again, for the same pipeline, after this one was interrupted or closed."""
@@ -94,7 +98,7 @@ class Rendezvous:
         keys = [f"{what}/{j}" for j in range(len(self.ranks))]
         try:
             self.store.set(keys[self.index], text)
-            self._wait_for(keys, purpose)
+            self.wait_for(keys, purpose)
             return [self.store.get(key).decode() for key in keys]
         except RuntimeError as error:
             if isinstance(error, StageFailure):
@@ -102,16 +106,29 @@ class Rendezvous:
             reason = "the wait was interrupted" if self._interrupted else "the process that holds the store is gone"
             raise StageFailure(f"the processes did not meet {purpose}: {reason}") from error
 
-    def _wait_for(self, keys: list[str], purpose: str) -> None:
+    def wait_for(self, keys: list[str], purpose: str, store: Store | None = None) -> None:
+        """Wait until all have set theirs of ``keys``, in the part of the store that is theirs, or another one.
+
+        Raises:
+            StageFailure: one did not within the time-out.
+        """
         end, pause = time.monotonic() + self.timeout.total_seconds(), 0.001
-        while not self.store.check(keys):  # in turns, not in the store's own wait, which nothing interrupts
+        store = store or self.store
+        while not store.check(keys):  # in turns, not in the store's own wait, which nothing interrupts
             if self._interrupted:
                 raise StageFailure(f"the processes did not meet {purpose}: the wait was interrupted")
             if time.monotonic() > end:
-                missing = [self.name.format(j) for j, key in enumerate(keys) if not self.store.check([key])]
+                missing = [self.name.format(j) for j, key in enumerate(keys) if not store.check([key])]
                 raise StageFailure(f"{', '.join(missing)} did not come within {self.timeout.total_seconds():g} s {purpose}")
+            self.while_waiting()
             time.sleep(pause)
             pause = min(2 * pause, 0.02)
+
+    @property
+    def store_address(self) -> tuple[str, int]:
+        """Host and port of the store."""
+        store = _innermost(self.store)
+        return store.host, store.port  # type: ignore[attr-defined]
 
     def abort(self, error: BaseException) -> None:
         """Tell the others that this process will not come, unless it has come already."""
@@ -204,9 +221,17 @@ def _clone(store: Store) -> Store:
 
 def _port(store: Store) -> int | None:
     """Where the processes reach it; None where it listens nowhere."""
+    return getattr(_innermost(store), "port", None)
+
+
+def _innermost(store: Store) -> Store:
     while isinstance(store, PrefixStore):
         store = store.underlying_store
-    return getattr(store, "port", None)
+    return store
+
+
+def _do_nothing() -> None:
+    """What a process does while it waits, unless it has something to look after."""
 
 
 def new_group(ranks: list[int], name: str, store: Store, timeout: timedelta, backend: str | None) -> dist.ProcessGroup:

@@ -58,6 +58,7 @@ class SharedMemoryNorms:
         self._words = memoryview(page).cast("Q")
         self._turns = _turns(max(depth, in_flight))
         self._interrupted = False
+        self._while_waiting: Callable[[], None] | None = None
 
     @staticmethod
     def size(depth: int, in_flight: int = 0) -> int:
@@ -80,6 +81,10 @@ class SharedMemoryNorms:
         found = [self._read_number(j, turn) for j in range(self.depth)]
         return [self._wait_for_number(j, turn) if number is None else number for j, number in enumerate(found)]
 
+    def keep_waiting_for_replaced(self, while_waiting: Callable[[], None]) -> None:
+        """A process that ends is replaced by another, which writes the same numbers; ``while_waiting`` is called until then."""
+        self._while_waiting = while_waiting
+
     def interrupt(self) -> None:
         """End a wait of this process, from another thread, and all later ones."""
         self._interrupted = True
@@ -100,6 +105,9 @@ class SharedMemoryNorms:
         return 2 * self.depth * self._turns + j
 
     def _has_ended(self, j: int) -> bool:
+        if self._while_waiting is not None:
+            self._while_waiting()
+            return False
         if self._words[self._closed_word(j)] or j not in self._process_fds:
             return bool(self._words[self._closed_word(j)])
         ends = select.poll()

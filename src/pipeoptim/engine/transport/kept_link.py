@@ -1,0 +1,332 @@
+"""Messages between two stages whose processes may die and be replaced: numbered, and kept until nobody can ask for them again.
+
+A stage that was replaced has gone back to its *image*, the state that it had some mini-batches ago (see
+:mod:`pipeoptim.engine.processes.standby`). It asks for what it had received since then, and sends again what it had sent::
+
+    stage k           log: messages n, n+1, ..., kept since the newest image of stage k + 1
+        |  ^
+        |  |          one connection; where it breaks, a new one, which begins with
+        |  |              "I have r of your messages"      -> the other sends its log from r on
+        v  |          a stage that does again what it has done sends nothing below the other's r
+    stage k + 1       each message says how many of the other's messages the sender's newest image holds: the other forgets those
+
+Stages are deterministic, so that a message which is sent again has the bits of the first one. Large messages go in memory
+of their own, whose descriptor passes through the socket, so that sending one never waits for a stage that computes.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import struct
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+
+from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.message import Message
+from pipeoptim.errors import PipeOptimError, StageFailure
+
+Dial = Callable[[float], socket.socket]
+"""Makes a new connection to the neighbour within so many seconds; raises StageFailure where none comes."""
+
+_HEAD = struct.Struct("<7qd2q")  # see _Head
+_GREETING = struct.Struct("<q")
+_INLINE = 32768  # bytes; up to here a message goes through the socket itself
+_BUFFER = 1 << 19  # of the socket
+_LOOK = 0.02  # seconds between looks at the other connections while this one is waited on
+
+
+class _Head(NamedTuple):
+    """Sizes of description and payload, whether the payload comes as a descriptor, the message's number, how many of the receiver's
+    messages the sender's newest image holds; the rest as in :class:`~pipeoptim.engine.transport.message.Message`."""
+
+    described: int
+    payload: int
+    apart: int
+    sequence: int
+    held: int
+    flags: int
+    spare: int
+    loss_scale: float
+    rows: int
+    of: int
+
+
+class _Sent(NamedTuple):
+    """A message that can be sent again: what describes it, and its payload."""
+
+    head: _Head
+    text: bytes
+    block: Tensor
+
+
+class KeptLink:
+    """Both directions between a stage and stage ``peer``: the :class:`~pipeoptim.engine.transport.ports.Incoming` and the
+    :class:`~pipeoptim.engine.transport.ports.Outgoing` of its runner.
+
+    Args:
+        peer: the neighbour.
+        dial: makes a connection to it, and a new one whenever one has broken.
+        timeout: seconds that a message may take.
+        serve: called while this link waits; looks after the stage's other links.
+    """
+
+    def __init__(self, peer: int, dial: Dial, timeout: float, serve: Callable[[], None]) -> None:
+        self.peer, self.timeout = peer, timeout
+        self._dial, self._serve = dial, serve
+        self._connection: socket.socket | None = None
+        self._log: deque[_Sent] = deque()
+        self._sent = self._received = 0
+        self._other_has = 0  # messages that need not be sent: the other had them when the connection was made
+        self._at_image = self._held = 0  # messages received when an image was made; when the newest that stands was
+        self._queue: deque[Message] = deque()  # received, not taken yet
+        self._form: message.Format | None = None
+        self._text = b""
+        self._read_form: tuple[bytes, message.Format] | None = None
+
+    # -- what a runner calls -------------------------------------------------------------------------------------------
+
+    def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
+        """As :meth:`~pipeoptim.engine.transport.ports.Outgoing.send`."""
+        form, tensors = self._format(tree)
+        block = torch.empty(form.payload, dtype=torch.uint8)
+        message.fill(message.places(block, 0, form), tensors)
+        head = _Head(
+            len(self._text), form.payload, form.payload > _INLINE, self._sent, self._held, flags, 0, loss_scale, *share
+        )
+        sent = _Sent(head, self._text, block)
+        self._log.append(sent)
+        self._sent += 1
+        if self._connection is None:
+            self.restore()
+        elif head.sequence >= self._other_has:
+            try:
+                self._transmit(sent)
+            except OSError:
+                self.restore()
+
+    def post_receive(self) -> None:
+        """Nothing to prepare: messages wait in the socket."""
+
+    def receive(self) -> Message:
+        """As :meth:`~pipeoptim.engine.transport.ports.Incoming.receive`; waits for a neighbour that is being replaced, too."""
+        end = time.monotonic() + self.timeout
+        while not self._queue:
+            if time.monotonic() > end:
+                raise StageFailure(f"stage {self.peer} did not answer within {self.timeout:g} s")
+            try:
+                if self._connection is None:
+                    self.restore()
+                elif self._readable(_LOOK):
+                    self._read_message()
+                else:
+                    self._serve()
+            except OSError:
+                self.restore()
+        return self._queue.popleft()
+
+    # -- images --------------------------------------------------------------------------------------------------------
+
+    def note_image(self) -> None:
+        """An image of this process is made now."""
+        self._at_image = self._received
+
+    def note_standing(self) -> None:
+        """The image that was made last can take this process's place: what the one before needed can be forgotten."""
+        self._held = self._at_image
+
+    @property
+    def replays(self) -> bool:
+        """Whether what is sent now was sent before; also where nobody has said so yet."""
+        return self._connection is None or self._sent < self._other_has
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes of the messages that are kept."""
+        return sum(sent.head.payload for sent in self._log)
+
+    # -- connections ---------------------------------------------------------------------------------------------------
+
+    def drop(self) -> None:
+        """Let go of the connection; the next message makes a new one."""
+        if self._connection is not None:
+            self._connection.close()
+        self._connection = None
+
+    def close(self) -> None:
+        """Let go of all."""
+        self.drop()
+        self._log.clear()
+
+    def look_after(self) -> None:
+        """Make a new connection if the neighbour has let go of this one. Does not wait otherwise."""
+        if self._connection is not None and self._hung_up():
+            self.restore()
+
+    def restore(self) -> None:
+        """Connect anew, and send what the neighbour lacks."""
+        end = time.monotonic() + self.timeout
+        while True:
+            self.drop()
+            connection = self._dial(max(0.0, end - time.monotonic()))
+            try:
+                self._begin(connection)
+                return
+            except OSError:
+                if time.monotonic() > end:
+                    raise StageFailure(f"stage {self.peer} could not be connected again within {self.timeout:g} s") from None
+
+    def _begin(self, connection: socket.socket) -> None:
+        with suppress(OSError):
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
+        connection.setblocking(True)
+        self._connection = connection
+        connection.sendall(_GREETING.pack(self._received))
+        (self._other_has,) = _GREETING.unpack(_read_exactly(connection, _GREETING.size))
+        missing = self._log[0].head.sequence if self._log else self._sent
+        if self._other_has < missing:
+            raise StageFailure(
+                f"stage {self.peer} asks for message {self._other_has}, but messages before {missing} are forgotten; resume from the "
+                "newest checkpoint"
+            )
+        for sent in list(self._log):
+            if sent.head.sequence >= self._other_has:
+                self._transmit(sent)
+
+    # -- bytes ---------------------------------------------------------------------------------------------------------
+
+    def _format(self, tree: Any) -> tuple[message.Format, list[Tensor]]:
+        tensors = None if self._form is None else message.unchanged(tree, self._form)
+        if tensors is None or self._form is None:
+            self._form, tensors = message.format_of(tree)
+            self._text = self._form.describe()
+        return self._form, tensors
+
+    def _transmit(self, sent: _Sent) -> None:
+        """Send all of it. While the socket is full, what comes the other way is read: the neighbour may be in the same place."""
+        assert self._connection is not None
+        head = _HEAD.pack(*sent.head._replace(held=self._held))
+        inline = [] if sent.head.apart or not sent.head.payload else [_bytes_of(sent.block)]
+        for rest in (memoryview(head + sent.text), *inline):
+            while rest:
+                try:
+                    rest = rest[self._connection.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
+                except BlockingIOError:
+                    self._wait_until_writable()
+        if sent.head.apart:
+            _send_apart(self._connection, sent.block)
+
+    def _wait_until_writable(self) -> None:
+        assert self._connection is not None
+        look = select.poll()
+        look.register(self._connection, select.POLLIN | select.POLLOUT)
+        for _, events in look.poll(_LOOK * 1000):
+            if events & select.POLLIN:
+                self._read_message()
+
+    def _readable(self, seconds: float) -> bool:
+        assert self._connection is not None
+        look = select.poll()
+        look.register(self._connection, select.POLLIN)
+        return bool(look.poll(seconds * 1000))
+
+    def _hung_up(self) -> bool:
+        assert self._connection is not None
+        look = select.poll()
+        look.register(self._connection, select.POLLRDHUP)
+        return bool(look.poll(0))
+
+    def _read_message(self) -> None:
+        """Read the next message, whose beginning is there."""
+        connection = self._connection
+        assert connection is not None
+        head = _Head(*_HEAD.unpack(_read_exactly(connection, _HEAD.size)))
+        if head.sequence != self._received:
+            raise PipeOptimError(
+                f"message {self._received} from stage {self.peer} is out of order (got {head.sequence}): do all processes "
+                "call step, drain and eval_step in the same order?"
+            )
+        text = bytes(_read_exactly(connection, head.described))
+        if self._read_form is None or self._read_form[0] != text:
+            self._read_form = text, message.Format.parse(text)
+        form = self._read_form[1]
+        if form.payload != head.payload:
+            raise PipeOptimError(f"a message of {head.payload} bytes from stage {self.peer} describes {form.payload} bytes")
+        block = torch.empty(head.payload, dtype=torch.uint8)
+        if head.apart:
+            _receive_apart(connection, block)
+        elif head.payload:
+            _read_into(connection, _bytes_of(block))
+        self._received += 1
+        self._queue.append(Message(message.read(block, 0, form), head.flags, head.loss_scale, (head.rows, head.of)))
+        while self._log and self._log[0].head.sequence < head.held:
+            self._log.popleft()
+
+
+def _bytes_of(block: Tensor) -> memoryview:
+    return memoryview(cast(Any, block.numpy()))
+
+
+def _send_apart(connection: socket.socket, block: Tensor) -> None:
+    """Send ``block`` in memory of its own, which nobody has to wait for: the other end reads it when it has time."""
+    fd = os.memfd_create("pipeoptim-kept")
+    try:
+        with open(fd, "wb", closefd=False) as memory:
+            memory.write(_bytes_of(block))
+        socket.send_fds(connection, [b"+"], [fd])
+    finally:
+        os.close(fd)
+
+
+def _receive_apart(connection: socket.socket, block: Tensor) -> None:
+    """Fill ``block`` from the memory whose descriptor comes next."""
+    _, fds, _, _ = socket.recv_fds(connection, 1, 1)
+    if not fds:
+        raise ConnectionError("a message came without its memory")
+    with open(fds[0], "rb") as memory:
+        memory.seek(0)  # the position is the sender's as well, who has written
+        if memory.readinto(_bytes_of(block)) < block.numel():
+            raise PipeOptimError(f"a message of {block.numel()} bytes came in less memory")
+
+
+def _read_exactly(connection: socket.socket, size: int) -> bytearray:
+    found = bytearray(size)
+    if size:
+        _read_into(connection, memoryview(found))
+    return found
+
+
+def _read_into(connection: socket.socket, place: memoryview) -> None:
+    while place:
+        count = connection.recv_into(place, len(place), socket.MSG_WAITALL)
+        if not count:
+            raise ConnectionError("the connection was closed")
+        place = place[count:]
+
+
+class LinkSet:
+    """The links of a process, each of which looks after the others while it waits."""
+
+    def __init__(self) -> None:
+        self.links: list[KeptLink] = []
+
+    def __iter__(self) -> Iterator[KeptLink]:
+        return iter(self.links)
+
+    def add(self, peer: int, dial: Dial, timeout: float) -> KeptLink:
+        """A new link."""
+        link = KeptLink(peer, dial, timeout, self.look_after)
+        self.links.append(link)
+        return link
+
+    def look_after(self) -> None:
+        """Connect again to neighbours that were replaced."""
+        for link in self.links:
+            link.look_after()

@@ -1,0 +1,128 @@
+"""A link whose ends are replaced delivers every message once, in order, with the bits of the first time."""
+
+from __future__ import annotations
+
+import copy
+import socket
+import threading
+from collections import deque
+
+import pytest
+import torch
+
+from pipeoptim.engine.transport.kept_link import KeptLink, LinkSet
+from pipeoptim.errors import StageFailure
+
+SMALL, LARGE = 40, 20_000  # float32 numbers: one goes through the socket, the other in memory of its own
+
+
+class Meeting:
+    """Where both ends get the ends of a new pair of sockets."""
+
+    def __init__(self) -> None:
+        self._waiting: deque[socket.socket] = deque()
+        self._lock = threading.Lock()
+
+    def dial(self, seconds: float) -> socket.socket:
+        with self._lock:
+            if self._waiting:
+                return self._waiting.popleft()
+            own, theirs = socket.socketpair()
+            self._waiting.append(theirs)
+            return own
+
+
+def message(n: int) -> torch.Tensor:
+    return torch.full((LARGE if n % 3 == 0 else SMALL,), float(n), requires_grad=n % 2 == 0)
+
+
+def both(*work) -> None:
+    """At the same time, since a new connection needs both ends."""
+    threads = [threading.Thread(target=one, daemon=True) for one in work]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(20)
+        assert not thread.is_alive()
+
+
+def ends() -> tuple[KeptLink, KeptLink]:
+    meeting = Meeting()
+    return LinkSet().add(1, meeting.dial, 10.0), LinkSet().add(0, meeting.dial, 10.0)
+
+
+def image_of(link: KeptLink) -> KeptLink:
+    """What a fork would have of it, without its connection."""
+    connection, link._connection = link._connection, None
+    found = copy.copy(link)
+    found._log, found._queue = deque(link._log), deque(link._queue)
+    link._connection = connection
+    return found
+
+
+def send(link: KeptLink, numbers) -> None:
+    for n in numbers:
+        link.send(message(n), flags=n, loss_scale=n / 2, share=(n, 2 * n))
+
+
+def receive(link: KeptLink, numbers) -> None:
+    for n in numbers:
+        found = link.receive()
+        assert torch.equal(found.tree, message(n))
+        assert (found.tree.requires_grad, found.flags, found.loss_scale, found.share) == (n % 2 == 0, n, n / 2, (n, 2 * n))
+
+
+def test_a_receiver_that_goes_back_gets_again_what_it_had_and_a_sender_sends_nothing_twice() -> None:
+    sender, receiver = ends()
+    both(lambda: send(sender, range(5)), lambda: receive(receiver, range(5)))
+    earlier_sender, earlier_receiver = image_of(sender), image_of(receiver)
+    both(lambda: send(sender, range(5, 10)), lambda: receive(receiver, range(5, 8)))
+    receiver.drop()  # dies with two messages in its socket
+    both(lambda: send(sender, range(10, 12)), lambda: receive(earlier_receiver, range(5, 12)))
+    sender.drop()  # dies as well; its image does the same again
+    both(lambda: send(earlier_sender, range(5, 14)), lambda: receive(earlier_receiver, range(12, 14)))
+    assert not earlier_sender.replays
+
+
+def test_both_ends_go_back_at_once() -> None:
+    sender, receiver = ends()
+    both(lambda: send(sender, range(4)), lambda: receive(receiver, range(2)))
+    earlier_receiver = image_of(receiver)
+    both(lambda: send(sender, range(4, 6)), lambda: receive(receiver, range(2, 6)))
+    earlier_sender = image_of(sender)
+    both(lambda: send(sender, range(6, 8)), lambda: receive(receiver, range(6, 8)))
+    sender.drop()
+    receiver.drop()
+    both(lambda: send(earlier_sender, range(6, 12)), lambda: receive(earlier_receiver, range(2, 12)))
+
+
+def test_what_no_image_can_ask_for_is_forgotten_and_more_than_that_is_refused() -> None:
+    sender, receiver = ends()
+    both(lambda: send(sender, range(6)), lambda: receive(receiver, range(6)))
+    too_early = image_of(receiver)
+    too_early._received = 3
+    receiver.note_image()
+    receiver.send(message(0))  # the image does not stand yet
+    sender.receive()
+    assert sender.kept_bytes == 2 * 4 * LARGE + 4 * 192  # tensors begin at multiples of 64 bytes
+    receiver.note_standing()
+    receiver.send(message(1))
+    sender.receive()
+    assert sender.kept_bytes == 0
+    receiver.drop()
+    threading.Thread(target=too_early.restore, daemon=True).start()
+    with pytest.raises(StageFailure, match="asks for message 3, but messages before 6 are forgotten; resume from the newest"):
+        sender.restore()
+
+
+def test_two_ends_that_send_more_than_sockets_hold_read_meanwhile() -> None:
+    one, other = ends()
+    many = 200  # of 8 KiB, both ways, before either receives
+
+    def talk(link: KeptLink) -> None:
+        for n in range(many):
+            link.send(torch.full((2048,), float(n)))
+        for n in range(many):
+            assert float(link.receive().tree[0]) == n
+
+    both(lambda: talk(one), lambda: talk(other))

@@ -1,0 +1,52 @@
+"""Processes that die are replaced while the others wait, and the run ends with the bits of one that was never disturbed."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+import dying
+import processes
+import tiny
+from compare import assert_same_state, timeless
+from pipeoptim.errors import ConfigError
+from pipeoptim.train import run
+from pipeoptim.train.checks import check
+
+
+def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_path: Path) -> None:
+    options = ["--recipe", "dying:recipe", "--engine", "processes", "--survive", "4", "--name", "victim"]
+    with processes.train(tmp_path, *options) as command:
+        assert command.wait(150) == 0, command.err
+    where = tmp_path / "runs" / "victim"
+    died = {path.name.removeprefix("died-") for path in tmp_path.glob("died-*")}
+    assert died == {"forward", "backward", "update", "evaluation"}
+    (listing,) = where.glob("logs/*/processes.json")
+    told = json.loads(listing.read_text())
+    assert sorted(one["stage"] for one in told["replaced"]) == ["stage 0", "stage 1", "stage 2", "stage 2"]
+    assert command.err.count("was killed by SIGKILL; process") == 4, command.err
+    for process in told["processes"].values():
+        assert not Path(f"/proc/{process}").exists()
+    run(dying.recipe(), tmp_path / "whole", progress=False)
+    assert_same_state(where, tmp_path / "whole")
+    assert timeless(where) == timeless(tmp_path / "whole")
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"engine": "emulator"}, "survive is 8, but engine is 'emulator': there is no process to replace"),
+        ({"threads": 2}, "threads is 2: an image"),
+        ({"stages": 4, "chunks": 2}, "chunks is 2: interleaved"),
+        ({"replicas": 2}, "replicas is 2"),
+        ({"slack": "auto"}, "slack is 'auto'"),
+        ({"trace": True}, "trace is True"),
+        ({"export": True}, "export is True"),
+    ],
+)
+def test_what_cannot_survive_is_refused(changed: dict[str, object], reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        check(replace(tiny.recipe(), **{"engine": "processes", "survive": 8, **changed}))  # type: ignore[arg-type]
