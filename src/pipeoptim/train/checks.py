@@ -95,6 +95,10 @@ def _check_survive(config: TrainConfig) -> None:
         "slack": (config.slack == "auto", "that measures links which survive replaces; give a number"),
         "export": (config.export, "what writes them has a process group; run pipeoptim train --resume --export afterwards"),
         "trace": (config.trace, "a trace would hold what was done twice; leave one of them out"),
+        "loggers": (
+            bool(config.loggers),
+            "their threads and connections are not in an image of the process; leave one of them out",
+        ),
         "tensorboard": (config.tensorboard, "its writer's thread is not in an image of the process; leave one of them out"),
     }
     for name, (refused, reason) in settings.items():
