@@ -29,7 +29,7 @@ from pipeoptim.checkpoint import find, load_stage
 from pipeoptim.telemetry.metrics import read_rows
 
 RESULT = Path(__file__).parent / "results" / "preemption.json"
-STEPS, EVERY, STEP_SECONDS, LONGEST = 2000, 50, 0.01, 9.0
+STEPS, EVERY, STEP_SECONDS, LONGEST = 1500, 50, 0.01, 4.0
 WHO = {"emulator": ("the process",), "processes": ("the command", "one stage's process", "all processes")}
 
 
@@ -79,6 +79,9 @@ def disturbed(folder: Path, name: str, engine: str, random_instants: random.Rand
         number = random_instants.choice((signal.SIGTERM, signal.SIGUSR1))
         who = random_instants.choice(WHO[engine])
         try:
+            # Half of the signals come while the command starts, which takes long on a busy machine; the others while it trains.
+            if random_instants.random() < 0.5:
+                wait_for_training(command, folder / name)
             if command.wait(random_instants.uniform(0, LONGEST)) == 0:
                 return found
             raise AssertionError(f"ended by itself with {command.returncode}; log: {folder / name}.log")
@@ -91,6 +94,14 @@ def disturbed(folder: Path, name: str, engine: str, random_instants: random.Rand
         # A negative code: Python had not come to the command yet.
         assert code in (128 + number, -number), f"ended with {code} after {number.name} to {told}; log: {folder / name}.log"
         found.append((f"{engine}, {told}", time.monotonic() - began))
+
+
+def wait_for_training(command: subprocess.Popen[bytes], run: Path) -> None:
+    """Until the command writes rows of mini-batches."""
+    metrics = run / "metrics.jsonl"
+    before = metrics.stat().st_mtime_ns if metrics.exists() else 0
+    while command.poll() is None and not (metrics.exists() and metrics.stat().st_mtime_ns > before):
+        time.sleep(0.05)
 
 
 def send(run: Path, command: subprocess.Popen[bytes], number: int, who: str, instants: random.Random) -> str:
@@ -143,7 +154,10 @@ def main() -> None:
                     record.rows.append(ResultRow(name, []))
                 record.row(name).samples.append(round(seconds, 2))
             record.write(given.result)
-            print(f"{engine}: {len(found)} signals, {'equal' if same else 'NOT EQUAL'}; {record.settings['signals']} in all")
+            print(
+                f"{engine}: {len(found)} signals, {'equal' if same else 'NOT EQUAL'}; {record.settings['signals']} in all",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

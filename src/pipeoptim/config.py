@@ -204,6 +204,13 @@ class TrainConfig(RunOptions):
     checkpoint_every: int = own_setting(
         100, "Steps between checkpoints, at each of which the pipeline drains; 0: only at the end.", least=0
     )
+    saving: str = own_setting(
+        "background",
+        "background: checkpoints are copied to host memory and written while training goes on. wait: training waits, and needs no memory "
+        "for the copy; with --survive it always does.",
+        choices=("background", "wait"),
+        computes=False,
+    )
     keep_checkpoints: int = own_setting(
         2, "How many of the newest checkpoints are kept.", least=1, offered=False, computes=False
     )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -15,7 +17,8 @@ from torch.utils._pytree import tree_flatten
 import tiny
 from compare import assert_same_state, timeless
 from pipeoptim import ConfigError
-from pipeoptim.checkpoint import TornError, find, load_stage, save, verify
+from pipeoptim.checkpoint import BackgroundWriter, TornError, background_writer, find, load_stage, save, verify
+from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
 from pipeoptim.cli.app import _run
 from pipeoptim.train import run
 from pipeoptim.train.group import SingleProcessGroup
@@ -163,3 +166,24 @@ def test_no_checkpoint_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         assert ("no checkpoint in" if removed else "no complete checkpoint") in error
         assert "another --name" in error
     assert (tmp_path / "runs/tiny/metrics.jsonl").read_text() == before
+
+
+def test_training_goes_on_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is written is the state of that moment; a failure is told at the next checkpoint; what a kill has left is cleared away."""
+    (tmp_path / ".step-000001.tmp").mkdir()
+    writer = BackgroundWriter(tmp_path, SingleProcessGroup(), config="c", keep=2, versions={})
+    weight, count = torch.ones(3), [1]
+    for step in (3, 4):
+        writer.begin(step, {0: {"w": weight, "count": count}})
+        weight.add_(1)
+        count[0] += 1
+    writer.finish()
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["step-000003", "step-000004"]
+    assert [load_stage(tmp_path / f"step-00000{n}", 0)["w"][0] for n in (3, 4)] == [1, 2]
+    assert [load_stage(tmp_path / f"step-00000{n}", 0)["count"] for n in (3, 4)] == [[1], [2]]
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(background_writer, "write_packed", Mock(side_effect=full))
+    writer.begin(5, {0: {"w": weight}})
+    with pytest.raises(CheckpointWriteError, match=r"step-000005 cannot be written \(no space left on device\)"):
+        writer.begin(6, {0: {"w": weight}})
+    assert find(tmp_path).folder == tmp_path / "step-000004"

@@ -14,7 +14,7 @@ import pytest
 import processes
 import tiny
 from compare import assert_same_state, timeless
-from pipeoptim.checkpoint import write_checkpoint
+from pipeoptim.checkpoint import background_writer
 from pipeoptim.config import TrainConfig, read_signals
 from pipeoptim.engine.emulator import Emulator
 from pipeoptim.errors import ConfigError
@@ -28,7 +28,7 @@ MOMENTS: dict[str, tuple[Any, str, int]] = {  # what is called, and in which cal
     "a loss": (tiny.Task, "loss", 8),
     "a validation": (tiny.Task, "metrics", 1),
     "a drain": (Emulator, "_run_drain", 0),
-    "a checkpoint": (write_checkpoint, "write_stage", 1),
+    "a checkpoint": (background_writer, "pack_stage", 1),
     "the last mini-batch": (tiny.Task, "train_batch", 24),
 }
 

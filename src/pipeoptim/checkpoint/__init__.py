@@ -7,6 +7,7 @@ For use outside a run there are the weights under the names of the original mode
 another number of stages can resume from.
 """
 
+from pipeoptim.checkpoint.background_writer import BackgroundWriter
 from pipeoptim.checkpoint.find_checkpoint import Found, find, load_stage
 from pipeoptim.checkpoint.health import sick_entry, sick_weight
 from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, folder_name, read_meta, verify
@@ -16,6 +17,7 @@ from pipeoptim.checkpoint.weights import check_export, full_state_dict, save_wei
 from pipeoptim.checkpoint.write_checkpoint import save
 
 __all__ = [
+    "BackgroundWriter",
     "Found",
     "Meta",
     "OtherFormatError",

@@ -18,19 +18,29 @@ def stage_file(k: int) -> str:
     return f"stage-{k}.safetensors"
 
 
-def write_stage(path: Path, state: Mapping[str, Any]) -> None:
-    """Write ``state``, tensors and plain data in nested containers.
+def pack_stage(state: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """``state``, tensors and plain data in nested containers, as tensors and as text that later changes of it do not reach.
 
     Raises:
         ConfigError: it holds something else.
     """
     tensors: dict[str, Tensor] = {}
     plain = flatten(dict(state), "", tensors)
-    write_tensors(path, tensors, {"state": json.dumps(plain)})
+    return tensors, {"state": json.dumps(plain)}
+
+
+def write_stage(path: Path, state: Mapping[str, Any]) -> None:
+    """Write ``state``, as :func:`pack_stage` takes it."""
+    write_packed(path, *pack_stage(state))
+
+
+def write_packed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write what :func:`pack_stage` gave."""
+    write_tensors(path, tensors, metadata)
 
 
 def read_stage(path: Path) -> dict[str, Any]:
-    """What :func:`write_stage` wrote, on the CPU.
+    """What :func:`write_packed` wrote, on the CPU.
 
     Raises:
         ConfigError: the file was not written by it.

@@ -68,7 +68,7 @@ def save(
             # The rename makes it a checkpoint; only then may older ones go.
             replace_folder(temporary, final)
         if group.is_first:
-            _prune(root, step, keep, counts)
+            prune(root, step, keep, counts)
 
     _together(group, final, begin)
     written = _together(
@@ -108,7 +108,7 @@ def _write_stage(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
     return digest(path)
 
 
-def _prune(root: Path, step: int, keep: int, counts: Callable[[int], bool]) -> None:
+def prune(root: Path, step: int, keep: int, counts: Callable[[int], bool]) -> None:
     """Remove the oldest ones: folders without readable meta data are not counted, and those of later steps not touched."""
     complete = []
     for folder in sorted(root.glob("step-*")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
 from pipeoptim.errors import StageFailure
@@ -11,6 +12,7 @@ from pipeoptim.train.measurements import KeptMeasurements, LocalMeasurements, St
 if TYPE_CHECKING:
     import torch.distributed as dist
     from torch import Tensor
+    from torch.distributed.distributed_c10d import Store
 
     from pipeoptim.engine.processes.rendezvous import Rendezvous
     from pipeoptim.train.layout import Layout
@@ -26,6 +28,16 @@ class RunGroup(Protocol):
 
     def barrier(self) -> None:
         """Wait for all."""
+        ...
+
+    @property
+    def index(self) -> int:
+        """Which of them this one is."""
+        ...
+
+    @property
+    def store(self) -> Store:
+        """Through which threads tell each other what no collective may, since those of training are on their way."""
         ...
 
     @property
@@ -55,7 +67,14 @@ class SingleProcessGroup:
     """The group of an emulated run."""
 
     is_first = True
-    reporter = 0
+    index = reporter = 0
+
+    @cached_property
+    def store(self) -> Store:
+        """Of this process."""
+        from torch._C._distributed_c10d import HashStore
+
+        return HashStore()
 
     def barrier(self) -> None:
         """There is no other process."""
@@ -90,11 +109,23 @@ class DistributedGroup:
         self.reporter = layout.reporter
 
     @property
-    def is_first(self) -> bool:
-        """Whether this is the process of stage 0."""
+    def index(self) -> int:
+        """The rank."""
         import torch.distributed as dist
 
-        return dist.get_rank() == 0
+        return dist.get_rank()
+
+    @property
+    def store(self) -> Store:
+        """That of the group, under a prefix."""
+        from torch.distributed.distributed_c10d import PrefixStore, _get_default_store
+
+        return PrefixStore("pipeoptim/saving", _get_default_store())
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process of stage 0."""
+        return self.index == 0
 
     def barrier(self) -> None:
         """Wait for all."""

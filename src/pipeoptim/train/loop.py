@@ -114,9 +114,9 @@ class Loop:
                 with self._traced_block("checkpoint"):
                     self.save(done)
                 plan.note_save(time.perf_counter() - began)
-                plan.stop.saving = False
             if saves and not last and (plan.agreed() or stopped):
                 break
+            plan.stop.saving = last  # until the end of the session, for what is written in the background
         return done
 
     def _step(self, step: int) -> None:

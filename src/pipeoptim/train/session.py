@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from pipeoptim.checkpoint import check_export, folder_name, load_stage, save, save_weights, sick_weight
+from pipeoptim.checkpoint import BackgroundWriter, check_export, load_stage, save, save_weights, sick_weight
 from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.errors import DivergedError
@@ -81,25 +81,27 @@ def run_session(
                 )
 
         saved: set[int] = set()
+        how: dict[str, Any] = {
+            "config": config.fingerprint(),
+            "keep": config.keep_checkpoints,
+            "versions": versions(),
+            # One that lies behind our start was passed over: it must not stand in for a healthy one.
+            "counts": lambda other: other <= start.step or other in saved,
+        }
+        completed = setup.events.checkpoint if recorder is not None else lambda *_: None
+        writer = BackgroundWriter(run.checkpoints, group, completed, **how)
+        stack.callback(writer.leave)
 
         def save_all(step: int) -> None:
             saved.add(step)
             if recorder is not None:
                 recorder.sync()
             states = {k: pipe.stage_state_dict(k) for k in pipe.local_stages}  # with what differs between replicas
-            save(
-                run.checkpoints,
-                step,
-                states if setup.replica == 0 else {},
-                config=config.fingerprint(),
-                group=group,
-                keep=config.keep_checkpoints,
-                versions=versions(),
-                # One that lies behind our start was passed over: it must not stand in for a healthy one.
-                counts=lambda other: other <= start.step or other in saved,
-            )
-            if recorder is not None:
-                setup.events.checkpoint(step, run.checkpoints / folder_name(step))
+            mine = states if setup.replica == 0 else {}
+            if config.saving == "wait" or config.survive:  # the image that replaces a process has no threads
+                completed(step, save(run.checkpoints, step, mine, group=group, **how))
+            else:
+                writer.begin(step, mine)
 
         plan = StopPlan(config, pipe.program.flushes, stop, group.gather)
 
@@ -126,6 +128,7 @@ def run_session(
             StageErrors(),
         )
         done = loop.run(start.step, validate=start.step >= config.steps and not _validated(recorder, run, group, start.step))
+        writer.finish()
     if pipe.trace is not None and done > start.step:
         pipe.trace.save(run.trace)
     traced = setup.config.trace and done > start.step
