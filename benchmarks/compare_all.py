@@ -20,13 +20,13 @@ from typing import Any
 
 import compare_models
 
-from pipeoptim.bench.record import machine
 from pipeoptim.compare.api import compare
 from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.compare.statistics import Spread
 from pipeoptim.compare.summary import Comparison
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.methods import METHODS
+from pipeoptim.train.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results"

@@ -27,11 +27,11 @@ from typing import Any
 
 from compare_all import Choice
 
-from pipeoptim.bench.record import machine
 from pipeoptim.compare.outcome import read_run
-from pipeoptim.compare.statistics import tail_mean
 from pipeoptim.compare.worker import OUTCOME, carry_out
 from pipeoptim.config import Component, TrainConfig
+from pipeoptim.telemetry.metrics import tail_mean
+from pipeoptim.train.machine import machine
 
 ROOT = Path(__file__).parents[1]
 RESULT = ROOT / "benchmarks" / "results" / "learning.json"

@@ -49,11 +49,11 @@ def show(browser: Any, page: Path, size: tuple[int, int] = SIZES[0], scheme: str
 
 
 def lines_drawn(browser: Any, chart: str) -> int:
-    """Visible means: lines with a width, bands' edges have none."""
+    """Those that a reader sees."""
     return int(
         browser.execute_script(
-            "return [...document.querySelectorAll(`#${arguments[0]} .scatterlayer path.js-line`)]"
-            ".filter(p => p.getTotalLength() > 10 && parseFloat(getComputedStyle(p).strokeWidth) > 0).length",
+            "return [...document.querySelectorAll(`#${arguments[0]} path.line`)].filter(p => p.getTotalLength() > 10"
+            " || p.closest('svg').querySelector('.lost')).length",
             chart,
         )
     )
@@ -63,8 +63,8 @@ def test_draws_and_is_silent(browser: Any, report: Path) -> None:
     show(browser, report)
     assert lines_drawn(browser, "validation") == len(LOSSES)
     assert lines_drawn(browser, "train") == len(LOSSES) + 1, "one seed diverged and has a line of its own"
-    bands = "return document.querySelectorAll('#validation .scatterlayer .fills path, #validation .fills path').length"
-    assert browser.execute_script(bands) >= 4
+    assert len(browser.find_elements("css selector", "#train path.lost")) == 1
+    assert len(browser.find_elements("css selector", "#validation path.band")) >= 4
     assert len(browser.find_elements("css selector", "table.sortable tbody tr")) == len(LOSSES)
     assert len(browser.find_elements("css selector", "figure.schedule svg")) == 2
     assert [entry for entry in browser.get_log("browser") if entry["level"] in ("SEVERE", "WARNING")] == []
@@ -87,7 +87,7 @@ def test_fits_and_is_legible(browser: Any, report: Path, size: tuple[int, int], 
     assert wide == []
     for selector in ("body", ".quiet", "td", ".chip"):
         assert contrast(browser, selector) >= 4.5, selector
-    ticks = browser.execute_script("return getComputedStyle(document.querySelector('#train .xtick text')).fill")
+    ticks = browser.execute_script("return getComputedStyle(document.querySelector('#train text.xtick')).fill")
     assert ticks == browser.execute_script("return getComputedStyle(document.querySelector('.quiet')).color"), "charts follow"
 
 
@@ -123,14 +123,50 @@ def test_switches(browser: Any, report: Path) -> None:
     assert {chip.get_attribute("aria-pressed") for chip in chips} == {"true"}
 
 
+def last_tick(browser: Any) -> str:
+    return str(browser.execute_script("return [...document.querySelectorAll('#validation .xtick')].at(-1).textContent"))
+
+
 def test_wall_clock_axis(browser: Any, report: Path) -> None:
     """60 steps of 8 samples at 80 samples/s take 6 seconds."""
     show(browser, report)
     title = "return document.querySelector('#validation .xtitle').textContent"
-    last = "const x = document.querySelector('#validation').data.map(t => t.x.at(-1)); return Math.max(...x)"
-    assert "step" in browser.execute_script(title) and browser.execute_script(last) == 60
+    assert "step" in browser.execute_script(title) and last_tick(browser) == "60"
     browser.find_element("css selector", "input[value=seconds]").click()
-    assert "time" in browser.execute_script(title) and browser.execute_script(last) == pytest.approx(6.0)
+    assert "time" in browser.execute_script(title) and last_tick(browser) == "6"
+
+
+def test_what_leaves_the_chart_is_said_and_a_logarithmic_axis_shows_it(browser: Any, tmp_path: Path) -> None:
+    losses = {name: {0: [2.0, 1.0, 1.0, 1.0]} for name in ("1f1b", "gpipe", "naive")} | {"xpipe": {0: [2.0, 900.0, 4.0, 4.0]}}
+    show(browser, write_report(write_comparison(tmp_path / "c", losses, steps=60)[0].path))
+    cut = "return document.querySelector('#validation-cut').textContent"
+    assert "Above the top: xpipe (up to 900)" in browser.execute_script(cut)
+    browser.find_element("css selector", "input[name=log-y]").click()
+    assert browser.execute_script(cut) == ""
+    ticks = browser.execute_script("return [...document.querySelectorAll('#validation .ytick')].map(t => t.textContent)")
+    assert "1" in ticks and "100" in ticks
+
+
+def test_smoothing_slides_and_a_frame_zooms(browser: Any, report: Path) -> None:
+    from selenium.webdriver import ActionChains
+
+    show(browser, report)
+    path, said = (
+        "return document.querySelector('#train path.line').getAttribute('d')",
+        "return document.querySelector('#smoothed').value",
+    )
+    before = browser.execute_script(path)
+    slide = "const s = document.querySelector('[name=smoothing]'); s.value = 15; s.dispatchEvent(new Event('input'))"
+    browser.execute_script(slide)
+    assert browser.execute_script(path) != before and browser.execute_script(said) == "mean of 15 steps"
+    chart = browser.find_element("css selector", "#validation")
+    assert last_tick(browser) == "60"
+    ActionChains(browser).move_to_element_with_offset(chart, -60, -60).click_and_hold().move_by_offset(
+        90, 90
+    ).release().perform()
+    assert last_tick(browser) != "60"
+    ActionChains(browser).double_click(chart).perform()
+    assert last_tick(browser) == "60"
 
 
 def test_table_sorts(browser: Any, report: Path) -> None:
@@ -147,6 +183,11 @@ def test_table_sorts(browser: Any, report: Path) -> None:
 
 def test_page_of_one_run(browser: Any, tmp_path: Path) -> None:
     write_run(tmp_path / "r", recipe(), [2.0, 1.5, 1.0, 0.9])
+    figures = {"group": 0, "steps": 1, "cosine": 0.9, "best_scale": 1.0, "worse": False}
+    measured = [[figures | {"stage": k, "version": n, "relative_error": (k + 1) / n} for k in (0, 1)] for n in (2, 4, 8)]
+    with (tmp_path / "r/metrics.jsonl").open("a") as file:
+        file.writelines(json.dumps({"step": 20, "prediction": one}) + "\n" for one in measured)
     show(browser, write_run_report(tmp_path / "r"))
-    assert lines_drawn(browser, "train") == 2 and lines_drawn(browser, "validation") == 1
+    assert lines_drawn(browser, "prediction") == 2 + 1, "a line for each stage, and one at 1"
+    assert lines_drawn(browser, "train") == 1 and lines_drawn(browser, "validation") == 1
     assert [entry for entry in browser.get_log("browser") if entry["level"] == "SEVERE"] == []

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import pipeoptim.compare
-from pipeoptim.compare.statistics import Curve, Spread, default_target, share_of_gap, smooth, steps_to, tail_mean
+from pipeoptim.compare.statistics import Curve, Spread, default_target, share_of_gap, smooth, steps_to
+from pipeoptim.telemetry.metrics import tail_mean
 
 FINITE = st.floats(-100, 100)
 MODULES = [info.name for info in pkgutil.walk_packages(pipeoptim.compare.__path__, "pipeoptim.compare.")]

@@ -13,9 +13,7 @@ from compare_cases import recipe, write_comparison, write_run
 from pipeoptim.compare.api import read
 from pipeoptim.compare.report import write_report, write_run_report
 from pipeoptim.compare.report.page import page
-from pipeoptim.compare.report.series import HUES, POINTS, Series, axis_top, comparison_series
-from pipeoptim.compare.report.series import _band as band
-from pipeoptim.compare.statistics import Curve
+from pipeoptim.compare.report.series import HUES, POINTS, Series, axis_top, comparison_series, thinned
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
 
@@ -71,11 +69,11 @@ def test_texts_cannot_break_out_of_the_page() -> None:
     assert "<title>&lt;b&gt;</title>" in text and "</script><script>alert" not in text
 
 
-def test_bands_and_thinning() -> None:
-    steps = list(range(1, 1001))
-    two = band([Curve(steps, [float(s) for s in steps]), Curve(steps[:900], [2.0 * s for s in steps[:900]])])
-    assert len(two.x) == POINTS and (two.x[0], two.x[-1]) == (1, 900)
-    assert (two.low[-1], two.mean[-1], two.high[-1]) == (900.0, 1350.0, 1800.0)
+def test_thinning_keeps_the_mean_and_the_last_step() -> None:
+    x, y = thinned(list(range(1, 1001)), [float(s) for s in range(1, 1001)])
+    assert len(x) == len(y) == POINTS and x[-1] == 1000
+    assert sum(y) / POINTS == pytest.approx(500.5, rel=1e-2)
+    assert thinned([], []) == ([], [])
 
 
 def test_axis_shows_every_end_but_not_one_spike(tmp_path: Path) -> None:
@@ -96,10 +94,14 @@ def test_synchronous_methods_are_grey(tmp_path: Path) -> None:
 
 def test_page_of_one_run(tmp_path: Path) -> None:
     write_run(tmp_path / "r", recipe(), [2.0, 1.0])
+    result = json.loads((tmp_path / "r/result.json").read_text())
+    machine = {"processor": "abacus", "cores": 2, "gpus": [], "system": "none"}
+    (tmp_path / "r/result.json").write_text(json.dumps(result | {"machine": machine}))
     found = Page(write_run_report(tmp_path / "r").read_text())
     words = " ".join(found.text.split())
     assert "validation loss 1.0000" in words and "Stages" in words and "103 B" in words
     assert "Click a method" not in words
+    assert "2 cores of abacus" in words and f"pipeoptim train --config {tmp_path}/r/config.json --name r-again" in words
     (tmp_path / "r/metrics.jsonl").unlink()
     with pytest.raises(ConfigError, match="no figures yet"):
         write_run_report(tmp_path / "r")

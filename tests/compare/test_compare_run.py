@@ -60,7 +60,7 @@ def test_interrupted_continued_equal_to_one_that_was_not(
     assert len(after) == 4
     assert {name: after[name] for name in before} == before, "finished runs were repeated"
     assert f"{len(before)} of 4 runs were finished before" in out
-    assert (broken / "c/report.html").stat().st_size > 1_000_000, "plotly.js is in the page"
+    assert 10_000 < (broken / "c/report.html").stat().st_size < 1_000_000
 
     code, out, err = finish(whole, *command)
     assert code == 0, err

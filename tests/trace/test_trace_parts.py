@@ -1,5 +1,6 @@
 """The parts of a trace, each against something simpler: painting, known clocks, the schedule's own timeline, sums by hand."""
 
+import re
 from itertools import pairwise
 from types import SimpleNamespace
 
@@ -12,6 +13,7 @@ import pipeoptim as po
 from pipeoptim.engine import trace as recording
 from pipeoptim.schedule import ActionKind, replay, timeline
 from pipeoptim.telemetry.trace.align import align
+from pipeoptim.telemetry.trace.picture import picture
 from pipeoptim.telemetry.trace.read import StageTrace, TraceSpan, flatten, read
 from pipeoptim.telemetry.trace.shares import ideal, shares
 
@@ -209,3 +211,19 @@ def test_several_stages_on_a_device_share_its_ideal_time(tmp_path):
         assert all(one[1] <= other[0] for one, other in pairwise(own))
     idle = [one.ideal_idle for one in shares(found)]
     assert idle[0] == idle[2] and idle[1] == idle[3] and all(0 <= share < 1 for share in idle)
+
+
+def test_the_picture_shows_the_same_actions_measured_and_ideal(tmp_path):
+    """Of stages that take turns in one process, fewer of them, in both panels."""
+    trace, x = po.Trace(), torch.randn(2, 4)
+    stages = [torch.nn.Linear(4, 4) for _ in range(3)]
+    pipe = po.Emulator(stages, lambda p: torch.optim.SGD(p, lr=0.1), torch.nn.functional.mse_loss, trace=trace)
+    for _ in range(30):
+        pipe.step(x, target=x)
+    pipe.drain()
+    trace.save(tmp_path)
+    found = read(tmp_path)
+    drawn = picture(found, ideal(found))
+    measured, best = drawn.split("ideal schedule of the same actions, ")
+    forwards = [re.findall(r"<title>stage 0: (F \d+),", panel) for panel in (measured, best)]
+    assert len(forwards[0]) == 24 // 3 and forwards[0] == forwards[1]

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import platform
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from statistics import median
 from typing import Any
 
-import torch
-
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import read_object
-from pipeoptim.version import __version__
+from pipeoptim.train.machine import machine
 
 
 @dataclass
@@ -53,7 +49,7 @@ class Record:
     unit: str
     settings: dict[str, Any]
     rows: list[ResultRow]
-    machine: dict[str, Any] = field(default_factory=lambda: machine())
+    machine: dict[str, Any] = field(default_factory=machine)
 
     def row(self, name: str) -> ResultRow:
         """The row of that name."""
@@ -95,25 +91,3 @@ def merged(old: Record, new: Record) -> Record:
     return Record(
         new.benchmark, new.unit, new.settings, [row for row in old.rows if row.name not in names] + new.rows, new.machine
     )
-
-
-def machine() -> dict[str, Any]:
-    """The hardware and versions of this process."""
-    return {
-        "processor": _processor(),
-        "cores": len(os.sched_getaffinity(0)),
-        "gpus": [torch.cuda.get_device_name(n) for n in range(torch.cuda.device_count())],
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "pipeoptim": __version__,
-    }
-
-
-def _processor() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()

@@ -23,7 +23,7 @@ def compare(settings: ComparisonSettings, out: Path, jobs: int = 1, progress: bo
         ConfigError: the comparison is impossible, or ``out`` holds another one; nothing was written.
         KeyboardInterrupt: Ctrl-C; what is finished is kept, calling again continues.
     """
-    from pipeoptim.bench.record import machine
+    from pipeoptim.train.machine import machine
 
     if jobs < 1:
         raise ConfigError(f"jobs is {jobs}, must be at least 1: how many runs go on at the same time")

@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeoptim.compare.plan import PlannedRun
-from pipeoptim.compare.statistics import Curve, tail_mean
+from pipeoptim.compare.statistics import Curve
 from pipeoptim.compare.worker import OUTCOME
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import read_object, reading
 from pipeoptim.methods import copies, get_method, refresh_every
-from pipeoptim.telemetry.metrics import Row, read_rows
+from pipeoptim.telemetry.metrics import Row, read_rows, tail_mean
 from pipeoptim.train.checks import program
 
 #: A run whose final loss is above this many times that of its first step has diverged, although its loss is finite.
@@ -34,7 +34,7 @@ class Outcome:
         seconds_per_step: mean time of a mini-batch, validations not counted. None where there are no figures.
         samples_per_second: the same as a rate.
         weight_bytes, weight_copies: the most that one stage held, measured, and what the method promises.
-        versions, data: of what computed, on what.
+        versions, machine, data: what computed, on what.
     """
 
     method: str
@@ -51,6 +51,7 @@ class Outcome:
     weight_bytes: int | None = None
     weight_copies: int = 1
     versions: dict[str, str] = field(default_factory=dict)
+    machine: dict[str, Any] = field(default_factory=dict)
     data: str = ""
 
     @property
@@ -131,6 +132,7 @@ def _read(config: TrainConfig, folder: Path, status: str, reason: str) -> Outcom
             copies(method, config.stages, config.microbatches, k, program=made, refresh=refresh) for k in range(config.stages)
         ),
         versions=result.get("versions", {}),
+        machine=result.get("machine", {}),
         data=result.get("data", ""),
     )
 

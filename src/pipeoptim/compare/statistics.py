@@ -6,9 +6,6 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import mean, stdev
 
-#: Share of the steps that a final training loss is the mean of.
-TAIL = 0.05
-
 #: How far above the worst of the synchronous runs the target lies, as a share.
 MARGIN = 0.01
 
@@ -51,15 +48,6 @@ class Spread:
         if not there:
             return None
         return cls(mean(there), stdev(there) if len(there) > 1 else 0.0, min(there), max(there), len(there))
-
-
-def tail_mean(values: Sequence[float]) -> float | None:
-    """Mean of the last 5 % of ``values``, at least one; None for none.
-
-    >>> tail_mean([9.0] * 38 + [1.0, 3.0])
-    2.0
-    """
-    return mean(values[-max(1, round(TAIL * len(values))) :]) if values else None
 
 
 def smooth(values: Sequence[float], width: int) -> list[float]:

@@ -10,14 +10,18 @@ Prediction rows: step and prediction, a list with one entry per stage and parame
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from statistics import mean
 from types import TracebackType
 from typing import Any
 
 from pipeoptim.files import sync_file, sync_folder
 
 Row = dict[str, Any]
+
+TAIL = 0.05
+"""Share of the steps that a run's train loss is the mean of, wherever it is told."""
 
 
 class MetricsFile:
@@ -50,6 +54,20 @@ class MetricsFile:
 def read_rows(path: Path) -> list[Row]:
     """All rows; a last line that a crash cut off is left out."""
     return [row for _, row in _lines(path)]
+
+
+def train_losses(rows: Sequence[Row]) -> list[float]:
+    """Of all mini-batches whose loss was finite."""
+    return [row["loss"] for row in rows if "loss" in row]
+
+
+def tail_mean(values: Sequence[float]) -> float | None:
+    """Mean of the last 5 % of ``values``, at least one; None for none.
+
+    >>> tail_mean([9.0] * 38 + [1.0, 3.0])
+    2.0
+    """
+    return mean(values[-max(1, round(TAIL * len(values))) :]) if values else None
 
 
 def truncate_after(path: Path, step: int) -> None:

@@ -71,7 +71,9 @@ class _Result(Protocol):
 def print_summary(result: _Result, steps: int, how: str, console: Console | None = None) -> None:
     """Print ``result`` of a run of ``steps`` mini-batches; ``how`` names the method and the engine."""
     console = console or table_console()
-    figures = [f"train loss {result.train_loss:.4f} (mean of the last steps)"] if result.train_loss is not None else []
+    figures = (
+        [f"train loss {result.train_loss:.4f} (mean over the last 5 % of the steps)"] if result.train_loss is not None else []
+    )
     if result.val_loss is not None:
         figures.append(f"validation loss {result.val_loss:.4f}")
     figures += [f"{name.removeprefix('val_')} {value:.4g}" for name, value in result.val_metrics.items()]

@@ -15,7 +15,7 @@ from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.timing import SlowStages, times_of
 from pipeoptim.train.events import RunEvents
 
-#: Mini-batches that a loss or a rate is averaged over.
+#: Mini-batches that a rate is averaged over.
 WINDOW = 20
 
 
@@ -40,7 +40,6 @@ class Recorder:
         self._file, self._view, self._loggers = file, view, dict(loggers or {})
         self._events = events or RunEvents()
         self._changes, self._slow = Changes(), SlowStages()
-        self._losses: deque[float] = deque(maxlen=WINDOW)
         self._times: deque[tuple[int, float]] = deque(maxlen=WINDOW)  # samples and seconds of each
         self._samples, self._seconds = 0, 0.0
         self.val_loss: float | None = None
@@ -58,7 +57,6 @@ class Recorder:
             return
         if not math.isfinite(loss):
             raise DivergedError(f"the loss is {loss} at step {step} with lr {lr:g}; lower --lr, or choose another method")
-        self._losses.append(loss)
         self._times.append((samples, seconds))
         self._samples, self._seconds = self._samples + samples, self._seconds + seconds
         rate = sum(n for n, _ in self._times) / max(1e-9, sum(t for _, t in self._times))
@@ -80,7 +78,6 @@ class Recorder:
 
     def recall(self, rows: Sequence[Row], step: int) -> bool:
         """Take the figures of a run that has been trained to its end from what it has written. Returns whether it validated there."""
-        self._losses.extend(row["loss"] for row in rows if "loss" in row)
         validations = [row for row in rows if row.get("step") == step and any(name.startswith("val_") for name in row)]
         for row in validations:
             self.val_loss = row.get("val_loss")
@@ -121,11 +118,6 @@ class Recorder:
     def note(self, text: str) -> None:
         """Show a line."""
         self._view.note(text)
-
-    @property
-    def train_loss(self) -> float | None:
-        """Mean of the last losses."""
-        return sum(self._losses) / len(self._losses) if self._losses else None
 
     @property
     def samples_per_second(self) -> float | None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import json
 import platform
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pipeoptim.files import read_object, reading
 from pipeoptim.telemetry.metrics import Row, read_rows
@@ -56,14 +56,15 @@ class RunResult:
         run_dir: its directory.
         status: ``"finished"``, or ``"stopped"`` by a signal (saved, can be resumed).
         step: mini-batches done in all.
-        train_loss: mean over the last (at most 20) mini-batches of this session, or of the run where only its result was missing.
-        val_loss, val_metrics: of the last validation, likewise; None and {} if there was none.
+        train_loss: mean over the last 5 % of the run's mini-batches.
+        val_loss, val_metrics: of the last validation; None and {} if there was none.
         samples_per_second: training only, without validations and checkpoints; None if this session did no mini-batch.
         seconds: of this session, validations and checkpoints included.
         stages: what each held.
         data: what it was trained on.
         versions: of pipeoptim, torch and Python.
         reason: why a callback ended the run before its last step; empty where none did.
+        machine: hardware and versions of the process of the last stage; empty where an older version wrote the result.
         stopped_by: the name of the signal, such as ``"SIGTERM"``; empty for none.
     """
 
@@ -78,6 +79,7 @@ class RunResult:
     stages: tuple[StageFacts, ...]
     data: str
     versions: dict[str, str]
+    machine: dict[str, Any] = field(default_factory=dict)
     stopped_by: str = ""
     reason: str = ""
 

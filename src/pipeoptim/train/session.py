@@ -15,7 +15,7 @@ from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.errors import DivergedError
 from pipeoptim.files import write_durably
-from pipeoptim.telemetry.metrics import MetricsFile, read_rows, truncate_after
+from pipeoptim.telemetry.metrics import MetricsFile, read_rows, tail_mean, train_losses, truncate_after
 from pipeoptim.telemetry.prediction import StageErrors
 from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.trace import merge_trace
@@ -23,6 +23,7 @@ from pipeoptim.train.callbacks import RunView
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
+from pipeoptim.train.machine import machine
 from pipeoptim.train.recorder import Recorder
 from pipeoptim.train.result import RunResult, StageFacts, traced_shares, versions
 from pipeoptim.train.run_loggers import open_loggers
@@ -167,7 +168,7 @@ def _run_result(
     if loop.recorder is not None:
         recorder = loop.recorder
         figures = {
-            "train_loss": recorder.train_loss,
+            "train_loss": tail_mean(train_losses(read_rows(run.metrics))),
             "val_loss": recorder.val_loss,
             "val_metrics": recorder.val_metrics,
             "samples_per_second": recorder.samples_per_second,
@@ -188,6 +189,7 @@ def _run_result(
         stages=tuple(StageFacts(**one) for one in found),
         data=setup.task.describe(),
         versions=versions(),
+        machine=machine(),
         **gathered[group.reporter][1],
     )
 

@@ -17,7 +17,7 @@ def report(
 ) -> None:
     """Write report.html from what a comparison or a run left in its folder.
 
-    The page holds everything it shows, plotly.js included, and opens without a network.
+    The page holds everything it shows and opens without a network.
 
     \b
     Examples:

@@ -1,4 +1,4 @@
-"""Assembles a page: sections, style, script and plotly.js in one file."""
+"""Assembles a page: sections, style and scripts in one file."""
 
 from __future__ import annotations
 
@@ -16,10 +16,8 @@ POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inli
 
 def page(title: str, body: Sequence[str], data: dict[str, Any]) -> str:
     """A complete HTML document."""
-    from plotly.offline import get_plotlyjs
-
     static = files("pipeoptim.compare.report")
-    style, script = ((static / name).read_text(encoding="utf-8") for name in ("style.css", "script.js"))
+    style, chart, script = ((static / name).read_text(encoding="utf-8") for name in ("style.css", "chart.js", "script.js"))
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
     return f"""<!doctype html>
 <html lang="en">
@@ -37,7 +35,7 @@ def page(title: str, body: Sequence[str], data: dict[str, Any]) -> str:
 <footer class="quiet">pipeoptim {escape(__version__)}. This page is complete: it fetches nothing.</footer>
 </main>
 <script type="application/json" id="data">{text}</script>
-<script>{get_plotlyjs()}</script>
+<script>{chart}</script>
 <script>{script}</script>
 </body>
 </html>

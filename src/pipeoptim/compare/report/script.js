@@ -1,70 +1,69 @@
 "use strict";
 (() => {
-  const { series, range, last } = JSON.parse(document.getElementById("data").textContent);
-  const charts = ["train", "validation"];
+  const data = JSON.parse(document.getElementById("data").textContent);
+  const { series, range, last, beginning, smooth } = data;
   const chips = [...document.querySelectorAll(".chip")];
-  const dark = matchMedia("(prefers-color-scheme: dark)");
-  const coarse = matchMedia("(pointer: coarse)");
   const hidden = new Set();
-
+  const charts = Object.fromEntries([...document.querySelectorAll(".chart")].map((node) => [node.id, new Chart(node)]));
   const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  const faded = (hex, alpha) => hex + Math.round(alpha * 255).toString(16).padStart(2, "0");
-  const axis = () => document.querySelector("input[name=axis]:checked")?.value ?? "steps";
+  const field = (name) => document.querySelector(`[name=${name}]`);
+  const chosen = (name) => document.querySelector(`input[name=${name}]:checked`)?.value;
 
-  // A band is two invisible lines with the space between them filled; the mean lies above.
-  function traces(chart) {
-    const overTime = axis() === "seconds";
-    const label = overTime ? "%{x:.2f} s" : "step %{x}";
-    const out = [];
-    for (const s of series) {
-      if (hidden.has(s.name) || (overTime && s.seconds === null)) continue;
-      const x = (band) => (overTime ? band.x.map((step) => step * s.seconds) : band.x);
-      const colour = css(s.colour);
-      const line = { color: colour, width: 2, dash: s.dash };
-      const hover = `<b>${s.name}</b><br>${label}: %{y:.4f}<extra></extra>`;
-      const band = s[chart];
-      if (chart === "train" && s.faint) {
-        out.push({ x: x(s.faint), y: s.faint.mean, mode: "lines", line: { color: faded(colour, 0.3), width: 1 }, hoverinfo: "skip" });
-      }
-      if (band.x.length && band.low.some((low, i) => low !== band.high[i])) {
-        const edge = { mode: "lines", line: { width: 0 }, hoverinfo: "skip" };
-        out.push({ ...edge, x: x(band), y: band.low });
-        out.push({ ...edge, x: x(band), y: band.high, fill: "tonexty", fillcolor: faded(colour, 0.16) });
-      }
-      const few = band.x.length <= 20;
-      out.push({ x: x(band), y: band.mean, mode: few ? "lines+markers" : "lines", marker: { size: 5, color: colour }, line, hovertemplate: hover });
-      if (chart === "train") {
-        for (const lost of s.lost) {
-          const marker = { symbol: lost.x.map((_, i) => (i === lost.x.length - 1 ? "x" : "circle")), size: lost.x.map((_, i) => (i === lost.x.length - 1 ? 9 : 0.1)), color: colour };
-          out.push({ x: x(lost), y: lost.mean, mode: "lines+markers", marker, line: { ...line, width: 1 }, hovertemplate: hover.replace("</b>", " (diverged)</b>") });
-        }
-      }
+  // Mean of the last `width` values, fewer at the start.
+  function smoothed(values, width) {
+    let sum = 0;
+    return values.map((value, i) => {
+      sum += value - (i >= width ? values[i - width] : 0);
+      return sum / Math.min(width, i + 1);
+    });
+  }
+
+  // Of a method: the mean of its seeds with a band from the lowest to the highest, and each seed that diverged by itself.
+  function lines(one, chart, width) {
+    const overTime = chosen("axis") === "seconds";
+    if (hidden.has(one.name) || (overTime && one.seconds === null)) return [];
+    const look = { name: one.name, colour: css(one.colour), dash: { dash: "7 3", dot: "2 2", dashdot: "7 2 2 2" }[one.dash] };
+    const xs = (line) => (overTime ? line.x.map((step) => step * one.seconds) : line.x);
+    const ys = (line) => (chart === "train" ? smoothed(line.y, width) : line.y);
+    const ended = one[chart].filter((line) => !line.lost), out = [];
+    if (ended.length) {
+      const length = Math.min(...ended.map((line) => line.x.length));
+      const each = ended.map((line) => ys(line).slice(0, length)), at = (f) => each[0].map((_, i) => f(each.map((y) => y[i])));
+      if (ended.length === 1 && series.length === 1 && chart === "train" && width > 1)
+        out.push({ ...look, x: xs(ended[0]), y: ended[0].y, width: 1, quiet: true });
+      const band = ended.length > 1 ? { low: at((v) => Math.min(...v)), high: at((v) => Math.max(...v)) } : {};
+      out.push({ ...look, x: xs(ended[0]).slice(0, length), y: at((v) => v.reduce((a, b) => a + b) / v.length), ...band });
     }
+    for (const line of one[chart].filter((l) => l.lost)) out.push({ ...look, x: xs(line), y: ys(line), width: 1, lost: true });
     return out;
   }
 
-  function layout() {
-    const lines = { gridcolor: css("--line"), linecolor: css("--line"), zeroline: false, automargin: true, ticks: "" };
-    return {
-      autosize: true,
-      margin: { l: 44, r: 8, t: 8, b: 40 },
-      paper_bgcolor: "rgba(0,0,0,0)",
-      plot_bgcolor: "rgba(0,0,0,0)",
-      font: { family: "system-ui, sans-serif", size: 12, color: css("--quiet") },
-      xaxis: { ...lines, title: { text: axis() === "seconds" ? "training time, s" : "step (mini-batches)" }, range: axis() === "seconds" ? undefined : [0, last * 1.02], rangemode: "tozero" },
-      yaxis: { ...lines, range: range ?? undefined, title: { text: "" } },
-      hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--line"), font: { color: css("--ink"), size: 13 } },
-      hovermode: "closest",
-      dragmode: coarse.matches ? false : "zoom", // a finger on the chart scrolls the page
-      showlegend: false,
-    };
-  }
-
-  const config = { displaylogo: false, displayModeBar: false, responsive: true, showTips: false, doubleClick: "reset+autosize" };
+  const step = Math.max(1, Math.round(last / Math.max(1, ...series.flatMap((one) => one.train.map((line) => line.x.length)))));
 
   function draw() {
-    for (const id of charts) Plotly.react(id, traces(id), layout(), config);
+    const overTime = chosen("axis") === "seconds", width = Number(field("smoothing")?.value ?? 1);
+    const view = {
+      title: overTime ? "training time, s" : "step (mini-batches)", unit: overTime ? "s" : "step", range,
+      xLog: field("log-x")?.checked, yLog: field("log-y")?.checked, from: 0, to: overTime ? undefined : last,
+    };
+    for (const id of ["train", "validation"]) charts[id].draw(series.flatMap((one) => lines(one, id, width)), view);
     for (const chip of chips) chip.setAttribute("aria-pressed", String(!hidden.has(chip.dataset.method)));
+    if (field("smoothing")) document.getElementById("smoothed").textContent = width > 1 ? `mean of ${width * step} steps` : step > 1 ? `mean of ${step} steps` : "none";
+    if (charts.prediction) {
+      const measured = data.prediction.map((one) => ({ ...one, colour: css(one.colour) }));
+      const ends = measured.flatMap((one) => one.x);
+      const none = { name: "no prediction", x: [Math.min(...ends), Math.max(...ends)], y: [1, 1], colour: css("--quiet"), width: 1, dash: "4 4", quiet: true };
+      charts.prediction.draw([...measured, none], { title: "version (updates)", unit: "version", range: [0, 1.05 * Math.max(1, ...measured.flatMap((one) => one.y))] });
+    }
+  }
+
+  // No divergence is hidden without a word: what lies above a chart is named below it.
+  for (const id of ["train", "validation"]) {
+    charts[id].node.addEventListener("drawn", () => {
+      const reach = charts[id].reach, above = charts[id].above(reach[0] + beginning * (reach[1] - reach[0]));
+      const told = [...above].map(([name, highest]) => `${name} (up to ${shown(highest)})`);
+      document.getElementById(`${id}-cut`).textContent = told.length ? `Above the top: ${told.join(", ")}. Double-click the chart, or choose a logarithmic axis, to see it.` : "";
+    });
   }
 
   for (const chip of chips) {
@@ -81,9 +80,15 @@
       draw();
     });
   }
-  for (const input of document.querySelectorAll("input[name=axis]")) input.addEventListener("change", draw);
-  dark.addEventListener("change", draw);
+  if (field("smoothing")) field("smoothing").value = Math.max(1, Math.floor(Math.max(...series.flatMap((one) => one.train.map((line) => line.x.length)), 0) / smooth));
+  for (const input of document.querySelectorAll(".switches input")) input.addEventListener("input", draw);
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", draw);
   draw();
+
+  for (const input of document.querySelectorAll("input[name=zoom]")) {
+    const picture = input.closest("figure").querySelector("svg");
+    input.addEventListener("input", () => Object.assign(picture.style, { width: `${input.value}%`, maxWidth: "none" }));
+  }
 
   for (const table of document.querySelectorAll("table.sortable")) {
     const heads = [...table.tHead.rows[0].cells];
@@ -95,7 +100,7 @@
         const key = (row) => row.cells[column].dataset.key;
         const rows = [...table.tBodies[0].rows].sort((a, b) => {
           const [x, y] = [key(a), key(b)];
-          if (x === undefined && y === undefined) return a.cells[column].textContent.localeCompare(b.cells[column].textContent) * (up ? 1 : -1);
+          if (x === undefined && y === undefined) return a.cells[column].textContent.localeCompare(b.cells[column].textContent, "en", { numeric: true }) * (up ? 1 : -1);
           if (x === undefined || y === undefined) return x === undefined ? 1 : -1; // no figure: last, both ways
           return (Number(x) - Number(y)) * (up ? 1 : -1);
         });

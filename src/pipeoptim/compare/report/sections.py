@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeoptim.compare import facts
 from pipeoptim.compare.outcome import Outcome
-from pipeoptim.compare.report.series import Series, smoothing
+from pipeoptim.compare.report.series import Series
 from pipeoptim.compare.summary import Comparison
 from pipeoptim.compare.table import columns, setting, size
 from pipeoptim.compare.table import notes as table_notes
@@ -71,8 +71,8 @@ def run_headline(run: Outcome, config: TrainConfig) -> str:
     )
 
 
-def charts(series: Sequence[Series], config: TrainConfig, seeds: int = 1) -> str:
-    """Two charts, the switches of the methods, and what the axes leave out. The script draws them."""
+def charts(series: Sequence[Series], seeds: int = 1) -> str:
+    """Two charts, the switches of the methods and axes, and what lies above the charts. The script draws them."""
     chips = "".join(
         f'<button type=button class=chip aria-pressed=true data-method="{escape(one.name)}">'
         f'<svg width=22 height=8 aria-hidden=true><line x1=0 y1=4 x2=22 y2=4 stroke="var({one.colour})" stroke-width=3 '
@@ -87,17 +87,29 @@ def charts(series: Sequence[Series], config: TrainConfig, seeds: int = 1) -> str
         if timed
         else ""
     )
+    logs = (
+        "<fieldset class=axis><legend>logarithmic</legend><label><input type=checkbox name=log-y> loss</label>"
+        "<label><input type=checkbox name=log-x> steps</label></fieldset>"
+    )
+    points = max((len(line.x) for one in series for line in one.train), default=1)
+    slider = (
+        f"<label class=slider>smoothing <input type=range name=smoothing min=1 max={max(1, points // 4)} value=1>"
+        "<output id=smoothed></output></label>"
+        if points > 1
+        else ""
+    )
     hint = "Click a method to hide it, double-click to see it alone." if len(series) > 1 else ""
     band = " Bands reach from the lowest to the highest seed." if seeds > 1 else ""
-    window = smoothing(config.steps)
-    means = f" Training losses are means of the last {window} steps." if window > 1 else ""
     return (
         "<section><h2>Loss</h2>"
-        f"<div class=switches>{f'<div class=chips>{chips}</div>' if len(series) > 1 else ''}{axis}</div>"
-        "<div class=charts><figure><figcaption>Training</figcaption><div id=train class=chart></div></figure>"
-        "<figure><figcaption>Validation</figcaption><div id=validation class=chart></div></figure></div>"
-        f"<p class=quiet>{hint}{band}{means} "
-        "The steep beginning may be above the top; double-click a chart to see all of it.</p></section>"
+        f"<div class=switches>{f'<div class=chips>{chips}</div>' if len(series) > 1 else ''}"
+        f"<div class=axes>{axis}{logs}{slider}</div></div>"
+        "<div class=charts><figure><figcaption>Training</figcaption><div id=train class=chart></div>"
+        "<p class=cut id=train-cut></p></figure>"
+        "<figure><figcaption>Validation</figcaption><div id=validation class=chart></div>"
+        "<p class=cut id=validation-cut></p></figure></div>"
+        f"<p class=quiet>{hint}{band} A cross marks where a run was lost. The steep beginning may be above the top. Draw a frame "
+        "with the mouse to look closer; a double click leads back, and another one shows all.</p></section>"
     )
 
 
@@ -186,6 +198,11 @@ def _numbers(values: Sequence[int]) -> str:
     return " ".join(map(str, values))
 
 
+def sortable_heads(texts: Sequence[str]) -> str:
+    """Of a table that a click sorts."""
+    return "".join(f"<th scope=col><button type=button>{escape(text)}</button></th>" for text in texts)
+
+
 def stages(path: Path) -> str:
     """What each stage of a run held."""
     if not (path / "result.json").exists():
@@ -197,10 +214,10 @@ def stages(path: Path) -> str:
         f"<td>{row['weight_copies']}</td><td>{size(row['weight_bytes'])}</td><td>{row['updates']:,}</td></tr>"
         for row in rows
     )
-    cells = "".join(f"<th scope=col>{text}</th>" for text in head)
+    cells = sortable_heads(head)
     return (
         "<section><h2>Stages</h2><div class=scroll tabindex=0 role=region aria-label=Stages>"
-        f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div></section>"
+        f"<table class=sortable><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div></section>"
     )
 
 
@@ -225,14 +242,15 @@ def trace(path: Path) -> str:
         f"<tr><th scope=row>{one.stage}</th>{''.join(f'<td>{getattr(one, name):.1%}</td>' for name in names)}</tr>"
         for one in merged.shares
     )
-    cells = "".join(f"<th scope=col>{text}</th>" for text in ("stage", *names.values()))
+    cells = sortable_heads(("stage", *names.values()))
     taking = "All stages ran in one process and took turns. " if merged.emulated else ""
     return (
         "<section><h2>Where the time went</h2><div class=scroll tabindex=0 role=region aria-label=Shares>"
-        f"<table><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
+        f"<table class=sortable><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
         f"<p class=quiet>{taking}Idle is waiting and other work. In the ideal schedule the same actions take the median of "
         "their kind on their stage, and messages take no time.</p>"
-        "<figure class=schedule><div class=scroll tabindex=0 role=region aria-label=Trace>"
+        "<figure class=schedule><label class=slider>zoom <input type=range name=zoom min=100 max=1000 value=100></label>"
+        "<div class=scroll tabindex=0 role=region aria-label=Trace>"
         f"{merged.picture.read_text(encoding='utf-8')}</div></figure>"
         f"<p class=quiet>All of it: open {escape(str(merged.path.relative_to(path)))} with https://ui.perfetto.dev.</p></section>"
     )

@@ -1,9 +1,10 @@
-"""The curves of a page as plain data: means with bands over the seeds, thinned to what a screen can show."""
+"""The curves of a page as plain data, thinned to what a screen can show."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
+from itertools import pairwise
 from statistics import median
 from typing import Any
 
@@ -13,7 +14,10 @@ from pipeoptim.compare.summary import Comparison
 from pipeoptim.methods import METHODS, get_method
 
 #: Points per curve at most.
-POINTS = 150
+POINTS = 400
+
+#: At first a point of a training curve is the mean of this part of its points.
+SMOOTH = 30
 
 #: Colours that the style sheet has: for asynchronous methods, and for synchronous ones.
 HUES, GREYS = 10, 2
@@ -23,37 +27,32 @@ BEGINNING = 0.2
 
 
 @dataclass
-class Band:
-    """A curve over several seeds: ``x`` steps, and mean, lowest and highest loss."""
+class Line:
+    """One curve: ``x`` steps, ``y`` losses; ``lost`` where it ended in divergence."""
 
-    x: list[int] = field(default_factory=list)
-    mean: list[float] = field(default_factory=list)
-    low: list[float] = field(default_factory=list)
-    high: list[float] = field(default_factory=list)
+    x: list[int]
+    y: list[float]
+    lost: bool = False
 
 
 @dataclass
 class Series:
-    """What a chart draws of one method.
+    """What the charts draw of one method; the page makes means, bands and smooth curves of it.
 
     Args:
         name: of the method.
         colour: name of a variable of the style sheet.
         dash: how the line is drawn, for those that share a colour.
-        train, validation: over the seeds that finished.
-        lost: train curves of the seeds that diverged.
+        train, validation: a line for each seed; where a run has more than ``POINTS`` steps, means of neighbouring ones.
         seconds: mean time of a step, to draw it over time; None where times are those of one core.
-        faint: every single loss of the only run, where there is only one.
     """
 
     name: str
     colour: str
     dash: str
-    train: Band
-    validation: Band
-    lost: list[Band] = field(default_factory=list)
+    train: list[Line]
+    validation: list[Line]
     seconds: float | None = None
-    faint: Band | None = None
 
 
 def comparison_series(comparison: Comparison) -> list[Series]:
@@ -64,26 +63,37 @@ def comparison_series(comparison: Comparison) -> list[Series]:
 
 
 def run_series(run: Outcome) -> list[Series]:
-    """Of a single run: its smoothed losses, and every one of them faintly."""
-    one = _series(run.method, *_looks([run.method])[run.method], [run], timed=True)
-    thin = _thin(len(run.train.steps))
-    values = [run.train.values[i] for i in thin]
-    one.faint = Band([run.train.steps[i] for i in thin], values, values, values)
-    return [one]
+    """Of a single run."""
+    return [_series(run.method, *_looks([run.method])[run.method], [run], timed=True)]
 
 
 def _series(name: str, colour: str, dash: str, outcomes: Sequence[Outcome], timed: bool) -> Series:
-    there = [o for o in outcomes if o.finished]
-    rates = [o.seconds_per_step for o in there if o.seconds_per_step is not None]
+    rates = [o.seconds_per_step for o in outcomes if o.finished and o.seconds_per_step is not None]
     return Series(
         name,
         colour,
         dash,
-        train=_band([_smoothed(o.train) for o in there]),
-        validation=_band([o.validation for o in there]),
-        lost=[_band([_smoothed(o.train)]) for o in outcomes if not o.finished and o.train.steps],
+        train=[_line(o.train, not o.finished) for o in outcomes if o.train.steps],
+        validation=[_line(o.validation, not o.finished) for o in outcomes if o.validation.steps],
         seconds=sum(rates) / len(rates) if timed and rates else None,
     )
+
+
+def _line(curve: Curve, lost: bool) -> Line:
+    x, y = thinned(curve.steps, curve.values)
+    return Line(x, y, lost)
+
+
+def thinned(steps: Sequence[int], values: Sequence[float]) -> tuple[list[int], list[float]]:
+    """At most ``POINTS`` points: means of neighbouring values, each at the last of their steps.
+
+    >>> thinned([1, 2, 3], [2.0, 4.0, 6.0])
+    ([1, 2, 3], [2.0, 4.0, 6.0])
+    """
+    count = min(len(steps), POINTS)
+    edges = [round(n * len(steps) / count) for n in range(count + 1)] if count else []
+    pieces = list(pairwise(edges))
+    return [steps[b - 1] for _, b in pieces], [_rounded(sum(values[a:b]) / (b - a)) for a, b in pieces]
 
 
 def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
@@ -106,62 +116,30 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     return looks
 
 
-def smoothing(steps: int) -> int:
-    """How many training losses a point of the chart is the mean of."""
-    return max(1, steps // 30)
-
-
-def _smoothed(curve: Curve) -> Curve:
-    return Curve(curve.steps, smooth(curve.values, smoothing(len(curve.values))))
-
-
-def _band(curves: Sequence[Curve]) -> Band:
-    """Over ``curves`` of the same steps (those of the shortest)."""
-    if not curves:
-        return Band()
-    length = min(len(curve.steps) for curve in curves)
-    band = Band()
-    for i in _thin(length):
-        values = [curve.values[i] for curve in curves]
-        band.x.append(curves[0].steps[i])
-        band.mean.append(_rounded(sum(values) / len(values)))
-        band.low.append(_rounded(min(values)))
-        band.high.append(_rounded(max(values)))
-    return band
-
-
-def _thin(length: int) -> list[int]:
-    """At most ``POINTS`` indices, evenly spread, first and last among them."""
-    if length <= POINTS:
-        return list(range(length))
-    return [round(i * (length - 1) / (POINTS - 1)) for i in range(POINTS)]
-
-
 def _rounded(value: float) -> float:
     return float(f"{value:.6g}")
 
 
 def axis_top(series: Sequence[Series]) -> float | None:
-    """The top of the loss axis, so that the ends of the curves can be told apart.
+    """The top of the loss axis, so that the ends of the curves can be told apart; the page says what lies above.
 
-    It shows every end, and what most curves do after the first tenth of the run; the spike of one may lie above.
+    It shows every end, and what most curves do after the beginning of the run; the spike of one may lie above.
     """
-    bands = [band for one in series for band in (one.train, one.validation) if band.x]
-    if not bands:
+    lines = [line for one in series for line in (*one.train, *one.validation) if not line.lost]
+    if not lines:
         return None
-    highest = [max(v for x, v in zip(b.x, b.mean, strict=True) if x >= BEGINNING * b.x[-1]) for b in bands]
-    return max(1.25 * median(highest), *(band.high[-1] for band in bands))
+    smoothed = [(line.x, smooth(line.y, max(1, len(line.y) // SMOOTH))) for line in lines]
+    highest = [max(v for at, v in zip(x, y, strict=True) if at >= BEGINNING * x[-1]) for x, y in smoothed]
+    return max(1.25 * median(highest), *(y[-1] for _, y in smoothed))
 
 
 def chart_data(series: Sequence[Series], top: float | None) -> dict[str, Any]:
     """What the page's script reads."""
-    lowest = [v for one in series for band in (one.train, one.validation) for v in band.low]
-    bottom = min(lowest) if lowest else None
-    ends: list[float] | None
-    if top is not None and bottom is not None:
-        margin = 0.04 * (top - bottom)
-        ends = [bottom - margin, top + margin]
-    else:
-        ends = None
-    last = max((band.x[-1] for one in series for band in (one.train, one.validation) if band.x), default=1)
-    return {"series": [asdict(one) for one in series], "range": ends, "last": last}
+    lines = [line for one in series for line in (*one.train, *one.validation)]
+    lowest = [v for line in lines for v in line.y if not line.lost]
+    ends: list[float] | None = None
+    if top is not None and lowest:
+        margin = 0.04 * (top - min(lowest))
+        ends = [min(lowest) - margin, top + margin]
+    last = max((line.x[-1] for line in lines), default=1)
+    return {"series": [asdict(one) for one in series], "range": ends, "last": last, "beginning": BEGINNING, "smooth": SMOOTH}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 from pipeoptim.compare.api import write_summaries
@@ -32,7 +33,7 @@ def _write_report(path: Path) -> Path:
     series = comparison_series(comparison)
     body = [
         sections.headline(comparison),
-        sections.charts(series, config, len(comparison.settings.seeds)),
+        sections.charts(series, len(comparison.settings.seeds)),
         sections.table(comparison),
         sections.notes(comparison),
         sections.methods(comparison.settings.methods, config, series),
@@ -57,15 +58,22 @@ def _write_run_report(path: Path) -> Path:
     config = RunDir(path).read_config()
     run = read_run(config, path)
     series = run_series(run)
+    section, measured = predictions(path)
     body = [
         sections.run_headline(run, config),
-        sections.charts(series, config),
+        sections.charts(series),
         sections.stages(path),
-        predictions(path),
+        section,
         sections.trace(path),
         sections.methods((config.method,), config, []),
-        sections.setup(config, {}, "", None, run.versions, run.data),
+        sections.setup(config, run.machine, _again(path), None, run.versions, run.data),
     ]
     out = path / "report.html"
-    write_text(out, page(f"{path.resolve().name}: {config.method}", body, chart_data(series, axis_top(series))))
+    data = chart_data(series, axis_top(series)) | {"prediction": measured}
+    write_text(out, page(f"{path.resolve().name}: {config.method}", body, data))
     return out
+
+
+def _again(path: Path) -> str:
+    """The command that trains the same once more."""
+    return shlex.join(["pipeoptim", "train", "--config", str(path / "config.json"), "--name", f"{path.resolve().name}-again"])

@@ -57,7 +57,7 @@ def picture(stages: Sequence[StageTrace], ideal: Sequence[IdealSpan], title: str
     mates = sum(s.process == stages[0].process for s in stages)
     panels = [
         (f"{title}: {stages[0].method}", *_window(run, mates)),
-        ("ideal schedule of the same actions", *_window(best, 1)),
+        ("ideal schedule of the same actions", *_window(best, mates)),
     ]
     longest = max(end - begin for _, _, begin, end in panels) or 1.0
     scale = (_WIDTH - _LEFT - 8) / longest
