@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
-from pipeoptim.bench.record import machine
 from pipeoptim.engine import Emulator, Trace
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.files import read_object
 from pipeoptim.partitioning import partition
 from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile
+from pipeoptim.train.machine import machine
 
 OptimizerOf = Callable[[Any], Optimizer]
 
