@@ -101,6 +101,14 @@ def test_titan_style(tmp_path):
     assert "ideal idle" in out
 
 
+def test_fabric_loop(tmp_path):
+    pytest.importorskip("lightning_fabric")
+    pytest.importorskip("torchdata")
+    _, losses = torchrun("fabric_loop.py", tmp_path)
+    assert len(losses) == 5 and losses[:3] == sorted(losses[:3], reverse=True) and losses[2] < 0.8
+    assert losses[1:3] == losses[3:], "the rest of epoch 2, and epoch 3, from what was saved in the middle"
+
+
 def test_accelerate_loop(tmp_path):
     pytest.importorskip("accelerate")
     _, losses = torchrun("accelerate_loop.py", tmp_path, EPOCHS="3")

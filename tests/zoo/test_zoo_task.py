@@ -25,6 +25,7 @@ from pipeoptim_zoo.data import (
     token_accuracy,
 )
 from pipeoptim_zoo.data.bleu import bleu
+from pipeoptim_zoo.data.dataset import dataset_task
 from pipeoptim_zoo.data.digits import digits
 from pipeoptim_zoo.data.images import random_crop_and_flip
 from pipeoptim_zoo.data.stdlib_packages import packages
@@ -224,3 +225,26 @@ def test_vocabulary_ranks_by_frequency_then_alphabet() -> None:
     assert words.words == ("<pad>", "<unk>", "<s>", "</s>", "b", "a", "c")
     assert words.encode(["b", "d", "c"]) == [4, 1, 6]
     assert words.decode([BEGIN, 4, 6, END, 5]) == ["b", "c"]
+
+
+class Noisy(torch.utils.data.Dataset):
+    """Examples with random augmentation."""
+
+    def __len__(self) -> int:
+        return 10
+
+    def __getitem__(self, n: int) -> tuple[Tensor, int]:
+        return torch.tensor([float(n)]) + torch.rand(1) / 2, n
+
+
+def test_a_dataset_of_torch_is_a_task_that_any_process_can_begin_anywhere() -> None:
+    task, other = (dataset_task(Noisy(), Noisy(), seed=3) for _ in range(2))
+    batches = [task.train_batch(step, 3) for step in range(6)]
+    for step in (4, 1):
+        torch.rand(step)
+        assert all(torch.equal(a, b) for a, b in zip(other.train_batch(step, 3), batches[step], strict=True))
+    first, second = (torch.cat([y for _, y in batches[n : n + 3]]).tolist() for n in (0, 3))
+    assert len(set(first)) == len(set(second)) == 9 and first != second
+    assert all(torch.equal(x[:, 0].long(), y) for x, y in batches) and not torch.equal(batches[0][0], batches[0][1][:, None])
+    with pytest.raises(ConfigError, match="map-style"):
+        dataset_task(iter([1]), Noisy())
