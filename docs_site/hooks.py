@@ -118,12 +118,12 @@ def api_pages() -> dict[str, str]:
         about = (importlib.import_module(f"pipeoptim.{room}").__doc__ or "").splitlines()[0]
         pages[f"api/{room}.md"] = LESS + "\n\n".join([f"# {room}", _prose(about), *(f"::: {path}" for path in sorted(paths))])
         index += [f"| [`{path}`]({room}.md#{path}) | {_first(public[path])} |" for path in paths]
-    lines = ["# API reference", "All public names, by what they are for. Everything else may change without notice.", ""]
+    lines = ["# All public names", "", "By what they are for. Everything else may change without notice.", ""]
     lines += ["| name | what it is |", "|---|---|", *sorted(index), "", "## METHODS", "", "`pipeoptim.METHODS`, by name:", ""]
-    lines += ["| method | order | what it does | source; deviations |", "|---|---|---|---|"]
+    lines += ["| method | order | what it does | source | deviations |", "|---|---|---|---|---|"]
     for name, method in pipeoptim.METHODS.items():
-        source = " ".join(filter(None, (method.source, method.deviations)))
-        lines.append(f"| `{name}` | `{method.order}` | {_prose(method.summary)} | {_prose(source)} |")
+        cells = " | ".join(_prose(text) for text in (method.summary, method.source, method.deviations))
+        lines.append(f"| `{name}` | `{method.order}` | {cells} |")
     pages["api/index.md"] = "\n".join(lines)
     return pages
 

@@ -87,7 +87,8 @@
 
   for (const input of document.querySelectorAll("input[name=zoom]")) {
     const picture = input.closest("figure").querySelector("svg");
-    input.addEventListener("input", () => Object.assign(picture.style, { width: `${input.value}%`, maxWidth: "none" }));
+    const width = picture.getBoundingClientRect().width; // as the page shows it at first
+    input.addEventListener("input", () => Object.assign(picture.style, { width: `${width * input.value}px`, maxWidth: "none" }));
   }
 
   for (const table of document.querySelectorAll("table.sortable")) {

@@ -249,9 +249,9 @@ def trace(path: Path) -> str:
         f"<table class=sortable><thead><tr>{cells}</tr></thead><tbody>{body}</tbody></table></div>"
         f"<p class=quiet>{taking}Idle is waiting and other work. In the ideal schedule the same actions take the median of "
         "their kind on their stage, and messages take no time.</p>"
-        "<figure class=schedule><label class=slider>zoom <input type=range name=zoom min=100 max=1000 value=100></label>"
+        "<figure class=schedule><label class=slider>zoom <input type=range name=zoom min=1 max=10 step=0.25 value=1></label>"
         "<div class=scroll tabindex=0 role=region aria-label=Trace>"
-        f"{merged.picture.read_text(encoding='utf-8')}</div></figure>"
+        f"{_shrinking(merged.picture.read_text(encoding='utf-8'))}</div></figure>"
         f"<p class=quiet>All of it: open {escape(str(merged.path.relative_to(path)))} with https://ui.perfetto.dev.</p></section>"
     )
 
