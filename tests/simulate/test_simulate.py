@@ -47,7 +47,7 @@ def scenario(
     method = get_method(method)
     program = method.program(depth, m, processes, overlap, slack)
     return Scenario(
-        profile or simple(depth), (1,) * depth, method, program, minibatches, replicas, None, Conditions(**conditions)
+        profile or simple(depth), (1,) * depth, method, program, minibatches, replicas, conditions=Conditions(**conditions)
     )
 
 
@@ -101,6 +101,19 @@ def test_asynchronous_methods_keep_all_stages_busy_and_wait_for_the_slowest():
     assert late.throughput.median < 0.8 / 3
     assert hidden.throughput.median == pytest.approx(1 / 3)
     assert hidden.stages[0].in_flight == 9
+
+
+def test_recomputation_costs_a_forward_and_keeps_inputs_only():
+    plain = scenario("pipeoptim", 3, minibatches=40)
+    again = replace(plain, recompute="backward")
+    kept, rebuilt = simulate(plain), simulate(again)
+    assert rebuilt.throughput.median == pytest.approx(1 / 4)
+    block = plain.profile.blocks[0]
+    assert kept.stages[0].activations == 3 * block.saved_bytes[1]
+    assert rebuilt.stages[0].activations == 3 * block.output_bytes[1]
+    assert rebuilt.stages[0].memory == pytest.approx(
+        kept.stages[0].memory - 3 * block.saved_bytes[1] + 3 * block.output_bytes[1] + block.saved_bytes[1]
+    )
 
 
 def small_scenarios():

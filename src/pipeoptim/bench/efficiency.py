@@ -80,7 +80,7 @@ def _sleep_exactly() -> None:
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, 1, 0, 0, 0)
 
 
-def _stay_on_a_core() -> None:
+def stay_on_a_core() -> None:
     """Share the cores out among the stages, so that no figure depends on where the scheduler puts them."""
     if hasattr(os, "sched_setaffinity"):
         cores = sorted(os.sched_getaffinity(0))
@@ -192,7 +192,7 @@ def measure(
 def stage(**options: Any) -> list[dict[str, Any]]:
     """The part of one process."""
     depth, rows = dist.get_world_size(), []
-    _stay_on_a_core()
+    stay_on_a_core()
     for milliseconds in options["milliseconds"]:
         for m in options["microbatches"]:
             if not options["gloo"]:

@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench import efficiency, memory, partition, scaling, slack_model, stability, transfer
+from pipeoptim.bench import efficiency, memory, partition, scaling, simulated, slack_model, stability, transfer
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record, ResultRow
@@ -34,6 +34,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         "scaling": scaling.columns,
         "partition": partition.columns,
         "stability": stability.columns,
+        "simulated": simulated.columns,
         "slack": slack_model.columns,
     }
     own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}

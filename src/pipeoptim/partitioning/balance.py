@@ -6,11 +6,17 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from math import inf
 
+import numpy as np
+from numpy.typing import NDArray
+
 from pipeoptim.errors import ConfigError
 
 StageCost = Callable[[int, int, int], float]
 """``cost(k, start, end)``: of blocks ``start .. end-1`` as stage ``k``; infinite where that cannot be."""
 
+
+Costs = NDArray[np.float64]
+"""Of ranges of blocks, by their start and end."""
 
 ReplicatedCost = Callable[[int, int, int, int], float]
 """``cost(k, start, end, m)``: the same on ``m`` devices."""
@@ -35,36 +41,47 @@ def best_cut(blocks: int, parts: int, cost: StageCost) -> list[int]:
         >>> best_cut(6, 4, lambda k, start, end: sum(seconds[start:end]))
         [2, 1, 1, 2]
     """
-    # Both passes ask for the same ranges.
-    cost = cache(cost)
+    found = np.full((blocks + 1, blocks + 1), inf)
 
-    @cache
-    def least_largest(k: int, start: int) -> float:
-        if k == parts:
-            return 0.0 if start == blocks else inf
-        ends = range(start + 1, blocks - (parts - k - 1) + 1)
-        return min((max(cost(k, start, end), least_largest(k + 1, end)) for end in ends), default=inf)
+    def of_stage(k: int) -> Costs:
+        for start in range(k, blocks - (parts - k) + 1):
+            for end in range(start + 1, blocks - (parts - k - 1) + 1):
+                found[start, end] = cost(k, start, end)
+        return found.copy()
 
-    largest = least_largest(0, 0)
+    return best_cut_by_costs(blocks, parts, of_stage)
+
+
+def best_cut_by_costs(blocks: int, parts: int, of_stage: Callable[[int], Costs]) -> list[int]:
+    """As :func:`best_cut`, for ``of_stage(k)[start, end]``, infinite where ``end <= start``: all ranges of a stage at once.
+
+    Example:
+        >>> sums = np.array([0.0, 1.0, 10.0, 19.0, 28.0, 37.0, 38.0])
+        >>> ranges = np.where(np.arange(7) > np.arange(7)[:, None], sums - sums[:, None], inf)
+        >>> best_cut_by_costs(6, 4, lambda k: ranges)
+        [2, 1, 1, 2]
+    """
+    costs = [of_stage(k) for k in range(parts)]
+    done = np.where(np.arange(blocks + 1) == blocks, 0.0, inf)  # behind the last stage, by the block where it ended
+    rest = done
+    for cost in reversed(costs):
+        rest = np.maximum(cost, rest).min(axis=1)
+    largest = rest[0]
     if largest == inf:
         raise ConfigError(
             f"{blocks} blocks cannot be cut into {parts} stages under these limits; use other pins, more memory or fewer stages"
         )
-
-    @cache
-    def least_squares(k: int, start: int) -> tuple[float, tuple[int, ...]]:
-        if k == parts:
-            return (0.0, ()) if start == blocks else (inf, ())
-        best: tuple[float, tuple[int, ...]] = (inf, ())
-        for end in range(start + 1, blocks - (parts - k - 1) + 1):
-            own = cost(k, start, end)
-            # Only cuts that keep the optimum of the first pass.
-            if own <= largest:
-                rest, lengths = least_squares(k + 1, end)
-                best = min(best, (own * own + rest, (end - start, *lengths)), key=lambda option: option[0])
-        return best
-
-    return list(least_squares(0, 0)[1])
+    rest, ends = done, []
+    for cost in reversed(costs):
+        # Only cuts that keep the optimum of the first pass.
+        squares = np.where(cost <= largest, cost, inf) ** 2 + rest
+        ends.append(squares.argmin(axis=1))
+        rest = squares.min(axis=1)
+    start, lengths = 0, []
+    for end in reversed(ends):
+        lengths.append(int(end[start]) - start)
+        start = int(end[start])
+    return lengths
 
 
 def best_replicas(

@@ -6,10 +6,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from math import isfinite
 
+import numpy as np
+
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
+from pipeoptim.partitioning.balance import best_cut_by_costs
 from pipeoptim.schedule import Program
-from pipeoptim.simulate.profile import Profile
+from pipeoptim.simulate.profile import LinkProfile, Profile
 
 MOST_DRAWS = 1000
 
@@ -83,6 +86,8 @@ class Scenario:
         minibatches: that are fed before the drain.
         replicas: copies of the pipeline, each for its part of every mini-batch.
         refresh: of predictions from the mini-batch in progress; None for other predictions.
+        recompute: "backward" or "forward" where blocks keep their inputs only and run again in B, on its weights or on those of F.
+        replica_link: between the replicas of a stage; None where it is as the slowest one between stages.
         conditions: of devices and links.
 
     Raises:
@@ -96,6 +101,8 @@ class Scenario:
     minibatches: int
     replicas: int = 1
     refresh: int | None = None
+    recompute: str = ""
+    replica_link: LinkProfile | None = None
     conditions: Conditions = Conditions()
 
     def __post_init__(self) -> None:
@@ -149,8 +156,11 @@ class Scenario:
 
     def average_seconds(self, weight_bytes: float) -> float:
         """Of an average of gradients in a ring over R replicas: 2 (R-1)/R times the bytes over the slowest link, and 2 (R-1) delays."""
-        slowest = min(_numbers(self.bandwidth), default=float("inf"))
-        return 2 * (self.replicas - 1) * (weight_bytes / self.replicas / slowest + max(_numbers(self.delay), default=0.0))
+        if self.replica_link is None:
+            slowest, delay = min(_numbers(self.bandwidth), default=float("inf")), max(_numbers(self.delay), default=0.0)
+        else:
+            slowest, delay = self.replica_link.bandwidth or float("inf"), self.replica_link.latency
+        return 2 * (self.replicas - 1) * (weight_bytes / self.replicas / slowest + delay)
 
     def _each(self, value: PerBoundary) -> list[float]:
         return list(value) if isinstance(value, tuple) else [value] * (self.program.depth - 1)
@@ -174,19 +184,6 @@ def even_cut(profile: Profile, depth: int, rows: float, speeds: Sequence[float] 
             f"stages is {depth}, but the profile of {profile.model} has {len(blocks)} blocks; use 1 to {len(blocks)}"
         )
     seconds = [profile.at(block.forward, rows) + profile.at(block.backward, rows) for block in blocks]
-    return fastest_cut(seconds, speeds or [1.0] * depth)
-
-
-def fastest_cut(seconds: Sequence[float], speeds: Sequence[float]) -> tuple[int, ...]:
-    """Lengths of contiguous, non-empty pieces, one per speed, with the least largest ``sum(seconds) / speed``. Exact.
-
-    Example:
-        >>> fastest_cut([1, 9, 9, 9, 9, 1], [1, 1, 1, 1])
-        (2, 1, 1, 2)
-    """
-    from pipeoptim.partitioning.balance import best_cut
-
-    sums = [0.0]
-    for one in seconds:
-        sums.append(sums[-1] + one)
-    return tuple(best_cut(len(seconds), len(speeds), lambda k, start, end: (sums[end] - sums[start]) / speeds[k]))
+    sums = np.concatenate(([0.0], np.cumsum(seconds)))
+    ranges = np.where(np.arange(len(sums)) > np.arange(len(sums))[:, None], sums - sums[:, None], np.inf)
+    return tuple(best_cut_by_costs(len(blocks), depth, lambda k: ranges / (speeds[k] if speeds else 1.0)))

@@ -25,6 +25,7 @@ class StageCost:
         weight_bytes: of the latest weights.
         copies: of the weights at most, the latest included; None where there are too many stages to count them.
         saved_bytes: kept from F to B.
+        rebuilt_bytes: of one block, which a B that computes activations again has at a time; 0 where they are kept.
         state_bytes: of the optimizer.
     """
 
@@ -38,13 +39,15 @@ class StageCost:
     weight_bytes: float
     copies: int | None
     saved_bytes: float
+    rebuilt_bytes: float
     state_bytes: float
 
     def memory(self, in_flight: int) -> float | None:
         """Peak bytes with so many micro-batches in flight: weights, their copies and gradient, optimizer state, activations."""
         if self.copies is None:
             return None
-        return self.weight_bytes * (self.copies + 1) + self.state_bytes + self.saved_bytes * in_flight
+        activations = self.saved_bytes * in_flight + self.rebuilt_bytes
+        return self.weight_bytes * (self.copies + 1) + self.state_bytes + activations
 
 
 def countable(scenario: Scenario) -> bool:
@@ -77,9 +80,16 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
     refresh = scenario.refresh if scenario.method.predicts_by_rule else None
     passes = _counted(scenario, k, refresh) if counts else _assumed(scenario, last)
     update = optimizer.step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
+    again = total("forward") if scenario.recompute else 0.0
+    saved = total("saved_bytes")
+    rebuilt = 0.0
+    if scenario.recompute:
+        # Every block keeps its input only: what the block before it returned.
+        inputs = [profile.at(profile.blocks[max(0, n - 1)].output_bytes, rows) for n in range(start, end)]
+        saved, rebuilt = sum(inputs), max(profile.at(block.saved_bytes, rows) for block in blocks)
     return StageCost(
         forward=slower * (total("forward") + moved("output_bytes") + profile.action["F"]),
-        backward=slower * (total("backward") + moved("gradient_bytes") + profile.action["B"]),
+        backward=slower * (total("backward") + again + moved("gradient_bytes") + profile.action["B"]),
         update=slower * (update + profile.action["U"]),
         predict=slower * optimizer.predict.seconds(weights),
         passes=passes,
@@ -87,7 +97,8 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
         returned_bytes=0.0 if first else profile.at(profile.blocks[start - 1].gradient_bytes, rows),
         weight_bytes=weights,
         copies=_copies(scenario, k, refresh) if counts else None,
-        saved_bytes=total("saved_bytes"),
+        saved_bytes=saved,
+        rebuilt_bytes=rebuilt,
         state_bytes=optimizer.state_bytes * weights,
     )
 
@@ -98,7 +109,8 @@ def _counted(scenario: Scenario, k: int, refresh: int | None) -> WeightPasses:
 
 def _copies(scenario: Scenario, k: int, refresh: int | None) -> int:
     program = scenario.program
-    return copies(scenario.method, program.depth, program.microbatches, k, program=program, refresh=refresh)
+    keep_forward = scenario.recompute == "forward"
+    return copies(scenario.method, program.depth, program.microbatches, k, keep_forward, program, refresh)
 
 
 def _assumed(scenario: Scenario, last: bool) -> WeightPasses:

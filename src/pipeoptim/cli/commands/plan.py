@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from pipeoptim.cli.measured_models import moved_to, of_config, own_model
+from pipeoptim.cli.plan_options import SearchOptions, search_plan
 from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption, given, takes_settings
 from pipeoptim.errors import ConfigError, counted
 
@@ -63,6 +64,27 @@ def plan(
     blocks: Annotated[bool, Option("--blocks", help="Also list what each block costs: seconds and bytes.")] = False,
     picture: Annotated[Path | None, Option(help="Also draw the stages into this SVG file.")] = None,
     svg: Annotated[Path | None, Option(help="Also draw the schedule of the method into this SVG file.")] = None,
+    objective: Annotated[
+        str | None,
+        Option(
+            help="Search depth, replicas, M, slack, recomputation and cut on --devices by simulation, for the least time, cost "
+            "(devices x time) or memory of a device. Give --profile or --synthetic."
+        ),
+    ] = None,
+    profile: Annotated[Path | None, Option(help="With --objective: a file of pipeoptim profile.")] = None,
+    synthetic: Annotated[bool, Option("--synthetic", help="With --objective: a transformer by formula.")] = False,
+    sizes: Annotated[str | None, Option(help="With --synthetic: as for simulate; with layers=N.")] = None,
+    nodes: Annotated[
+        str, Option(help="With --objective: devices of a node, nodes of a site, ...: 8,4; the outermost level takes the rest.")
+    ] = "",
+    links: Annotated[
+        str | None,
+        Option(help="With --objective: links of each level, from the inside, as GB/s:milliseconds: 100:0.01,25:0.05,1:20."),
+    ] = None,
+    also: Annotated[list[str] | None, Option(help="With --objective: another method to choose from; may be repeated.")] = None,
+    out: Annotated[
+        Path | None, Option(help="With --objective: also write the plan and its alternatives into this JSON file.")
+    ] = None,
     **settings: Any,
 ) -> None:
     """Measure a model's blocks on this machine, cut it, and say what every method will cost.
@@ -84,9 +106,19 @@ def plan(
           A model of your own: mine.py in this folder has a function gpt2 that returns the model and a mini-batch.
       pipeoptim plan --from-run runs/chars-pipeoptim
           Stages of that run were slower than others: blocks move to those that are faster.
+      pipeoptim plan --objective time --profile gpt2.json --devices 16 --memory 40 --nodes 8 --links 100:0.01,10:0.05
+          How to train on 16 devices of 40 GiB in two nodes, what comes next to it, and the command line for it.
       pipeoptim plan --model mine:gpt2 --stages 2 --blocks
           Also what each layer costs: milliseconds of its forward and backward, bytes of activations and weights.
     """
+    search = SearchOptions(objective, profile, synthetic, sizes, nodes, links, also, out)
+    wanted = given(settings)
+    if objective is not None:
+        if any((recipe, tiny, model, data, set_options, config_file, from_run, layers, pin, bandwidth, blocks, picture, svg)):
+            raise ConfigError("--objective plans from a profile; leave the options that name, measure or draw a model out")
+        search_plan(search, devices, memory, speed, wanted)
+        return
+    search.check_absent()
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.methods import get_method, refresh_every
     from pipeoptim.partitioning import partition
@@ -95,7 +127,6 @@ def plan(
     from pipeoptim.train.measured_run import read_measured_run
 
     keep_freed_memory()
-    wanted = given(settings)
     chosen, slack = get_method(wanted["method"]), read_slack(wanted["slack"])
     refresh = refresh_every(wanted["prediction"], wanted.get("refresh") or None)
     for option, path in (("--picture", picture), ("--svg", svg)):

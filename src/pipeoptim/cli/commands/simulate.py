@@ -9,13 +9,11 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from pipeoptim.cli.settings import given, takes_settings
+from pipeoptim.cli.simulations import chosen_profile, show_simulation
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
-    from pipeoptim.simulate import Conditions, Failures, Profile, Scenario, Simulation
-
-#: Stages that a table shows; of more the first and the last.
-SHOWN = 32
+    from pipeoptim.simulate import Conditions, Failures, Profile, Scenario
 
 
 @takes_settings(
@@ -28,6 +26,7 @@ SHOWN = 32
     "replicas",
     "prediction",
     "refresh",
+    "recompute",
     after="mini_batches",
     defaults=("stages", "microbatches", "method", "slack", "prediction", "chunks", "replicas"),
     stages="Depth D.",
@@ -97,13 +96,13 @@ def simulate(
     wanted = given(settings)
     conditions = _conditions(delay, bandwidth, jitter, straggler, draws, seed)
     failures = _failures(mtbf, recovery, checkpoint_every, checkpoint_seconds)
-    scenario = _scenario(_profile(profile, synthetic, sizes, wanted["stages"]), wanted, mini_batches, cut, conditions)
+    scenario = _scenario(chosen_profile(profile, synthetic, sizes, wanted["stages"]), wanted, mini_batches, cut, conditions)
     timed = timed_events(scenario)
     found = summary(timed, failures)
     if as_json:
         print(json.dumps(found.to_dict(), indent=2))
     else:
-        _show(found, scenario)
+        show_simulation(found, scenario)
     if trace is not None or picture is not None:
         from pipeoptim.simulate.trace import chrome_trace, drawing, stage_traces
 
@@ -112,19 +111,6 @@ def simulate(
             trace.write_text(json.dumps(chrome_trace(stages), separators=(",", ":")), encoding="utf-8")
         if picture is not None:
             picture.write_text(drawing(stages), encoding="utf-8")
-
-
-def _profile(path: Path | None, synthetic: bool, sizes: str | None, stages: int) -> Profile:
-    from pipeoptim.simulate import read_profile, read_sizes
-    from pipeoptim.simulate import synthetic as from_formula
-
-    if (path is None) == (not synthetic):
-        raise ConfigError("give either --profile FILE, of pipeoptim profile, or --synthetic, for a transformer by formula")
-    if path is None:
-        return from_formula(read_sizes(sizes or ""), stages)
-    if sizes is not None:
-        raise ConfigError(f"sizes is {sizes!r}, which belongs to --synthetic; a profile has its own; leave one of them out")
-    return read_profile(path)
 
 
 def _conditions(
@@ -190,52 +176,6 @@ def _scenario(profile: Profile, wanted: dict[str, Any], minibatches: int, cut: s
         minibatches,
         wanted["replicas"],
         refresh_every(wanted["prediction"], wanted.get("refresh") or None),
-        conditions,
+        wanted.get("recompute", ""),
+        conditions=conditions,
     )
-
-
-def _show(found: Simulation, scenario: Scenario) -> None:
-    from rich.table import Table
-
-    from pipeoptim.partitioning.stage_row import bytes_in_words
-    from pipeoptim.telemetry.console import table_console
-
-    where = "a formula, nothing of it measured" if found.synthetic else f"a profile of {scenario.profile.model}"
-    print(f"{found.method}, {found.depth} stages, M = {found.microbatches}; simulated from {where}")
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for heading in (
-        "stage",
-        "blocks",
-        "busy",
-        "waits for activations",
-        "for gradients",
-        "for replicas",
-        "in flight",
-        "gap",
-        "copies",
-    ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("activations", justify="right", no_wrap=True)
-    table.add_column("memory", justify="right", no_wrap=True)
-    rows = found.stages
-    if len(rows) > SHOWN:
-        rows = rows[: SHOWN // 2] + rows[-SHOWN // 2 :]
-    for one in rows:
-        shares = (one.waits.busy, one.waits.activations, one.waits.gradients, one.waits.replicas)
-        counts = (str(one.in_flight), str(one.gap), "?" if one.copies is None else str(one.copies))
-        memory = "?" if one.memory is None else bytes_in_words(one.memory)
-        table.add_row(
-            str(one.stage),
-            str(one.blocks),
-            *(f"{share:.1%}" for share in shares),
-            *counts,
-            bytes_in_words(one.activations),
-            memory,
-        )
-    table_console().print(table)
-    if len(rows) < len(found.stages):
-        print(f"the first and last {SHOWN // 2} of {len(found.stages):,} stages")
-    if found.stages[0].copies is None:
-        print("copies of the weights were not counted: too many stages and mini-batches in flight")
-    for sentence in found.sentences():
-        print(sentence)

@@ -1,0 +1,123 @@
+"""Plans by simulation: none of all cuts of all shapes is better, links and speeds of a cluster count, and what is refused."""
+
+import json
+from dataclasses import replace
+from itertools import combinations, pairwise
+
+import pytest
+
+from pipeoptim.cli.app import _run
+from pipeoptim.errors import ConfigError
+from pipeoptim.methods import get_method
+from pipeoptim.simulate import Scenario, TransformerSizes, simulate, synthetic
+from pipeoptim.simulate.cluster import read_cluster
+from pipeoptim.simulate.plan_search import TOLERANCE, PlanRequest, _cut, _shapes, find_plans
+
+
+def uneven(seconds=(1.0, 4.0, 2.0, 2.0, 3.0), rows=4, gib=1.0):
+    """Blocks of these seconds, each with a GiB of weights and as much of activations per mini-batch."""
+    profile = synthetic(TransformerSizes(rows=rows, latency=0.01, bandwidth=1e12), len(seconds))
+    size = gib * 2**30
+    blocks = tuple(
+        replace(
+            block,
+            forward=(s / 3 / rows, s / 3),
+            backward=(2 * s / 3 / rows, 2 * s / 3),
+            weight_bytes=size,
+            saved_bytes=(size / rows, size),
+        )
+        for block, s in zip(profile.blocks, seconds, strict=True)
+    )
+    return replace(profile, blocks=blocks, optimizer=replace(profile.optimizer, state_bytes=2.0))
+
+
+def request(
+    profile, devices=3, memory=float("inf"), methods=("pipeoptim", "1f1b"), speeds=(), links="1000:10", nodes="", **more
+):
+    cluster = read_cluster(devices, nodes, links, speeds, memory * 2**30)
+    return PlanRequest(profile, cluster, [get_method(name) for name in methods], **more)
+
+
+@pytest.mark.parametrize(
+    ("objective", "memory", "speeds"), [("time", 17.0, ()), ("cost", 100.0, (1, 1, 2)), ("memory", 60.0, ())]
+)
+def test_no_cut_of_any_shape_is_better(objective, memory, speeds):
+    profile = uneven()
+    wanted = request(profile, memory=memory, speeds=speeds, objective=objective)
+    found = find_plans(wanted)
+    goals = []
+    for shape in _shapes(wanted):
+        depth, devices = shape.program.depth, shape.program.depth * shape.replicas
+        base = _cut(replace(wanted, cluster=replace(wanted.cluster, memory=float("inf"))), shape).scenario
+        for ends in combinations(range(1, 5), depth - 1):
+            one: Scenario = replace(base, lengths=tuple(b - a for a, b in pairwise((0, *ends, 5))))
+            run = simulate(one)
+            fullest = max(stage.memory for stage in run.stages)
+            if fullest <= memory * 2**30:
+                seconds = 1 / run.throughput.median
+                goals.append({"time": seconds, "cost": seconds * devices, "memory": fullest}[objective])
+    assert found.best.goal[0] <= min(goals) * (1 + TOLERANCE)
+    assert found.best.candidate.memory <= memory * 2**30
+    for name, other in found.alternatives.items():
+        assert other is None or found.loss(other) >= -TOLERANCE, name
+        assert other is None or other.candidate.shape.key() != found.best.candidate.shape.key()
+
+
+def test_slow_links_between_nodes_keep_replicas_within_them():
+    """Averages of weights over the slow link take seconds, activations next to nothing: stages go over it, replicas stay in their node."""
+    profile = uneven((2.0, 2.0, 2.0, 2.0), rows=8, gib=4.0)
+    found = find_plans(
+        request(profile, 4, methods=("pipeoptim",), nodes="2", links="1000:0.01,1:0.01", stages=(2,), recompute=("",))
+    )
+    best = found.best.candidate
+    assert (best.scenario.replicas, best.shape.together, best.scenario.replica_link.bandwidth) == (2, True, 1e12)
+    cluster = read_cluster(8, "2,2", "100:0,10:1,1:5")
+    assert [cluster.link(0, d).bandwidth / 1e9 for d in (1, 2, 3, 4, 7)] == [100, 10, 10, 1, 1]
+
+
+def planned(capsys, *arguments):
+    code = _run(["plan", "--objective", "time", *arguments])
+    out = capsys.readouterr()
+    return code, out.out, " ".join(out.err.split())
+
+
+def test_the_command_prints_the_plan_and_how_to_run_it(capsys, tmp_path):
+    common = ("--synthetic", "--sizes", "layers=4,width=512,rows=8", "--devices", "2", "--memory", "8", "--stages", "2")
+    code, out, _ = planned(capsys, *common, "--also", "1f1b", "--out", str(tmp_path / "plan.json"))
+    assert code == 0
+    for words in (
+        "to run it: pipeoptim train --method pipeoptim --stages 2",
+        "other method: +",
+        "--cut 2,2 --engine processes",
+    ):
+        assert words in out
+    found = json.loads((tmp_path / "plan.json").read_text())
+    assert (found["plan"]["stages"], found["plan"]["cut"], found["alternatives"]["stages or replicas"]) == (2, [2, 2], None)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), "--objective needs --devices"),
+        (("--devices", "2"), "give either --profile FILE"),
+        (("--devices", "2", "--synthetic", "--tiny"), "leave the options that name, measure or draw a model out"),
+        (("--devices", "2", "--synthetic", "--links", "1:1,2:2"), "must be one for each level of the cluster"),
+        (("--devices", "2", "--synthetic", "--links", "0:1"), "must have at least 1, of at least 0 and above 0"),
+        (("--devices", "2", "--synthetic", "--nodes", "x"), "cannot be read; write sizes of the inner levels as 8,4"),
+        (("--devices", "2", "--synthetic", "--memory", "0.001"), "on 2 devices of 0.001 GiB was found"),
+        (("--devices", "0", "--synthetic"), "devices is 0, must be at least 1"),
+    ],
+)
+def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    code, out, error = planned(capsys, *arguments)
+    assert (code, out) == (2, "")
+    assert words in error
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_objective_must_be_known_and_its_options_are_its_own(capsys):
+    with pytest.raises(ConfigError, match="objective is 'speed', must be one of time, cost, memory"):
+        request(uneven(), objective="speed")
+    assert _run(["plan", "--nodes", "8"]) == 2
+    assert "--nodes belongs to a search by simulation; give --objective as well" in capsys.readouterr().err
