@@ -57,6 +57,11 @@ def listing(run: Path) -> dict[str, Any]:
     return json.loads(files[-1].read_text()) if files else {"processes": {}, "replaced": []}
 
 
+def trains(run: Path) -> bool:
+    """Whether all processes have begun: the last stage has told a loss."""
+    return (run / "metrics.jsonl").exists() and bool(read_rows(run / "metrics.jsonl"))
+
+
 def caught_up(run: Path) -> bool:
     return all(one["seconds"] is not None for one in listing(run)["replaced"])
 
@@ -79,7 +84,7 @@ def storm(run: Path, command: subprocess.Popen[bytes], chance: random.Random) ->
     ended, kinds = 0, list[str]()
     while command.poll() is None:
         # Not before its processes have begun to train, and not all hits at its beginning.
-        if len(kinds) < PER_RUN and (run / "metrics.jsonl").exists():
+        if len(kinds) < PER_RUN and trains(run):
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
             while kind != "one again while it catches up" and command.poll() is None and not caught_up(run):
                 time.sleep(0.01)

@@ -29,7 +29,7 @@ from pipeoptim.engine.processes.standby import CAUGHT_UP, CONTROL, IMAGE, LOST, 
 from pipeoptim.train.signals import StopSignals
 
 _LOOK = 0.1  # seconds between looks for stopped processes and for signals
-_SAME_PLACE = 10  # times that a place is taken over at one mini-batch before that counts as its process's own fault
+_SAME_PLACE = 10  # times that a place is taken over from one image, and nothing is gained, before it is given up
 _PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -174,7 +174,7 @@ class Supervisor:
     def _hear(self, place: WorkerPlace) -> bool:
         """A process announces an image. Returns whether there was anything to hear."""
         fds: list[int] = []
-        with suppress(OSError):
+        try:
             text, fds, _, _ = socket.recv_fds(place.control, IMAGE.size, 1)  # as long as what says that a process has caught up
             if len(text) == CAUGHT_UP.size and not fds:
                 self._note_caught_up(place, CAUGHT_UP.unpack(text)[1])
@@ -184,12 +184,18 @@ class Supervisor:
                 place.images.append(image)
                 self._selector.register(image.connection, selectors.EVENT_READ, (self._hear_image, place, image))
                 return True
-        with suppress(KeyError):  # closed: what follows is that the process has ended
+        except BlockingIOError:
+            return False
+        except OSError:  # closed, as where nothing comes: what follows is that the process has ended
+            pass
+        with suppress(KeyError):
             self._selector.unregister(place.control)
         return False
 
     def _hear_image(self, place: WorkerPlace, image: ImageEnd) -> None:
         """An image is ready: those before it are needed no more."""
+        if image not in place.images:  # it was told to end by what happened at the same time
+            return
         text = b""
         with suppress(OSError):
             text = image.connection.recv(READY.size, socket.MSG_DONTWAIT)
@@ -225,9 +231,10 @@ class Supervisor:
         self._wake(place, image, code)
 
     def _dies_here(self, place: WorkerPlace, image: ImageEnd) -> bool:
-        """Whether the processes of this place have died often enough on their way from this image: by what they do themselves."""
+        """Whether the processes of this place die again and again on their way from this image, and get no further: by what they do."""
         latest = place.replaced[-_SAME_PLACE:]
-        return len(latest) == _SAME_PLACE and all(one.image == image.mini_batch for one in latest)
+        reached = {one.caught_up for one in latest} - {None}
+        return len(latest) == _SAME_PLACE and len(reached) < 2 and all(one.image == image.mini_batch for one in latest)
 
     def _wake(self, place: WorkerPlace, image: ImageEnd, code: int) -> None:
         frozen = place.stopped > self._frozen_after

@@ -87,14 +87,12 @@ class Standby:
 
         ``wait``: until that is known, so that no image is older than two periods.
         """
-        if not self._awaited:
-            return False
-        try:
-            heard = self._control.recv(1, 0 if wait else socket.MSG_DONTWAIT)
-        except BlockingIOError:
-            return False
-        self._awaited, self.lost = False, heard == LOST
-        return heard == STANDS
+        heard = b""
+        with suppress(BlockingIOError):
+            heard = self._control.recv(16, 0 if wait and self._awaited else socket.MSG_DONTWAIT)
+        if heard:
+            self._awaited, self.lost = False, heard.endswith(LOST)  # also of an image that had stood
+        return STANDS in heard
 
     def tell_caught_up(self, mini_batch: int) -> None:
         """Tell the supervisor that from ``mini_batch`` on nothing is done again."""
