@@ -13,13 +13,13 @@ from pipeoptim.rules.dry_step import DryStepKernel, predict_by_dry_step
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import ApplyMode, MoveBatch
-from pipeoptim.rules.move import Ahead, Move, as_real
+from pipeoptim.rules.move import Ahead, Move, State, as_real
 
 
 def ask_rule(entry: ParameterEntry, grad: Tensor | None, ahead: Ahead) -> Move | None:
     """Where the weight of `entry` goes, scaled as `ahead` says; None if it stays. Call it under ``torch.no_grad()``.
 
-    Both paths ask here: the plain one for every parameter, the fused one once for all parameters that share their numbers.
+    The plain path asks here for every parameter; the fused one asks `scaled_move`, once for all parameters that share their numbers.
     """
     check_dense(entry.weight, grad)
     if grad is None:
@@ -28,8 +28,13 @@ def ask_rule(entry: ParameterEntry, grad: Tensor | None, ahead: Ahead) -> Move |
     elif grad.requires_grad:  # from a backward with create_graph=True
         grad = grad.detach()
     grad = None if grad is None else as_real(grad)
+    return scaled_move(entry, entry.real_weight, entry.real_state, grad, ahead)
+
+
+def scaled_move(entry: ParameterEntry, weight: Tensor, state: State, grad: Tensor | None, ahead: Ahead) -> Move | None:
+    """As `ask_rule`, of a weight, state and gradient that are as rules see them."""
     assert entry.rule is not None
-    move = entry.rule.move(entry.real_weight, entry.real_state, grad, entry.group, ahead)
+    move = entry.rule.move(weight, state, grad, entry.group, ahead)
     return None if move is None else move.scaled(ahead.scale)
 
 

@@ -18,9 +18,9 @@ from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import NO_GRADIENT, GradientEstimate, combined_estimate, momentum_of
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.horizon import NOTHING_SEEN, Horizon
-from pipeoptim.rules.move import Momentum
+from pipeoptim.rules.move import Ahead, Momentum
 from pipeoptim.rules.registry import Rule
-from pipeoptim.rules.rule_moves import ask_rule
+from pipeoptim.rules.rule_moves import scaled_move
 
 
 class BatchEstimates(NamedTuple):
@@ -60,6 +60,7 @@ class StepperBatch:
     ) -> None:
         self.stepper, self.entries = stepper, entries
         self.places = [entry.number for entry in entries]
+        self._takes_any_step = type(stepper).supports_step is Stepper.supports_step
         # None for optimizers that do not count (SGD).
         self._step_counts = [entry.state.get("step") for entry in entries]
         self._counters = calls.StepCounters(self._step_counts)
@@ -92,14 +93,13 @@ class StepperBatch:
         """
         # Only the parameters of this stepper, in its order.
         own = [grads[n] for n in self.places]
-        # Counted before the rule is asked, which then reads the t of this step.
         set_of, samples = self._coefficient_sets(self._counters.add(1.0))
         sets = []  # one per param group and step count
         for first, t in samples:
             entry, grad = self.entries[first], own[first]
             assert grad is not None
             # One parameter stands for its set: the rule's numbers depend on group and t only.
-            prediction = None if horizon is None else _kernel_prediction(entry, self.stepper, grad, horizon)
+            prediction = None if horizon is None else self._prediction_after(entry, t, grad, horizon)
             sets.append(self.stepper.coefficients(entry.group, t, prediction))
         return [grad.data_ptr() for grad in own if grad is not None], set_of, sets
 
@@ -142,18 +142,29 @@ class StepperBatch:
 
     def _dry_coefficients(self, entry: ParameterEntry, known: GradientEstimate, t: float, horizon: Horizon) -> Any:
         """The numbers of a dry step to update t of this parameter, and of all that share its set, but for the estimate."""
-        assert entry.rule is not None
-        ahead = horizon.ahead(entry)
-        # The rule reads numbers only, and of tensors which they are: those that the kernel will have.
         value = known.mean if known.value is None else known.value
         assert value is not None
-        grad = value.detach()  # an object of its own, as `value` may be the buffer, which terms are told apart from
-        move = entry.rule.move(entry.weight, {**entry.state, "step": t}, grad, entry.group, ahead.from_state_after())
-        assert move is not None
-        move = move.scaled(ahead.scale)
-        assert not isinstance(move.keep, Tensor)
-        prediction = calls.KernelPrediction(1.0 - move.keep, self.stepper.prediction_factors(move, grad, entry.state))
+        grad = value.detach()  # an object of its own, as `value` may be the mean, which terms are told apart from
+        prediction = self._prediction(entry, t, grad, horizon.ahead(entry).from_state_after())
         return replace(self.stepper.coefficients(entry.group, t, prediction), dry=calls.NO_ESTIMATE)
+
+    def _prediction_after(self, entry: ParameterEntry, t: float, grad: Tensor, horizon: Horizon) -> calls.KernelPrediction:
+        """What to predict after step t of this parameter, and of all that share its set."""
+        assert not horizon.in_progress, "what belongs to a single parameter cannot be shared by a group"
+        if entry.kind == "none":
+            return calls.KernelPrediction()
+        if entry.kind == "displacement":
+            return calls.KernelPrediction(steps=horizon.displacements(entry))
+        return self._prediction(entry, t, grad, horizon.ahead(entry))
+
+    def _prediction(self, entry: ParameterEntry, t: float, grad: Tensor, ahead: Ahead) -> calls.KernelPrediction:
+        """The rule's answer. It reads numbers only, and of tensors which they are: those that the kernel has or will have."""
+        state = {**entry.state, "step": t}  # t is known here; reading it from its tensor takes several us
+        move = scaled_move(entry, entry.weight, state, grad, ahead)
+        if move is None:
+            return calls.KernelPrediction()
+        assert not isinstance(move.keep, Tensor)
+        return calls.KernelPrediction(1.0 - move.keep, self.stepper.prediction_factors(move, grad, state))
 
     def options_unchanged(self) -> bool:
         """Whether the options of every param group still need this kernel, with the same tensors."""
@@ -162,10 +173,10 @@ class StepperBatch:
     def supports_next_step(self) -> bool:
         """Whether the kernel can take the next step."""
         # Nothing is counted before all batches are known to support it.
-        return self._supports(self._coefficient_sets(self._counts_after())[1])
+        return self._takes_any_step or self._supports(self._coefficient_sets(self._counts_after())[1])
 
     def _supports(self, samples: Sequence[tuple[int, float]]) -> bool:
-        return all(self.stepper.supports_step(self.entries[n].group, t) for n, t in samples)
+        return self._takes_any_step or all(self.stepper.supports_step(self.entries[n].group, t) for n, t in samples)
 
     def _counts_after(self) -> list[float]:
         """The step count of each parameter after the next update; 0 where steps are not counted."""
@@ -192,20 +203,6 @@ def _numbered(keys: Sequence[Hashable], counts: Sequence[float]) -> tuple[list[i
             samples.append((n, counts[n] or 1.0))
         set_of.append(number_of[key])
     return set_of, samples
-
-
-def _kernel_prediction(entry: ParameterEntry, stepper: Stepper, grad: Tensor, horizon: Horizon) -> calls.KernelPrediction:
-    """What to predict after the step of this parameter, and of all parameters that share its group and step count."""
-    assert not horizon.in_progress, "what belongs to a single parameter cannot be shared by a group"
-    if entry.kind == "none":
-        return calls.KernelPrediction()
-    if entry.kind == "displacement":
-        return calls.KernelPrediction(steps=horizon.displacements(entry))
-    move = ask_rule(entry, grad, horizon.ahead(entry))
-    if move is None:
-        return calls.KernelPrediction()
-    assert not isinstance(move.keep, Tensor)
-    return calls.KernelPrediction(1.0 - move.keep, stepper.prediction_factors(move, grad, entry.state))
 
 
 def stepper_of(rule: Rule | None) -> Stepper | None:

@@ -42,6 +42,7 @@ class FusedStep:
 
     def __init__(self, optimizer: Optimizer) -> None:
         self.optimizer = optimizer
+        self._steppers = (optimizer, *(member for member in members(optimizer) if member is not optimizer))
         self._plans = PlanCache()
         self._asked_for: Sequence[ParameterEntry] | None = None  # the entries that `_possible` was found for
         self._possible = False
@@ -99,7 +100,7 @@ class FusedStep:
         return found
 
     def _unpatched(self) -> bool:
-        return all(map(_unpatched, {self.optimizer, *members(self.optimizer)}))
+        return all(map(_unpatched, self._steppers))
 
     def _step_batches(self, plan: FusedPlan, grads: Sequence[Tensor | None], horizon: Horizon | None) -> None:
         name = f"Optimizer.step#{type(self.optimizer).__name__}.step_and_predict"
@@ -107,7 +108,7 @@ class FusedStep:
         with record_function(name) if torch._C._autograd._profiler_enabled() else nullcontext():
             for batch in plan.batches:
                 batch.kernel.run(*batch.job(grads, horizon))
-        for one in {self.optimizer, *members(self.optimizer)}:
+        for one in self._steppers:
             # Or the scheduler would warn that it steps before its optimizer.
             if hasattr(one.step, "_wrapped_by_lr_sched"):
                 one._opt_called = True  # type: ignore[attr-defined]  # what a scheduler's wrapper of step() notes
