@@ -105,3 +105,19 @@ def test_training_from_the_wheel_finds_all_it_reads(installed):
     code = "import pipeoptim as po; print(po.__file__, sorted(po.METHODS), po.Emulator, po.Schedule)"
     said = run(f"{installed['FOLDER']}/bin/python", "-W", "error", "-c", code, env=installed, cwd=installed["FOLDER"])
     assert said.startswith(installed["FOLDER"])
+
+
+def test_a_language_model_from_a_folder_of_text_to_from_pretrained(installed, tmp_path):
+    transformers = pytest.importorskip("transformers", "5.0", reason="recipe causal_lm needs Transformers 5")
+    pytest.importorskip("datasets", reason="recipe causal_lm needs datasets")
+    (tmp_path / "books").mkdir()
+    (tmp_path / "books/one.txt").write_text("It was a dark and stormy night; the rain fell in torrents. " * 200)
+    options = ("--set", "data.text=books", "--set", "data.context=32", "--steps", "4", "--stages", "2", "--quiet")
+    offline = {**installed, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = (f"{installed['FOLDER']}/bin/pipeoptim", "train", "--recipe", "causal_lm", "--tiny", *options)
+    run(*command, env=offline, cwd=tmp_path)
+    folder = tmp_path / "runs/causal_lm-tiny-pipeoptim/model"
+    model, about = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert not any(about.values()) and model.config.model_type == "llama"
+    assert model(**tokenizer("It was", return_tensors="pt")).logits.shape == (1, 7, len(tokenizer))
