@@ -3,6 +3,7 @@
 python benchmarks/simulated.py predict    measures the engine's own work and messages, writes benchmarks/results/simulated_predictions.json
 python benchmarks/simulated.py measure    measures what is predicted and not measured yet; writes benchmarks/results/simulated.json
 python benchmarks/simulated.py show       the errors
+python benchmarks/simulated.py scale      what simulations of many stages take: benchmarks/results/simulated_scale.json
 
 Stages are devices of fixed speed, which wait instead of computing, so that many of them fit on few cores. ``measure`` may be stopped at any
 time and goes on where it was; a file of predictions that is there is never written again.
@@ -13,6 +14,8 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
+import sys
 import time
 from dataclasses import asdict
 from itertools import product
@@ -85,17 +88,48 @@ def show(folder: Path) -> None:
     print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {errors[-1]:.1%}")
 
 
+def scale(folder: Path) -> None:
+    """Processor seconds and memory of the whole command, for 64 mini-batches."""
+    record = Record(
+        "simulate at scale", "s of one core", {"mini-batches": 64, "whole command": "imports and table as well"}, []
+    )
+    for stages in (100, 1000, 10_000):
+        command = [
+            sys.executable,
+            "-m",
+            "pipeoptim",
+            "simulate",
+            "--synthetic",
+            "--stages",
+            str(stages),
+            "--mini-batches",
+            "64",
+        ]
+        seconds, most = [], 0
+        for _ in range(3):
+            child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+            _, status, used = os.wait4(child.pid, 0)
+            if status:
+                raise SystemExit(f"{' '.join(command)} failed")
+            seconds.append(used.ru_utime + used.ru_stime)
+            most = max(most, used.ru_maxrss * 1024)
+        record.rows.append(ResultRow(f"{stages:,} stages", seconds, {"stages": stages, "peak bytes": most}))
+    record.write(folder / "simulated_scale.json")
+    for row in record.rows:
+        print(f"{row.name}: {row.median:.2f} s, {row.settings['peak bytes'] / 2**20:.0f} MiB")
+
+
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("predict", "measure", "show"))
+    parser.add_argument("what", choices=("predict", "measure", "show", "scale"))
     parser.add_argument("--repeats", type=int, default=2, help="runs of each; the median counts")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
     arguments = parser.parse_args()
     if arguments.what == "measure":
         measure(arguments.folder, arguments.repeats)
     else:
-        {"predict": predict, "show": show}[arguments.what](arguments.folder)
+        {"predict": predict, "show": show, "scale": scale}[arguments.what](arguments.folder)
 
 
 if __name__ == "__main__":

@@ -62,3 +62,16 @@ def counted(count: int, what: str) -> str:
     """
     plural = what + ("es" if what.endswith(("s", "x", "ch", "sh")) else "s")
     return f"{count:,} {what if count == 1 else plural}"
+
+
+def bytes_in_words(count: float) -> str:
+    """A number of bytes in the unit that suits it.
+
+    >>> bytes_in_words(3 << 20)
+    '3.0 MiB'
+    """
+    for unit in ("B", "KiB", "MiB"):
+        if count < 1024:
+            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1024
+    return f"{count:.1f} GiB"

@@ -1,16 +1,18 @@
 """``pipeoptim profile``: what is counted is exact, what is measured is plausible, and bad input writes nothing."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
-from pipeoptim.bench import model_profile
+from pipeoptim.bench import memory, model_profile
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
 from pipeoptim.bench.model_profile import MeasuredModel, measure_profile
 from pipeoptim.cli.app import _run
 from pipeoptim.methods import get_method
-from pipeoptim.simulate import Scenario, read_profile, simulate
+from pipeoptim.partitioning import partition
+from pipeoptim.simulate import Scenario, TransformerSizes, read_profile, simulate, synthetic
 
 LINK = LinkMeasurement(1e-4, None, 1e-9, 4e-4, 1e-4)
 
@@ -48,8 +50,34 @@ def test_bytes_are_exact_and_seconds_are_those_of_training(monkeypatch, tmp_path
     )
 
 
+def test_the_memory_of_every_stage_is_that_of_the_engine():
+    """Weights and activations at the peak, under every method, as the memory benchmark finds them by watching live storages."""
+    width = rows = 64
+    found = memory.measure([3], None, [1, 0], width, rows)
+    stages = [
+        torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.ReLU())
+        for _ in range(3)
+    ]
+    x = torch.randn(rows, width)
+    costs = partition(torch.nn.Sequential(*stages), 1, (x,)).costs
+    loss = model_profile.loss_bytes(memory._loss, torch.nn.Sequential(*stages)(x), torch.randn(rows, width))
+    for row in found.rows:
+        k, m = row.settings["stage"], row.settings["microbatches"]
+        # The input of the first stage is the user's own, which the benchmark does not count.
+        saved = costs[k].saved_bytes + (loss if k == 2 else 0) - (x.nbytes if k == 0 else 0)
+        base = synthetic(TransformerSizes(rows=m), 3)
+        blocks = tuple(
+            replace(b, saved_bytes=(saved, saved * m)[: len(base.rows)], weight_bytes=costs[k].weight_bytes)
+            for b in base.blocks
+        )
+        method = get_method(row.settings["method"])
+        run = simulate(Scenario(replace(base, blocks=blocks), (1, 1, 1), method, method.program(3, m), 8)).stages[k]
+        assert run.copies * costs[k].weight_bytes == row.median, row.name
+        assert run.activations == row.settings["activations"], row.name
+
+
 def test_messages_between_two_processes_take_time():
-    found = measure_link(repeats=2)
+    found = measure_link(repeats=1)
     assert 1e-5 < found.per_microbatch + found.per_minibatch < 0.5
     assert found.latency >= 0 <= found.handling < 1e-6
     assert found.bandwidth is None or found.bandwidth > 1e6

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
 from pipeoptim.engine import Emulator, Trace
@@ -71,6 +72,7 @@ def measure_profile(work: MeasuredModel, microbatches: Sequence[int] = (1,), rep
     for rows, m in sizes:
         cut = partition(work.model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m)
         costs[rows] = [(c.name, c.output_bytes / m, c.saved_bytes / m, c.weight_bytes) for c in cut.costs]
+        costs[rows][-1] = _with_loss(costs[rows][-1], work, rows)
         spans[rows] = _trained(work, len(cut.costs), "pipeoptim", m, repeats)
     largest, m = sizes[-1]
     plain, stashed = (_trained(work, len(costs[largest]), name, m, repeats) for name in ("naive", "pipedream"))
@@ -113,6 +115,31 @@ def measure_profile(work: MeasuredModel, microbatches: Sequence[int] = (1,), rep
         spread=median(s.spread for s in spans[largest]),
         made=machine(),
     )
+
+
+def _with_loss(cost: tuple[str, float, float, int], work: MeasuredModel, rows: int) -> tuple[str, float, float, int]:
+    """The last block with what the loss of a micro-batch keeps for its B."""
+    args, kwargs, target = tree_map_only(Tensor, lambda t: t[:rows] if t.dim() else t, (work.args, work.kwargs, work.target))
+    with torch.random.fork_rng():
+        output = work.model(*args, **kwargs)
+    name, sent, saved, weights = cost
+    return name, sent, saved + loss_bytes(work.loss_fn, output, target), weights
+
+
+def loss_bytes(loss_fn: Callable[..., Any], output: Any, target: Any) -> int:
+    """Bytes that autograd keeps of a loss, those of the ``output`` and the target not counted."""
+    there = {t.untyped_storage().data_ptr() for t in tree_leaves((output, target)) if isinstance(t, Tensor)}
+    kept: dict[int, int] = {}
+
+    def note(t: Tensor) -> Tensor:
+        storage = t.untyped_storage()
+        if storage.data_ptr() not in there:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return t
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
+        loss_fn(output, target)
+    return sum(kept.values())
 
 
 def _rows(work: MeasuredModel, m: int) -> int:

@@ -139,3 +139,9 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         error = s["predicted"] / row.median - 1
         body.append([row.name, f"{s['predicted']:.4g}", f"{row.median:.4g}", f"{error:+.1%}", f"{s['load']:.1f}"])
     return head, body
+
+
+def scale_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: what simulations of many stages take."""
+    body = [[r.name, f"{r.median:.2f}", f"{r.settings['peak bytes'] / 2**20:.0f}"] for r in record.rows]
+    return ["pipeline", "processor seconds", "peak MiB"], body

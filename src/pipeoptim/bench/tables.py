@@ -35,6 +35,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         "partition": partition.columns,
         "stability": stability.columns,
         "simulated": simulated.columns,
+        "simulate at scale": simulated.scale_columns,
         "slack": slack_model.columns,
     }
     own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, bytes_in_words
 
 if TYPE_CHECKING:
     from pipeoptim.simulate import Profile, Scenario, Simulation
@@ -32,7 +32,6 @@ def show_simulation(found: Simulation, scenario: Scenario) -> None:
     """As a table and sentences."""
     from rich.table import Table
 
-    from pipeoptim.partitioning.stage_row import bytes_in_words
     from pipeoptim.telemetry.console import table_console
 
     where = "a formula, nothing of it measured" if found.synthetic else f"a profile of {scenario.profile.model}"

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from torch import Tensor, nn
 
 from pipeoptim.engine.stage.tied import Tied
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, bytes_in_words
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.parameter_places import full_state_dict
-from pipeoptim.partitioning.stage_row import StageRow, bytes_in_words
+from pipeoptim.partitioning.stage_row import StageRow
 from pipeoptim.partitioning.svg import to_svg
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from pipeoptim.errors import bytes_in_words
 from pipeoptim.partitioning.block_costs import BlockCost
 
 
@@ -41,16 +42,3 @@ class StageRow:
         copies = f" on {self.replicas} devices" if self.replicas > 1 else ""
         sent = f", sends {bytes_in_words(self.sent_bytes)}" if self.sent_bytes else ""
         return f"{self.seconds * 1e3:8.2f} ms {bytes_in_words(self.memory_bytes):>10s}{copies}  {count:3d} {what} {names}{sent}"
-
-
-def bytes_in_words(count: float) -> str:
-    """A number of bytes in the unit that suits it.
-
-    >>> bytes_in_words(3 << 20)
-    '3.0 MiB'
-    """
-    for unit in ("B", "KiB", "MiB"):
-        if count < 1024:
-            return f"{count:.0f} B" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1024
-    return f"{count:.1f} GiB"

@@ -10,7 +10,6 @@ import numpy as np
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method
-from pipeoptim.partitioning.balance import best_cut_by_costs
 from pipeoptim.schedule import Program
 from pipeoptim.simulate.profile import LinkProfile, Profile
 
@@ -183,6 +182,10 @@ def even_cut(profile: Profile, depth: int, rows: float, speeds: Sequence[float] 
         raise ConfigError(
             f"stages is {depth}, but the profile of {profile.model} has {len(blocks)} blocks; use 1 to {len(blocks)}"
         )
+    from pipeoptim.partitioning.balance import (
+        best_cut_by_costs,
+    )  # with all of partitioning: a second, where there is something to cut
+
     seconds = [profile.at(block.forward, rows) + profile.at(block.backward, rows) for block in blocks]
     sums = np.concatenate(([0.0], np.cumsum(seconds)))
     ranges = np.where(np.arange(len(sums)) > np.arange(len(sums))[:, None], sums - sums[:, None], np.inf)
