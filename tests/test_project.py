@@ -5,15 +5,18 @@ import doctest
 import importlib
 import pkgutil
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
 from pathlib import Path
 
 import pytest
+import typer
 
 import pipeoptim
 import pipeoptim_zoo
+from pipeoptim.cli.app import build
 
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -114,3 +117,28 @@ def without_docstrings(path):
         if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
             node.value.value = ""
     return tree
+
+
+def commands_in(path):
+    """Lines of shell blocks that call the library's command."""
+    for block in re.findall(r"```sh\n(.*?)```", path.read_text(), re.DOTALL):
+        for line in block.replace("\\\n", " ").splitlines():
+            for part in re.split(r";|&&|\|", line.partition("#")[0]):
+                if part.strip().startswith("pipeoptim "):
+                    yield shlex.split(part.partition(">")[0])
+
+
+def test_commands_in_documents_have_options_that_exist():
+    root = typer.main.get_command(build())
+    found = 0
+    for path in DOCUMENTS:
+        for _, *words in commands_in(path):
+            command = root
+            while words and words[0] in getattr(command, "commands", {}):
+                command = command.commands[words.pop(0)]
+            known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
+            used = {word.partition("=")[0] for word in words if word.startswith("--")}
+            assert command is not root or words[0].startswith("-"), f"{path.name} has a command that does not exist: {words}"
+            assert used <= known, f"{path.name}: {command.name} has no {used - known}"
+            found += 1
+    assert found > 30
