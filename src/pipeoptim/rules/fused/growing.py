@@ -7,7 +7,7 @@ From one micro-batch to the next only the values of the gradient change, and how
                  and packed       of estimate
 
 So what was found for the first prediction after an update (plan, step counts, coefficients, addresses) holds for the others. Saved: 330 ->
-140 us per prediction of a block of the GPT benchmark, of which the kernel takes 105 (``benchmarks/refresh.py`` shows what is left of it).
+135 us per prediction of a block of the GPT benchmark, of which the kernel takes 90 (``benchmarks/refresh.py`` shows what is left of it).
 """
 
 from __future__ import annotations
