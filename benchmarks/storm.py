@@ -30,7 +30,7 @@ from pipeoptim.telemetry.metrics import read_rows
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = 8  # mini-batches between images
-PER_RUN = 25  # times that a run is hit
+PER_RUN = 60  # times that a run is hit
 COMMON = ["--checkpoint-every", "20", "--eval-every", "10"]
 VARIANTS = {
     "digits, D = 2, pipeoptim": ["--recipe", "digits", "--stages", "2", "--steps", "600"],
@@ -57,9 +57,10 @@ def listing(run: Path) -> dict[str, Any]:
     return json.loads(files[-1].read_text()) if files else {"processes": {}, "replaced": []}
 
 
-def trains(run: Path) -> bool:
-    """Whether all processes have begun: the last stage has told a loss."""
-    return (run / "metrics.jsonl").exists() and bool(read_rows(run / "metrics.jsonl"))
+def rows_of(run: Path) -> int:
+    """How many figures the last stage has written: with the first one, all processes have begun."""
+    path = run / "metrics.jsonl"
+    return len(read_rows(path)) if path.exists() else 0
 
 
 def caught_up(run: Path) -> bool:
@@ -84,13 +85,17 @@ def storm(run: Path, command: subprocess.Popen[bytes], chance: random.Random) ->
     ended, kinds = 0, list[str]()
     while command.poll() is None:
         # Not before its processes have begun to train, and not all hits at its beginning.
-        if len(kinds) < PER_RUN and trains(run):
+        if len(kinds) < PER_RUN and rows_of(run):
             kind = chance.choices(list(KINDS), list(KINDS.values()))[0]
             while kind != "one again while it catches up" and command.poll() is None and not caught_up(run):
                 time.sleep(0.01)
             if command.poll() is None and (count := hit(run, kind, chance)):
                 ended, kinds = ended + count, [*kinds, kind]
-        time.sleep(chance.uniform(0.0, 0.5))
+        # By progress and not by the clock: where the machine is busy, a storm in seconds would let no mini-batch pass.
+        until = rows_of(run) + chance.randrange(5)
+        while command.poll() is None and rows_of(run) < until:
+            time.sleep(0.01)
+        time.sleep(chance.uniform(0.0, 0.05))
     return ended, kinds
 
 

@@ -36,7 +36,7 @@ from pipeoptim.errors import PipeOptimError, StageFailure
 Dial = Callable[[float], socket.socket]
 """Makes a new connection to the neighbour within so many seconds; raises StageFailure where none comes."""
 
-_HEAD = struct.Struct("<7qd2q")  # see _Head
+_HEAD = struct.Struct("<6qd2q")  # see _Head
 _GREETING = struct.Struct("<q")
 _INLINE = 32768  # bytes; up to here a message goes through the socket itself
 _BUFFER = 1 << 19  # of the socket
@@ -53,7 +53,6 @@ class _Head(NamedTuple):
     sequence: int
     held: int
     flags: int
-    spare: int
     loss_scale: float
     rows: int
     of: int
@@ -98,9 +97,7 @@ class KeptLink:
         form, tensors = self._format(tree)
         block = torch.empty(form.payload, dtype=torch.uint8)
         message.fill(message.places(block, 0, form), tensors)
-        head = _Head(
-            len(self._text), form.payload, form.payload > _INLINE, self._sent, self._held, flags, 0, loss_scale, *share
-        )
+        head = _Head(len(self._text), form.payload, form.payload > _INLINE, self._sent, self._held, flags, loss_scale, *share)
         sent = _Sent(head, self._text, block)
         self._log.append(sent)
         self._sent += 1
@@ -146,11 +143,6 @@ class KeptLink:
     def replays(self) -> bool:
         """Whether what is sent now was sent before; also where nobody has said so yet."""
         return self._connection is None or self._sent < self._other_has
-
-    @property
-    def kept_bytes(self) -> int:
-        """Bytes of the messages that are kept."""
-        return sum(sent.head.payload for sent in self._log)
 
     # -- connections ---------------------------------------------------------------------------------------------------
 
