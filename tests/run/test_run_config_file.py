@@ -95,6 +95,9 @@ def test_the_command_prints_what_it_trains(
     assert (made.steps, made.clip, made.lr_schedule.options["warmup"]) == (4, 1.5, 1), "the command line goes before the file"
     assert _run(["train", "--config", "run.toml", "--steps", "4", "--quiet"]) == 0, "the same again"
     assert "is finished" in capsys.readouterr().err
+    written(tmp_path, "recipe = 'tiny:recipe'\nexport = true", "more.toml")
+    assert _run(["train", "--config", "more.toml", "--no-export", "--print-config"]) == 0
+    assert "\nexport = false\n" in capsys.readouterr().out, "the command line also takes back"
     assert _run(["train", "--resume", "--name", "tiny-pipeoptim", "--print-config"]) == 0
     assert read(written(tmp_path, capsys.readouterr().out, "own.toml")) == made, "the run's own"
     for option, value in (("--config", "run.toml"), ("--set", "model.width=8")):

@@ -75,7 +75,8 @@ def takes_settings(*names: str, after: str, defaults: Mapping[str, Any] | Sequen
     def option(name: str) -> Any:
         help, kind = helps.get(name, SETTINGS[name].help), SETTINGS[name].type_name.partition(" | ")[0]
         if kind == "bool":
-            return Annotated[bool | None, Option(f"--{name.replace('_', '-')}", help=help)]
+            written = name.replace("_", "-")  # --no-: a recipe or a file may have set it
+            return Annotated[bool | None, Option(f"--{written}/--no-{written}", help=help)]
         choices = SETTINGS[name].choices
         return Annotated[_TYPES[kind] | None, Option(help=help, autocompletion=_beginning_among(choices) if choices else None)]
 

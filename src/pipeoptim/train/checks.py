@@ -93,7 +93,7 @@ def _check_survive(config: TrainConfig) -> None:
         "chunks": (config.chunks > 1, "interleaved stages are not covered; use --chunks 1"),
         "replicas": (config.replicas > 1, "replicas are not covered; use --replicas 1"),
         "slack": (config.slack == "auto", "that measures links which survive replaces; give a number"),
-        "export": (config.export, "what writes them has a process group; run pipeoptim train --resume --export afterwards"),
+        "export": (config.export, "what writes them has a process group; leave it out, or add --no-export"),
         "trace": (config.trace, "a trace would hold what was done twice; leave one of them out"),
         "loggers": (
             bool(config.loggers),
