@@ -38,7 +38,7 @@ MAY_IMPORT = {
     "engine/replicas": "errors weights engine/transport engine/processes engine/stage",
     "engine": "errors files advise schedule methods options engine/transport engine/processes engine/stage engine/replicas",
     "options": "errors schedule methods",
-    "checkpoint": "errors files rules engine engine/processes engine/stage",
+    "checkpoint": "errors version files options rules engine engine/processes engine/stage",
     "telemetry": "errors files schedule engine",
     "partitioning": "errors schedule methods checkpoint engine engine/processes engine/stage engine/transport",
     "config": "errors named_calls options",

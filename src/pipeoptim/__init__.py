@@ -13,7 +13,15 @@ from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
     from pipeoptim import optim
-    from pipeoptim.checkpoint import check_export, full_state_dict, load_sharded, load_weights, save_sharded, save_weights
+    from pipeoptim.checkpoint import (
+        Checkpointer,
+        check_export,
+        full_state_dict,
+        load_sharded,
+        load_weights,
+        save_sharded,
+        save_weights,
+    )
     from pipeoptim.engine import (
         Along,
         Clip,
@@ -39,6 +47,7 @@ if TYPE_CHECKING:
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
     "Along": "pipeoptim.engine",
+    "Checkpointer": "pipeoptim.checkpoint",
     "Clip": "pipeoptim.engine",
     "CombinedOptimizer": "pipeoptim.rules",
     "Compression": "pipeoptim.engine",
@@ -77,6 +86,7 @@ _LAZY = {
 __all__ = [
     "METHODS",
     "Along",
+    "Checkpointer",
     "Clip",
     "CombinedOptimizer",
     "Compression",

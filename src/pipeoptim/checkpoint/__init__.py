@@ -8,6 +8,7 @@ another number of stages can resume from.
 """
 
 from pipeoptim.checkpoint.background_writer import BackgroundWriter
+from pipeoptim.checkpoint.checkpointer import Checkpointer
 from pipeoptim.checkpoint.find_checkpoint import Found, find, load_stage
 from pipeoptim.checkpoint.health import sick_entry, sick_weight
 from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, folder_name, read_meta, verify
@@ -18,6 +19,7 @@ from pipeoptim.checkpoint.write_checkpoint import save
 
 __all__ = [
     "BackgroundWriter",
+    "Checkpointer",
     "Found",
     "Meta",
     "OtherFormatError",

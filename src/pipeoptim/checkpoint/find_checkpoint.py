@@ -33,8 +33,7 @@ def find(root: Path, sickness: Callable[[Path, Meta], str | None] = lambda _fold
     """
     torn: list[tuple[Path, str]] = []
     sick: list[tuple[Path, str]] = []
-    # By length first: steps beyond 999999 have more digits than folder names are padded to.
-    for folder in sorted(root.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True):
+    for folder in newest_first(root):
         try:
             meta = verify(folder)
         except OtherFormatError as error:
@@ -50,6 +49,12 @@ def find(root: Path, sickness: Callable[[Path, Meta], str | None] = lambda _fold
             return Found(folder, meta, tuple(torn), tuple(sick))
         sick.append((folder, what))
     return Found(None, None, tuple(torn), tuple(sick))
+
+
+def newest_first(root: Path) -> list[Path]:
+    """What is called like a checkpoint below ``root``."""
+    # By length first: steps beyond 999999 have more digits than folder names are padded to.
+    return sorted(root.glob("step-*"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def load_stage(folder: Path, k: int) -> dict[str, Any]:

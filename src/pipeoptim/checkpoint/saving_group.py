@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch.distributed as dist
+    from torch.distributed.distributed_c10d import Store
 
     from pipeoptim.engine.pipeline import Pipeline
     from pipeoptim.engine.processes.rendezvous import Rendezvous
@@ -41,6 +43,14 @@ class SavingGroup:
     def is_first(self) -> bool:
         """Whether this is the process of stage 0."""
         return self.index == 0
+
+    @cached_property
+    def store(self) -> Store:
+        """Through which threads tell each other what no collective may, since those of training are on their way."""
+        from torch._C._distributed_c10d import HashStore
+        from torch.distributed.distributed_c10d import PrefixStore
+
+        return HashStore() if self.rendezvous is None else PrefixStore("saving", self.rendezvous.store)
 
     def barrier(self) -> None:
         """Wait for all."""

@@ -1,0 +1,151 @@
+"""Checkpoints in a training script of one's own: saved every so many mini-batches, found and resumed, whatever has become of the newest."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING
+
+from pipeoptim.checkpoint.background_writer import BackgroundWriter
+from pipeoptim.checkpoint.find_checkpoint import load_stage, newest_first
+from pipeoptim.checkpoint.health import sick_entry, sick_weight
+from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, verify
+from pipeoptim.checkpoint.saving_group import checked, refuse_sharded, saving_group
+from pipeoptim.checkpoint.stage_files import stage_file
+from pipeoptim.errors import ConfigError, DivergedError
+from pipeoptim.files import as_path
+from pipeoptim.options.checks import count
+from pipeoptim.version import __version__
+
+if TYPE_CHECKING:
+    from pipeoptim.engine.pipeline import Pipeline
+
+_log = logging.getLogger("pipeoptim")
+
+
+class Checkpointer:
+    """Saves a pipeline every ``every`` mini-batches, and continues from the newest checkpoint that is whole and finite, bit for bit.
+
+    With one process per stage all make one and make the same calls, on a file system that they share. The files are written while
+    training goes on; a folder appears under its name when it is complete. A checkpoint is named in a warning and passed over where files
+    are missing, cut off or changed, or weights are not finite. Weights that are not finite are never saved.
+
+    Args:
+        pipe: an ``Emulator``, ``Schedule`` or ``InterleavedSchedule``, without replicas and ``survive``.
+        folder: of the checkpoints, ``step-000100`` and so on.
+        every: mini-batches between two checkpoints, at each of which the pipeline drains.
+        keep: checkpoints to keep; the newest one always stays.
+
+    Raises:
+        ConfigError: ``pipe`` is no such pipeline, or a number is not at least 1.
+
+    Example:
+        >>> import tempfile, torch, pipeoptim as po
+        >>> folder = tempfile.mkdtemp()
+        >>> def train(steps):
+        ...     torch.manual_seed(0)
+        ...     stages = [torch.nn.Linear(2, 2), torch.nn.Linear(2, 1)]
+        ...     pipe = po.Emulator(stages, lambda p: torch.optim.AdamW(p), torch.nn.functional.mse_loss)
+        ...     with po.Checkpointer(pipe, folder, every=4) as checkpoints:
+        ...         start = checkpoints.resume()
+        ...         for n in range(start, steps):
+        ...             pipe.step(torch.ones(2, 2), target=torch.ones(2, 1))
+        ...             if checkpoints.after_step(n + 1):
+        ...                 break
+        ...     return start
+        >>> train(6), train(10)
+        (0, 4)
+    """
+
+    def __init__(self, pipe: Pipeline, folder: str | Path, every: int, keep: int = 2) -> None:
+        checked(pipe, "Checkpointer")
+        self.pipe, self.folder, self.every = pipe, as_path("folder", folder), count("every", every)
+        self._group = saving_group(pipe)
+        refuse_sharded(pipe, self._group)
+        for option in ("replicas", "survive"):
+            if getattr(pipe.options, option, None) is not None:
+                raise ConfigError(
+                    f"{option} is {getattr(pipe.options, option)!r}, but a Checkpointer saves one pipeline whose processes stay the same; "
+                    "use save_sharded, or pipeoptim train"
+                )
+        how = f"{pipe.depth} stages"
+        self._writer = BackgroundWriter(
+            self.folder, self._group, config=how, keep=count("keep", keep), versions={"pipeoptim": __version__}
+        )
+
+    def resume(self) -> int:
+        """Load the newest checkpoint that every process finds whole and finite; the number of mini-batches it was trained on, 0 for none.
+
+        Raises:
+            ConfigError: it has another number of stages, or is of another version of pipeoptim.
+        """
+        found = self._group.gather([folder.name for folder in newest_first(self.folder)])[0]
+        for name in found:
+            folder, meta, reason, refusal = self.folder / name, None, None, None
+            try:
+                meta = self._own_part(folder)
+            except TornError as error:
+                reason = str(error)
+            except ConfigError as error:
+                refusal = str(error)
+            verdicts = self._group.gather((reason, refusal))
+            for _, theirs in verdicts:
+                if theirs is not None:
+                    raise ConfigError(theirs)
+            passed = next((theirs for theirs, _ in verdicts if theirs is not None), None)
+            if passed is None and meta is not None:
+                for k in self.pipe.local_stages:
+                    self.pipe.load_stage_state_dict(k, load_stage(folder, k))
+                return meta.step
+            _log.warning("checkpoint %s is passed over: %s", folder, passed)
+        return 0
+
+    def after_step(self, step: int) -> bool:
+        """After ``step`` mini-batches in all: save, where a checkpoint is due or a stop was requested. Returns whether to stop.
+
+        Raises:
+            DivergedError: a weight is not finite; in all processes.
+            CheckpointWriteError: the checkpoint before could not be written; in all processes.
+        """
+        stops = self.pipe.stop_requested
+        if not stops and step % self.every:
+            return False
+        self.pipe.drain()
+        for sick in filter(None, self._group.gather(sick_weight(self.pipe))):
+            raise DivergedError(
+                f"the weights of stage {sick[0]} are not finite after {step} mini-batches (first: {sick[1]!r}), and were not saved; lower "
+                "the learning rate, or choose another method"
+            )
+        self._writer.begin(step, {k: self.pipe.stage_state_dict(k) for k in self.pipe.local_stages})
+        return stops
+
+    def close(self) -> None:
+        """Wait for the last checkpoint. Call it before ``pipe.close()``; leaving a ``with`` block does."""
+        self._writer.finish()
+
+    def __enter__(self) -> Checkpointer:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, value: BaseException | None, trace: TracebackType | None) -> None:
+        if kind is None:
+            self.close()
+        else:
+            self._writer.leave()
+
+    def _own_part(self, folder: Path) -> Meta:
+        """The meta data, where what this process needs of ``folder`` is as it was written."""
+        try:
+            meta = verify(folder, [stage_file(k) for k in self.pipe.local_stages])
+        except OtherFormatError as error:
+            raise ConfigError(f"checkpoint {folder} was written by {error.age} version of pipeoptim ({error})") from error
+        if meta.stages != self.pipe.depth:
+            raise ConfigError(
+                f"checkpoint {folder} has {meta.stages} stages, the pipeline {self.pipe.depth}; choose another folder, or save with "
+                "save_sharded, which another number of stages can load"
+            )
+        for k in self.pipe.local_stages:
+            name = sick_entry(load_stage(folder, k), self.pipe.stage_module(k))
+            if name is not None:
+                raise TornError(f"{name!r} of stage {k} is not finite")
+        return meta
