@@ -101,6 +101,7 @@ FITTING: dict[str, Callable[[Scene], list[Any]]] = {
     "register_rule.optimizers": lambda _: [type("Own", (torch.optim.SGD,), {})],
     "CombinedOptimizer.optimizers": lambda s: s.optimizers,
     "load_sharded.folder": lambda s: [s.saved / "sharded", str(s.saved / "sharded"), s.saved / "weights"],
+    "Checkpointer.every": lambda _: [1, 3],
     "merge_trace.folder": lambda s: [s.saved / "trace", s.saved],
     "register_method.method": lambda _: [own_method(), po.get_method("naive")],
     "save_sharded.names": lambda _: [None, [{"weight": "weight", "bias": "bias"}] * 2],

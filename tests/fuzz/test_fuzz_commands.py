@@ -19,6 +19,7 @@ from limits import TooSlowError, amount, bounded, seed
 from pipeoptim.bench import efficiency, memory, predict, scaling, slack_model, throughput, transfer
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.cli.app import _run
+from pipeoptim.cli.commands import watch as watch_command
 from pipeoptim.compare import api as compare_api
 from pipeoptim.compare.worker import OUTCOME, carry_out
 from pipeoptim.train import api as train_api
@@ -109,6 +110,7 @@ def stubbed(monkeypatch):
         (predict, "_copy_row"),
         (scaling, "_pair"),
         (train_api, "launch"),
+        (watch_command, "_by_ssh"),  # this process would become ssh
     ):
         monkeypatch.setattr(module, function, begin)
     monkeypatch.setattr(compare_api, "do_runs", begin)

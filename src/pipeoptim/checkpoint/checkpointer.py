@@ -105,9 +105,11 @@ class Checkpointer:
         """After ``step`` mini-batches in all: save, where a checkpoint is due or a stop was requested. Returns whether to stop.
 
         Raises:
+            ConfigError: ``step`` is not at least 1.
             DivergedError: a weight is not finite; in all processes.
             CheckpointWriteError: the checkpoint before could not be written; in all processes.
         """
+        count("step", step)
         stops = self.pipe.stop_requested
         if not stops and step % self.every:
             return False

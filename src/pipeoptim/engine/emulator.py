@@ -254,7 +254,7 @@ def _checked_modules(given: Any) -> list[nn.Module]:
         given = given.stages
     if isinstance(given, nn.Module) and not isinstance(given, (nn.Sequential, nn.ModuleList)):
         raise ConfigError(f"stages is a {type(given).__name__}, must be a list of modules; po.partition(model, ...) cuts one")
-    if not isinstance(given, Iterable):
+    if not isinstance(given, Iterable) or isinstance(given, Tensor):
         raise ConfigError(f"stages is {given!r}, must be a list of modules, the stages in order")
     stages: list[nn.Module] = []
     for module in given:  # not list(given), which may have no end

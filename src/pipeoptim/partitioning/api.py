@@ -27,6 +27,8 @@ from pipeoptim.schedule import Slack, read_slack
 
 HOW = ("auto", "blocks", "layers", "trace")
 
+_MOST_ROWS = 2**31 - 1
+
 
 class ModelSplitter(Protocol):
     """A model seen as a row of blocks."""
@@ -111,6 +113,8 @@ def partition(
     chosen = get_method(method)
     if type(microbatches) is not int or microbatches < 1:
         raise ConfigError(f"microbatches is {microbatches!r}, must be an integer of at least 1")
+    if microbatches > _MOST_ROWS:
+        raise ConfigError(f"microbatches is {microbatches}, and no mini-batch has so many rows; choose a smaller number")
     if refresh is not None and (type(refresh) is not int or refresh < 1):
         raise ConfigError(f"refresh is {refresh!r}, must be an integer of at least 1, or None")
     for what, number in (("num_stages", num_stages), ("devices", devices)):

@@ -105,7 +105,7 @@ def parameter_entries(
 def _kind_of(optimizer: Optimizer, group: Group, kind: str, rule: Rule | None, sharded: bool) -> str:
     """The kind by which a param group is predicted."""
     wanted: str = group.get("prediction", kind)
-    if wanted == CHEAPEST:
+    if isinstance(wanted, str) and wanted == CHEAPEST:
         wanted = kind if kind in KINDS and KINDS[kind].in_progress else "displacement"
     check_kind(wanted, rule, optimizer)
     check_group(group)

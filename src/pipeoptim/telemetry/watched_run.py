@@ -106,7 +106,10 @@ class WatchedRun:
 
     @property
     def loss(self) -> float | None:
-        """Mean of the last ones."""
+        """Mean of the last ones; of a run that has ended, what its result says."""
+        ended = self._result().get("train_loss")
+        if isinstance(ended, int | float):
+            return ended
         return sum(row["loss"] for row in self.recent) / len(self.recent) if self.recent else None
 
     @property
@@ -122,13 +125,11 @@ class WatchedRun:
 
     def status(self) -> str:
         """One phrase: running, finished, stopped, or ended without a result."""
-        try:
-            result = read_object(self.folder / "result.json")
+        result = self._result()
+        if result:
             return " ".join(
                 filter(None, [str(result.get("status")), _bracketed(result.get("reason") or result.get("stopped_by"))])
             )
-        except (OSError, ConfigError):
-            pass
         holder = self._holder()
         if holder is None:
             return "not started"
@@ -138,6 +139,13 @@ class WatchedRun:
         if not _alive(process):
             return "ended without a result: see its logs; the same command again continues it"
         return "running" if self.recent else "starting"
+
+    def _result(self) -> dict[str, Any]:
+        """Empty while there is none."""
+        try:
+            return read_object(self.folder / "result.json")
+        except (OSError, ConfigError):
+            return {}
 
     def _holder(self) -> tuple[int, str] | None:
         try:
