@@ -83,7 +83,7 @@ def test_two_processes_on_one_gpu_equal_the_emulator_on_it(tmp_path):
 def test_a_killed_stage_ends_the_others_and_is_named(victim, transport, tmp_path):
     with stage_processes.stages(HERE / "endless_worker.py", 3, "10", transport) as started:
         for p in started:
-            assert p.stdout.readline().strip() == "running"
+            assert p.stdout.readline().strip() == "running", p.stderr.read()
         started[victim].send_signal(signal.SIGKILL)
         killed, slowness = time.monotonic(), stage_processes.slowness()
         for k, p in enumerate(started):
@@ -102,7 +102,7 @@ def test_a_killed_stage_ends_the_others_and_is_named(victim, transport, tmp_path
 def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout(victim, transport):
     with stage_processes.stages(HERE / "endless_worker.py", 3, "3", transport) as started:
         for p in started:
-            assert p.stdout.readline().strip() == "running"
+            assert p.stdout.readline().strip() == "running", p.stderr.read()
         started[victim].send_signal(signal.SIGSTOP)
         frozen, slowness = time.monotonic(), stage_processes.slowness()
         for k, p in enumerate(started):
@@ -124,7 +124,7 @@ def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout(victim, tran
 def test_stages_that_were_all_stopped_for_a_while_go_on():
     with stage_processes.stages(HERE / "endless_worker.py", 3, "1", "auto") as started:
         for p in started:
-            assert p.stdout.readline().strip() == "running"
+            assert p.stdout.readline().strip() == "running", p.stderr.read()
         for p in started:
             p.send_signal(signal.SIGSTOP)
         time.sleep(4)
