@@ -3,7 +3,7 @@
 ``<!-- learning: chars/8x8/adamw -->`` is followed by the table of that setting, and
 ``<!-- learned: chars/8x8/adamw | pipeoptim, in progress | share -->`` by one number: loss, share,
 updates, slots (times as long for synchronous training to the same loss, in slots of equal stages) or measured (the same with the
-throughput that benchmarks/results/efficiency.json holds of both on emulated devices).
+throughput that benchmarks/results/efficiency_in_progress.json holds of both on emulated devices).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
 #: Contenders whose predictions are made anew after so many micro-batches, which is their default.
 REFRESH = {name: 1 for name, c in CONTENDERS.items() if c.fields.get("prediction") == "in_progress"}
-EFFICIENCY = ROOT / "benchmarks" / "results" / "efficiency.json"
+EFFICIENCY = ROOT / "benchmarks" / "results" / "efficiency_in_progress.json"
 
 _TABLE = re.compile(r"(<!-- learning: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _NUMBER = re.compile(r"(<!-- learned: (?P<what>[^>]*?) -->).*?(<!-- end -->)", re.DOTALL)
