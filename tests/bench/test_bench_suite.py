@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -260,6 +263,18 @@ def test_best_m_is_chosen_and_goals_say_by_how_much(tmp_path: Path) -> None:
     text = render_document(page, tmp_path)
     assert "| pipeoptim | 1 | 140 |" in text
     assert "Missed: 1 of 1 goals that were measured." in text
+
+
+@pytest.mark.parametrize("name", ["throughput", "efficiency", "slack", "transfer", "memory", "predict"])
+@pytest.mark.parametrize("change", [{"machine": {}}, {"benchmark": "scaling"}])
+def test_figures_that_cannot_be_added_are_not_measured(
+    name: str, change: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    module = importlib.import_module(f"pipeoptim.bench.{'slack_model' if name == 'slack' else name}")
+    monkeypatch.setattr(module, "measure", lambda *_, **__: pytest.fail("measured first"))
+    old = replace(Record(name, "", {"weights": 100e6}, []), **change)
+    assert _run(["bench", name, "--add", "--out", str(old.write(tmp_path / "old.json"))]) == 2
+    assert "the figures in that file are of another machine, version or" in capsys.readouterr().err
 
 
 def test_files_are_merged_by_row() -> None:

@@ -159,7 +159,7 @@ def merged(old: Record, new: Record) -> Record:
     Raises:
         ConfigError: they were taken on different machines, versions or sizes.
     """
-    if (old.machine, old.settings["weights"], old.benchmark) != (new.machine, new.settings["weights"], new.benchmark):
+    if (old.machine, old.settings.get("weights"), old.benchmark) != (new.machine, new.settings["weights"], new.benchmark):
         raise ConfigError(
             "the figures in that file are of another machine, version or number of weights; write to another file"
         )

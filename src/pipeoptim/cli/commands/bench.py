@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer import Option
@@ -78,6 +78,7 @@ def throughput(
 
     at_least(1, batch=batch, microbatches=microbatches, torch_microbatches=torch_microbatches, repeats=repeats, refresh=refresh)
     above_zero(window=window)
+    _check_kept("throughput", out, add)
     found = measure(model, batch, optimizer, method, microbatches, torch_microbatches, 2, repeats, window, fused, refresh)
     _report(found, out, add)
 
@@ -133,6 +134,7 @@ def efficiency(
     )
     at_least(0, jitter=jitter, uneven=uneven, delay=delay, bandwidth=bandwidth)
     above_zero(milliseconds=milliseconds)
+    _check_kept("efficiency", out, add)
     record = measure(
         depth or [2, 4, 8],
         milliseconds or [10.0],
@@ -167,6 +169,7 @@ def slack(
 
     at_least(1, depth=depth)
     at_least(0, slack=slack)
+    _check_kept("slack", out, add)
     _report(measure(depth or [4, 8, 16, 32], slack or [0.0, 0.5, 1.0, 2.0]), out, add)
 
 
@@ -199,6 +202,7 @@ def transfer(
     at_least(1, repeats=repeats)
     above_zero(window=window, megabits=megabits)
     models = dict(_sized(text) for text in model or ["mlp=64"])
+    _check_kept("transfer", out, add)
     _report(measure(models, megabits or [1000.0, 100.0, 10.0], method, repeats, window), out, add)
 
 
@@ -216,6 +220,7 @@ def memory(
     from pipeoptim.bench.memory import measure
 
     at_least(1, depth=depth)
+    _check_kept("memory", out, add)
     _report(measure(depth, method), out, add)
 
 
@@ -313,8 +318,9 @@ def predict(
     at_most(1024, threads=threads)
     at_least(0, budget=budget)
     keep_freed_memory()  # as a training run does, where one backward leaves its gradients where those of another were
-    record = measure(weights, threads, repeats, budget, optimizer, device)
     out = out or Path("benchmarks/results") / ("predict.json" if device == "cpu" else "predict_cuda.json")
+    _check_kept("predict", out, add, weights=weights, device=device, threads=[])
+    record = measure(weights, threads, repeats, budget, optimizer, device)
     _report(merged(Record.read(out), record) if add and out.is_file() else record, out)
     for row in record.rows:
         if row.settings.get("table") == IN_PROGRESS_TABLE:
@@ -326,6 +332,16 @@ def _sized(text: str) -> tuple[str, int]:
     if not name or not batch.isdecimal() or int(batch) < 1:
         raise ConfigError(f"model is {text!r}, must be a model and its mini-batch, for example mlp=64")
     return name, int(batch)
+
+
+def _check_kept(benchmark: str, out: Path, add: bool, **settings: Any) -> None:
+    """Before anything is measured: raises ConfigError where :func:`_report` could not add to what ``out`` holds."""
+    from pipeoptim.bench.predict import merged as merged_predictions
+    from pipeoptim.bench.record import Record, merged
+
+    if add and out.is_file():
+        merge = merged_predictions if benchmark == "predict" else merged
+        merge(Record.read(out), Record(benchmark, "", settings, []))
 
 
 def _report(record: Record, out: Path, add: bool = False) -> None:
