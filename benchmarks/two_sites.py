@@ -154,7 +154,6 @@ def work(job: Path) -> None:
 
 
 def _measured(options: dict[str, object], name: str, m: int, slack: str, compress: str) -> dict[str, object]:
-    import torch
     import torch.distributed as dist
 
     from pipeoptim.bench import efficiency
@@ -164,16 +163,7 @@ def _measured(options: dict[str, object], name: str, m: int, slack: str, compres
     device = efficiency.Device(seconds / 3, 0.0, seed=dist.get_rank())
     make = {"plain loops": efficiency._alone}.get(name, efficiency._torchs if name.startswith("Schedule") else efficiency._ours)
     step = make(device, name, m, given)
-    dist.barrier()  # the last one: each would let the pipeline run empty, and fill over the slow link
-    for _ in range(options["warm_up"]):
-        step()
-    taken = torch.zeros(options["repeats"])
-    for n in range(options["repeats"]):
-        began = time.perf_counter()
-        for _ in range(options["steps"]):
-            step()
-        taken[n] = time.perf_counter() - began
-    dist.all_reduce(taken, dist.ReduceOp.MAX)
+    _, taken = efficiency.timed_windows(step, device, options["warm_up"], options)
     samples = (options["steps"] * seconds / taken).tolist()
     words = [name, f"M={m}"] + ([f"slack {slack}"] if slack != "0" else []) + ([compress] if compress else [])
     settings = {"ours": not name.startswith("Schedule"), "depth": depth, "slack": slack, "compress": compress}

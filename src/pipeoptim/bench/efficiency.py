@@ -214,19 +214,8 @@ def _row(
     slow = 1.0 + (options["uneven"] if k == depth // 2 else 0.0)
     device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k)
     step = make(device, name, m, options)
-    dist.barrier()
-    # From here on nothing but the pipeline itself holds the stages together: after a barrier stage k waits for k forwards, which would be
-    # 12 % of a window of 40 mini-batches at D = 16.
-    for _ in range(_warm_up(depth, options) if make is _ours else depth + 2):
-        step()
-    spent = torch.zeros(2, options["repeats"])
-    for n in range(options["repeats"]):
-        device.busy, start = 0.0, time.perf_counter()
-        for _ in range(options["steps"]):
-            step()
-        spent[0, n], spent[1, n] = device.busy, time.perf_counter() - start
-    dist.all_reduce(spent, dist.ReduceOp.MAX)
-    samples = (spent[0] / spent[1]).tolist()
+    busy, seconds = timed_windows(step, device, _warm_up(depth, options) if make is _ours else depth + 2, options)
+    samples = (busy / seconds).tolist()
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
     settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
     how = ""
@@ -238,6 +227,25 @@ def _row(
         "samples": samples,
         "settings": settings,
     }
+
+
+def timed_windows(step: Step, device: Device, warm_up: int, options: dict[str, Any]) -> Tensor:
+    """Two rows, a column for each of ``options["repeats"]`` windows of ``options["steps"]`` mini-batches: how long the busiest stage
+    worked, and the slowest one took, in seconds.
+    """
+    dist.barrier()
+    # From here on nothing but the pipeline itself holds the stages together: after a barrier stage k waits for k forwards, and over a slow
+    # link for its delay as well. That would be 12 % of a window of 40 mini-batches at D = 16.
+    for _ in range(warm_up):
+        step()
+    spent = torch.zeros(2, options["repeats"])
+    for n in range(options["repeats"]):
+        device.busy, start = 0.0, time.perf_counter()
+        for _ in range(options["steps"]):
+            step()
+        spent[0, n], spent[1, n] = device.busy, time.perf_counter() - start
+    dist.all_reduce(spent, dist.ReduceOp.MAX)
+    return spent
 
 
 def _chosen(options: dict[str, Any], what: str) -> bool:
