@@ -5,11 +5,13 @@ from __future__ import annotations
 import copy
 import socket
 import threading
+import time
 from collections import deque
 
 import pytest
 import torch
 
+from pipeoptim.engine.transport import kept_link
 from pipeoptim.engine.transport.kept_link import KeptLink, LinkSet
 from pipeoptim.errors import StageFailure
 
@@ -126,3 +128,27 @@ def test_two_ends_that_send_more_than_sockets_hold_read_meanwhile() -> None:
             assert float(link.receive().tree[0]) == n
 
     both(lambda: talk(one), lambda: talk(other))
+
+
+@pytest.mark.parametrize("more", range(6))  # the longer its description, the earlier in a message the socket is full
+def test_an_end_whose_large_messages_do_not_fit_reads_meanwhile(more: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kept_link, "_BUFFER", 4608)
+    one, other = ends()
+    many = 20
+
+    def fill() -> None:
+        for n in range(many):
+            one.send([torch.full((LARGE,), float(n)), *[torch.zeros(1)] * more])
+
+    def answer() -> None:
+        other.send(torch.ones(1))
+        end = time.monotonic() + 10
+        while not one._received:  # it is waited for by nobody
+            assert time.monotonic() < end
+            time.sleep(0.001)
+        assert [float(other.receive().tree[0][0]) for _ in range(many)] == list(range(many))
+        done.append(True)
+
+    done = list[bool]()
+    both(fill, answer)
+    assert done

@@ -213,7 +213,23 @@ class KeptLink:
                 except BlockingIOError:
                     self._wait_until_writable()
         if sent.head.apart:
-            _send_apart(self._connection, sent.block)
+            self._send_apart(self._connection, sent.block)
+
+    def _send_apart(self, connection: socket.socket, block: Tensor) -> None:
+        """Send ``block`` in memory of its own: the other end reads it when it has time."""
+        fd = os.memfd_create("pipeoptim-kept")
+        try:
+            with open(fd, "wb", closefd=False) as memory:
+                memory.write(_bytes_of(block))
+            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
+            while True:
+                try:  # not by socket.send_fds, which ignores its flags
+                    connection.sendmsg([b"+"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                    return
+                except BlockingIOError:
+                    self._wait_until_writable()
+        finally:
+            os.close(fd)
 
     def _wait_until_writable(self) -> None:
         assert self._connection is not None
@@ -264,17 +280,6 @@ class KeptLink:
 
 def _bytes_of(block: Tensor) -> memoryview:
     return memoryview(cast(Any, block.numpy()))
-
-
-def _send_apart(connection: socket.socket, block: Tensor) -> None:
-    """Send ``block`` in memory of its own, which nobody has to wait for: the other end reads it when it has time."""
-    fd = os.memfd_create("pipeoptim-kept")
-    try:
-        with open(fd, "wb", closefd=False) as memory:
-            memory.write(_bytes_of(block))
-        socket.send_fds(connection, [b"+"], [fd])
-    finally:
-        os.close(fd)
 
 
 def _receive_apart(connection: socket.socket, block: Tensor) -> None:
