@@ -7,10 +7,13 @@ import socket
 import threading
 import time
 from collections import deque
+from functools import partial
 
 import pytest
 import torch
+from torch._C._distributed_c10d import HashStore
 
+from pipeoptim.engine.processes.kept_connections import BoundaryListener, call
 from pipeoptim.engine.transport import kept_link
 from pipeoptim.engine.transport.kept_link import KeptLink, LinkSet
 from pipeoptim.errors import StageFailure
@@ -152,3 +155,19 @@ def test_an_end_whose_large_messages_do_not_fit_reads_meanwhile(more: int, monke
     done = list[bool]()
     both(fill, answer)
     assert done
+
+
+def test_a_neighbour_that_has_ended_is_not_waited_for_until_it_is_there_again() -> None:
+    store = HashStore()
+    listener = BoundaryListener(store, 0, 0)
+    links = LinkSet()
+    one = links.add(1, partial(call, store, 0, 0), 1.0)
+    other = LinkSet().add(0, listener.accept, 10.0)
+    both(lambda: send(one, range(2)), lambda: receive(other, range(2)))
+    earlier = image_of(other)
+    other.close()
+    listener.close()
+    links.look_after()  # as where a last meeting waits for what may be there already
+    listener.listen(store, 1)
+    both(links.look_after, lambda: send(earlier, range(1)))
+    receive(one, range(1))

@@ -158,9 +158,18 @@ class KeptLink:
         self._log.clear()
 
     def look_after(self) -> None:
-        """Make a new connection if the neighbour has let go of this one. Does not wait otherwise."""
+        """Make a new connection if the neighbour has let go of this one and is there again.
+
+        It is not waited for: perhaps it has done its work and ended, and what this process waits for elsewhere is there already.
+        """
         if self._connection is not None and self._hung_up():
-            self.restore()
+            try:
+                connection = self._dial(_LOOK)
+            except StageFailure:
+                return
+            self.drop()
+            with suppress(OSError):  # it has died again, which the next look sees
+                self._begin(connection)
 
     def restore(self) -> None:
         """Connect anew, and send what the neighbour lacks."""
