@@ -11,7 +11,7 @@ import griffe
 
 import pipeoptim
 
-ROLE = re.compile(r":[a-z]+:`(~?)([\w.]+)`")
+ROLE = re.compile(r":[a-z]+:`(~?)(?:([^`<]+) <)?([\w.]+)>?`")  # :class:`~path`, :class:`title <path>`
 CODE = re.compile(r"``([^`]+)``")
 EXAMPLE = re.compile(r"^( *)Example:$", re.MULTILINE)
 
@@ -63,6 +63,8 @@ def without_roles(text: str) -> str:
 
     >>> without_roles("see :class:`~pipeoptim.Clip` and :func:`len`, not ``x``")
     'see [`Clip`][pipeoptim.Clip] and `len`, not `x`'
+    >>> without_roles(":meth:`eval_step <pipeoptim.Emulator.eval_step>`")
+    '[`eval_step`][pipeoptim.Emulator.eval_step]'
     """
     return CODE.sub(r"`\1`", ROLE.sub(_link, text))
 
@@ -73,8 +75,8 @@ def _for_griffe(text: str) -> str:
 
 
 def _link(found: re.Match[str]) -> str:
-    short, path = found.groups()
-    shown = path.rsplit(".", 1)[-1] if short else path
+    short, title, path = found.groups()
+    shown = title or (path.rsplit(".", 1)[-1] if short else path)
     return f"[`{shown}`][{path}]" if _is_public(path) else f"`{shown}`"
 
 

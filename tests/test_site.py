@@ -43,6 +43,8 @@ def test_every_page_and_every_public_name_is_there(site):
     assert {"pipeoptim.Emulator.step", "pipeoptim.Schedule.drain"} <= told, "what is inherited is there as well"
     reference = (site / "api/engine.html").read_text()
     assert "on_bad" in reference and ":class:" not in reference, "options are shown as help() shows them, roles as links"
+    shown = {path.name: re.sub(r"<[^>]+>", "", path.read_text()) for path in (site / "api").glob("*.html")}
+    assert {name: found for name, text in shown.items() if (found := re.findall(r":(?:class|func|meth|data|mod):", text))} == {}
 
 
 def test_nothing_is_fetched_from_elsewhere(site):
