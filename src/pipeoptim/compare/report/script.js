@@ -22,7 +22,7 @@
   function lines(one, chart, width) {
     const overTime = chosen("axis") === "seconds";
     if (hidden.has(one.name) || (overTime && one.seconds === null)) return [];
-    const look = { name: one.name, colour: css(one.colour), dash: { dash: "7 3", dot: "2 2", dashdot: "7 2 2 2" }[one.dash] };
+    const look = { name: one.name, colour: css(one.colour), dash: one.dash };
     const xs = (line) => (overTime ? line.x.map((step) => step * one.seconds) : line.x);
     const ys = (line) => (chart === "train" ? smoothed(line.y, width) : line.y);
     const ended = one[chart].filter((line) => !line.lost), out = [];

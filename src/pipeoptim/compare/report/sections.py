@@ -76,7 +76,7 @@ def charts(series: Sequence[Series], seeds: int = 1) -> str:
     chips = "".join(
         f'<button type=button class=chip aria-pressed=true data-method="{escape(one.name)}">'
         f'<svg width=22 height=8 aria-hidden=true><line x1=0 y1=4 x2=22 y2=4 stroke="var({one.colour})" stroke-width=3 '
-        f'stroke-dasharray="{_DASHES[one.dash]}"/></svg>{escape(one.name)}</button>'
+        f'stroke-dasharray="{one.dash}"/></svg>{escape(one.name)}</button>'
         for one in series
     )
     timed = any(one.seconds is not None for one in series)
@@ -111,9 +111,6 @@ def charts(series: Sequence[Series], seeds: int = 1) -> str:
         f"<p class=quiet>{hint}{band} A cross marks where a run was lost. The steep beginning may be above the top. Draw a frame "
         "with the mouse to look closer; a double click leads back, and another one shows all.</p></section>"
     )
-
-
-_DASHES = {"solid": "none", "dash": "7 3", "dot": "2 2", "dashdot": "7 2 2 2"}
 
 
 def table(comparison: Comparison) -> str:

@@ -22,6 +22,9 @@ SMOOTH = 30
 #: Colours that the style sheet has: for asynchronous methods, and for synchronous ones.
 HUES, GREYS = 10, 2
 
+#: How lines that share a colour are told apart: solid, dashed, dotted, both.
+DASHES = ("none", "7 3", "2 2", "7 2 2 2")
+
 #: Part of a run whose steep beginning may be above the top of the chart.
 BEGINNING = 0.2
 
@@ -42,7 +45,7 @@ class Series:
     Args:
         name: of the method.
         colour: name of a variable of the style sheet.
-        dash: how the line is drawn, for those that share a colour.
+        dash: stroke-dasharray of the line, for those that share a colour.
         train, validation: a line for each seed; where a run has more than ``POINTS`` steps, means of neighbouring ones.
         seconds: mean time of a step, to draw it over time; None where times are those of one core.
     """
@@ -105,14 +108,14 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     for name in [*METHODS, *(n for n in names if n not in METHODS)]:
         family = name.split("+")[0].split("(")[0]
         if get_method(name).program(1, 1).flushes:
-            looks[name] = (f"--grey-{greys % GREYS}", ("solid", "dot")[greys // GREYS % 2])
+            looks[name] = (f"--grey-{greys % GREYS}", DASHES[:3:2][greys // GREYS % 2])
             greys += 1
             continue
         if family not in families:
             families.append(family)
         colour = f"--hue-{families.index(family) % HUES}"
         same = sum(other == colour for other, _ in looks.values())
-        looks[name] = (colour, ("solid", "dash", "dot", "dashdot")[same % 4])
+        looks[name] = (colour, DASHES[same % len(DASHES)])
     return looks
 
 
