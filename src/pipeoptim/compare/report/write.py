@@ -76,4 +76,4 @@ def _write_run_report(path: Path) -> Path:
 
 def _again(path: Path) -> str:
     """The command that trains the same once more."""
-    return shlex.join(["pipeoptim", "train", "--config", str(path / "config.json"), "--name", f"{path.resolve().name}-again"])
+    return shlex.join(["pipeoptim", "train", "--config", str(RunDir(path).config), "--name", f"{path.resolve().name}-again"])
