@@ -75,6 +75,14 @@ def test_slow_links_between_nodes_keep_replicas_within_them():
     assert [cluster.link(0, d).bandwidth / 1e9 for d in (1, 2, 3, 4, 7)] == [100, 10, 10, 1, 1]
 
 
+def test_where_nothing_takes_time_no_plan_is_worse():
+    profile = uneven((0.0, 0.0))
+    free = tuple(replace(b, output_bytes=(0.0, 0.0), gradient_bytes=(0.0, 0.0), weight_bytes=0.0) for b in profile.blocks)
+    profile = replace(profile, blocks=free, link=replace(profile.link, latency=0.0))
+    found = find_plans(request(profile, 2, methods=("pipeoptim",), links="1000:0"))
+    assert [found.loss(other) for other in found.alternatives.values() if other] == [0.0] * 4
+
+
 def planned(capsys, *arguments):
     code = _run(["plan", "--objective", "time", *arguments])
     out = capsys.readouterr()
@@ -106,6 +114,10 @@ def test_the_command_prints_the_plan_and_how_to_run_it(capsys, tmp_path):
         (("--devices", "2", "--synthetic", "--nodes", "x"), "cannot be read; write sizes of the inner levels as 8,4"),
         (("--devices", "2", "--synthetic", "--memory", "0.001"), "on 2 devices of 0.001 GiB was found"),
         (("--devices", "0", "--synthetic"), "devices is 0, must be at least 1"),
+        (("--devices", "20000", "--synthetic", "--sizes", "layers=2"), "devices is 20000, must be at most 10,000"),
+        (("--devices", "2", "--synthetic", "--sizes", "layers=6000"), "6,000 blocks are more than the 5,000"),
+        (("--devices", "2", "--synthetic", "--links", "1e-320"), "must have at least 1, of at least 0 and above 0"),
+        (("--devices", "2", "--synthetic", "--speed", "1e308"), "must be numbers above 0 (1e-30 to 1e+30)"),
     ],
 )
 def test_what_cannot_be_planned_is_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):

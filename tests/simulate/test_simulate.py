@@ -294,6 +294,18 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
         (("--synthetic", "--mini-batches", "0"), "mini-batches is 0, must be at least 1"),
         (("--synthetic", "--mini-batches", "9000000"), "are more than the 20,000,000 that can be simulated"),
         (("--synthetic", "--trace", "nowhere/t.json"), "the folder nowhere does not exist"),
+        (("--synthetic", "--stages", "1000000000"), "1,000,000,000 blocks are more than the 100,000 of a formula"),
+        (("--synthetic", "--sizes", "layers=6000"), "6,000 blocks are more than the 5,000 that a cut is looked for of"),
+        (("--synthetic", "--sizes", "width=1e300"), "width is 1e+300, must be a number above 0"),
+        (("--synthetic", "--sizes", "flops=1e-320"), "flops is 9.99989e-321, must be a number above 0 (at least 1e-30)"),
+        (("--synthetic", "--sizes", "width=1e29"), "forward of block block 0 is 3.15"),
+        (("--synthetic", "--bandwidth", "1e-320"), "bytes per second, must be above 0 (at least 1e-30)"),
+        (("--synthetic", "--delay", "1e308"), "delay is 1e+305, must be a number of at least 0 and at most 1e+30"),
+        (("--synthetic", "--jitter", "1000"), "jitter is 1000, must be a number of at least 0 and at most 10"),
+        (("--synthetic", "--straggler", "0:1e300"), "the straggler of stage 0 is 1e+300 times as slow"),
+        (("--synthetic", "--jitter", "0.1", "--seed", "-1"), "seed is -1, must be at least 0"),
+        (("--synthetic", "--mtbf", "1e5", "--recovery", "1", "--checkpoint-every", "1e-6"), "make checkpoints less often"),
+        (("--synthetic", "--mtbf", "0.03", "--recovery", "1"), "fail so often that no checkpoint"),
     ],
 )
 def test_what_cannot_be_simulated_is_refused_in_a_sentence(arguments, words, capsys, tmp_path, monkeypatch):
@@ -315,6 +327,15 @@ def test_damaged_profiles_are_refused(tmp_path):
         "forward of block block 0 is -1": json.dumps({**whole, "blocks": [{**whole["blocks"][0], "forward": [-1, 0]}]}),
         "rows is [8, 4], must be": json.dumps({**whole, "rows": [8, 4]}),
         "is damaged (KeyError: 'optimizer')": json.dumps({key: value for key, value in whole.items() if key != "optimizer"}),
+        "forward of block block 0 is None, must be a list": json.dumps(
+            {**whole, "blocks": [{**whole["blocks"][0], "forward": None}]}
+        ),
+        "weight_bytes of block block 0 is 1000": json.dumps(
+            {**whole, "blocks": [{**whole["blocks"][0], "weight_bytes": 10**400}]}
+        ),
+        "bandwidth of the link is True": json.dumps({**whole, "link": {"latency": 0, "bandwidth": True}}),
+        "batch_rows is 64.5, must be a whole number": json.dumps({**whole, "batch_rows": 64.5}),
+        "spread is 1000, must be at most 10": json.dumps({**whole, "spread": 1000}),
         "has 1 numbers for 2 sizes": json.dumps({**whole, "blocks": [{**whole["blocks"][0], "forward": [1]}]}),
     }
     for words, text in cases.items():

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.simulate.figures import LEAST, MOST, is_divisor, is_figure
 from pipeoptim.simulate.profile import LinkProfile
+
+MOST_DEVICES = 10_000
 
 
 @dataclass(frozen=True)
@@ -40,18 +43,20 @@ class Cluster:
 
     def __post_init__(self) -> None:
         for level in self.levels:
-            if level.size < 1 or not isfinite(level.latency) or level.latency < 0 or not level.bandwidth > 0:
+            if level.size < 1 or not is_figure(level.latency) or not is_divisor(level.bandwidth):
                 raise ConfigError(
                     f"a level of the cluster has {level.size} members, links of {level.latency:g} s and {level.bandwidth:g} bytes/s, "
-                    "must have at least 1, of at least 0 and above 0"
+                    f"must have at least 1, of at least 0 and above 0 (up to {MOST:g} s, from {LEAST:g} bytes/s)"
                 )
         room = 1
         for level in self.levels:
             room *= level.size
         if room < len(self.speeds):
             raise ConfigError(f"the cluster has room for {room} devices, not for {len(self.speeds)}; give larger levels")
-        if not self.speeds or not all(isfinite(speed) and speed > 0 for speed in self.speeds):
-            raise ConfigError(f"speeds are {list(self.speeds)}, must be numbers above 0, one for each device")
+        if not self.speeds or not all(is_figure(speed) and is_divisor(speed) for speed in self.speeds):
+            raise ConfigError(
+                f"speeds are {list(self.speeds)}, must be numbers above 0 ({LEAST:g} to {MOST:g}), one for each device"
+            )
         if not self.memory > 0:
             raise ConfigError(f"memory is {self.memory:g} bytes, must be above 0")
 
@@ -90,6 +95,8 @@ def read_cluster(devices: int, sizes: str, links: str, speeds: Sequence[float] =
     """
     if devices < 1:
         raise ConfigError(f"devices is {devices}, must be at least 1")
+    if devices > MOST_DEVICES:
+        raise ConfigError(f"devices is {devices}, must be at most {MOST_DEVICES:,}")
     try:
         inner = [int(part) for part in sizes.split(",")] if sizes else []
         each = [part.partition(":") for part in links.split(",")]

@@ -7,7 +7,13 @@ from math import isfinite
 
 import numpy as np
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
+
+MOST_SEGMENTS = 1_000_000
+"""Of the work between two checkpoints, in a run: of 200 draws a few seconds."""
+
+MOST_ATTEMPTS = 2_000_000
+"""At these segments, in a run, on average."""
 
 
 @dataclass(frozen=True)
@@ -49,14 +55,19 @@ def useful_shares(failures: Failures, devices: int, seconds: float, draws: int =
     """
     random = np.random.default_rng(seed)
     segment = failures.checkpoint_every + failures.checkpoint
-    segments = max(1, round(seconds / failures.checkpoint_every))
+    segments = max(1, round(min(seconds / failures.checkpoint_every, 2.0 * MOST_SEGMENTS)))
+    if segments > MOST_SEGMENTS:
+        raise ConfigError(
+            f"a run of {seconds:g} s with a checkpoint every {failures.checkpoint_every:g} s has more than "
+            f"{counted(MOST_SEGMENTS, 'checkpoint')}; make checkpoints less often"
+        )
     rate = devices / failures.mtbf
     # Attempts that fail before a segment is done: geometric. How long each lasted: exponential, given that it is below the segment.
     success = np.exp(-rate * segment)
-    if success < 1e-12:
+    if success * MOST_ATTEMPTS < segments:
         raise ConfigError(
             f"{devices} devices with an MTBF of {failures.mtbf / 3600:g} h fail so often that no checkpoint, every "
-            f"{failures.checkpoint_every:g} s, is ever reached; make checkpoints more often"
+            f"{failures.checkpoint_every:g} s, is reached in a reasonable time; make checkpoints more often"
         )
     shares = []
     for _ in range(draws):

@@ -16,14 +16,14 @@ from math import ceil, inf
 
 import numpy as np
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 from pipeoptim.methods import Method, copies
 from pipeoptim.partitioning.balance import best_cut_by_costs
 from pipeoptim.schedule import ORDERS, Program
 from pipeoptim.simulate.cluster import Cluster
 from pipeoptim.simulate.profile import Profile
 from pipeoptim.simulate.result import Simulation
-from pipeoptim.simulate.scenario import Conditions, Scenario
+from pipeoptim.simulate.scenario import MOST_CUT, Conditions, Scenario
 from pipeoptim.simulate.simulate import simulate
 from pipeoptim.simulate.stage_costs import MOST_ACTIONS, stage_costs
 
@@ -63,6 +63,11 @@ class PlanRequest:
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
             raise ConfigError(f"objective is {self.objective!r}, must be one of {', '.join(OBJECTIVES)}")
+        if len(self.profile.blocks) > MOST_CUT:
+            raise ConfigError(
+                f"{counted(len(self.profile.blocks), 'block')} are more than the {MOST_CUT:,} that a cut is looked for of; profile the "
+                "model in larger blocks"
+            )
 
 
 @dataclass(frozen=True)
@@ -155,7 +160,10 @@ class FoundPlans:
 
     def loss(self, other: RankedPlan) -> float:
         """By what share ``other`` is worse than the best."""
-        return other.goal[0] / self.best.goal[0] - 1
+        least, value = self.best.goal[0], other.goal[0]
+        if least == 0:  # a profile in which nothing takes time
+            return inf if value else 0.0
+        return value / least - 1
 
 
 RESPECTS = {"method": (0,), "stages or replicas": (1, 2), "micro-batches": (3,), "slack": (4,), "recomputation": (5,)}

@@ -6,15 +6,18 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from functools import lru_cache
-from math import isfinite
 from pathlib import Path
 from typing import Any
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import read_object, write_durably
+from pipeoptim.simulate.figures import LEAST, MOST, is_divisor, is_figure
 from pipeoptim.version import __version__
 
 FORMAT = 1
+
+MOST_SPREAD = 10.0
+"""Sigma of a log-normal factor: one draw in six is then more than e^10."""
 
 UNITS = {
     "forward": "seconds of a micro-batch, one number per entry of rows",
@@ -162,7 +165,7 @@ def read_profile(path: Path) -> Profile:
             f"{path} is no profile of format {FORMAT} (it says {data.get('format')!r}); make it anew with pipeoptim profile"
         )
     try:
-        return _checked(_profile(data))
+        return checked(_profile(data))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -189,16 +192,28 @@ def _profile(data: dict[str, Any]) -> Profile:
     )
 
 
-def _checked(found: Profile) -> Profile:
+def checked(found: Profile) -> Profile:
+    """The same.
+
+    Raises:
+        ConfigError: it holds a figure that cannot be.
+    """
     if not found.blocks:
         raise ConfigError("a profile needs at least one block")
     if not found.rows or list(found.rows) != sorted(set(found.rows)):
         raise ConfigError(f"rows is {list(found.rows)}, must be sizes of micro-batches in ascending order")
     for what, value, least in _figures(found):
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not isfinite(value) or value < least:
-            raise ConfigError(f"{what} is {value!r}, must be a number of at least {least:g}")
-    if found.link.bandwidth is not None and not found.link.bandwidth > 0:
-        raise ConfigError(f"bandwidth of the link is {found.link.bandwidth!r}, must be above 0, or null for no limit")
+        if not is_figure(value) or value < least:
+            raise ConfigError(f"{what} is {value!r}, must be a number of at least {least:g} and at most {MOST:g}")
+    for what, value in (("batch_rows", found.batch_rows), *(("an entry of rows", size) for size in found.rows)):
+        if not isinstance(value, int):
+            raise ConfigError(f"{what} is {value!r}, must be a whole number")
+    if found.spread > MOST_SPREAD:
+        raise ConfigError(f"spread is {found.spread:g}, must be at most {MOST_SPREAD:g}")
+    if found.link.bandwidth is not None and not is_divisor(found.link.bandwidth):
+        raise ConfigError(
+            f"bandwidth of the link is {found.link.bandwidth!r}, must be a number above 0 (at least {LEAST:g}), or null for no limit"
+        )
     return found
 
 
@@ -208,10 +223,15 @@ def _figures(found: Profile) -> list[tuple[str, Any, float]]:
     figures += [("an entry of rows", size, 1) for size in found.rows]
     for block in found.blocks:
         for name, value in asdict(block).items():
-            if isinstance(value, tuple):
-                if len(value) != len(found.rows):
-                    raise ConfigError(f"{name} of block {block.name} has {len(value)} numbers for {len(found.rows)} sizes")
-                figures += [(f"{name} of block {block.name}", one, 0) for one in value]
+            if name in ("name", "weight_bytes"):
+                continue
+            if not isinstance(value, tuple):
+                raise ConfigError(
+                    f"{name} of block {block.name} is {value!r}, must be a list with a number for each entry of rows"
+                )
+            if len(value) != len(found.rows):
+                raise ConfigError(f"{name} of block {block.name} has {len(value)} numbers for {len(found.rows)} sizes")
+            figures += [(f"{name} of block {block.name}", one, 0) for one in value]
         figures.append((f"weight_bytes of block {block.name}", block.weight_bytes, 0))
     for kind in ("step", "predict", "copy"):
         figures += [(f"{part} of {kind}", value, 0) for part, value in asdict(getattr(found.optimizer, kind)).items()]

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from math import isfinite
 
 import numpy as np
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 from pipeoptim.methods import Method
 from pipeoptim.schedule import Program
-from pipeoptim.simulate.profile import LinkProfile, Profile
+from pipeoptim.simulate.figures import LEAST, MOST, is_divisor, is_figure
+from pipeoptim.simulate.profile import MOST_SPREAD, LinkProfile, Profile
 
 MOST_DRAWS = 1000
+
+MOST_CUT = 5000
+"""Blocks whose best cut is looked for: an array over all ranges of them has 200 MB."""
 
 PerBoundary = float | tuple[float, ...]
 """The same on every boundary between two stages, or a number for each of the D-1 boundaries."""
@@ -40,20 +43,23 @@ class Conditions:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for what, value in (("delay", self.delay), ("jitter", self.jitter)):
+        for what, value, most in (("delay", self.delay, MOST), ("jitter", self.jitter, MOST_SPREAD)):
             for one in _numbers(value):
-                if not isfinite(one) or one < 0:
-                    raise ConfigError(f"{what} is {one:g}, must be a number of at least 0")
+                if not is_figure(one) or one > most:
+                    raise ConfigError(f"{what} is {one:g}, must be a number of at least 0 and at most {most:g}")
         for one in _numbers(self.bandwidth):
-            if not one > 0:
-                raise ConfigError(f"bandwidth is {one:g} bytes per second, must be above 0")
+            if not is_divisor(one):
+                raise ConfigError(f"bandwidth is {one:g} bytes per second, must be above 0 (at least {LEAST:g})")
         for k, factor in self.stragglers.items():
-            if not isfinite(factor) or factor <= 0:
+            if not is_figure(factor) or not is_divisor(factor):
                 raise ConfigError(
-                    f"the straggler of stage {k} is {factor:g} times as slow, must be a number above 0, as in {k}:1.5"
+                    f"the straggler of stage {k} is {factor:g} times as slow, must be a number above 0, as in {k}:1.5 "
+                    f"({LEAST:g} to {MOST:g})"
                 )
         if not 1 <= self.draws <= MOST_DRAWS:
             raise ConfigError(f"draws is {self.draws}, must be from 1 to {MOST_DRAWS}")
+        if self.seed < 0:
+            raise ConfigError(f"seed is {self.seed}, must be at least 0")
 
     def check_depth(self, depth: int) -> None:
         """Raises ConfigError where a straggler is no stage, or a list has not a number for every boundary."""
@@ -173,7 +179,7 @@ def even_cut(profile: Profile, depth: int, rows: float, speeds: Sequence[float] 
     """Blocks per stage whose slowest stage is the fastest, by F and B of a micro-batch.
 
     Raises:
-        ConfigError: there are more stages than blocks.
+        ConfigError: there are more stages than blocks, or too many blocks.
     """
     blocks = profile.blocks
     if depth == len(blocks):
@@ -181,6 +187,10 @@ def even_cut(profile: Profile, depth: int, rows: float, speeds: Sequence[float] 
     if depth > len(blocks):
         raise ConfigError(
             f"stages is {depth}, but the profile of {profile.model} has {len(blocks)} blocks; use 1 to {len(blocks)}"
+        )
+    if len(blocks) > MOST_CUT:
+        raise ConfigError(
+            f"{counted(len(blocks), 'block')} are more than the {MOST_CUT:,} that a cut is looked for of; give the cut"
         )
     from pipeoptim.partitioning.balance import (
         best_cut_by_costs,

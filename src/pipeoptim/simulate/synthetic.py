@@ -9,11 +9,13 @@ activations: Korthikanti et al., MLSys 2023, equation 1, here with an attention 
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass, fields
-from math import isfinite
+from dataclasses import asdict, dataclass, fields, replace
 
-from pipeoptim.errors import ConfigError, unknown_name
-from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile
+from pipeoptim.errors import ConfigError, counted, unknown_name
+from pipeoptim.simulate.figures import LEAST, MOST, is_divisor, is_figure
+from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile, checked
+
+MOST_BLOCKS = 100_000
 
 
 @dataclass(frozen=True)
@@ -44,9 +46,10 @@ class TransformerSizes:
     def __post_init__(self) -> None:
         for one in fields(self):
             value = getattr(self, one.name)
-            least = 0 if one.name in ("layers", "latency") else None
-            if not isfinite(value) or (value < 0 if least == 0 else value <= 0):
-                raise ConfigError(f"{one.name} is {value:g}, must be a number {'of at least' if least == 0 else 'above'} 0")
+            may_be_zero = one.name in ("layers", "latency")
+            if not is_figure(value) or not (may_be_zero or is_divisor(value)):
+                least = "of at least 0" if may_be_zero else f"above 0 (at least {LEAST:g})"
+                raise ConfigError(f"{one.name} is {value:g}, must be a number {least} and at most {MOST:g}")
         if self.efficiency > 1:
             raise ConfigError(f"efficiency is {self.efficiency:g}, must be at most 1: the share of the peak that is reached")
 
@@ -86,10 +89,18 @@ def synthetic(sizes: TransformerSizes, stages: int) -> Profile:
         sizes: of model, devices and links.
         stages: blocks where ``sizes.layers`` is 0.
 
+    Raises:
+        ConfigError: too many blocks, or figures that are beyond all that can be reckoned with.
+
     Example:
         >>> synthetic(TransformerSizes(), stages=8).synthetic
         True
     """
+    count = sizes.layers or stages
+    if count > MOST_BLOCKS:
+        raise ConfigError(
+            f"{counted(count, 'block')} are more than the {MOST_BLOCKS:,} of a formula; give fewer layers or stages"
+        )
     h, length, e = sizes.width, sizes.sequence, sizes.bytes
     weights = (12 * h * h + 13 * h) * e
     rows = (1, sizes.rows) if sizes.rows > 1 else (1,)
@@ -98,8 +109,7 @@ def synthetic(sizes: TransformerSizes, stages: int) -> Profile:
     kept = tuple(17 * one for one in output)
     one_pass = 1 / sizes.memory_bandwidth
     blocks = tuple(
-        BlockProfile(f"block {n}", forward, tuple(2 * f for f in forward), output, output, kept, weights)
-        for n in range(sizes.layers or stages)
+        BlockProfile(f"block {n}", forward, tuple(2 * f for f in forward), output, output, kept, weights) for n in range(count)
     )
     optimizer = OptimizerProfile(
         "AdamW",
@@ -108,7 +118,7 @@ def synthetic(sizes: TransformerSizes, stages: int) -> Profile:
         copy=PassCost(0.0, 2 * one_pass),
         state_bytes=2.0,
     )
-    return Profile(
+    found = Profile(
         model=f"transformer of width {h}",
         synthetic=True,
         batch_rows=sizes.rows,
@@ -118,3 +128,6 @@ def synthetic(sizes: TransformerSizes, stages: int) -> Profile:
         link=LinkProfile(sizes.latency, sizes.bandwidth),
         made={"formula": __name__, "sizes": asdict(sizes)},
     )
+    if blocks:  # the first is as all of them
+        checked(replace(found, blocks=blocks[:1]))
+    return found
