@@ -152,6 +152,7 @@ def small_scenarios():
 def test_simpy_finds_the_same_times(one):
     timed = timed_events(one)
     ends = timed.ends(timed.drawn(range(1)))[:, 0]
+    assert len(timed.table) == one.actions
     expected = simulated_by_simpy(one, timed.costs)
     count = len(timed.table)
     found = {
@@ -294,6 +295,11 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
         (("--synthetic", "--mini-batches", "0"), "mini-batches is 0, must be at least 1"),
         (("--synthetic", "--mini-batches", "9000000"), "are more than the 20,000,000 that can be simulated"),
         (("--synthetic", "--trace", "nowhere/t.json"), "the folder nowhere does not exist"),
+        (
+            ("--synthetic", "--trace", "t", "--picture", "t"),
+            "t is asked for by --trace as well; choose another file for --picture",
+        ),
+        (("--synthetic", "--mini-batches", "20000", "--trace", "t"), "a trace of 240,000 actions is more than viewers open"),
         (("--synthetic", "--stages", "1000000000"), "1,000,000,000 blocks are more than the 100,000 of a formula"),
         (("--synthetic", "--sizes", "layers=6000"), "6,000 blocks are more than the 5,000 that a cut is looked for of"),
         (("--synthetic", "--sizes", "width=1e300"), "width is 1e+300, must be a number above 0"),

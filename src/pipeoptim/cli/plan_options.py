@@ -8,6 +8,7 @@ from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.simulations import chosen_profile, show_simulation
 from pipeoptim.errors import ConfigError, counted
 
@@ -46,8 +47,7 @@ def search_plan(
 
     if devices is None:
         raise ConfigError("--objective needs --devices: how many there are")
-    if options.out is not None and (options.out.exists() or not options.out.parent.is_dir()):
-        raise ConfigError(f"{options.out} exists, or its folder does not; choose another file for --out")
+    check_new_files({"--out": options.out})
     profile = chosen_profile(options.profile, options.synthetic, options.sizes, devices)
     cluster = _cluster(options, profile, devices, memory, speeds or [])
     found = find_plans(_request(options, profile, cluster, wanted))

@@ -136,6 +136,11 @@ class Scenario:
         return self.profile.batch_rows // (self.program.microbatches * self.replicas)
 
     @property
+    def actions(self) -> int:
+        """Of one replica in the whole run."""
+        return self.program.depth * self.minibatches * (2 * self.program.microbatches + 1)
+
+    @property
     def jitter(self) -> float:
         """Sigma of the factor on every F and B."""
         return self.profile.spread if self.conditions.jitter is None else self.conditions.jitter

@@ -53,11 +53,6 @@ class TimedEvents:
     prepares: Seconds
     arrives: Seconds
 
-    @property
-    def actions(self) -> int:
-        """Of all replicas."""
-        return len(self.table) * self.scenario.replicas
-
     @cached_property
     def varying(self) -> Numbers:
         """The events that jitter: F and B of all replicas."""
@@ -85,7 +80,7 @@ def timed_events(scenario: Scenario) -> TimedEvents:
         ConfigError: it is more than fits into memory.
     """
     program, replicas = scenario.program, scenario.replicas
-    count = program.depth * scenario.minibatches * (2 * program.microbatches + 1) * replicas
+    count = scenario.actions * replicas
     if count > MOST_EVENTS:
         raise ConfigError(
             f"{counted(count, 'action')} are more than the {MOST_EVENTS:,} that can be simulated; simulate fewer mini-batches: their "

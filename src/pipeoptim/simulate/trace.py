@@ -8,6 +8,7 @@ import numpy as np
 
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.schedule.actions_table import KINDS, B, F
+from pipeoptim.simulate.scenario import Scenario
 from pipeoptim.simulate.timed_events import TimedEvents
 from pipeoptim.telemetry.trace.chrome import to_chrome
 from pipeoptim.telemetry.trace.picture import picture
@@ -20,6 +21,19 @@ MOST_TRACED = 200_000
 TITLE = "simulated"
 
 
+def check_traceable(scenario: Scenario) -> None:
+    """Before anything of ``scenario`` is simulated.
+
+    Raises:
+        ConfigError: its trace would be more than a viewer opens.
+    """
+    if scenario.actions > MOST_TRACED:
+        raise ConfigError(
+            f"a trace of {counted(scenario.actions, 'action')} is more than viewers open ({MOST_TRACED:,}); simulate fewer mini-batches or "
+            "stages"
+        )
+
+
 def stage_traces(timed: TimedEvents) -> list[StageTrace]:
     """What every stage of the first replica does in the first draw, in nanoseconds.
 
@@ -27,10 +41,7 @@ def stage_traces(timed: TimedEvents) -> list[StageTrace]:
         ConfigError: that is more than a viewer opens.
     """
     scenario, table = timed.scenario, timed.table
-    if len(table) > MOST_TRACED:
-        raise ConfigError(
-            f"a trace of {counted(len(table), 'action')} is more than viewers open ({MOST_TRACED:,}); simulate fewer mini-batches or stages"
-        )
+    check_traceable(scenario)
     seed = scenario.conditions.seed
     lasts = timed.drawn(range(seed, seed + 1))[:, 0]
     ends = timed.ends(lasts)

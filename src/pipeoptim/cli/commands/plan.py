@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from pipeoptim.cli.measured_models import moved_to, of_config, own_model
+from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.plan_options import SearchOptions, search_plan
 from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption, given, takes_settings
 from pipeoptim.errors import ConfigError, counted
@@ -129,11 +130,7 @@ def plan(
     keep_freed_memory()
     chosen, slack = get_method(wanted["method"]), read_slack(wanted["slack"])
     refresh = refresh_every(wanted["prediction"], wanted.get("refresh") or None)
-    for option, path in (("--picture", picture), ("--svg", svg)):
-        if path is not None and path.exists():
-            raise ConfigError(f"{path} exists; choose another file for {option}")
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"the folder {path.parent} does not exist; make it, or choose another file for {option}")
+    check_new_files({"--picture": picture, "--svg": svg})
     if model is not None and (recipe is not None or tiny):
         other = f"recipe {recipe!r}" if recipe is not None else "--tiny, which is of recipes,"
         raise ConfigError(f"model {model!r} and {other} were given; leave one out")

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from typer import Option
 
 from pipeoptim.cli.measured_models import moved_to, of_config, own_model
+from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption
 from pipeoptim.errors import ConfigError, counted
 
@@ -63,10 +64,7 @@ def profile(
     from pipeoptim.bench.model_profile import measure_profile
     from pipeoptim.train.config_file import chosen_run
 
-    if out.exists():
-        raise ConfigError(f"{out} exists; choose another file for --out")
-    if not out.parent.is_dir():
-        raise ConfigError(f"the folder {out.parent} does not exist; make it, or choose another file for --out")
+    check_new_files({"--out": out})
     if repeats < 5:
         raise ConfigError(f"repeats is {repeats}, must be at least 5")
     chosen = (recipe, tiny, model, data, set_options, config_file, microbatches, layers)

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
+from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.settings import given, takes_settings
 from pipeoptim.cli.simulations import chosen_profile, show_simulation
 from pipeoptim.errors import ConfigError
@@ -87,16 +88,15 @@ def simulate(
     """
     from pipeoptim.simulate.simulate import summary
     from pipeoptim.simulate.timed_events import timed_events
+    from pipeoptim.simulate.trace import check_traceable, chrome_trace, drawing, stage_traces
 
-    for option, path in (("--trace", trace), ("--picture", picture)):
-        if path is not None and path.exists():
-            raise ConfigError(f"{path} exists; choose another file for {option}")
-        if path is not None and not path.parent.is_dir():
-            raise ConfigError(f"the folder {path.parent} does not exist; make it, or choose another file for {option}")
+    check_new_files({"--trace": trace, "--picture": picture})
     wanted = given(settings)
     conditions = _conditions(delay, bandwidth, jitter, straggler, draws, seed)
     failures = _failures(mtbf, recovery, checkpoint_every, checkpoint_seconds)
     scenario = _scenario(chosen_profile(profile, synthetic, sizes, wanted["stages"]), wanted, mini_batches, cut, conditions)
+    if trace is not None or picture is not None:
+        check_traceable(scenario)
     timed = timed_events(scenario)
     found = summary(timed, failures)
     if as_json:
@@ -104,8 +104,6 @@ def simulate(
     else:
         show_simulation(found, scenario)
     if trace is not None or picture is not None:
-        from pipeoptim.simulate.trace import chrome_trace, drawing, stage_traces
-
         stages = stage_traces(timed)
         if trace is not None:
             trace.write_text(json.dumps(chrome_trace(stages), separators=(",", ":")), encoding="utf-8")
