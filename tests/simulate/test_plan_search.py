@@ -109,6 +109,8 @@ def test_the_command_prints_the_plan_and_how_to_run_it(capsys, tmp_path):
         ((), "--objective needs --devices"),
         (("--devices", "2"), "give either --profile FILE"),
         (("--devices", "2", "--synthetic", "--tiny"), "leave the options that name, measure or draw a model out"),
+        (("--devices", "2", "--synthetic", "--device", "cuda"), "leave the options that name, measure or draw a model out"),
+        (("--devices", "2", "--synthetic", "--prediction", "in_progress"), "leave --prediction and --refresh out"),
         (("--devices", "2", "--synthetic", "--links", "1:1,2:2"), "must be one for each level of the cluster"),
         (("--devices", "2", "--synthetic", "--links", "0:1"), "must have at least 1, of at least 0 and above 0"),
         (("--devices", "2", "--synthetic", "--nodes", "x"), "cannot be read; write sizes of the inner levels as 8,4"),

@@ -286,6 +286,8 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
         (("--synthetic", "--straggler", "17:1.5"), "the straggler is stage 17, which a pipeline of 4 stages does not have"),
         (("--synthetic", "--straggler", "1"), "straggler is '1', must be a stage and how many times as long it takes: 17:1.5"),
         (("--synthetic", "--mtbf", "100"), "failures need both --mtbf"),
+        (("--synthetic", "--checkpoint-every", "60"), "failures need both --mtbf"),
+        (("--synthetic", "--draws", "5"), "--draws and --seed are of jitter, and there is none"),
         (("--synthetic", "--mtbf", "1e-9", "--recovery", "1"), "fail so often that no checkpoint"),
         (("--synthetic", "--sizes", "with=3"), "unknown size 'with'; did you mean 'width'?"),
         (("--synthetic", "--sizes", "width=x"), "width is 'x', must be a whole number, as in width=4096"),

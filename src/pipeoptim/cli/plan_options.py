@@ -79,10 +79,16 @@ def _cluster(
 
 
 def _request(options: SearchOptions, profile: Profile, cluster: Cluster, wanted: dict[str, Any]) -> PlanRequest:
+    from pipeoptim.config import SETTINGS
     from pipeoptim.methods import get_method
     from pipeoptim.schedule import read_slack
     from pipeoptim.simulate.plan_search import PlanRequest
 
+    if wanted["prediction"] != SETTINGS["prediction"].default or "refresh" in wanted:
+        raise ConfigError(
+            f"a search is for predictions of the kind {SETTINGS['prediction'].default!r}; leave --prediction and --refresh out, and see "
+            "with pipeoptim simulate what others cost"
+        )
     slack = read_slack(wanted["slack"])
     if isinstance(slack, tuple):
         raise ConfigError(

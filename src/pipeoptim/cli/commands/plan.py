@@ -115,7 +115,22 @@ def plan(
     search = SearchOptions(objective, profile, synthetic, sizes, nodes, links, also, out)
     wanted = given(settings)
     if objective is not None:
-        if any((recipe, tiny, model, data, set_options, config_file, from_run, layers, pin, bandwidth, blocks, picture, svg)):
+        measuring = (
+            recipe,
+            tiny,
+            model,
+            data,
+            set_options,
+            config_file,
+            from_run,
+            layers,
+            pin,
+            bandwidth,
+            blocks,
+            picture,
+            svg,
+        )
+        if any(measuring) or how != "auto" or device != "cpu":
             raise ConfigError("--objective plans from a profile; leave the options that name, measure or draw a model out")
         search_plan(search, devices, memory, speed, wanted)
         return

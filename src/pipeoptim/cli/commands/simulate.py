@@ -59,10 +59,14 @@ def simulate(
     straggler: Annotated[list[str] | None, Option(help="17:1.5: stage 17 takes 1.5 times as long; may be repeated.")] = None,
     mtbf: Annotated[float | None, Option(help="Hours between two failures of a device; with --recovery.")] = None,
     recovery: Annotated[float | None, Option(help="Seconds from a failure until training goes on.")] = None,
-    checkpoint_every: Annotated[float, Option(help="With --mtbf: seconds of work between two checkpoints.")] = 600.0,
-    checkpoint_seconds: Annotated[float, Option(help="With --mtbf: seconds that a checkpoint takes.")] = 0.0,
-    draws: Annotated[int, Option(help="Runs with different jitter.")] = 20,
-    seed: Annotated[int, Option(help="Of the first of them.")] = 0,
+    checkpoint_every: Annotated[
+        float | None, Option(help="With --mtbf: seconds of work between two checkpoints; 600 by default.")
+    ] = None,
+    checkpoint_seconds: Annotated[
+        float | None, Option(help="With --mtbf: seconds that a checkpoint takes; none by default.")
+    ] = None,
+    draws: Annotated[int | None, Option(help="Runs with different jitter; 20 by default.")] = None,
+    seed: Annotated[int | None, Option(help="Of the first of them; 0 by default.")] = None,
     trace: Annotated[Path | None, Option(help="Also write a trace for https://ui.perfetto.dev into this file.")] = None,
     picture: Annotated[Path | None, Option(help="Also draw some mini-batches into this SVG file.")] = None,
     as_json: Annotated[bool, Option("--json", help="Print JSON instead of a table.")] = False,
@@ -95,6 +99,8 @@ def simulate(
     conditions = _conditions(delay, bandwidth, jitter, straggler, draws, seed)
     failures = _failures(mtbf, recovery, checkpoint_every, checkpoint_seconds)
     scenario = _scenario(chosen_profile(profile, synthetic, sizes, wanted["stages"]), wanted, mini_batches, cut, conditions)
+    if not scenario.jitter and (draws is not None or seed is not None):
+        raise ConfigError("--draws and --seed are of jitter, and there is none; give --jitter as well, or leave them out")
     if trace is not None or picture is not None:
         check_traceable(scenario)
     timed = timed_events(scenario)
@@ -112,7 +118,12 @@ def simulate(
 
 
 def _conditions(
-    delay: str | None, bandwidth: str | None, jitter: float | None, straggler: list[str] | None, draws: int, seed: int
+    delay: str | None,
+    bandwidth: str | None,
+    jitter: float | None,
+    straggler: list[str] | None,
+    draws: int | None,
+    seed: int | None,
 ) -> Conditions:
     from pipeoptim.simulate import Conditions
 
@@ -121,8 +132,8 @@ def _conditions(
         bandwidth=_per_boundary("bandwidth", bandwidth, 1e9),
         jitter=jitter,
         stragglers=dict(map(_straggler, straggler or ())),
-        draws=draws,
-        seed=seed,
+        draws=20 if draws is None else draws,
+        seed=seed or 0,
     )
 
 
@@ -144,14 +155,14 @@ def _straggler(text: str) -> tuple[int, float]:
         raise ConfigError(f"straggler is {text!r}, must be a stage and how many times as long it takes: 17:1.5") from None
 
 
-def _failures(mtbf: float | None, recovery: float | None, every: float, seconds: float) -> Failures | None:
+def _failures(mtbf: float | None, recovery: float | None, every: float | None, seconds: float | None) -> Failures | None:
     from pipeoptim.simulate import Failures
 
-    if mtbf is None and recovery is None:
+    if all(given is None for given in (mtbf, recovery, every, seconds)):
         return None
     if mtbf is None or recovery is None:
         raise ConfigError("failures need both --mtbf, hours between two failures of a device, and --recovery, seconds")
-    return Failures(mtbf * 3600, recovery, every, seconds)
+    return Failures(mtbf * 3600, recovery, 600.0 if every is None else every, seconds or 0.0)
 
 
 def _scenario(profile: Profile, wanted: dict[str, Any], minibatches: int, cut: str | None, conditions: Conditions) -> Scenario:
