@@ -7,6 +7,7 @@ import socket
 import threading
 import time
 from collections import deque
+from contextlib import suppress
 from functools import partial
 
 import pytest
@@ -171,3 +172,26 @@ def test_a_neighbour_that_has_ended_is_not_waited_for_until_it_is_there_again() 
     listener.listen(store, 1)
     both(links.look_after, lambda: send(earlier, range(1)))
     receive(one, range(1))
+
+
+def test_strangers_who_fill_the_queue_of_callers_hold_up_nobody_for_longer_than_the_time_out() -> None:
+    store, strangers, refused = HashStore(), list[socket.socket](), list[str]()
+    listener = BoundaryListener(store, 0, 0)
+    _, name, _ = store.get("kept/0").decode().split()
+    with suppress(BlockingIOError):
+        while True:
+            strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+            strangers[-1].setblocking(False)
+            strangers[-1].connect("\0" + name)
+
+    def call_once() -> None:
+        try:
+            call(store, 0, 0, 0.1)
+        except StageFailure as error:
+            refused.append(str(error))
+
+    both(call_once)
+    assert refused == ["stage 1 did not come within 0.1 s to be connected"]
+    for stranger in strangers:
+        stranger.close()
+    listener.close()

@@ -19,11 +19,11 @@ from contextlib import suppress
 
 from torch.distributed.distributed_c10d import Store
 
+from pipeoptim.engine.transport.same_user import is_same_user
 from pipeoptim.errors import StageFailure
 
 _SECRET = 16
 _CALL = struct.Struct(f"<{_SECRET}sq")  # the secret, the caller's generation
-_CREDENTIALS = struct.Struct("3i")
 _PAUSE = 0.005  # seconds between two looks into the store
 
 
@@ -64,11 +64,13 @@ class BoundaryListener:
         raise StageFailure(f"stage {self.boundary} did not come within {seconds:g} s to be connected")
 
     def _is_expected(self, connection: socket.socket) -> bool:
+        if not is_same_user(connection):  # not even listened to
+            return False
         connection.settimeout(1.0)  # a caller speaks at once
         call = b""
         with suppress(OSError):
             call = connection.recv(_CALL.size, socket.MSG_WAITALL)
-        if len(call) < _CALL.size or not _is_same_user(connection):
+        if len(call) < _CALL.size:
             return False
         secret, generation = _CALL.unpack(call)
         # A process that was replaced, and does not know it, has nothing to say any more.
@@ -95,9 +97,10 @@ def call(store: Store, boundary: int, generation: int, seconds: float) -> socket
         if store.check([key]):
             _, name, secret = store.get(key).decode().split()
             connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+            connection.settimeout(max(0.001, end - time.monotonic()))  # strangers can fill the queue of those who call
             try:
                 connection.connect("\0" + name)
-                if _is_same_user(connection):
+                if is_same_user(connection):
                     connection.sendall(_CALL.pack(bytes.fromhex(secret), generation))
                     return connection
             except OSError:  # it has died; another one will publish its own address
@@ -106,8 +109,3 @@ def call(store: Store, boundary: int, generation: int, seconds: float) -> socket
         if time.monotonic() > end:
             raise StageFailure(f"stage {boundary + 1} did not come within {seconds:g} s to be connected")
         time.sleep(_PAUSE)
-
-
-def _is_same_user(connection: socket.socket) -> bool:
-    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(user == os.geteuid())

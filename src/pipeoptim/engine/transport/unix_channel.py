@@ -36,13 +36,13 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
+from pipeoptim.engine.transport.same_user import is_same_user
 from pipeoptim.errors import ConfigError, StageFailure
 
 TRANSPORTS = ("auto", "group")
 _RECORD = struct.Struct("<3q")  # number of the block, its size, and whether its descriptor follows
 _TOKEN = 16  # bytes of the secret that a caller must send: any process may connect to an abstract socket
 _CALLERS = 16  # that may wait to be answered: one neighbour, twice, and whoever has no business there
-_CREDENTIALS = struct.Struct("3i")  # process, user and group of the other end, as the kernel knows them
 SMALL = 32768
 """Largest message that goes through the socket itself, in bytes: up to here that costs no more than the record of a block."""
 _IN_SOCKET = 8 * SMALL  # in all: with more messages before they are wanted, each of them must be smaller, or a send would wait
@@ -352,7 +352,7 @@ def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelt
                 connection.settimeout(timeout.total_seconds())  # strangers can fill the queue of those who call
                 connection.connect("\0" + name)
                 connection.settimeout(None)
-                if not _is_same_user(connection):
+                if not is_same_user(connection):
                     connection.close()
                     break
                 connection.sendall(token + bytes([direction]))
@@ -381,17 +381,11 @@ def _answer_neighbour(
             greeting = connection.recv(_TOKEN + 1, socket.MSG_WAITALL)
         connection.settimeout(None)
         known = len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1])  # in constant time
-        if known and _is_same_user(connection):
+        if known and is_same_user(connection):
             found[greeting[_TOKEN], boundary] = UnixChannel(connection, window)
         else:
             connection.close()
     return found
-
-
-def _is_same_user(connection: socket.socket) -> bool:
-    """Whether the other end is a process of this user. Name and token prove little: anybody who can reach the store can read them."""
-    _, user, _ = _CREDENTIALS.unpack(connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _CREDENTIALS.size))
-    return bool(user == os.geteuid())
 
 
 def _read_key(store: Store, key: str, peer: int, timeout: timedelta) -> str:
