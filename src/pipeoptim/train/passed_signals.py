@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 import re
-import threading
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, suppress
+from functools import partial
 from pathlib import Path
 
+from pipeoptim.train.repeated_looks import repeatedly
 from pipeoptim.train.signals import StopSignals
 
 _LOOK = 0.1  # seconds between looks
@@ -23,25 +24,16 @@ def listening(rank: str | None) -> str:
     return f"rank {rank}: process {os.getpid()}"
 
 
-@contextmanager
-def passed_on(stop: StopSignals, logs: Iterable[str]) -> Iterator[None]:
+def passed_on(stop: StopSignals, logs: Iterable[str]) -> AbstractContextManager[None]:
     """While inside, what comes to ``stop`` goes on to the workers that write these ``logs``."""
-    over = threading.Event()
-    thread = threading.Thread(target=_watch, args=(stop, set(logs), over), name="pipeoptim-passed-signals", daemon=True)
     stop.leave_to_others()
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
+    return repeatedly(partial(_tell, stop, set(logs)), _LOOK, "passed-signals")
 
 
-def _watch(stop: StopSignals, untold: set[str], over: threading.Event) -> None:
-    while not over.wait(_LOOK):
-        for log in sorted(untold) if stop.number in stop.numbers else ():
-            with suppress(OSError):  # it has not begun, or has ended
-                said = re.search(r"^rank \d+: process (\d+)$", Path(log).read_text(errors="replace"), re.MULTILINE)
-                if said is not None:
-                    untold.discard(log)
-                    os.kill(int(said[1]), stop.number)
+def _tell(stop: StopSignals, untold: set[str]) -> None:
+    for log in sorted(untold) if stop.number in stop.numbers else ():
+        with suppress(OSError):  # it has not begun, or has ended
+            said = re.search(r"^rank \d+: process (\d+)$", Path(log).read_text(errors="replace"), re.MULTILINE)
+            if said is not None:
+                untold.discard(log)
+                os.kill(int(said[1]), stop.number)

@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from pipeoptim.engine.processes.standby import CAUGHT_UP, CONTROL, IMAGE, LOST, READY, STANDS, TAKE_OVER
+from pipeoptim.train.process_state import process_state
 from pipeoptim.train.signals import StopSignals
 
 _LOOK = 0.1  # seconds between looks for stopped processes and for signals
@@ -305,7 +306,7 @@ class Supervisor:
     def _look_for_stopped(self) -> None:
         for place in self._places:
             if place.ended is None:
-                stopped = _state(place.process) in ("T", "t")
+                stopped = process_state(place.process) in ("T", "t")
                 # By looks and not by a clock: while this process was stopped itself, nobody was late.
                 place.stopped = place.stopped + _LOOK if stopped else 0.0
                 if place.stopped > self._frozen_after:
@@ -344,15 +345,7 @@ def _wait_for(process: int) -> int:
 
 
 def _exists(process: int) -> bool:
-    return _state(process) not in ("", "Z")
-
-
-def _state(process: int) -> str:
-    """As /proc has it; empty where there is no such process."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+    return process_state(process) not in ("", "Z")
 
 
 @contextmanager
