@@ -119,10 +119,7 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
         try:
             elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
         except ChildFailedError as error:
-            failure = _first_failure(error.failures, logs)
-            if stop.wanted:
-                raise AbortedError(f"{stop.name} came, and {failure}; {run.how_to_resume()}", stop.number) from error
-            raise failure from error
+            raise _reported(error.failures, logs, run, stop) from error
         except SignalException as error:
             if not run.result.exists():
                 raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}", error.sigval) from error
@@ -135,19 +132,25 @@ def _supervise(run: RunDir, layout: Layout, logs: StageLogs, command: list[str],
     world = {**loopback_environment(store), "WORLD_SIZE": str(layout.processes), SUPERVISED: "1"}
     environments = {rank: {**world, "RANK": str(rank)} for rank in ranks}
     files = logs.reify(environments)
-    supervisor = Supervisor([layout.name(rank) for rank in ranks], logs.folder / "processes.json")
     stop.leave_to_others()
     try:
-        supervisor.start(command, environments, files.stdouts, files.stderrs)
-        ended = supervisor.run(stop)
+        with Supervisor([layout.name(rank) for rank in ranks], logs.folder / "processes.json") as supervisor:
+            supervisor.start(command, environments, files.stdouts, files.stderrs)
+            ended = supervisor.run(stop)
     except KeyboardInterrupt:
         raise AbortedError(f"aborted by {stop.name}; {run.how_to_resume()}", stop.number) from None
     if ended:
-        raise _first_failure({k: ProcessFailure(k, 0, code, files.error_files[k]) for k, code in ended.items()}, logs)
+        raise _reported({k: ProcessFailure(k, 0, code, files.error_files[k]) for k, code in ended.items()}, logs, run, stop)
 
 
 def _next_folder(logs: Path) -> Path:
     return logs / f"launch-{1 + len(list(logs.glob('launch-*')))}"
+
+
+def _reported(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir, stop: StopSignals) -> PipeOptimError:
+    """What a run tells that ended by ``failures``; one that was asked to stop was aborted by them."""
+    failure = _first_failure(failures, logs)
+    return AbortedError(f"{stop.name} came, and {failure}; {run.how_to_resume()}", stop.number) if stop.wanted else failure
 
 
 def _first_failure(failures: Mapping[int, ProcessFailure], logs: StageLogs) -> PipeOptimError:

@@ -89,7 +89,7 @@ class WorkerPlace:
 
 
 class Supervisor:
-    """Of one launch.
+    """Of one launch. While entered, orphans (images whose process has died) become children of this process; at the end nobody is left.
 
     Args:
         names: of the processes, by rank, for what it says.
@@ -102,6 +102,10 @@ class Supervisor:
         self._places: list[WorkerPlace] = []
         self._selector = selectors.DefaultSelector()
         self._retired: list[int] = []  # images that have been told to end
+
+    def __enter__(self) -> Supervisor:
+        _collect_orphans(True)
+        return self
 
     def start(
         self,
@@ -135,17 +139,14 @@ class Supervisor:
 
         ``stop``: signals that are passed on to the processes.
         """
-        with self._supervising():
-            while any(place.ended is None for place in self._places):
-                for key, _ in self._selector.select(_LOOK):
-                    key.data[0](*key.data[1:])
-                self._look_for_stopped()
-                self._pass_on(stop.number)
-                if any(place.ended for place in self._places):
-                    break
+        while any(place.ended is None for place in self._places) and not any(place.ended for place in self._places):
+            for key, _ in self._selector.select(_LOOK):
+                key.data[0](*key.data[1:])
+            self._look_for_stopped()
+            self._pass_on(stop.number)
         return {place.rank: place.ended for place in self._places if place.ended}
 
-    def close(self) -> None:
+    def __exit__(self, *raised: object) -> None:
         """End what is left, wait for it, and give everything back."""
         for place in self._places:
             self._end_images(place)
@@ -155,9 +156,9 @@ class Supervisor:
                 place.ended = _wait_for(place.process)
                 self._stop_watching(place)
         # The images of a process that has been killed are this one's children by now; those of others ended with their own parents.
-        while self._retired:
-            self._reap(wait=True)
+        self._reap(last=True)
         self._selector.close()
+        _collect_orphans(False)
 
     # -- events --------------------------------------------------------------------------------------------------------
 
@@ -292,12 +293,15 @@ class Supervisor:
         if image.process:
             self._retired.append(image.process)
 
-    def _reap(self, wait: bool = False) -> None:
+    def _reap(self, last: bool = False) -> None:
         for process in self._retired[:]:
             try:
-                ended = os.waitpid(process, 0 if wait else os.WNOHANG)[0]
+                ended = os.waitpid(process, os.WNOHANG)[0]
+                if last and not ended:
+                    os.kill(process, signal.SIGKILL)  # it may be stopped, and would not see that its connection has closed
+                    ended = os.waitpid(process, 0)[0]
             except ChildProcessError:  # its own parent has waited for it, or will
-                ended = process if wait or not _exists(process) else 0
+                ended = process if last or not _exists(process) else 0
             if ended:
                 self._retired.remove(process)
 
@@ -321,16 +325,6 @@ class Supervisor:
                 place.told = number
                 with suppress(ProcessLookupError):
                     os.kill(place.process, number)
-
-    @contextmanager
-    def _supervising(self) -> Iterator[None]:
-        """While inside, orphans (images whose process has died) become children of this process."""
-        _collect_orphans(True)
-        try:
-            yield
-        finally:
-            self.close()
-            _collect_orphans(False)
 
 
 def _collect_orphans(wanted: bool) -> None:
