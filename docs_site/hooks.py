@@ -26,6 +26,7 @@ LESS = "---\nsearch: {boost: 0.3}\n---\n\n"
 PAGES_OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+)")
 COMMENT = re.compile(r"<!--.*?-->")  # marks of rendered figures, which would begin a block of HTML in the middle of a sentence
+SHORT_CODE = re.compile(r"<code>(?=[^<\n]{1,28}</code>)")  # as long as a narrow screen has room for
 CHOICE = re.compile(r"<!-- choice -->.*?<!-- end of choice -->", re.DOTALL)
 
 
@@ -59,6 +60,11 @@ def on_page_markdown(markdown: str, **_: Any) -> str:
     """Links to files outside ``docs/`` lead to their copies; the decision is a list, for which any screen is wide enough."""
     markdown = COMMENT.sub("", CHOICE.sub(lambda _: _decision(), markdown))
     return OUTSIDE.sub(lambda found: f"]({_inside(found[1])}", markdown)
+
+
+def on_page_content(html: str, **_: Any) -> str:
+    """A browser breaks a line after any hyphen, also between the two of ``--option``."""
+    return SHORT_CODE.sub('<code class="whole">', html)
 
 
 def _inside(path: str) -> str:
