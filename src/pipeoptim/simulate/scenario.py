@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 
 import numpy as np
+from numpy.typing import NDArray
 
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.methods import Method
@@ -204,4 +206,10 @@ def even_cut(profile: Profile, depth: int, rows: float, speeds: Sequence[float] 
     seconds = [profile.at(block.forward, rows) + profile.at(block.backward, rows) for block in blocks]
     sums = np.concatenate(([0.0], np.cumsum(seconds)))
     ranges = np.where(np.arange(len(sums)) > np.arange(len(sums))[:, None], sums - sums[:, None], np.inf)
-    return tuple(best_cut_by_costs(len(blocks), depth, lambda k: ranges / (speeds[k] if speeds else 1.0)))
+
+    @cache  # 500 stages of 1,000 blocks would otherwise have 500 arrays of 8 MB
+    def at_speed(speed: float) -> NDArray[np.float64]:
+        found: NDArray[np.float64] = ranges / speed
+        return found
+
+    return tuple(best_cut_by_costs(len(blocks), depth, lambda k: at_speed(speeds[k] if speeds else 1.0)))
