@@ -24,6 +24,7 @@ from pipeoptim.engine import Emulator, Trace
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.files import read_object
 from pipeoptim.partitioning import partition
+from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile
 from pipeoptim.train.machine import machine
 
@@ -70,12 +71,12 @@ def measure_profile(work: MeasuredModel, microbatches: Sequence[int] = (1,), rep
     sizes = sorted({_rows(work, m): m for m in microbatches}.items())
     spans, costs = {}, {}
     for rows, m in sizes:
-        cut = partition(work.model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m)
-        costs[rows] = [(c.name, c.output_bytes / m, c.saved_bytes / m, c.weight_bytes) for c in cut.costs]
+        found = partition(work.model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m).costs
+        costs[rows] = [(c.name, c.output_bytes / m, c.saved_bytes / m, c.weight_bytes) for c in found]
         costs[rows][-1] = _with_loss(costs[rows][-1], work, rows)
-        spans[rows] = _trained(work, len(cut.costs), "pipeoptim", m, repeats)
+        spans[rows] = _trained(work, found, "pipeoptim", m, repeats)
     largest, m = sizes[-1]
-    plain, stashed = (_trained(work, len(costs[largest]), name, m, repeats) for name in ("naive", "pipedream"))
+    plain, stashed = (_trained(work, found, name, m, repeats) for name in ("naive", "pipedream"))
     weights = [cost[3] for cost in costs[largest]]
     idle = _idle_stages(work.optimizer, repeats)
     link = measure_link(repeats)
@@ -159,11 +160,10 @@ class StageSpans:
     spread: float
 
 
-def _trained(work: MeasuredModel, blocks: int, method: str, m: int, repeats: int) -> list[StageSpans]:
-    """Of every block as a stage, in training with ``method``."""
+def _trained(work: MeasuredModel, costs: list[BlockCost], method: str, m: int, repeats: int) -> list[StageSpans]:
+    """Of every block as a stage, in training with ``method``; ``costs`` of the blocks are known and not measured again."""
     model = copy.deepcopy(work.model)
-    own = partition(model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m).costs
-    cut = partition(model, blocks, work.args, work.kwargs, how=work.how, layers=work.layers, costs=own)
+    cut = partition(model, len(costs), work.args, work.kwargs, how=work.how, layers=work.layers, costs=costs)
     return traced(cut, work.optimizer, work.loss_fn, method, m, work.args, work.kwargs, work.target, repeats)
 
 
