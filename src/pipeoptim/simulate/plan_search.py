@@ -25,7 +25,7 @@ from pipeoptim.simulate.profile import Profile
 from pipeoptim.simulate.result import Simulation
 from pipeoptim.simulate.scenario import MOST_CUT, Conditions, Scenario
 from pipeoptim.simulate.simulate import simulate
-from pipeoptim.simulate.stage_costs import MOST_ACTIONS, stage_costs
+from pipeoptim.simulate.stage_costs import countable, stage_costs
 
 TOLERANCE = 0.005
 """A plan that is better by less is none that could be told apart."""
@@ -268,7 +268,7 @@ def _of_method(request: PlanRequest, method: Method, depth: int, replicas: int, 
             program = method.program(depth, m, slack=slack)
         except ConfigError:  # the method is not defined for these numbers
             continue
-        if program.depth * (2 * program.warm_up + 2) * (2 * m + 1) > MOST_ACTIONS:
+        if not countable(program):
             continue
         for recompute in request.recompute:
             for together in (True, False) if replicas > 1 and depth > 1 else (True,):

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
 from pipeoptim.methods import WeightPasses, copies, weight_passes
+from pipeoptim.schedule import Program
 from pipeoptim.simulate.scenario import Scenario
 
 MOST_ACTIONS = 300_000
@@ -50,16 +51,15 @@ class StageCost:
         return self.weight_bytes * (self.copies + 1) + self.state_bytes + activations
 
 
-def countable(scenario: Scenario) -> bool:
+def countable(program: Program) -> bool:
     """Whether copies and predictions of all stages are counted, which takes a walk through each stage's steady state."""
-    program = scenario.program
     return program.depth * (2 * program.warm_up + 2) * (2 * program.microbatches + 1) <= MOST_ACTIONS
 
 
 def stage_costs(scenario: Scenario) -> list[StageCost]:
     """Of every stage."""
     ends = [0, *accumulate(scenario.lengths)]
-    counts = countable(scenario)
+    counts = countable(scenario.program)
     return [_stage(scenario, k, start, end, counts) for k, (start, end) in enumerate(pairwise(ends))]
 
 
@@ -78,7 +78,7 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
 
     weights = sum(block.weight_bytes for block in blocks)
     refresh = scenario.refresh if scenario.method.predicts_by_rule else None
-    passes = _counted(scenario, k, refresh) if counts else _assumed(scenario, last)
+    passes = weight_passes(scenario.method, scenario.program, k, refresh) if counts else _assumed(scenario, last)
     update = optimizer.step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
     again = total("forward") if scenario.recompute else 0.0
     saved = total("saved_bytes")
@@ -101,10 +101,6 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
         rebuilt_bytes=rebuilt,
         state_bytes=optimizer.state_bytes * weights,
     )
-
-
-def _counted(scenario: Scenario, k: int, refresh: int | None) -> WeightPasses:
-    return weight_passes(scenario.method, scenario.program, k, refresh)
 
 
 def _copies(scenario: Scenario, k: int, refresh: int | None) -> int:
