@@ -4,12 +4,19 @@ from __future__ import annotations
 
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from typer import Option
 
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
+
+MeasuredModelOption = Annotated[
+    str | None,
+    Option(help="module:function of your own, instead of a recipe: returns (model, args[, kwargs]); with --data, the model."),
+]
 
 
 def of_config(config: TrainConfig) -> tuple[Any, tuple[Any, ...], dict[str, Any], int | None, int]:

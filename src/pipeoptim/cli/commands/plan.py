@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.measured_models import moved_to, of_config, own_model
+from pipeoptim.cli.measured_models import MeasuredModelOption, moved_to, of_config, own_model
 from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.plan_options import SearchOptions, search_plan
 from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption, given, takes_settings
@@ -35,12 +35,7 @@ if TYPE_CHECKING:
 def plan(
     recipe: Annotated[str | None, Option(help="Whose model and mini-batch, as for train; chars by default.")] = None,
     tiny: TinyOption = False,
-    model: Annotated[
-        str | None,
-        Option(
-            help="module:function of your own, instead of a recipe: returns (model, args[, kwargs]); with --data, the model."
-        ),
-    ] = None,
+    model: MeasuredModelOption = None,
     data: DataOption = None,
     set_options: SetOption = None,
     config_file: ConfigFileOption = None,

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.cli.measured_models import moved_to, of_config, own_model
+from pipeoptim.cli.measured_models import MeasuredModelOption, moved_to, of_config, own_model
 from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, TinyOption
 from pipeoptim.errors import ConfigError, counted
@@ -24,12 +24,7 @@ def profile(
         str | None, Option(help="Whose model, mini-batch, loss and optimizer, as for train; chars by default.")
     ] = None,
     tiny: TinyOption = False,
-    model: Annotated[
-        str | None,
-        Option(
-            help="module:function of your own, instead of a recipe: returns (model, args[, kwargs]); with --data, the model."
-        ),
-    ] = None,
+    model: MeasuredModelOption = None,
     data: DataOption = None,
     set_options: SetOption = None,
     config_file: ConfigFileOption = None,
