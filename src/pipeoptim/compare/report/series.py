@@ -8,6 +8,7 @@ from itertools import pairwise
 from statistics import median
 from typing import Any
 
+from pipeoptim.compare.facts import family
 from pipeoptim.compare.outcome import Outcome
 from pipeoptim.compare.statistics import Curve, smooth
 from pipeoptim.compare.summary import Comparison
@@ -106,14 +107,13 @@ def _looks(names: Sequence[str]) -> dict[str, tuple[str, str]]:
     families: list[str] = []
     greys = 0
     for name in [*METHODS, *(n for n in names if n not in METHODS)]:
-        family = name.split("+")[0].split("(")[0]
         if get_method(name).program(1, 1).flushes:
             looks[name] = (f"--grey-{greys % GREYS}", DASHES[:3:2][greys // GREYS % 2])
             greys += 1
             continue
-        if family not in families:
-            families.append(family)
-        colour = f"--hue-{families.index(family) % HUES}"
+        if family(name) not in families:
+            families.append(family(name))
+        colour = f"--hue-{families.index(family(name)) % HUES}"
         same = sum(other == colour for other, _ in looks.values())
         looks[name] = (colour, DASHES[same % len(DASHES)])
     return looks
