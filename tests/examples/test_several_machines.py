@@ -2,7 +2,6 @@
 
 import importlib.util
 import os
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -10,6 +9,7 @@ from pathlib import Path
 import torch
 
 import pipeoptim as po
+from stage_processes import free_port
 
 SCRIPT = Path(__file__).parents[2] / "examples/several_machines.py"
 
@@ -34,8 +34,6 @@ def test_two_agents_go_on_from_a_checkpoint(tmp_path):
     spec.loader.exec_module(example)
     pipe = emulated(example, 6)
     po.save_sharded(pipe, tmp_path / "step-6")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
     agent = [
         sys.executable,
         "-m",
@@ -47,7 +45,7 @@ def test_two_agents_go_on_from_a_checkpoint(tmp_path):
         "--master-addr",
         "127.0.0.1",
     ]
-    agent += ["--master-port", str(port), "--node-rank"]
+    agent += ["--master-port", str(free_port()), "--node-rank"]
     environment = {**os.environ, "STEPS": "12", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     agents = [
         subprocess.Popen(
