@@ -76,6 +76,33 @@ def test_early_stopping_ends_a_run_and_the_best_checkpoint_is_kept_and_exported(
     check_best(tmp_path / "run")
 
 
+@pytest.mark.parametrize(("saving", "crash"), [("background", None), ("wait", None), ("background", "5")])
+def test_the_best_checkpoint_is_kept_though_it_is_not_the_last(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, saving: str, crash: str | None
+) -> None:
+    before = tiny.recipe()
+    config = replace(
+        before,
+        callbacks="best_checkpoint",
+        optimizer=before.optimizer.with_options(lr=0.9),
+        steps=9,
+        eval_every=3,
+        checkpoint_every=3,
+        keep_checkpoints=1,
+        export=True,
+        saving=saving,
+    )
+    if crash:  # checkpoint 3 is complete, and nobody was told of it
+        with monkeypatch.context() as patch:
+            patch.setenv("TINY_CRASH_AT", crash)
+            with pytest.raises(OSError, match="the disk of the data is gone"):
+                run(config, tmp_path / "run", progress=False)
+        assert not (tmp_path / "run" / "best").exists()
+    run(config, tmp_path / "run", resume=crash is not None, progress=False)
+    check_best(tmp_path / "run")
+    assert read_meta(tmp_path / "run" / "best").step == 3
+
+
 def check_best(folder: Path) -> None:
     rows = {row["step"]: row["val_loss"] for row in read_rows(folder / "metrics.jsonl") if "val_loss" in row}
     best = min(rows, key=rows.__getitem__)

@@ -23,30 +23,39 @@ class BestCheckpoint(Callback):
     """
 
     def __init__(self, monitor: str = "val_loss", mode: str = "min") -> None:
-        self._figure, self._validated = MonitoredFigure(monitor, mode), (-1, dict[str, float]())
+        self._figure = MonitoredFigure(monitor, mode)
+        self._waiting: dict[int, Mapping[str, float]] = {}  # step -> figures of a validation whose checkpoint may still come
 
     def on_start(self, run: RunView) -> None:
-        """Find out how good the one is that an earlier session has kept."""
-        from pipeoptim.checkpoint import read_meta
+        """Find out how good the one is that an earlier session has kept, and the one that this session begins with."""
+        from pipeoptim.checkpoint import folder_name, read_meta
 
-        best = RunDir(run.folder).best
-        if not run.reports or not best.exists():
+        directory = RunDir(run.folder)
+        if not run.reports:
             return
-        kept = read_meta(best).step
-        if kept > run.start:  # that step will be trained again
-            shutil.rmtree(best)
-        for row in run.rows():
-            if row.get("step") == kept and self._figure.name in row:
-                self._figure.improves(row)
+        kept = read_meta(directory.best).step if directory.best.exists() else None
+        if kept is not None and kept > run.start:  # that step will be trained again
+            shutil.rmtree(directory.best)
+        known = {row["step"]: row for row in run.rows() if self._figure.name in row}
+        if kept in known:
+            self._figure.improves(known[kept])
+        start = directory.checkpoints / folder_name(run.start)
+        if run.start in known and start.exists():  # the earlier session may have ended before it was told of it
+            self._keep_if_best(run, known[run.start], start)
 
     def on_eval(self, run: RunView, step: int, figures: Mapping[str, float]) -> None:
-        """Wait for the checkpoint of the same step."""
-        self._validated = (step, dict(figures))
+        """Wait for the checkpoint of the same step, which may be complete only after the next validation."""
+        self._waiting[step] = dict(figures)
 
     def on_checkpoint(self, run: RunView, step: int, folder: Path) -> None:
         """Keep it if it is the best."""
-        validated, figures = self._validated
-        if validated != step or not self._figure.improves(figures):
+        figures = self._waiting.get(step)
+        self._waiting = {later: its for later, its in self._waiting.items() if later > step}
+        if figures is not None:
+            self._keep_if_best(run, figures, folder)
+
+    def _keep_if_best(self, run: RunView, figures: Mapping[str, float], folder: Path) -> None:
+        if not self._figure.improves(figures):
             return
         best = RunDir(run.folder).best
         part = best.with_name(f".{best.name}.part")

@@ -70,7 +70,10 @@ class Callback:
         """A validation after ``step`` mini-batches: ``val_loss`` and one ``val_<name>`` per metric; perhaps not finite."""
 
     def on_checkpoint(self, run: RunView, step: int, folder: Path) -> None:
-        """A checkpoint of ``step`` mini-batches is complete in ``folder``, which is removed when newer ones have come."""
+        """A checkpoint of ``step`` mini-batches is complete in ``folder``, which is removed when newer ones have come.
+
+        With ``saving="background"`` this is told when the next one begins, or training ends: after later steps and validations.
+        """
 
     def on_stop(self, run: RunView, result: RunResult) -> None:
         """The session has ended well, and its result is written."""
