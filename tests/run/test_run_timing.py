@@ -18,6 +18,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.train import recut, run
 from pipeoptim.train.rundir import RunDir
+from pipeoptim.train.stagewise import StagewiseModel
 
 
 class Waiting(nn.Linear):
@@ -65,6 +66,38 @@ def test_a_stage_that_becomes_slow_is_named_and_a_plan_from_the_run_cuts_it_anew
     ):
         assert _run(["plan", "--from-run", "runs/slow", *wrong])
         assert words in capsys.readouterr().err
+
+
+class Ordinary(nn.Module):
+    """No container that could be sliced: it is cut between the layers of a list inside it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6) for _ in range(3))
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(x)
+
+
+def stagewise() -> StagewiseModel:
+    with torch.device("meta"):
+        skeleton = Ordinary()
+    return StagewiseModel(skeleton, lambda _names: Ordinary().state_dict())
+
+
+@pytest.mark.parametrize(("target", "cut"), [("Ordinary", ""), ("Ordinary", "2,2"), ("stagewise", "")])
+def test_a_plan_from_a_run_of_a_model_that_is_cut_between_its_layers(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, target: str, cut: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    run(timed(model=Component(f"test_run_timing:{target}"), cut=cut, steps=50), tmp_path / "runs/a", progress=False)
+    assert _run(["plan", "--from-run", "runs/a"]) == 0, capsys.readouterr().err
+    output = capsys.readouterr().out
+    assert "after layers.2" in output, "the last block"
+    assert "in run runs/a the stages of 2,2 blocks took" in output
 
 
 def test_a_run_goes_on_with_another_cut(tmp_path: Path) -> None:

@@ -12,10 +12,8 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning import BlockCost
 from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.telemetry.timing import times_of
-from pipeoptim.train.cut import cut
 from pipeoptim.train.rundir import RunDir
-from pipeoptim.train.setup import seeded
-from pipeoptim.train.targets import build
+from pipeoptim.train.setup import cut_lengths
 from pipeoptim.train.trust import check_trusted
 
 
@@ -68,12 +66,7 @@ def read_measured_run(path: Path) -> MeasuredRun:
     times = tuple(times_of(rows[-1])) if rows else ()
     if [one.stage for one in times] != list(range(config.stages)):
         raise ConfigError(f"run {path} has no times of its stages, which are written every 50 mini-batches; train it further")
-    lengths = read_cut(config.cut)
-    if not lengths:
-        with seeded(config.seed):
-            model = build("model", config.model)
-        lengths = tuple(len(stage) for stage in cut(model, config.stages))  # type: ignore[arg-type]
-    return MeasuredRun(path, config, lengths, times)
+    return MeasuredRun(path, config, read_cut(config.cut) or cut_lengths(config), times)
 
 
 def _written(lengths: Sequence[int]) -> str:

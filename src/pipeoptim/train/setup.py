@@ -25,6 +25,7 @@ from pipeoptim.methods import get_method
 from pipeoptim.options import options_of_run
 from pipeoptim.partitioning.block_splitter import sliceable
 from pipeoptim.partitioning.parameter_places import untie
+from pipeoptim.partitioning.result import Partition
 from pipeoptim.train import lr_schedules, optimizers
 from pipeoptim.train.callbacks import Callback, make_callbacks
 from pipeoptim.train.checks import program
@@ -146,11 +147,24 @@ def build_model(config: TrainConfig) -> nn.Module | StagewiseModel:
 def _cut(model: nn.Module, config: TrainConfig, task: Task) -> tuple[Sequence[nn.Module], Sequence[Tied]]:
     if sliceable(model):
         return untie(cut(model, config.stages, read_cut(config.cut)))
+    found = _between_layers(model, config, task)
+    return found.stages, found.tied
+
+
+def _between_layers(model: nn.Module, config: TrainConfig, task: Task) -> Partition:
     x, _ = task.train_batch(0, config.batch_size)
     rows = max(1, len(x) // (config.microbatches * config.replicas))
     with seeded(config.seed):  # the model is run, to see what it does
-        found = cut_between_layers(model, config.stages, x[:rows], read_cut(config.cut))
-    return found.stages, found.tied
+        return cut_between_layers(model, config.stages, x[:rows], read_cut(config.cut))
+
+
+def cut_lengths(config: TrainConfig) -> tuple[int, ...]:
+    """How many blocks each stage of a run has."""
+    made = build_model(config)
+    model = made.skeleton if isinstance(made, StagewiseModel) else made
+    if sliceable(model):
+        return tuple(len(stage) for stage in cut(model, config.stages, read_cut(config.cut)))  # type: ignore[arg-type]
+    return tuple(_between_layers(model, config, read_data(config)).lengths)
 
 
 def read_data(config: TrainConfig) -> Task:

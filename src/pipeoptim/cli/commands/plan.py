@@ -133,6 +133,7 @@ def plan(
     from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.methods import get_method, refresh_every
     from pipeoptim.partitioning import partition
+    from pipeoptim.partitioning.block_splitter import sliceable
     from pipeoptim.schedule import read_slack
     from pipeoptim.train.config_file import chosen_run
     from pipeoptim.train.measured_run import read_measured_run
@@ -168,7 +169,9 @@ def plan(
     costs = None
     if measured is not None:
         chosen = get_method(measured.config.method)
-        costs = partition(module, stages, args, kwargs, how="blocks", microbatches=m).costs
+        own = "blocks" if sliceable(module) else "layers"  # as runs cut: it is blocks of this kind that its stages have
+        costs = partition(module, stages, args, kwargs, how=own, microbatches=m).costs
+        how = own if how == "auto" else how
         speed = measured.speeds(costs, stages)
     found = partition(
         module,
