@@ -96,6 +96,9 @@ def test_a_model_of_ones_own_and_a_formula(capsys, tmp_path, monkeypatch):
     code, out, _ = profiled(capsys, "--model", "mine.py:net", "--microbatches", "2", "--repeats", "5", "--out", "own.json")
     assert (code, read_profile(tmp_path / "own.json").rows) == (0, (4,))
     assert "mine.py:net: 3 blocks" in out
+    (tmp_path / "still.py").write_text(MODEL.replace("(3))), ", "(3))).requires_grad_(False), "))
+    code, _, error = profiled(capsys, "--model", "still.py:net", "--out", "still.json")
+    assert (code, "returned a model without weights that are trained" in error) == (2, True)
     code, out, _ = profiled(capsys, "--synthetic", "--sizes", "layers=6,rows=8", "--out", "formula.json")
     assert (code, "6 blocks, by formula" in out, json.loads((tmp_path / "formula.json").read_text())["synthetic"]) == (
         0,
@@ -112,6 +115,8 @@ def test_a_model_of_ones_own_and_a_formula(capsys, tmp_path, monkeypatch):
         (("--out", "nowhere/p.json"), "the folder nowhere does not exist"),
         (("--out", "p.json", "--synthetic"), "sizes say nothing of layers"),
         (("--out", "p.json", "--synthetic", "--tiny"), "leave the options that name or measure a model out"),
+        (("--out", "p.json", "--synthetic", "--device", "cuda"), "leave the options that name or measure a model out"),
+        (("--out", "p.json", "--repeats", "100000000000"), "repeats is 100000000000, must be at least 5 and at most 10,000"),
         (("--out", "p.json", "--sizes", "width=8"), "belongs to --synthetic"),
         (("--out", "p.json", "--repeats", "1"), "repeats is 1, must be at least 5"),
         (("--out", "p.json", "--model", "m:f", "--tiny"), "returns model and mini-batch by itself"),

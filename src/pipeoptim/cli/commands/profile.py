@@ -17,6 +17,8 @@ if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
     from pipeoptim.simulate import Profile
 
+REPEATS, MOST_REPEATS = 15, 10_000
+
 
 def profile(
     out: Annotated[Path, Option(help="Where the JSON goes.")],
@@ -35,7 +37,7 @@ def profile(
     how: Annotated[str, Option(help="How the model is seen as a row of blocks: blocks, layers, trace, or auto.")] = "auto",
     layers: Annotated[list[str] | None, Option(help="Name of a list of layers in the model; found by itself.")] = None,
     device: Annotated[str, Option(help="Where to measure: cpu, cuda, ...")] = "cpu",
-    repeats: Annotated[int, Option(help="Mini-batches that a figure is the median of.")] = 15,
+    repeats: Annotated[int, Option(help="Mini-batches that a figure is the median of.")] = REPEATS,
     synthetic: Annotated[
         bool,
         Option("--synthetic", help="Measure nothing: write the profile of a transformer by formula, see simulate --sizes."),
@@ -60,11 +62,11 @@ def profile(
     from pipeoptim.train.config_file import chosen_run
 
     check_new_files({"--out": out})
-    if repeats < 5:
-        raise ConfigError(f"repeats is {repeats}, must be at least 5")
+    if not 5 <= repeats <= MOST_REPEATS:
+        raise ConfigError(f"repeats is {repeats}, must be at least 5 and at most {MOST_REPEATS:,}")
     chosen = (recipe, tiny, model, data, set_options, config_file, microbatches, layers)
     if synthetic:
-        if any(chosen):
+        if any(chosen) or how != "auto" or device != "cpu" or repeats != REPEATS:
             raise ConfigError(
                 "--synthetic is a transformer by formula, with --sizes; leave the options that name or measure a model out"
             )
@@ -126,6 +128,8 @@ def _own_work(target: str, device: str, how: str, layers: list[str] | None) -> M
         ).sum()
 
     module, args, kwargs, *_ = own_model(target)
+    if not any(p.requires_grad for p in module.parameters()):
+        raise ConfigError(f"model {target!r} returned a model without weights that are trained; return one that has some")
     module, args, kwargs = moved_to(device, module, args, kwargs)
     tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor) and t.dim()]
     if not tensors:
