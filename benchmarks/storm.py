@@ -24,8 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from same_end import last_states, same
+
 from pipeoptim.bench.record import Record, ResultRow, machine
-from pipeoptim.checkpoint import find, load_stage
 from pipeoptim.telemetry.metrics import read_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -106,22 +107,7 @@ def state(run: Path) -> tuple[list[Any], list[dict[str, Any]]]:
         for row in read_rows(run / "metrics.jsonl")
         if "timing" not in row
     ]
-    found = find(run / "checkpoints")
-    assert found.folder is not None and found.meta is not None
-    return rows, [load_stage(found.folder, k) for k in range(found.meta.stages)]
-
-
-def same(one: Any, other: Any) -> bool:
-    """Bit for bit."""
-    import torch
-
-    if isinstance(one, torch.Tensor):
-        return one.dtype == other.dtype and torch.equal(one.view(-1).view(torch.uint8), other.view(-1).view(torch.uint8))
-    if isinstance(one, dict):
-        return one.keys() == other.keys() and all(same(one[key], other[key]) for key in one)
-    if isinstance(one, (list, tuple)):
-        return len(one) == len(other) and all(map(same, one, other))
-    return bool(one == other)
+    return rows, last_states(run)
 
 
 def left_behind(folder: Path) -> list[int]:
