@@ -138,7 +138,13 @@ def test_wall_clock_axis(browser: Any, report: Path) -> None:
 
 def test_what_leaves_the_chart_is_said_and_a_logarithmic_axis_shows_it(browser: Any, tmp_path: Path) -> None:
     losses = {name: {0: [2.0, 1.0, 1.0, 1.0]} for name in ("1f1b", "gpipe", "naive")} | {"xpipe": {0: [2.0, 900.0, 4.0, 4.0]}}
-    show(browser, write_report(write_comparison(tmp_path / "c", losses, steps=60)[0].path))
+    show(browser, write_report(write_comparison(tmp_path / "c", losses, steps=1000)[0].path))
+    outside = (
+        "const right = e => e.getBoundingClientRect().right;"
+        "const ticks = [...document.querySelectorAll('#train .xtick')].map(right);"
+        "return right(document.querySelector('#train svg')) - Math.max(...ticks)"
+    )
+    assert last_tick(browser) == "1,000" and browser.execute_script(outside) >= 0, "a tick at the edge is not cut"
     cut = "return document.querySelector('#validation-cut').textContent"
     assert "Above the top: xpipe (up to 900)" in browser.execute_script(cut)
     browser.find_element("css selector", "input[name=log-y]").click()

@@ -70,8 +70,9 @@ class Chart {
   render() {
     const { node, view } = this, width = node.clientWidth, height = node.clientHeight;
     const [left, right, bottom, top] = (this.reach = this.limits());
-    const yTicks = ticks(bottom, top, Math.max(3, height / 55), view.yLog);
-    const margin = { l: 12 + 7 * Math.max(...yTicks.map((v) => shown(v).length), 1), r: 12, t: 8, b: 40 };
+    const yTicks = ticks(bottom, top, Math.max(3, height / 55), view.yLog), xTicks = ticks(left, right, Math.max(2, width / 80), view.xLog);
+    const half = 2 + 3.5 * shown(xTicks.at(-1) ?? 0).length; // of the last tick's text, which stands around the edge
+    const margin = { l: 12 + 7 * Math.max(...yTicks.map((v) => shown(v).length), 1), r: Math.max(12, half), t: 8, b: 40 };
     const w = Math.max(10, width - margin.l - margin.r), h = Math.max(10, height - margin.t - margin.b);
     const scale = (from, to, length, log) => (v) => {
       const f = log ? Math.log : (u) => u;
@@ -86,7 +87,7 @@ class Chart {
       paper.append(make("line", { class: "grid", x1: margin.l, x2: margin.l + w, y1: this.y(v), y2: this.y(v) }));
       paper.append(make("text", { class: "ytick", x: margin.l - 6, y: this.y(v) + 4, "text-anchor": "end" }, shown(v)));
     }
-    for (const v of ticks(left, right, Math.max(2, width / 80), view.xLog)) {
+    for (const v of xTicks) {
       paper.append(make("line", { class: "grid", x1: this.x(v), x2: this.x(v), y1: margin.t, y2: margin.t + h }));
       paper.append(make("text", { class: "xtick", x: this.x(v), y: margin.t + h + 16, "text-anchor": "middle" }, shown(v)));
     }

@@ -35,7 +35,7 @@ def predictions(path: Path) -> tuple[str, list[dict[str, Any]]]:
     )
     several = any(group for _, group in measured)
     curves = [_curve(*key, found, several) for key, found in sorted(measured.items())]
-    legend = " ".join(f'<i style="background:var({one["colour"]})"></i>{one["name"]}' for one in curves)
+    legend = " ".join(f'<span><i style="background:var({one["colour"]})"></i>{one["name"]}</span>' for one in curves)
     section = (
         "<section><h2>Weight prediction</h2><p>What had been predicted for a version, held against the weights that came: relative "
         "error 0 is perfect, 1 as good as no prediction; best scale is the factor on the predicted step that would have fitted "
