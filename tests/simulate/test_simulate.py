@@ -269,6 +269,7 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
     events = json.loads(trace.read_text())["traceEvents"]
     assert sum(e["ph"] == "X" and e["name"] == "F47" and e["pid"] == 1000 for e in events) == 4
     assert "simulated: pipeoptim" in picture.read_text()
+    assert "pipeoptim, 1 stage, M = 1;" in command(capsys, "--synthetic", "--stages", "1")[1]
     code, out, _ = command(capsys, *common, "--chunks", "2", "--json")
     found = json.loads(out)
     assert (code, found["depth"], len(found["stages"]), found["synthetic"]) == (0, 4, 4, True)

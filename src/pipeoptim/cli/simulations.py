@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeoptim.errors import ConfigError, bytes_in_words
+from pipeoptim.errors import ConfigError, bytes_in_words, counted
 
 if TYPE_CHECKING:
     from pipeoptim.simulate import Profile, Scenario, Simulation
@@ -35,7 +35,7 @@ def show_simulation(found: Simulation, scenario: Scenario) -> None:
     from pipeoptim.telemetry.console import table_console
 
     where = "a formula, nothing of it measured" if found.synthetic else f"a profile of {scenario.profile.model}"
-    print(f"{found.method}, {found.depth} stages, M = {found.microbatches}; simulated from {where}")
+    print(f"{found.method}, {counted(found.depth, 'stage')}, M = {found.microbatches}; simulated from {where}")
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in (
         "stage",
