@@ -93,7 +93,11 @@ def _check_survive(config: TrainConfig) -> None:
         "chunks": (config.chunks > 1, "interleaved stages are not covered; use --chunks 1"),
         "replicas": (config.replicas > 1, "replicas are not covered; use --replicas 1"),
         "slack": (config.slack == "auto", "that measures links which survive replaces; give a number"),
-        "export": (config.export, "what writes them has a process group; leave it out, or add --no-export"),
+        "export": (
+            config.export,
+            "weights are written by a process group, which an image has not, and a finished run is not exported afterwards; use "
+            "--max-restarts in place of --survive, or give --no-export and keep the checkpoints",
+        ),
         "trace": (config.trace, "a trace would hold what was done twice; leave one of them out"),
         "loggers": (
             bool(config.loggers),
