@@ -92,6 +92,18 @@ def test_a_recipe_of_ones_own_resumes_where_it_was_begun_and_elsewhere_when_it_i
     assert _run([*RESUME, "--recipe", "tiny:recipe"]) == 0
 
 
+def test_a_callback_of_ones_own_is_called_elsewhere_when_it_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stopped(monkeypatch, capsys, "--callbacks", "noting:Note")
+    (RUN / "config.sig").unlink()
+    again = [*RESUME, "--recipe", "tiny:recipe", "--callbacks"]
+    for other in ("early_stopping", "noting:Memory"):
+        assert _run([*again, other]) == 2
+        assert "has callbacks 'noting:Note', which neither this command line" in capsys.readouterr().err
+    assert _run([*again, "noting:Note"]) == 0, capsys.readouterr().err
+
+
 def test_the_command_that_began_it_needs_no_signature(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,9 +12,10 @@ import hmac
 import json
 import os
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
@@ -37,11 +38,14 @@ def targets_of(config: TrainConfig) -> dict[str, list[str]]:
     return {what: [t.strip() for t in targets if ":" in t] for what, targets in found.items()}
 
 
-def named_targets(recipe: str | None, tiny: bool, optimizer: str | None, *others: str | None) -> set[str]:
-    """What a command line names: the functions of ``--recipe``, those in ``--optimizer``, and ``others``."""
+def named_targets(
+    recipe: str | None, tiny: bool, optimizer: str | None, changed: Mapping[str, Any], *others: str | None
+) -> set[str]:
+    """What a command line names: the functions of ``--recipe``, those in ``--optimizer`` and in ``changed`` settings, and ``others``."""
     from pipeoptim.train.recipes import get_recipe
 
-    named = {part.strip() for part in [*(optimizer or "").split(","), *filter(None, others)]}
+    named = {part.strip() for part in [*(optimizer or "").split(","), changed.get("method", ""), *filter(None, others)]}
+    named |= {call.name for what in CALLED for call in read_calls(what, changed.get(what, ""))}
     if recipe is not None:
         named |= {target for targets in targets_of(get_recipe(recipe, tiny)).values() for target in targets}
     return named
@@ -65,7 +69,7 @@ def check_trusted(folder: Path, config: TrainConfig, named: Collection[str] = ()
                 raise ConfigError(
                     f"{folder / 'config.json'} has {what} {target!r}, which neither this command line nor a registered recipe names; the "
                     "run was begun elsewhere, or the file was changed. If you trust it, give --recipe module:function (and "
-                    "--model, --data, --optimizer, --method) as when it was begun"
+                    "--model, --data, --optimizer, --method, --callbacks, --loggers) as when it was begun"
                 )
 
 

@@ -149,9 +149,7 @@ def train(
             directory, changed, own if recipe is not None else None, lr, optimizer=optimizer, model=model, data=data
         )
         # What the run's own file names; what is changed is named by this command line.
-        check_trusted(
-            directory.path, directory.read_config(), named_targets(recipe, tiny, optimizer, changed.get("method"), model, data)
-        )
+        check_trusted(directory.path, directory.read_config(), named_targets(recipe, tiny, optimizer, changed, model, data))
         if print_config:
             print(to_toml(config))
             return
