@@ -20,10 +20,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from torch import Tensor
 
-from pipeoptim.checkpoint.manifest import META, Meta, digest, folder_name
+from pipeoptim.checkpoint.manifest import digest, folder_name
 from pipeoptim.checkpoint.stage_files import pack_stage, stage_file, write_packed
-from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError, prune
-from pipeoptim.files import cause_of, make_folder, replace_folder, write_durably
+from pipeoptim.checkpoint.write_checkpoint import make_valid, prune, raise_cause, unfinished
+from pipeoptim.files import cause_of, make_folder
 
 if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
@@ -109,11 +109,11 @@ class BackgroundWriter:
             try:
                 for rest in self.root.glob(".step-*.tmp"):  # of a run that was killed
                     shutil.rmtree(rest, ignore_errors=True)
-                make_folder(self._temporary(step))
+                make_folder(unfinished(self.root, step))
             except OSError as error:
                 cause = cause_of(error)
         answers = self.group.gather(cause)
-        self._raise_cause(step, answers, None)
+        raise_cause(self._final(step), answers, None)
         packed = {k: pack_stage(state) for k, state in states.items()}
         own = {k: (self._copied(k, tensors), metadata) for k, (tensors, metadata) in packed.items()}
         self._begun += 1
@@ -136,7 +136,7 @@ class BackgroundWriter:
         # All have told the store by then, so that the first one's thread ends; and where a process has died, this fails.
         self.group.gather(None)
         thread.join()
-        self._raise_cause(write.step, self.group.gather(write.cause), write.error)
+        raise_cause(self._final(write.step), self.group.gather(write.cause), write.error)
         self.completed(write.step, self._final(write.step))
 
     def leave(self) -> None:
@@ -144,18 +144,8 @@ class BackgroundWriter:
         if self._thread is not None:
             self._thread.join(_PATIENCE)
 
-    def _raise_cause(self, step: int, causes: list[str | None], error: Exception | None) -> None:
-        for cause in filter(None, causes):
-            raise CheckpointWriteError(
-                f"checkpoint {self._final(step)} cannot be written ({cause}); the checkpoints before it are kept, so make room or give "
-                "permission and resume"
-            ) from error
-
     def _final(self, step: int) -> Path:
         return self.root / folder_name(step)
-
-    def _temporary(self, step: int) -> Path:
-        return self.root / f".{folder_name(step)}.tmp"
 
     def _copied(self, k: int, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         # Into the memory of the last copy: fresh memory costs more than the copy, a page fault per 4 KiB (benchmarks/saving.py).
@@ -172,7 +162,7 @@ class BackgroundWriter:
     # -- in the thread ---------------------------------------------------------------------------------------------------
 
     def _carry_out(self, write: _Write) -> None:
-        folder = self._temporary(write.step)
+        folder = unfinished(self.root, write.step)
         files: dict[str, tuple[int, str]] = {}
         try:
             for k, (tensors, metadata) in write.own.items():
@@ -207,8 +197,5 @@ class BackgroundWriter:
         if any(cause for _, cause in everyone):
             return
         files = {name: (size, sums) for part, _ in everyone for name, (size, sums) in part.items()}
-        meta = Meta(step=write.step, config=self.config, stages=len(files), files=files, versions=self.versions)
-        write_durably(self._temporary(write.step) / META, meta.to_json())
-        # The rename makes it a checkpoint; only then may older ones go.
-        replace_folder(self._temporary(write.step), self._final(write.step))
+        make_valid(self.root, write.step, files, self.config, self.versions)
         prune(self.root, write.step, self.keep, self.counts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
@@ -53,7 +53,7 @@ def save(
     Raises:
         CheckpointWriteError: in all processes, with the cause of the first that could not write.
     """
-    final, temporary = root / folder_name(step), root / f".{folder_name(step)}.tmp"
+    final, temporary = root / folder_name(step), unfinished(root, step)
 
     def begin() -> None:
         if group.is_first:
@@ -61,14 +61,11 @@ def save(
             make_folder(temporary)
 
     def complete(files: dict[str, tuple[int, str]]) -> None:
-        # Where there is none, a process whose place this one has taken died after the rename.
-        if group.is_first and temporary.exists():
-            meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
-            write_durably(temporary / META, meta.to_json())
-            # The rename makes it a checkpoint; only then may older ones go.
-            replace_folder(temporary, final)
-        if group.is_first:
-            prune(root, step, keep, counts)
+        if not group.is_first:
+            return
+        if temporary.exists():  # else a process whose place this one has taken died after the rename
+            make_valid(root, step, files, config, versions)
+        prune(root, step, keep, counts)
 
     _together(group, final, begin)
     written = _together(
@@ -94,18 +91,35 @@ def _together(group: CheckpointGroup, final: Path, work: Callable[[], T]) -> lis
 
     # Gathered also after a failure: the others are in this call and would wait for ever.
     answers = group.once(attempt)
-    for _, reason in answers:
-        if reason is not None:
-            raise CheckpointWriteError(
-                f"checkpoint {final} cannot be written ({reason}); the checkpoints before it are kept, so make room or give permission "
-                "and resume"
-            ) from failure
+    raise_cause(final, [reason for _, reason in answers], failure)
     return [value for value, _ in answers]
 
 
 def _write_stage(path: Path, state: Mapping[str, Any]) -> tuple[int, str]:
     write_stage(path, state)
     return digest(path)
+
+
+def unfinished(root: Path, step: int) -> Path:
+    """The folder in which the checkpoint of ``step`` is written."""
+    return root / f".{folder_name(step)}.tmp"
+
+
+def make_valid(root: Path, step: int, files: dict[str, tuple[int, str]], config: str, versions: Mapping[str, str]) -> None:
+    """Complete the checkpoint whose ``files``, of all processes, are written. Its rename makes it one; only then may older ones go."""
+    meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))
+    write_durably(unfinished(root, step) / META, meta.to_json())
+    replace_folder(unfinished(root, step), root / folder_name(step))
+
+
+def raise_cause(final: Path, causes: Iterable[str | None], failure: Exception | None) -> None:
+    """Raises CheckpointWriteError with the first of ``causes``, one of each process, that is one."""
+    for cause in causes:
+        if cause is not None:
+            raise CheckpointWriteError(
+                f"checkpoint {final} cannot be written ({cause}); the checkpoints before it are kept, so make room or give permission "
+                "and resume"
+            ) from failure
 
 
 def prune(root: Path, step: int, keep: int, counts: Callable[[int], bool]) -> None:
