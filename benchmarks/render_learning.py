@@ -18,10 +18,10 @@ from typing import Any
 
 from learning import CONTENDERS, RESULT, SEEDS, SETTINGS, SHORTER, TASKS, Contender, Ledger, Run, Setting
 
+from pipeoptim.methods import refresh_every
+
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
-#: Contenders whose predictions are made anew after so many micro-batches, which is their default.
-REFRESH = {name: 1 for name, c in CONTENDERS.items() if c.fields.get("prediction") == "in_progress"}
 EFFICIENCY = ROOT / "benchmarks" / "results" / "efficiency_in_progress.json"
 
 _TABLE = re.compile(r"(<!-- learning: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
@@ -132,11 +132,12 @@ def slots_of_a_flush(setting: Setting) -> float:
 def measured_of_torch(setting: Setting, contender: Contender) -> float | None:
     """How much longer an update took on emulated devices with torch's best schedule; None where it was not measured."""
     ours, torchs = [], []
+    refresh = refresh_every(contender.fields.get("prediction", "none"), None)
     for row in json.loads(EFFICIENCY.read_text())["rows"]:
         place = row["settings"]
         if (place["depth"], place["microbatches"]) == (setting.depth, setting.microbatches) and _equal_stages(place):
             samples = statistics.median(row["samples"])
-            if place["method"] == contender.method and place.get("refresh") == REFRESH.get(contender.name):
+            if place["method"] == contender.method and place.get("refresh") == refresh:
                 ours.append(samples)
             elif not place["ours"]:
                 torchs.append(samples)
