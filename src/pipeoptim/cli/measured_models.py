@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Option
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
@@ -64,4 +64,4 @@ def moved_to(device: str, model: Any, args: Any, kwargs: Any) -> tuple[Any, Any,
         marked = tree_map_only(MARKS, lambda mark: replace(mark, value=to_device(mark.value)), (args, kwargs))
         return model.to(device), *to_device(marked)
     except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device is {device!r}, which cannot be used here: {str(error).splitlines()[0]}") from error
+        raise ConfigError(f"device is {device!r}, which cannot be used here: {first_line(error)}") from error

@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_map, tree_unflatten
 
 from pipeoptim.engine.marks import MARKS, Along, MicroBatches, Whole
-from pipeoptim.errors import ConfigError, counted
+from pipeoptim.errors import ConfigError, counted, first_line
 
 Rows = tuple[int, ...]
 """Rows of each of the M micro-batches; empty where nothing says how many there are."""
@@ -97,7 +97,7 @@ def as_tensor(name: str, value: Any) -> Any:
         return torch.from_numpy(value.copy())  # arrays may be read-only or have negative strides, tensors not
     except (TypeError, ValueError) as error:
         raise ConfigError(
-            f"{name} is a NumPy array of {value.dtype}, which cannot become a tensor ({str(error).splitlines()[0]}); give a list with "
+            f"{name} is a NumPy array of {value.dtype}, which cannot become a tensor ({first_line(error)}); give a list with "
             "one entry per row, or a tensor"
         ) from error
 

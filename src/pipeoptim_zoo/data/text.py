@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, first_line
 from pipeoptim_zoo.data.huggingface import load
 from pipeoptim_zoo.data.losses import cross_entropy, token_accuracy
 from pipeoptim_zoo.data.stdlib_text import MAX_FILE_BYTES, library_files
@@ -141,7 +141,7 @@ def _read(files: list[str]) -> Any:
         try:
             parts.append(datasets.load_dataset(form, data_files=own, split="train", **options))
         except Exception as error:  # pyarrow's, pandas' and the file system's errors have no common base
-            raise ConfigError(f"text {own[0]} cannot be read: {str(error).splitlines()[0]}; is it a {form} file?") from error
+            raise ConfigError(f"text {own[0]} cannot be read: {first_line(error)}; is it a {form} file?") from error
     return parts[0] if len(parts) == 1 else datasets.concatenate_datasets(parts)
 
 
