@@ -58,10 +58,13 @@ def check_equal(folder, depth, methods, device="cpu", *late, cases=CASES):
                     assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"]))
 
 
-@pytest.mark.parametrize("depth", [2, 4])
-def test_processes_equal_the_emulator_bit_for_bit(depth, tmp_path):
-    others = ["pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)", "pipeoptim/1", "pipeoptim_stash/2"]
-    check_equal(tmp_path, depth, [*sorted(po.METHODS), *others])
+OTHERS = ["pipemare(synchronous_updates=7)", "nesterov(anneal_updates=30)", "pipeoptim/1", "pipeoptim_stash/2"]
+
+
+# Two stages have no stage in the middle, and at M = 4 more than D micro-batches.
+@pytest.mark.parametrize(("depth", "cases"), [(2, CASES[1:]), (4, CASES)])
+def test_processes_equal_the_emulator_bit_for_bit(depth, cases, tmp_path):
+    check_equal(tmp_path, depth, [*sorted(po.METHODS), *OTHERS], cases=cases)
 
 
 def test_so_they_do_with_slack(tmp_path):

@@ -1,4 +1,4 @@
-"""Five hundred random small pipelines: no hang, and no bit of difference between the emulator and processes."""
+"""Three hundred random small pipelines: no hang, and no bit of difference between the emulator and processes."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import fuzz_cases
 import pipeoptim as po
 import stage_processes
 
-COUNT, LIMIT = 500, 420
+COUNT, LIMIT = 300, 420
 
 
 def emulate(case):
