@@ -75,6 +75,21 @@ def test_what_a_stage_takes_is_measured_and_what_has_become_slow_is_told(clock):
     assert pipe.stage_times(0) is None  # cut another way: nothing to compare with yet
 
 
+def test_what_all_stages_share_is_not_held_against_one_of_them():
+    def stages(*slowed):
+        return [StageTimes(k, 0.01 * factor, 0.0, 0.01, 0.0, factor, factor) for k, factor in enumerate(slowed)]
+
+    slow = SlowStages()
+    assert slow.note(stages(1.3, 1.25, 1.4)) == [
+        "all stages have become slow, each takes at least 1.25 times as long as at first: something else may use the machine"
+    ]
+    assert slow.note(stages(1.3, 1.25, 1.4)) == []
+    [text] = slow.note(stages(1.3, 1.25, 1.6))
+    assert text.startswith("stage 2 has become slow: a mini-batch takes it 16 ms, 1.60 times as long")
+    assert slow.note(stages(1.05, 1.0, 1.6)) == ["not all stages are slow any more"]
+    assert slow.note(stages(1.05, 1.0, 1.0)) == ["stage 2 is as fast as at first again (10 ms per mini-batch)"]
+
+
 def test_slack_is_chosen_by_round_trips_jitter_and_the_slowest_stage():
     def stage(computing, spread=0.0, previous=0.0, following=0.0):
         return StageMeasurement(computing, spread, previous, following)

@@ -10,8 +10,11 @@ from typing import Any
 
 from pipeoptim.engine.stage_times import StageTimes
 
-SLOWER = 1.2
-"""From this factor on a stage is called slow; it no longer is where half of that remains."""
+SLOWER, NO_LONGER_SLOW = 1.2, 1.1
+"""From which factor on a stage is called slow, and below which it no longer is."""
+
+TIMED_EVERY = 50
+"""Mini-batches between two rows of stage times in the metrics."""
 
 
 def timing_rows(times: Iterable[StageTimes | None]) -> list[dict[str, Any]]:
@@ -33,10 +36,14 @@ def times_of(rows: Sequence[dict[str, Any]]) -> list[StageTimes]:
 
 
 class SlowStages:
-    """Says which stages have become slow, and which no more, each once."""
+    """Says which stages have become slow, and which no more, each once.
+
+    What all stages share is not held against one of them: on a machine that others use as well, all become slow together.
+    """
 
     def __init__(self) -> None:
         self._slow: set[int] = set()
+        self._all_slow = False
 
     def note(self, times: Sequence[StageTimes]) -> list[str]:
         """What changed with these figures, as sentences.
@@ -47,15 +54,30 @@ class SlowStages:
         >>> slow.note([StageTimes(2, 0.0131, 0.001, 0.0142, 0.0, 1.31, 1.25)])
         []
         """
-        found = []
+        shared = min((one.slowed for one in times), default=1.0) if len(times) > 1 else 1.0
+        found = self._note_all(shared)
         for one in times:
-            if one.stage not in self._slow and one.slowed >= SLOWER:
+            alone = one.slowed / max(1.0, shared)
+            if one.stage not in self._slow and alone >= SLOWER:
                 self._slow.add(one.stage)
                 found.append(
                     f"stage {one.stage} has become slow: a mini-batch takes it {1e3 * one.computing:.3g} ms, {one.slowed:.2f} times as "
                     f"long as at first; steps take {one.held_up:.2f} times as long"
                 )
-            elif one.stage in self._slow and one.slowed < 1 + (SLOWER - 1) / 2:
+            elif one.stage in self._slow and alone < NO_LONGER_SLOW:
                 self._slow.discard(one.stage)
                 found.append(f"stage {one.stage} is as fast as at first again ({1e3 * one.computing:.3g} ms per mini-batch)")
         return found
+
+    def _note_all(self, shared: float) -> list[str]:
+        """``shared``: how many times as long as at first even the least slowed stage takes."""
+        if not self._all_slow and shared >= SLOWER:
+            self._all_slow = True
+            return [
+                f"all stages have become slow, each takes at least {shared:.2f} times as long as at first: something else may use the "
+                f"machine"
+            ]
+        if self._all_slow and shared < NO_LONGER_SLOW:
+            self._all_slow = False
+            return ["not all stages are slow any more"]
+        return []

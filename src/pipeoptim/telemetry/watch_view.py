@@ -10,6 +10,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from pipeoptim.telemetry.timing import SLOWER
 from pipeoptim.telemetry.watched_run import WatchedRun
 
 _BLOCKS = "▁▂▃▄▅▆▇█"
@@ -90,7 +91,7 @@ def _state(timing: dict[str, float] | None) -> str:
     if timing is None:
         return ""
     busy = timing["computing"] / max(1e-12, timing["computing"] + timing["waiting"])
-    slow = f", {timing['slowed']:.2f} times as slow as at first" if timing.get("slowed", 1.0) >= 1.2 else ""
+    slow = f", {timing['slowed']:.2f} times as slow as at first" if timing.get("slowed", 1.0) >= SLOWER else ""
     return f"busy {busy:.0%}{slow}"
 
 

@@ -18,7 +18,7 @@ from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.errors import counted
 from pipeoptim.schedule import describe_slack
 from pipeoptim.telemetry import prediction
-from pipeoptim.telemetry.timing import timing_rows
+from pipeoptim.telemetry.timing import TIMED_EVERY, timing_rows
 from pipeoptim.train.evaluate import ObservedLoss, evaluate
 from pipeoptim.train.measurements import StageMeasurements
 from pipeoptim.train.ramps import Sizes
@@ -28,9 +28,6 @@ from pipeoptim.train.stopping import StopPlan
 
 SCALED_EVERY = 20
 """Mini-batches between two rows of prediction errors, with the factors that adapt to them, where monitor_every does not say it."""
-
-TIMED_EVERY = 50
-"""Mini-batches between two rows of stage times in the metrics."""
 
 _INEXACT = (
     "This step lies between two checkpoints: the pipeline was drained for it, so the resumed run goes on from here, but not bit for bit as "

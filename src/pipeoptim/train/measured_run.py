@@ -11,7 +11,7 @@ from pipeoptim.engine.stage_times import StageTimes
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning import BlockCost
 from pipeoptim.telemetry.metrics import read_rows
-from pipeoptim.telemetry.timing import times_of
+from pipeoptim.telemetry.timing import TIMED_EVERY, times_of
 from pipeoptim.train.rundir import RunDir
 from pipeoptim.train.setup import cut_lengths
 from pipeoptim.train.trust import check_trusted
@@ -65,7 +65,9 @@ def read_measured_run(path: Path) -> MeasuredRun:
     rows = [row["timing"] for row in read_rows(directory.metrics) if "timing" in row]
     times = tuple(times_of(rows[-1])) if rows else ()
     if [one.stage for one in times] != list(range(config.stages)):
-        raise ConfigError(f"run {path} has no times of its stages, which are written every 50 mini-batches; train it further")
+        raise ConfigError(
+            f"run {path} has no times of its stages, which are written every {TIMED_EVERY} mini-batches; train it further"
+        )
     return MeasuredRun(path, config, read_cut(config.cut) or cut_lengths(config), times)
 
 
