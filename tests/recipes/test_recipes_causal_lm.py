@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ transformers = pytest.importorskip("transformers", "5.0", reason="recipe causal_
 datasets = pytest.importorskip("datasets", reason="recipe causal_lm needs datasets")
 
 LLAMA = {**get_recipe("causal_lm", tiny=True).model.options["source"], "hidden_size": 16, "intermediate_size": 32}
+LM = "pipeoptim_zoo.models.causal_lm:causal_lm"
 PARAGRAPH = "It was a bright cold day in April, and the clocks were striking thirteen. "
 
 
@@ -80,6 +82,26 @@ def test_a_folder_is_fine_tuned_and_exported(folder: Path, tmp_path: Path) -> No
     assert loss == pytest.approx(result.val_loss, rel=1e-5)
     assert loss < before - 0.05
     assert model.lm_head.weight is model.transformer.wte.weight
+
+
+def test_an_export_names_the_tokenizers_special_tokens_and_gets_the_mode_of_any_file(folder: Path, tmp_path: Path) -> None:
+    sizes = {"model_type": "gpt2", "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 40, "vocab_size": 259}
+    config = replace(config_for(folder, steps=1, checkpoint_every=1), model=Component(LM, {"source": sizes}))
+    mask = os.umask(0o027)
+    try:
+        run(config, tmp_path / "run", progress=False)
+    finally:
+        os.umask(mask)
+    assert {oct(path.stat().st_mode) for path in (tmp_path / "run").rglob("*.*") if path.is_file()} == {"0o100640"}
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
+    for told in (model.config, model.generation_config):  # GPT-2's defaults are 50256; ByT5's tokenizer has 1, and no beginning
+        assert (told.bos_token_id, told.eos_token_id, told.pad_token_id) == (None, 1, 0)
+    (described := tmp_path / "run/model/config.json").write_text(
+        '{"eos_token_id": 7}'
+    )  # as a source has it that names 7 itself
+    named = {"source": {**sizes, "eos_token_id": 7}}
+    packed_text(str(folder / "text"), context=32, model_options=named).also_save[0].save_pretrained(described.parent)
+    assert json.loads(described.read_text()) == {"bos_token_id": None, "eos_token_id": 7, "pad_token_id": 0}
 
 
 def test_only_adapters_are_trained_and_the_export_has_them_merged(folder: Path, tmp_path: Path) -> None:
@@ -180,13 +202,18 @@ def test_blocks_are_the_documents_one_after_the_other(folder: Path, tmp_path: Pa
         (["model.dtype=float33"], "dtype is 'float33'"),
         (["model.lora.rank=2"], "LoraConfig refuses"),
         (["data.text={folder}/text/b.jsonl", "data.column=words"], "not 'words'"),
-        (["data.text={folder}/nowhere"], "cannot be loaded"),
+        (["data.text={folder}/nowhere"], "is no file and no folder in"),
+        (["data.text=here.txt"], "is no file and no folder in"),
+        (["data.text=a/b/c"], "is no file and no folder in"),
+        (["data.text={folder}/nothing"], "no file that ends in one of .txt"),
+        (["data.text={folder}/gpt2/config.json"], "no file that ends in one of .txt"),
         (["data.context=2000"], "not enough to train"),
         (["data.tokenizer={folder}/text"], "tokenizer .* cannot be read"),
     ],
 )
 def test_what_is_wrong_is_said(folder: Path, options: list[str], told: str) -> None:
-    (folder / "empty").mkdir(exist_ok=True)
+    for name in ("empty", "nothing"):
+        (folder / name).mkdir(exist_ok=True)
     transformers.GPT2Config().save_pretrained(folder / "empty")
     with pytest.raises(ConfigError, match=told):
         build_setup(config_for(folder, *(option.format(folder=folder) for option in options)))

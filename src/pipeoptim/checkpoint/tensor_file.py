@@ -44,14 +44,26 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         start = dense.untyped_storage().data_ptr()
         stored[name] = dense.clone() if start in taken else dense  # safetensors refuses two names for one memory
         taken.add(start)
+    save_tensors(path, stored, {**(metadata or {}), _REORDERED: json.dumps(reordered)})
+    sync_path(path)
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """As safetensors does it, for other tools to read; with the mode that any new file gets: safetensors makes it its owner's alone.
+
+    Raises:
+        OSError: no space, no permission.
+    """
+    path.touch()
+    mode = path.stat().st_mode & 0o777  # as the umask and the folder have it
     try:
-        save_file(stored, path, metadata={"format": "pt", **(metadata or {}), _REORDERED: json.dumps(reordered)})
+        save_file(dict(tensors), path, metadata={"format": "pt", **(metadata or {})})
     except SafetensorError as error:  # it has the system's reason in its words only
         number = re.search(r"os error (\d+)", str(error))
         if number is None:
             raise
         raise OSError(int(number[1]), os.strerror(int(number[1])), str(path)) from error
-    sync_path(path)
+    path.chmod(mode)
 
 
 class TensorFile:

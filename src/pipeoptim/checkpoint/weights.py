@@ -101,7 +101,7 @@ def save_weights(
         >>> po.save_weights(pipe, folder)
         >>> po.load_weights(torch.nn.Sequential(*stages), folder)
     """
-    from safetensors.torch import save_file
+    from pipeoptim.checkpoint.tensor_file import save_tensors
 
     checked(pipe, "save_weights", names)
     check_export(pipe, folder, names, also_save=also_save, overwrite=overwrite)
@@ -117,7 +117,7 @@ def save_weights(
         once = ((names_of[k][name][0], t) for name, t in _without_aliases(_stage_tensors(pipe.stage_module(k), k)))
         tensors = {original: _copied_to_cpu(t).contiguous() for original, t in once if first[original] == k}
         file = f"model-{k + 1:05d}-of-{pipe.depth:05d}.safetensors"
-        save_file(tensors, part / file, metadata={"format": "pt"})
+        save_tensors(part / file, tensors)
         where |= {name: (file, t.numel() * t.element_size()) for name, t in tensors.items()}
     found = {name: entry for others in processes.gather(where) for name, entry in others.items()}
     if processes.is_first:

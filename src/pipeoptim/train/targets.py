@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from pipeoptim.config import Component
-from pipeoptim.errors import ConfigError, unknown_name
+from pipeoptim.errors import ConfigError, PipeOptimError, unknown_name
 from pipeoptim.user_code import import_target
 
 
@@ -55,9 +55,16 @@ def call(what: str, function: Callable[..., Any], target: str, *args: Any, **opt
     """``function(*args, **options)``; what it refuses becomes a ConfigError that names the component."""
     try:
         return function(*args, **options)
-    except ConfigError:
+    except PipeOptimError:
         raise
-    except (TypeError, ValueError, ImportError, OSError) as error:
+    except (
+        TypeError,
+        ValueError,
+        ArithmeticError,
+        RuntimeError,
+        ImportError,
+        OSError,
+    ) as error:  # of sizes, torch's are RuntimeErrors
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ConfigError(f"{what} {target}({given}) cannot be made: {_line(error)}") from error
 

@@ -19,9 +19,10 @@ from pipeoptim_zoo.data.sequences import PairSource, TextSource
 from pipeoptim_zoo.data.task import IndexedTask
 from pipeoptim_zoo.data.vocabulary import Vocabulary
 
-__all__ = ["images", "load", "texts", "translation"]
+__all__ = ["VALIDATION", "images", "load", "texts", "translation"]
 
-_VALIDATION = ("validation", "valid", "val", "dev", "test")
+VALIDATION = ("validation", "valid", "val", "dev", "test")
+"""Names of the split that is held out, the likeliest first."""
 _COUNTED_ROWS = 200_000  # for the vocabulary of a translation
 
 
@@ -41,17 +42,18 @@ def load(path: str | Path, name: str | None = None) -> dict[str, Any]:
         return dict(datasets.load_dataset(str(path), name))
     except Exception as error:  # the hub's, the network's and the file system's errors have no common base
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        absent = "" if Path(path).exists() else "is no folder here, and "
         raise ConfigError(
-            f"data set {path} cannot be loaded ({reason}); download it with datasets.load_dataset on a machine with "
+            f"data set {path} {absent}cannot be loaded ({reason}); download it with datasets.load_dataset on a machine with "
             "a network, save it with save_to_disk and give that folder"
         ) from error
 
 
 def _splits(path: str | Path, name: str | None, validation: str | None) -> tuple[Any, Any]:
     splits = load(path, name)
-    found = next((split for split in ((validation,) if validation else _VALIDATION) if split in splits), None)
+    found = next((split for split in ((validation,) if validation else VALIDATION) if split in splits), None)
     if "train" not in splits or found is None:
-        raise ConfigError(f"data set {path} has splits {sorted(splits)}; it needs train and one of {_VALIDATION}")
+        raise ConfigError(f"data set {path} has splits {sorted(splits)}; it needs train and one of {VALIDATION}")
     return splits["train"], splits[found]
 
 

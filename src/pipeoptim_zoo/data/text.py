@@ -7,7 +7,9 @@ number of processes. An extra: ``pip install 'pipeoptim[causal-lm]'``.
 from __future__ import annotations
 
 import hashlib
+import json
 import os
+import re
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.errors import ConfigError, first_line
-from pipeoptim_zoo.data.huggingface import load
+from pipeoptim_zoo.data.huggingface import VALIDATION, load
 from pipeoptim_zoo.data.losses import cross_entropy, token_accuracy
 from pipeoptim_zoo.data.stdlib_text import MAX_FILE_BYTES, library_files
 from pipeoptim_zoo.data.task import IndexedTask
@@ -30,7 +32,7 @@ __all__ = ["packed_text"]
 STDLIB, BYTES = "stdlib", "bytes"
 _STDLIB_FILES = 60
 _FORMS = {".txt": "text", ".jsonl": "json", ".parquet": "parquet"}
-_VALIDATION = ("validation", "valid", "val", "dev", "test")
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
 
 
 def packed_text(
@@ -90,8 +92,29 @@ def packed_text(
         seed=seed,
         vocab_size=len(made),
         context=context,
-        also_save=(made,),
+        also_save=(made if isinstance(source, str) and not tokenizer else _AnotherTokenizer(made, source),),
     )
+
+
+@dataclass(frozen=True)
+class _AnotherTokenizer:
+    """A tokenizer that is not the one of the model's ``source``: an export's description names its special tokens, by which text is
+    generated. A configuration's defaults are ids of the vocabulary that its kind was published with.
+
+    What the configuration itself names, it keeps.
+    """
+
+    tokenizer: Any
+    source: Any
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        self.tokenizer.save_pretrained(folder)
+        named = self.source if isinstance(self.source, Mapping) else {}
+        ids = {f"{kind}_token_id": getattr(self.tokenizer, f"{kind}_token_id") for kind in ("bos", "eos", "pad")}
+        for path in (Path(folder) / "config.json", Path(folder) / "generation_config.json"):
+            if path.exists():
+                told = json.loads(path.read_text(encoding="utf-8")) | {name: i for name, i in ids.items() if name not in named}
+                path.write_text(json.dumps(told, indent=2, sort_keys=True) + "\n", encoding="utf-8")
 
 
 @dataclass(frozen=True)
@@ -110,25 +133,44 @@ class _Blocks:
 
 def _splits(text: str | Sequence[str], subset: str | None) -> dict[str, Any]:
     """``train``, and ``validation`` where there is one."""
-    paths = [Path(one).expanduser() for one in ([text] if isinstance(text, str) else text)]
     if text == STDLIB:
         root = Path(os.__file__).parent
         files = [
             (root / path).read_bytes()[:MAX_FILE_BYTES].decode(errors="replace") for path in library_files()[:_STDLIB_FILES]
         ]
         return {"train": installed("datasets").Dataset.from_dict({"text": files})}
+    given = [text] if isinstance(text, str) else list(text)
+    paths = [Path(one).expanduser() for one in given]
+    missing = [one for one, path in zip(given, paths, strict=True) if not path.exists() and (len(given) > 1 or _is_local(one))]
+    if missing or not all(given):
+        raise ConfigError(f"text {(*missing, '')[0]!r} is no file and no folder in {Path.cwd()}; check the name")
     found = [file for path in paths for file in (sorted(path.rglob("*")) if path.is_dir() else [path])]
     files = [str(file) for file in found if file.suffix in _FORMS and file.is_file()]
-    saved = any((path / "dataset_dict.json").exists() for path in paths)
-    if not files or saved:
-        if not isinstance(text, str):
-            raise ConfigError(f"text {list(text)} has no file that ends in one of {', '.join(_FORMS)}; check the names")
-        splits = load(text, subset)
-        held_out = next((name for name in _VALIDATION if name in splits), None)
-        if "train" not in splits:
-            raise ConfigError(f"data set {text} has splits {sorted(splits)}; it needs one called train")
-        return {"train": splits["train"]} | ({} if held_out is None else {"validation": splits[held_out]})
-    return {"train": _read(files)}
+    if files and not any((path / "dataset_dict.json").exists() for path in paths):
+        return {"train": _read(files)}
+    try:
+        splits = {} if len(paths) > 1 or paths[0].is_file() else load(given[0], subset)
+    except ConfigError:
+        if not paths[0].is_dir():
+            raise
+        splits = {}
+    if not splits:
+        raise ConfigError(f"text {text!r} has no file that ends in one of {', '.join(_FORMS)}; give others, or rename them")
+    held_out = next((name for name in VALIDATION if name in splits), None)
+    if "train" not in splits:
+        raise ConfigError(f"data set {text} has splits {sorted(splits)}; it needs one called train")
+    return {"train": splits["train"]} | ({} if held_out is None else {"validation": splits[held_out]})
+
+
+def _is_local(name: str) -> bool:
+    """Whether what does not exist was meant as a path, and not as a name on the hub, which would be asked for a long time."""
+    first, *others = Path(name).parts
+    return (
+        Path(name).suffix in _FORMS
+        or name[0] in "./~"
+        or (bool(others) and Path(first).is_dir())
+        or not _HUB_NAME.fullmatch(name)
+    )
 
 
 def _read(files: list[str]) -> Any:

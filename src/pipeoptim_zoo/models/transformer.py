@@ -19,8 +19,8 @@ class Attention(nn.Module):
 
     def __init__(self, width: int, heads: int, dropout: float, causal: bool, bias: bool) -> None:
         super().__init__()
-        if width % heads:
-            raise ConfigError(f"width={width} is not a multiple of heads={heads}; choose heads that divide it")
+        if width < 1 or heads < 1 or width % heads:
+            raise ConfigError(f"width={width} is not a positive multiple of heads={heads}; choose heads that divide it")
         self.heads, self.p, self.causal = heads, dropout, causal
         self.qkv = nn.Linear(width, 3 * width, bias=bias)
         self.out = nn.Linear(width, width, bias=bias)
