@@ -19,7 +19,8 @@ SOURCE = Path(pipeoptim.__path__[0]).parent
 
 #: room -> rooms that it may import besides itself. A room is a folder, or a module that lies beside the folders.
 MAY_IMPORT = {
-    "errors": "",
+    "explained": "",
+    "errors": "explained",
     "version": "",
     "files": "errors",
     "user_code": "",
@@ -50,8 +51,8 @@ MAY_IMPORT = {
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
     "simulate train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
-    "cli": "errors files version config options advise diagnosis schedule kernels methods stability engine engine/transport partitioning "
-    "telemetry simulate train bench compare",
+    "cli": "errors explained files version config options advise diagnosis schedule kernels methods stability engine engine/transport "
+    "partitioning telemetry simulate train bench compare",
 }
 
 #: Rooms whose types a room may name in annotations, without importing them when it runs.

@@ -14,6 +14,7 @@ import pytest
 
 import pipeoptim as po
 from browser import needs_browser, open_browser
+from pipeoptim.explained import explanations
 from pipeoptim.methods.facts import weight_use
 
 ROOT = Path(__file__).parents[1]
@@ -55,8 +56,8 @@ def test_nothing_is_fetched_from_elsewhere(site):
 
 
 def messages():
-    """What the package says in its errors, with … for what is filled in."""
-    for path in (ROOT / "src/pipeoptim").rglob("*.py"):
+    """What the packages say in their errors, with … for what is filled in."""
+    for path in (ROOT / "src").rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text())):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
                 yield node.value
@@ -64,11 +65,24 @@ def messages():
                 yield "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
 
 
-def test_troubleshooting_has_messages_that_exist():
-    told = re.findall(r"^### (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.MULTILINE)
-    said = list(messages())
-    assert len(told) >= 25
-    assert [message for message in told if not any(message.removesuffix(" …") in one for one in said)] == []
+def test_every_explained_message_exists_and_names_its_anchor(site):
+    page = (ROOT / "docs/troubleshooting.md").read_text()
+    names, ids = (
+        [part.name for part in explanations()],
+        re.findall(r'id="([\w-]+)"', (site / "troubleshooting.html").read_text()),
+    )
+    assert len(names) == len(set(names)) == len(re.findall("^### ", page, re.MULTILINE)) >= 40
+    assert set(names) <= set(ids)
+    named = {str(po.ConfigError(message)).rpartition("(more: pipeoptim explain ")[2] for message in messages()}
+    assert [name for name in names if f"{name})" not in named] == []
+
+
+def test_an_error_about_an_error_names_one_explanation():
+    inner = po.ConfigError("step() was called without gradients; call it outside")
+    assert str(inner) == "step() was called without gradients; call it outside (more: pipeoptim explain without-gradients)"
+    assert str(po.ConfigError(f"stage 1: {inner}")) == f"stage 1: {inner}"
+    assert str(po.ConfigError(f"mine.py:f(x=1) cannot be made: {inner}; see there")).count("more:") == 1
+    assert str(po.ConfigError("something else")) == "something else"
 
 
 def schedules(site):

@@ -5,17 +5,21 @@ from __future__ import annotations
 from collections.abc import Iterable
 from difflib import get_close_matches
 
+from pipeoptim.explained import with_name
+
 
 class PipeOptimError(Exception):
-    """Base of every error that PipeOptim raises on purpose."""
+    """Base of every error that PipeOptim raises on purpose. Where ``pipeoptim explain`` has more on it, it says so at its end."""
+
+    def __str__(self) -> str:
+        return with_name(super().__str__())
 
 
 class ConfigError(PipeOptimError, ValueError):
     """Input that cannot work, found before any work started. The command line ends with exit code 2."""
 
-    def __str__(
-        self,
-    ) -> str:  # values are shown as they print themselves, some of them (an optimizer, a module) on several lines
+    def __str__(self) -> str:
+        # Values are shown as they print themselves, some of them (an optimizer, a module) on several lines.
         return " ".join(line.strip() for line in super().__str__().splitlines())
 
 
