@@ -46,13 +46,14 @@ MAY_IMPORT = {
     "testing": "rules",
     "diagnosis": "errors version kernels rules",
     "simulate": "errors files version schedule methods partitioning telemetry",
+    "money": "errors files simulate",
     "train": "errors files user_code named_calls version config options advise schedule kernels optim rules methods engine "
     "engine/processes engine/stage partitioning checkpoint telemetry",
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
     "simulate train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
     "cli": "errors explained files version config options advise diagnosis schedule kernels methods stability engine engine/transport "
-    "partitioning telemetry simulate train bench compare",
+    "partitioning telemetry simulate money train bench compare",
 }
 
 #: Rooms whose types a room may name in annotations, without importing them when it runs.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import asdict, dataclass, fields
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,11 +11,12 @@ from typing import TYPE_CHECKING, Any
 from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.simulations import chosen_profile, show_simulation
 from pipeoptim.errors import ConfigError, counted
+from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
     from pipeoptim.simulate import Profile
     from pipeoptim.simulate.cluster import Cluster
-    from pipeoptim.simulate.plan_search import FoundPlans, PlanKey, PlanRequest
+    from pipeoptim.simulate.plan_search import FoundPlans, PlanKey, PlanRequest, RankedPlan
 
 
 @dataclass(frozen=True)
@@ -114,16 +115,21 @@ def _words(key: PlanKey) -> str:
 
 
 def _data(found: FoundPlans) -> dict[str, Any]:
-    def plan(one: Any) -> dict[str, Any]:
+    from pipeoptim.simulate.stage_costs import plan_bytes
+
+    def plan(one: RankedPlan) -> dict[str, Any]:
         names = ("method", "stages", "replicas", "microbatches", "slack", "recompute")
         candidate = one.candidate
-        own = dict(zip(names, candidate.shape.key(), strict=True)) | {"cut": list(candidate.scenario.lengths)}
+        own: dict[str, Any] = dict(zip(names, candidate.shape.key(), strict=True))
+        own["cut"] = list(candidate.scenario.lengths)
         return own | {
             "devices": candidate.devices,
             "bytes of the fullest device": candidate.memory,
+            "bytes": asdict(plan_bytes(candidate.scenario)),
             "command": candidate.command(),
             "simulation": one.simulation.to_dict(),
         }
 
     others = {name: None if one is None else {"loss": found.loss(one), **plan(one)} for name, one in found.alternatives.items()}
-    return {"format": 1, "plan": plan(found.best), "alternatives": others}
+    best = plan(found.best)
+    return {"format": 1, "pipeoptim": __version__, "model": found.model, "plan": best, "alternatives": others}

@@ -152,11 +152,13 @@ class FoundPlans:
         best: the plan.
         alternatives: the best of those that differ from it in one respect: which, and the plan; None where nothing else fits.
         shapes: that there were.
+        model: of the profile.
     """
 
     best: RankedPlan
     alternatives: dict[str, RankedPlan | None]
     shapes: int
+    model: str
 
     def loss(self, other: RankedPlan) -> float:
         """By what share ``other`` is worse than the best."""
@@ -185,7 +187,7 @@ def find_plans(request: PlanRequest) -> FoundPlans:
         )
     own = best.candidate.shape.key()
     others = {name: search.best(own, places) for name, places in RESPECTS.items()}
-    return FoundPlans(best, others, len(search.shapes))
+    return FoundPlans(best, others, len(search.shapes), request.profile.model)
 
 
 class _Search:

@@ -102,7 +102,7 @@ def _stages(timed: TimedEvents, waits: list[list[StageWaits]]) -> list[Simulated
     program, table = timed.scenario.program, timed.table
     mean = np.array([[(w.busy, w.activations, w.gradients, w.replicas) for w in draw] for draw in waits]).mean(axis=0)
     process = np.array([program.process_of(k) for k in range(program.depth)])
-    idle = 1 - np.bincount(process, mean[:, 0])[process]
+    idle = np.maximum(0.0, 1 - np.bincount(process, mean[:, 0])[process])  # shares add up to 1 but for rounding
     flying, gaps = most_in_flight(table), largest_gaps(table)
     return [
         SimulatedStage(

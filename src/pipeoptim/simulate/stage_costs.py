@@ -51,6 +51,28 @@ class StageCost:
         return self.weight_bytes * (self.copies + 1) + self.state_bytes + activations
 
 
+@dataclass(frozen=True)
+class PlanBytes:
+    """What a run stores and sends.
+
+    Attributes:
+        weights, state: of the model and of its optimizer, as a checkpoint holds them, of one replica.
+        sent: over each boundary between stages in a mini-batch, activations forth and gradients back, of all replicas.
+    """
+
+    weights: float
+    state: float
+    sent: tuple[float, ...]
+
+
+def plan_bytes(scenario: Scenario) -> PlanBytes:
+    """Of a scenario."""
+    costs = stage_costs(scenario)
+    parts = scenario.program.microbatches * scenario.replicas
+    sent = tuple(parts * (one.sent_bytes + other.returned_bytes) for one, other in pairwise(costs))
+    return PlanBytes(sum(one.weight_bytes for one in costs), sum(one.state_bytes for one in costs), sent)
+
+
 def countable(program: Program) -> bool:
     """Whether copies and predictions of all stages are counted, which takes a walk through each stage's steady state."""
     return program.depth * (2 * program.warm_up + 2) * (2 * program.microbatches + 1) <= MOST_ACTIONS
