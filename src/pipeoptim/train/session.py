@@ -112,7 +112,8 @@ def run_session(
                 recorder.note(reason)
                 pipe.request_stop()
 
-        setup.events.begin(RunView(config, run.path, pipe, start.step, recorder is not None, end_run))
+        say = (lambda _: None) if recorder is None else recorder.note
+        setup.events.begin(RunView(config, run.path, pipe, start.step, recorder is not None, end_run, say))
         loop = Loop(
             pipe,
             setup,

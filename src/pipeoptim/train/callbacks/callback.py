@@ -33,6 +33,7 @@ class RunView:
     start: int
     reports: bool
     _ask: Callable[[str], None]
+    _say: Callable[[str], None]
 
     def rows(self) -> list[Row]:
         """What ``metrics.jsonl`` has so far, also of earlier sessions."""
@@ -41,6 +42,10 @@ class RunView:
     def stop(self, reason: str) -> None:
         """End the run as finished: it drains and saves after this mini-batch or the next few. Where the losses are."""
         self._ask(reason)
+
+    def say(self, text: str) -> None:
+        """Show a line on the screen, where the losses are."""
+        self._say(text)
 
 
 class Callback:
