@@ -1,8 +1,10 @@
 """Plans by simulation: none of all cuts of all shapes is better, links and speeds of a cluster count, and what is refused."""
 
 import json
+import shlex
 from dataclasses import replace
 from itertools import combinations, pairwise
+from pathlib import Path
 
 import pytest
 
@@ -12,6 +14,9 @@ from pipeoptim.methods import get_method
 from pipeoptim.simulate import Scenario, TransformerSizes, simulate, synthetic
 from pipeoptim.simulate.cluster import read_cluster
 from pipeoptim.simulate.plan_search import TOLERANCE, PlanRequest, _cut, _shapes, find_plans
+from pipeoptim.train import api as train_api
+from pipeoptim.train.recipes import get_recipe
+from pipeoptim.train.setup import build_model
 
 
 def uneven(seconds=(1.0, 4.0, 2.0, 2.0, 3.0), rows=4, gib=1.0):
@@ -94,18 +99,56 @@ def test_the_command_prints_the_plan_and_how_to_run_it(capsys, tmp_path):
     code, out, _ = planned(capsys, *common, "--also", "1f1b", "--out", str(tmp_path / "plan.json"))
     assert code == 0
     for words in (
-        "to run it: pipeoptim train --method pipeoptim --stages 2",
+        "--method pipeoptim --stages 2",
         "other method: +",
         "--cut 2,2 --engine processes",
+        "to run it, with a model and data of your own: pipeoptim train --model MODULE:FUNCTION",
+        "other micro-batches: +",
+        "other stages or replicas: no other fits beside --stages",
     ):
         assert words in out
     found = json.loads((tmp_path / "plan.json").read_text())
     assert (found["plan"]["stages"], found["plan"]["cut"], found["alternatives"]["stages or replicas"]) == (2, [2, 2], None)
 
 
+def test_the_printed_command_trains_the_model_of_the_profile(capsys, tmp_path, monkeypatch):
+    """It comes to the point where processes would begin."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fuzz"))
+    begun = []
+
+    def launch(directory, config, *_):
+        begun.append(config)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(train_api, "launch", launch)
+    run = get_recipe("small_recipe:recipe")
+    blocks = len(build_model(run))
+    named = ["--recipe", "small_recipe:recipe", "--set", "optimizer.lr=0.01"]
+    profile = synthetic(TransformerSizes(rows=run.batch_size), blocks)
+    replace(profile, model="small", made={"train": named}).write(tmp_path / "small.json")
+    code, out, _ = planned(capsys, "--profile", "small.json", "--devices", "2", "--stages", "2")
+    assert code == 0 and "other method: none was asked for; name others with --also" in out
+    command = shlex.split(out.rpartition("to run it: ")[2])
+    assert command[: 2 + len(named)] == ["pipeoptim", "train", *named]
+    _run(command[1:])
+    assert [(one.stages, one.engine, one.optimizer.options["lr"]) for one in begun] == [(2, "processes", 0.01)]
+
+
+def test_a_search_that_takes_too_long_ends_with_the_best_so_far(monkeypatch):
+    profile = uneven((2.0, 3.0, 2.0, 2.0, 1.0, 2.0), rows=16)
+    looks = []
+    quick = find_plans(request(profile, 6, seconds=1e-9, looked=lambda *counts: looks.append(counts)))
+    full = find_plans(request(profile, 6))
+    assert quick.bound is not None and full.bound is None
+    assert quick.bound <= full.best.goal[0] * (1 + 1e-9) and quick.best.goal[0] >= full.best.goal[0] * (1 - TOLERANCE)
+    assert looks[0] == (0, 0) and looks[-1][1] >= 1
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
+        (("--devices", "2", "--synthetic", "--seconds", "0"), "seconds is 0, must be above 0"),
         ((), "--objective needs --devices"),
         (("--devices", "2"), "give either --profile FILE"),
         (("--devices", "2", "--synthetic", "--tiny"), "leave the options that name, measure or draw a model out"),

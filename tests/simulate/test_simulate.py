@@ -280,6 +280,8 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
     [
         ((), "give either --profile FILE"),
         (("--synthetic", "--profile", "x"), "give either --profile FILE"),
+        (("--synthetic", "--prediction", "none"), "prediction is 'none', which a simulation does not tell from others"),
+        (("--synthetic", "--prediction", "in_progress", "--method", "1f1b"), "1f1b makes no such predictions; leave it out"),
         (("--profile", "nowhere.json"), "cannot be read (No such file or directory); make it with pipeoptim profile"),
         (("--synthetic", "--bandwidth", "0"), "bandwidth is 0 bytes per second, must be above 0"),
         (("--synthetic", "--delay", "-1"), "delay is -0.001, must be a number of at least 0"),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, fields
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields, replace
 from math import inf
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,6 +32,7 @@ class SearchOptions:
     nodes: str
     links: str | None
     also: list[str] | None
+    seconds: float | None
     out: Path | None
 
     def check_absent(self) -> None:
@@ -51,20 +54,65 @@ def search_plan(
     check_new_files({"--out": options.out})
     profile = chosen_profile(options.profile, options.synthetic, options.sizes, devices)
     cluster = _cluster(options, profile, devices, memory, speeds or [])
-    found = find_plans(_request(options, profile, cluster, wanted))
+    with SearchProgress() as progress:
+        request = _request(options, profile, cluster, wanted)
+        found = find_plans(replace(request, looked=progress.looked))
     show_simulation(found.best.simulation, found.best.candidate.scenario)
-    print(
-        f"{counted(found.shapes, 'way')} to train on {counted(devices, 'device')}; the best: {_words(found.best.candidate.shape.key())}"
-    )
-    print(
-        f"{1 / found.best.simulation.throughput.median:.4g} s per mini-batch on {counted(found.best.candidate.devices, 'device')}"
-    )
-    for name, other in found.alternatives.items():
-        told = "nothing else fits" if other is None else f"{found.loss(other):+.1%}: {_words(other.candidate.shape.key())}"
-        print(f"other {name}: {told}")
-    print(f"to run it: {found.best.candidate.command()}")
+    for sentence in _findings(found, devices, _fixed(request, wanted)):
+        print(sentence)
     if options.out is not None:
         write_durably(options.out, json.dumps(_data(found), indent=1) + "\n")
+
+
+def _findings(found: FoundPlans, devices: int, fixed: dict[str, str]) -> Iterator[str]:
+    best, ways = found.best, f"{counted(found.shapes, 'way')} to train on {counted(devices, 'device')}"
+    name = "the best" if found.bound is None else "the best in the time that was given"
+    yield f"{ways}; {name}: {_words(best.candidate.shape.key())}"
+    if found.bound is not None:
+        yield f"another way may be better by up to {1 - found.bound / best.goal[0]:.1%}; give more --seconds"
+    yield f"{1 / best.simulation.throughput.median:.4g} s per mini-batch on {counted(best.candidate.devices, 'device')}"
+    for respect, other in found.alternatives.items():
+        if other is not None:
+            yield f"other {respect}: {found.loss(other):+.1%}: {_words(other.candidate.shape.key())}"
+        else:
+            yield f"other {respect}: {fixed.get(respect, 'nothing else fits')}"
+    to_run = "to run it" if best.candidate.runs_as_it_is else "to run it, with a model and data of your own"
+    yield f"{to_run}: {best.candidate.command()}"
+
+
+def _fixed(request: PlanRequest, wanted: dict[str, Any]) -> dict[str, str]:
+    """In which respects nothing else was tried, since nothing else was asked for; and how to ask."""
+    fixed = {} if len(request.methods) > 1 else {"method": "none was asked for; name others with --also"}
+    for respect, setting in (("stages or replicas", "stages"), ("micro-batches", "microbatches"), ("slack", "slack")):
+        if wanted.get(setting) not in (None, "", 0, "0"):
+            fixed[respect] = f"no other fits beside --{setting}"
+    return fixed
+
+
+class SearchProgress:
+    """A line in the terminal that says how far a long search is; nothing where there is no terminal."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        console = Console(stderr=True)
+        self._status = console.status("searching") if console.is_terminal else None
+        self._said = time.monotonic()
+
+    def looked(self, cut: int, simulated: int) -> None:
+        """So many shapes were cut and simulated."""
+        if self._status is not None and time.monotonic() - self._said > 0.5:
+            self._said = time.monotonic()
+            self._status.update(f"searching: {counted(cut, 'way')} cut, {simulated:,} simulated (--seconds ends it)")
+
+    def __enter__(self) -> SearchProgress:
+        if self._status is not None:
+            self._status.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._status is not None:
+            self._status.stop()
 
 
 def _cluster(
@@ -90,6 +138,8 @@ def _request(options: SearchOptions, profile: Profile, cluster: Cluster, wanted:
             f"a search is for predictions of the kind {SETTINGS['prediction'].default!r}; leave --prediction and --refresh out, and see "
             "with pipeoptim simulate what others cost"
         )
+    if options.seconds is not None and not 0 < options.seconds < inf:
+        raise ConfigError(f"seconds is {options.seconds:g}, must be above 0: after which the best so far is taken")
     slack = read_slack(wanted["slack"])
     if isinstance(slack, tuple):
         raise ConfigError(
@@ -103,6 +153,7 @@ def _request(options: SearchOptions, profile: Profile, cluster: Cluster, wanted:
         slacks=(slack,) if slack else (0.0, 1.0),
         objective=options.objective or "",
         stages=[wanted["stages"]] if "stages" in wanted else (),
+        seconds=inf if options.seconds is None else options.seconds,
     )
 
 
@@ -127,6 +178,7 @@ def _data(found: FoundPlans) -> dict[str, Any]:
             "bytes of the fullest device": candidate.memory,
             "bytes": asdict(plan_bytes(candidate.scenario)),
             "command": candidate.command(),
+            "runs as it is": candidate.runs_as_it_is,
             "simulation": one.simulation.to_dict(),
         }
 

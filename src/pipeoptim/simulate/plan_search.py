@@ -9,7 +9,9 @@ other can be better by more than the tolerance that it is put ahead.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterator, Sequence
+import shlex
+import time
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import count
 from math import ceil, inf
@@ -49,6 +51,8 @@ class PlanRequest:
         slacks, recompute: that are tried.
         objective: "time": seconds per mini-batch. "cost": those times the devices that are used. "memory": of the fullest device.
         stages: depths that are tried; all that fit by default.
+        seconds: after which the best that was found so far is taken.
+        looked: told how many shapes were cut and how many simulated, as it goes on.
     """
 
     profile: Profile
@@ -59,6 +63,8 @@ class PlanRequest:
     recompute: Sequence[str] = ("", "backward")
     objective: str = "time"
     stages: Sequence[int] = ()
+    seconds: float = inf
+    looked: Callable[[int, int], None] | None = None
 
     def __post_init__(self) -> None:
         if self.objective not in OBJECTIVES:
@@ -119,11 +125,17 @@ class Candidate:
         """That it uses."""
         return self.scenario.program.depth * self.scenario.replicas
 
+    @property
+    def runs_as_it_is(self) -> bool:
+        """Whether the profile says which run it is of, so that :meth:`command` trains its model."""
+        return "train" in self.scenario.profile.made
+
     def command(self) -> str:
-        """The command line that runs it."""
+        """The command line that runs it; with places to fill in, where the profile does not say which model and data it is of."""
         s, p = self.scenario, self.scenario.program
-        parts = [f"pipeoptim train --method {s.method.name} --stages {p.depth} --microbatches {p.microbatches}"]
-        parts += [f"--cut {','.join(map(str, s.lengths))} --engine processes"]
+        named = s.profile.made.get("train", ["--model", "MODULE:FUNCTION", "--data", "MODULE:FUNCTION"])
+        parts = [f"pipeoptim train {shlex.join(map(str, named))} --method {s.method.name} --stages {p.depth}"]
+        parts += [f"--microbatches {p.microbatches} --cut {','.join(map(str, s.lengths))} --engine processes"]
         parts += [f"--slack {self.shape.key()[4]:g}"] if p.slack else []
         parts += [f"--recompute {s.recompute}"] if s.recompute else []
         parts += [f"--replicas {s.replicas}"] if s.replicas > 1 else []
@@ -153,12 +165,14 @@ class FoundPlans:
         alternatives: the best of those that differ from it in one respect: which, and the plan; None where nothing else fits.
         shapes: that there were.
         model: of the profile.
+        bound: what no plan goes below, where the search ended before its end; None where the plan is the best.
     """
 
     best: RankedPlan
     alternatives: dict[str, RankedPlan | None]
     shapes: int
     model: str
+    bound: float | None = None
 
     def loss(self, other: RankedPlan) -> float:
         """By what share ``other`` is worse than the best."""
@@ -185,9 +199,9 @@ def find_plans(request: PlanRequest) -> FoundPlans:
             f"no way to train {request.profile.model} on {len(request.cluster.speeds)} devices of "
             f"{request.cluster.memory / 2**30:.3g} GiB was found; give more memory or devices, or other micro-batches or methods"
         )
-    own = best.candidate.shape.key()
+    own, bound = best.candidate.shape.key(), search.bound
     others = {name: search.best(own, places) for name, places in RESPECTS.items()}
-    return FoundPlans(best, others, len(search.shapes), request.profile.model)
+    return FoundPlans(best, others, len(search.shapes), request.profile.model, bound)
 
 
 class _Search:
@@ -199,6 +213,9 @@ class _Search:
         self.shapes = [(shape, s, memory) for shape, s, memory in bounds if memory <= request.cluster.memory]
         self._cuts: dict[PlanShape, Candidate | None] = {}
         self._plans: dict[PlanShape, RankedPlan] = {}
+        self._ends = time.monotonic() + request.seconds
+        self.bound: float | None = None
+        """What no plan of the last search goes below, where it ended before its end."""
 
     def best(self, unlike: PlanKey | None = None, places: Sequence[int] = ()) -> RankedPlan | None:
         """The best plan, of those whose key is ``unlike`` that one in one of the ``places``; None where none fits."""
@@ -211,12 +228,20 @@ class _Search:
         for shape, seconds, memory in self.shapes:
             if unlike is None or any(shape.key()[place] != unlike[place] for place in places):
                 push(_goal(self.request, shape, seconds, memory), shape)
+        simulated: list[RankedPlan] = []
+        self.bound = None
         while queue:
-            _, _, head = heapq.heappop(queue)
+            (least, _), _, head = heapq.heappop(queue)
             if isinstance(head, RankedPlan):
                 return head
+            if simulated and time.monotonic() > self._ends:
+                self.bound = least
+                return min(simulated, key=lambda plan: plan.goal)
+            if self.request.looked is not None:
+                self.request.looked(len(self._cuts), len(self._plans))
             if isinstance(head, Candidate):
                 plan = self._simulated(head)
+                simulated.append(plan)
                 push((plan.goal[0] * (1 - TOLERANCE), plan.goal[1]), plan)
             elif (found := self._cut(head)) is not None:
                 push(_goal(self.request, head, found.bound, found.memory), found)

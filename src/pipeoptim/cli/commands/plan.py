@@ -78,6 +78,9 @@ def plan(
         Option(help="With --objective: links of each level, from the inside, as GB/s:milliseconds: 100:0.01,25:0.05,1:20."),
     ] = None,
     also: Annotated[list[str] | None, Option(help="With --objective: another method to choose from; may be repeated.")] = None,
+    seconds: Annotated[
+        float | None, Option(help="With --objective: end the search after that time, with the best so far.")
+    ] = None,
     out: Annotated[
         Path | None, Option(help="With --objective: also write the plan and its alternatives into this JSON file.")
     ] = None,
@@ -107,7 +110,7 @@ def plan(
       pipeoptim plan --model mine:gpt2 --stages 2 --blocks
           Also what each layer costs: milliseconds of its forward and backward, bytes of activations and weights.
     """
-    search = SearchOptions(objective, profile, synthetic, sizes, nodes, links, also, out)
+    search = SearchOptions(objective, profile, synthetic, sizes, nodes, links, also, seconds, out)
     wanted = given(settings)
     if objective is not None:
         measuring = (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -85,10 +86,24 @@ def profile(
                 chosen_run(recipe, tiny, config_file, model, data, "chars", set_options or ())[0], device, how, layers
             )
         found = measure_profile(work, microbatches or [m for m in (1, 2, 4) if work.rows % m == 0], repeats)
+        if (model is None or data is not None) and how == "auto" and not layers:  # as runs cut
+            named = _named(recipe, tiny, model, data, set_options, config_file)
+            found = replace(found, made={**found.made, "train": named})
     found.write(out)
     seconds = sum(block.forward[-1] + block.backward[-1] for block in found.blocks)
     told = "by formula" if found.synthetic else f"{seconds * 1e3:.4g} ms for F and B of {counted(found.rows[-1], 'row')}"
     print(f"{found.model}: {counted(len(found.blocks), 'block')}, {told}; written to {out}")
+
+
+def _named(
+    recipe: str | None, tiny: bool, model: str | None, data: str | None, options: list[str] | None, config: Path | None
+) -> list[str]:
+    """The options of pipeoptim train that name the same run."""
+    words = [] if recipe is None and (model or config) else ["--recipe", recipe or "chars"]
+    for option, value in (("--model", model), ("--data", data), ("--config", config)):
+        words += [] if value is None else [option, str(value)]
+    words += ["--tiny"] if tiny else []
+    return words + [word for one in options or () for word in ("--set", one)]
 
 
 def _from_formula(text: str) -> Profile:

@@ -14,6 +14,7 @@ from pipeoptim.cli.simulations import chosen_profile, show_simulation
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
+    from pipeoptim.methods import Method
     from pipeoptim.simulate import Conditions, Failures, Profile, Scenario
 
 
@@ -165,6 +166,21 @@ def _failures(mtbf: float | None, recovery: float | None, every: float | None, s
     return Failures(mtbf * 3600, recovery, 600.0 if every is None else every, seconds or 0.0)
 
 
+def _check_prediction(method: Method, kind: str) -> None:
+    """Raises ConfigError where a kind of prediction makes no difference to a simulation."""
+    from pipeoptim.config import SETTINGS
+
+    if kind == SETTINGS["prediction"].default:
+        return
+    if kind != "in_progress":
+        raise ConfigError(
+            f"prediction is {kind!r}, which a simulation does not tell from others (each is a pass over the weights); leave it out, or "
+            "simulate 'in_progress', or a method without predictions"
+        )
+    if not method.predicts_by_rule:
+        raise ConfigError(f"prediction is {kind!r}, but {method.name} makes no such predictions; leave it out")
+
+
 def _scenario(profile: Profile, wanted: dict[str, Any], minibatches: int, cut: str | None, conditions: Conditions) -> Scenario:
     from pipeoptim.config import read_cut
     from pipeoptim.methods import get_method, refresh_every
@@ -175,6 +191,7 @@ def _scenario(profile: Profile, wanted: dict[str, Any], minibatches: int, cut: s
     if depth % wanted["chunks"]:
         raise ConfigError(f"chunks is {wanted['chunks']}, must divide the {depth} stages")
     program = method.program(depth, m, depth // wanted["chunks"], bool(wanted.get("overlap")), read_slack(wanted["slack"]))
+    _check_prediction(method, wanted["prediction"])
     rows = profile.batch_rows / (m * wanted["replicas"])
     speeds = [1 / conditions.stragglers.get(k, 1.0) for k in range(depth)]
     return Scenario(
