@@ -23,6 +23,7 @@ if TYPE_CHECKING:
         save_weights,
     )
     from pipeoptim.engine import (
+        AdaGC,
         Along,
         Clip,
         Compression,
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
 
 # Names that need torch are imported when first used, so that the command line answers at once.
 _LAZY = {
+    "AdaGC": "pipeoptim.engine",
     "Along": "pipeoptim.engine",
     "Checkpointer": "pipeoptim.checkpoint",
     "Clip": "pipeoptim.engine",
@@ -85,6 +87,7 @@ _LAZY = {
 
 __all__ = [
     "METHODS",
+    "AdaGC",
     "Along",
     "Checkpointer",
     "Clip",

@@ -5,6 +5,7 @@ import math
 import torch
 
 import case
+import pipeoptim as po
 
 UPDATES = 24
 BAD = {0: math.nan, 3: math.inf, 4: math.nan, 9: 1e6, 13: -math.inf, 20: math.nan, 23: math.nan}
@@ -26,10 +27,12 @@ def scaler():
     return torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
 
 
+ADAGC = {"lambda_rel": 1.05, "lambda_abs": 0.5, "beta": 0.9, "warmup": 5}
+
 # name: modules, processes, method, M, options
 CASES = {
     "pipeoptim": (2, "pipeoptim", 1, {}),
-    "in_progress": (2, "pipeoptim", 2, {"prediction": "in_progress"}),
+    "in_progress": (2, "pipeoptim", 2, {"prediction": "in_progress", "clip": po.AdaGC(**ADAGC)}),
     "stashed": (2, "pipedream", 2, {"clip": 1.0}),
     "flushed": (2, "1f1b", 2, {"scaler": scaler}),
     "interleaved": (4, "pipeoptim", 2, {}),

@@ -45,6 +45,10 @@ class ClipByStage:
     def factor(self, grads):
         return min(1.0, self.limit / (math.sqrt(sum(float((g**2).sum()) for g in grads)) + 1e-6)) if self.limit else 1.0
 
+    def clipped(self, u, grads):
+        """An estimate of the gradient that stage has at this use of its weights."""
+        return [g * self.factor(grads) for g in grads]
+
     def __call__(self, t, sums):
         return [[g * self.factor(grads) for g in grads] for grads in sums]
 
@@ -66,7 +70,7 @@ def estimated_gradient(rule, u, refresh, clip):
         g = [v + (1 - share) * ((1 - MU) * m - rule.wd * w) for v, m, w in zip(value, state["m"], weights, strict=True)]
     else:
         g = [v + (1 - share) * m / (1 - B1**t) for v, m in zip(value, state["m"], strict=True)]
-    return [x * clip.factor(g) for x in g]
+    return clip.clipped(u, g)
 
 
 def in_progress(rule, refresh, clip):

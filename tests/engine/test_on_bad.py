@@ -32,10 +32,38 @@ def halved(opt):
     return torch.optim.lr_scheduler.ExponentialLR(opt, 0.97)
 
 
+class TensorClip:
+    """AdaGC spelled out, one gradient after the other."""
+
+    def __init__(self):
+        self.updates, self.means = 0, {}
+
+    def __call__(self, params):
+        known, self.updates = cases.ADAGC, self.updates + 1
+        grads = {n: p.grad for n, p in enumerate(params) if p.grad is not None and p.grad.any()}
+        norms = {n: g.norm() for n, g in grads.items()}
+        whole = torch.stack([*norms.values()]).norm()
+        for n, g in grads.items():
+            mean = self.means.get(n)
+            if self.updates <= known["warmup"]:
+                h = torch.clamp(known["lambda_abs"] / (whole + 1e-6), max=1)
+            else:
+                h = torch.clamp((known["lambda_abs"] if mean is None else known["lambda_rel"] * mean) / norms[n], max=1)
+            g.mul_(h)
+            after = norms[n] * h
+            if mean is None:
+                self.means[n] = after
+            elif self.updates <= known["warmup"]:
+                self.means[n] = torch.minimum(mean, after)
+            else:
+                self.means[n] = known["beta"] * mean + (1 - known["beta"]) * after
+
+
 class Stage:
     """One stage of a plain loop, with every version of its weights, and random numbers of its own."""
 
-    def __init__(self, module, k, depth, seed):
+    def __init__(self, module, k, depth, seed, clip):
+        self.clip = clip() if clip else None
         self.module, self.late = module, depth - 1 - k
         self.opt = sgd(module.parameters())
         self.rate = halved(self.opt)
@@ -61,6 +89,10 @@ class Stage:
         if not bad:
             for name, p in self.module.named_parameters():
                 p.grad = self.versions[version][name].grad
+            if self.clip is not None:
+                if scaler is not None:
+                    scaler.unscale_(self.opt)
+                self.clip([p for group in self.opt.param_groups for p in group["params"]])
             if scaler is None:
                 self.opt.step()
             else:
@@ -74,9 +106,9 @@ class Stage:
         self.versions.append(self.copy())
 
 
-def plain_loop(modules, m, late, scaler=None):
+def plain_loop(modules, m, late, scaler=None, clip=None):
     """What stashed weights, ``late`` updates old on stage k, do with the mini-batches; late=False: a pipeline that flushes."""
-    stages = [Stage(module, k, len(modules), 3) for k, module in enumerate(modules)]
+    stages = [Stage(module, k, len(modules), 3, clip) for k, module in enumerate(modules)]
     for n, (x, y) in enumerate(cases.batches(m)):
         versions = [max(0, n - stage.late) if late else n for stage in stages]
         losses = []
@@ -102,28 +134,43 @@ def assert_same(modules, stages):
 
 
 @pytest.mark.parametrize(
-    ("method", "depth", "m", "scaled"),
+    ("method", "depth", "m", "scaled", "clip"),
     [
-        ("pipedream", 4, 1, False),
-        ("1f1b", 4, 1, False),
-        ("1f1b", 4, 2, False),
-        ("gpipe", 2, 2, False),
-        ("pipeoptim", 1, 2, False),
-        ("pipeoptim", 1, 2, True),
+        ("pipedream", 4, 1, False, None),
+        ("pipedream", 4, 1, False, "adagc"),
+        ("1f1b", 4, 1, False, None),
+        ("1f1b", 4, 2, False, "adagc"),
+        ("gpipe", 2, 2, False, None),
+        ("pipeoptim", 1, 2, False, "adagc"),
+        ("pipeoptim", 1, 2, True, None),
+        ("pipeoptim", 1, 2, True, "adagc"),
     ],
 )
-def test_skipping_is_leaving_the_update_out_of_a_plain_loop_bit_for_bit(method, depth, m, scaled):
+def test_skipping_is_leaving_the_update_out_of_a_plain_loop_bit_for_bit(method, depth, m, scaled, clip):
     modules = case.pieces(depth)
     for layer in nn.ModuleList(modules).modules():
         if isinstance(layer, nn.ReLU):
             layer.inplace = False  # between stages a pipeline allows it, a plain loop does not
     theirs, own = (cases.scaler(), [cases.scaler()]) if scaled else (None, None)
-    expected = plain_loop(copy.deepcopy(modules), m, method == "pipedream", theirs)
-    pipe = po.Emulator(modules, sgd, case.loss_fn, method, m, schedulers=halved, seed=3, on_bad="skip", scaler=own)
+    expected = plain_loop(copy.deepcopy(modules), m, method == "pipedream", theirs, clip and TensorClip)
+    pipe = po.Emulator(
+        modules,
+        sgd,
+        case.loss_fn,
+        method,
+        m,
+        schedulers=halved,
+        seed=3,
+        on_bad="skip",
+        scaler=own,
+        clip=clip and po.AdaGC(**cases.ADAGC),
+    )
     cases.train(pipe, lambda x, y: ([x], y), m)
     assert_same(modules, expected)
     assert [pipe.skipped(k) for k in range(depth)] == [cases.SKIPPED] * depth
     assert [pipe.version(k) for k in range(depth)] == [cases.UPDATES] * depth
+    if clip:
+        assert all(pipe.clipped_tensors(k) > 0 for k in range(depth)) and pipe.options.clip.warmup == 5
     if scaled:
         assert own[0].state_dict() == theirs.state_dict()
 

@@ -90,7 +90,10 @@ def test_it_is_the_plain_path_to_rounding(data: st.DataObject) -> None:
         known[0] = PartialGradient(None, seen)
     factor = data.draw(st.sampled_from([1.0, 0.25]), label="factor")
     known = [None if k is None else PartialGradient(k.value, k.seen, factor) for k in known]
-    clip = data.draw(st.sampled_from([None, ClipEstimate(0.5), ClipEstimate(1e6), ClipEstimate(last_factor=0.5)]), label="clip")
+    own = ClipEstimate(max_norms=torch.linspace(0.1, 3.0, len(known)))
+    clip = data.draw(
+        st.sampled_from([None, ClipEstimate(0.5), ClipEstimate(1e6), ClipEstimate(last_factor=0.5), own]), label="clip"
+    )
     run.predictor.scales = (data.draw(st.sampled_from([1.0, 0.5]), label="scale"),) * len(run.optimizer.param_groups)
     run.predictor.predict_into(run.out, steps, known, clip)
     close(run.out, run.plain(steps, known, clip, run.predictor.scales), units=16)

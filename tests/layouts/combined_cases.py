@@ -35,7 +35,7 @@ CASES = [
     Case("pipedream", 2, overlap=True),
     Case(wrap="ddp"),
     Case(wrap="fsdp"),
-    Case("pipedream", 2, wrap="fsdp", optimizer="sgd", clip=po.Clip(0.05, "stage")),
+    Case("pipedream", 2, wrap="fsdp", optimizer="sgd", clip=po.AdaGC(lambda_abs=0.05, warmup=3)),
     Case(wrap="hsdp", chunks=1, overlap=True, clip=po.Clip(0.05, "stage")),  # predicts one update ahead
     Case("pipedream", 2, wrap="hsdp", chunks=1, overlap=True, optimizer="sgd"),
 ]

@@ -112,7 +112,13 @@ def resumed():
 def in_progress(overlap):
     """Both replicas are fed the same, so that the mean of their gradients is the gradient of each."""
     module = cases.module(cases.Case(), k)
-    options = {"replicas": mesh["data"], "overlap": overlap, "clip": 0.05, "prediction": "in_progress", "scale": "auto"}
+    options = {
+        "replicas": mesh["data"],
+        "overlap": overlap,
+        "clip": po.AdaGC(lambda_abs=0.05, warmup=3),
+        "prediction": "in_progress",
+        "scale": "auto",
+    }
     pipe = schedule(module, torch.optim.AdamW(module.parameters(), lr=0.01), 4, **options)
     for x, y in cases.batches():
         pipe.step(*([x] if first else []), target=y if last else None)

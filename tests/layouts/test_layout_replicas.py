@@ -74,7 +74,7 @@ def test_fsdp_equals_ddp_and_holds_two_copies_of_its_shards_only(folder):
 def test_predictions_from_the_mini_batch_in_progress_use_a_replicas_own_gradient(folder, overlap):
     """Fed the same, two replicas train as one does alone, bit for bit: nothing of the other enters their predictions."""
     modules = [cases.module(cases.Case(), k) for k in range(cases.DEPTH)]
-    options = {"overlap": overlap, "clip": 0.05, "prediction": "in_progress", "scale": "auto"}
+    options = {"overlap": overlap, "clip": po.AdaGC(lambda_abs=0.05, warmup=3), "prediction": "in_progress", "scale": "auto"}
     adamw = lambda params: torch.optim.AdamW(params, lr=0.01)  # noqa: E731
     pipe = po.Emulator(modules, adamw, torch.nn.functional.mse_loss, "pipeoptim", 4, **options)
     for x, y in cases.batches():

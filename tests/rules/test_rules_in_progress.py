@@ -281,6 +281,24 @@ def test_the_estimate_is_clipped_by_its_own_norm(name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("name", ["adamw", "sgd_momentum", "muon", "rmsprop"])
+def test_each_estimate_is_clipped_by_its_own_limit(name: str) -> None:
+    """The whole mini-batch: the gradients that are multiplied, each by the quotient of its limit and its norm."""
+    optimizer = BY_NAME[name].make()
+    train(optimizer, 3)
+    grads = gradients(optimizer, 3)
+    norms = [float(g.norm()) for g in grads]
+    limits = torch.tensor([norm * (0.25 if n % 2 else 3.0) for n, norm in enumerate(norms)], dtype=torch.float64)
+    clip = ClipEstimate(max_norms=limits)
+    got = predict_weights(optimizer, 1, kind="in_progress", in_progress=whole(grads), clip=clip)
+    clipped = [g * (0.25 if n % 2 else 1.0) for n, g in enumerate(grads)]
+    assert largest_difference(got, really_stepped(optimizer, clipped)) <= tolerance(optimizer)
+    with pytest.raises(ConfigError, match="1 max_norms for"):
+        predict_weights(optimizer, 1, kind="in_progress", in_progress=whole(grads), clip=ClipEstimate(max_norms=limits[:1]))
+    with pytest.raises(ConfigError, match="max_norms is 1.0, must be a tensor"):
+        ClipEstimate(max_norms=1.0)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("clip", [ClipEstimate(max_norm=0.5), ClipEstimate(last_factor=0.25), ClipEstimate(last_factor=0.0)])
 def test_part_of_a_mini_batch_is_clipped_as_stated(clip: ClipEstimate) -> None:
     """By the norm of value and momentum together; or only the value, as the momentum consists of clipped gradients."""
@@ -428,5 +446,5 @@ def test_what_cannot_be_used_is_refused() -> None:
     ]:
         with pytest.raises(ConfigError, match=message):
             predict_weights(optimizer, 1, **bad)  # type: ignore[arg-type]
-    with pytest.raises(ConfigError, match="not by both"):
+    with pytest.raises(ConfigError, match="not by several"):
         ClipEstimate(1.0, 0.5)

@@ -5,6 +5,7 @@ from pipeoptim.engine.emulator import Emulator
 from pipeoptim.engine.evaluation import Evaluation
 from pipeoptim.engine.interleaved import InterleavedSchedule
 from pipeoptim.engine.marks import Along, MicroBatches, Whole
+from pipeoptim.engine.stage.adagc import AdaGC
 from pipeoptim.engine.stage.clip import Clip
 from pipeoptim.engine.stage.losses import add_loss, collect_losses
 from pipeoptim.engine.stage.master_weights import master_weights
@@ -14,6 +15,7 @@ from pipeoptim.engine.trace import Trace
 from pipeoptim.engine.transport.compression import Compression
 
 __all__ = [
+    "AdaGC",
     "Along",
     "Clip",
     "Compression",

@@ -133,6 +133,11 @@ class LocalStages:
         clipper = self._worker(k).clipper
         return None if clipper is None or clipper.used is None else float(clipper.used)
 
+    def clipped_tensors(self, k: int) -> int | None:
+        """How many tensors of stage ``k`` were scaled by :class:`~pipeoptim.AdaGC`, in all updates together; None under other clipping."""
+        clipper = self._worker(k).clipper
+        return None if clipper is None else clipper.scaled_tensors
+
     def skipped(self, k: int) -> list[int]:
         """The mini-batches, counted from 0, whose update stage ``k`` has left out (see ``on_bad``)."""
         return list(self._worker(k).finite.skipped)

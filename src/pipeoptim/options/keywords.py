@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from pipeoptim.engine.stage.adagc import AdaGC
     from pipeoptim.engine.stage.clip import Clip
     from pipeoptim.engine.stage.tied_weights import TiedWeights
     from pipeoptim.engine.trace import Trace
@@ -30,7 +31,7 @@ class OptionKeywords(TypedDict, total=False):
     scale: float | str
     synchronous_updates: int
     seed: int | None
-    clip: Clip | float | None
+    clip: Clip | AdaGC | float | str | None
     autocast: torch.dtype | None
     scaler: GradScaler | Sequence[GradScaler] | Callable[[], GradScaler] | None
     on_update: UpdateHook | None

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
     from torch.distributed.device_mesh import DeviceMesh
 
+    from pipeoptim.engine.stage.adagc import AdaGC
     from pipeoptim.engine.stage.clip import Clip
     from pipeoptim.engine.stage.tied_weights import TiedWeights
     from pipeoptim.engine.trace import Trace
@@ -66,6 +67,14 @@ NEVER_FLUSHES = Need(lambda method: not ORDERS[method.order].flushes, "flushes t
 def option(default: Any, help: str, check: Check, **known: Any) -> Any:
     """A field of :class:`PipelineOptions`; ``known``: see :class:`~pipeoptim.options.entry.Option`."""
     return field(default=default, metadata={"option": Option(help, check, **known)})
+
+
+def _clip_of_run(run: Any) -> Any:
+    if not run.clip:
+        return None
+    if run.clip_scope == "adagc":
+        return imported("pipeoptim.engine:AdaGC")(lambda_abs=run.clip)
+    return imported("pipeoptim.engine:Clip")(run.clip, run.clip_scope)
 
 
 @dataclass(frozen=True, init=False)
@@ -156,22 +165,24 @@ class PipelineOptions:
         "processes draw what the emulator draws.",
         integer_or_none,
     )
-    clip: Clip | None = option(
+    clip: Clip | AdaGC | None = option(
         None,
-        "gradient clipping: a pipeoptim.Clip, or the largest norm per stage.",
-        read_by("pipeoptim.engine.stage.clip:as_clip"),
+        "gradient clipping: a pipeoptim.Clip, or the largest norm per stage; or a pipeoptim.AdaGC, or 'adagc': each tensor by a running "
+        "mean of its own norms.",
+        read_by("pipeoptim.engine.stage.clipping:as_clip"),
         agreed=EQUAL,
-        given="Clip | float | None",
+        given="Clip | AdaGC | float | str | None",
         settings={
             "clip": Setting(0.0, "Largest norm of the gradients; 0: no clipping.", check_value=from_zero),
             "clip_scope": Setting(
                 "global_delayed",
-                "Whose norm: stage, global (waits for all stages) or global_delayed (the default).",
-                choices=("stage", "global", "global_delayed"),
+                "Whose norm: stage, global (waits for all stages) or global_delayed (the default); or adagc: each tensor's own, which may "
+                "be 1.05 times its running mean, after 100 updates of warm-up by --clip on each stage.",
+                choices=("stage", "global", "global_delayed", "adagc"),
                 only_with="clip",
             ),
         },
-        of_run=lambda run: imported("pipeoptim.engine:Clip")(run.clip, run.clip_scope) if run.clip else None,
+        of_run=_clip_of_run,
     )
     autocast: torch.dtype | None = option(
         None,

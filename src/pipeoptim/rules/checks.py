@@ -68,6 +68,8 @@ def check_in_progress(
         raise ConfigError(f"in_progress is {in_progress!r}, must be a list with one PartialGradient or None for each parameter")
     if clip is not None and not isinstance(clip, ClipEstimate):
         raise ConfigError(f"clip is {clip!r}, must be a ClipEstimate, for example ClipEstimate(max_norm=1.0), or None")
+    if clip is not None and clip.max_norms is not None and len(clip.max_norms) != len(weights):
+        raise ConfigError(f"{len(clip.max_norms)} max_norms for {len(weights)} parameters: pass one per parameter")
     if not used and (clip is not None or len(in_progress)):
         raise ConfigError(
             "the gradient of the mini-batch in progress enters only predictions of the kind 'in_progress', which no parameter has: "

@@ -8,20 +8,19 @@ PartialGradient ── estimate ──► g ──► Rule.dry_step ──► Mo
 from __future__ import annotations
 
 from collections.abc import Callable, Container, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
 from pipeoptim.rules.checks import check_dense
 from pipeoptim.rules.entries import ParameterEntry
-from pipeoptim.rules.estimate import clip_factor, estimate
+from pipeoptim.rules.estimate import clip_factors, estimate
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.interpreters import MoveBatch
 from pipeoptim.rules.move import Ahead, Scalar, as_real, total
 from pipeoptim.rules.scratch import scratch_step
 
-DryStepKernel = Callable[[Sequence[ParameterEntry], Horizon, Callable[[], Scalar], Sequence[Tensor]], Container[int]]
+DryStepKernel = Callable[[Sequence[ParameterEntry], Horizon, Callable[[int], Scalar], Sequence[Tensor]], Container[int]]
 """Predicts what it can of these parameters, and returns their places (`rules.fused.dry`)."""
 
 
@@ -38,15 +37,17 @@ def predict_by_dry_step(
     """
     if not any(entry.in_progress for entry in entries):
         return
-    # The norm is that of all parameters, those of other kinds included; found once, and only if somebody asks.
-    factor = cache(lambda: clip_factor(entries, horizon.in_progress, horizon.clip))
+    # Of all parameters, those of other kinds included.
+    factor = clip_factors(entries, horizon.in_progress, horizon.clip)
     done = by_kernel(entries, horizon, factor, out) if by_kernel is not None else ()
     for entry, buffer in zip(entries, out, strict=True):
         if entry.in_progress and entry.number not in done:
             _predict(entry, horizon, factor, buffer, batch)
 
 
-def _predict(entry: ParameterEntry, horizon: Horizon, factor: Callable[[], Scalar], buffer: Tensor, batch: MoveBatch) -> None:
+def _predict(
+    entry: ParameterEntry, horizon: Horizon, factor: Callable[[int], Scalar], buffer: Tensor, batch: MoveBatch
+) -> None:
     ahead = horizon.ahead(entry)
     check_dense(entry.weight, None if ahead.in_progress is None else ahead.in_progress.value)
     known = estimate(entry, ahead.in_progress, horizon.clip)
@@ -54,7 +55,7 @@ def _predict(entry: ParameterEntry, horizon: Horizon, factor: Callable[[], Scala
         buffer.copy_(entry.weight)
         return
     weight = entry.real_weight
-    g = known.scaled(factor()).tensor(weight)
+    g = known.scaled(factor(entry.number)).tensor(weight)
     move = None if entry.rule is None else entry.rule.dry_step(weight, entry.real_state, g, entry.group, ahead)
     if move is not None:
         batch.add(weight, move.scaled(ahead.scale), as_real(buffer.detach()))

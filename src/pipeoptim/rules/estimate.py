@@ -6,6 +6,8 @@
 
     g = last * value  +  (1 - seen) * m_hat     clipped by another norm, as at the last update; m_hat is made of clipped gradients
 
+Where each tensor is clipped by a limit of its own, f is one number per parameter, found from the norm of that estimate alone.
+
 Where the state holds no momentum, the micro-batches to come are taken as ``seen`` times the mean of those so far: the fewer are known,
 the less they say, so the estimate is shrunk towards 0. Its error is smaller than that of 0 wherever the mini-batch tells more than its
 noise, and never much larger.
@@ -13,7 +15,8 @@ noise, and never much larger.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -96,26 +99,36 @@ def momentum_of(entry: ParameterEntry) -> Momentum | None:
     return entry.rule.momentum(weight, state, entry.group)
 
 
-def clip_factor(
+def clip_factors(
     entries: Sequence[ParameterEntry], in_progress: Sequence[PartialGradient | None], clip: ClipEstimate | None
-) -> Scalar:
-    """f: what the estimates of all parameters are multiplied by."""
-    if clip is None or clip.max_norm is None:
-        return 1.0
+) -> Callable[[int], Scalar]:
+    """f: what the estimate of the parameter with this number is multiplied by; found when somebody asks."""
+    if clip is None or clip.last_factor is not None:
+        return lambda _: 1.0  # the last factor is in the estimate
     partials = in_progress or [None] * len(entries)
-    pairs = [(entry, estimate(entry, partial, clip)) for entry, partial in zip(entries, partials, strict=True)]
-    parts = [(entry.real_weight, known) for entry, known in pairs if known is not None]
+
+    def parts_of(n: int) -> list[tuple[Tensor, GradientEstimate]]:
+        known = estimate(entries[n], partials[n], clip)
+        return [] if known is None else [(entries[n].real_weight, known)]
+
+    if clip.max_norms is not None:
+        return lambda n: clip.own_factor(n, _norm_of(parts_of(n)))
+    # The norm is that of all parameters.
+    whole = cache(lambda: clip.factor(_norm_of([part for n in range(len(entries)) for part in parts_of(n)])))
+    return lambda _: whole()
+
+
+def _norm_of(parts: Sequence[tuple[Tensor, GradientEstimate]]) -> Scalar:
+    """Of these estimates together: a number on a CPU, a tensor where reading it would wait for a device."""
     if not parts:
-        return 1.0
+        return 0.0
     if available() and all(_kernel_can(weight, known) for weight, known in parts):
-        return clip.factor(calls.norm_of_estimates(_parts_of(weight, known) for weight, known in parts))
+        return calls.norm_of_estimates(_parts_of(weight, known) for weight, known in parts)
     # As torch.nn.utils.get_total_norm: the norm of the norms, so that it is the update's own where all micro-batches are seen.
     norms = [torch.linalg.vector_norm(known.tensor(weight)) for weight, known in parts]
     first = norms[0].device
     whole: Tensor = torch.linalg.vector_norm(torch.stack([norm.to(first) for norm in norms]))
-    if first.type == "cpu":
-        return clip.factor(float(whole))
-    return (clip.max_norm / (whole + 1e-6)).clamp(max=1.0)  # not read
+    return float(whole) if first.type == "cpu" else whole
 
 
 def _operands(weight: Tensor, known: GradientEstimate) -> tuple[Tensor, Tensor | None, Tensor]:

@@ -4,6 +4,8 @@ Training rows: step, loss, lr, samples_per_second; or step and ``skipped``, wher
 out. Validation rows: step, val_loss and one ``val_<name>`` per metric.
 Prediction rows: step and prediction, a list with one entry per stage and parameter group (see
 :mod:`pipeoptim.telemetry.prediction`). They may come a few rows later than the training row of their step.
+Timing rows: step and timing, a list with one entry per stage (:class:`~pipeoptim.engine.stage_times.StageTimes`), and under AdaGC how many
+tensors of the stage it has scaled so far (``clipped``).
 ``step`` counts mini-batches done, from 1.
 """
 

@@ -28,6 +28,8 @@ class _Stage(Protocol):
     @property
     def skipped(self) -> int: ...
     @property
+    def clipped(self) -> int | None: ...
+    @property
     def prediction_error(self) -> float | None: ...
     @property
     def prediction_scale(self) -> float | None: ...
@@ -98,6 +100,7 @@ def print_summary(result: _Result, steps: int, how: str, console: Console | None
 def _stages(stages: tuple[_Stage, ...]) -> Table:
     table = Table(box=None, pad_edge=False)
     skipped = any(s.skipped for s in stages)
+    clipped = any(s.clipped is not None for s in stages)
     measured = any(s.prediction_error is not None for s in stages)
     for name in (
         "stage",
@@ -107,6 +110,7 @@ def _stages(stages: tuple[_Stage, ...]) -> Table:
         "held",
         "updates",
         *(["left out"] if skipped else []),
+        *(["tensors clipped"] if clipped else []),
         *(["prediction error", "scale", "best"] if measured else []),
     ):
         table.add_column(name, justify="right")
@@ -119,6 +123,7 @@ def _stages(stages: tuple[_Stage, ...]) -> Table:
             f"{s.updates:,}",
         )
         cells += (f"{s.skipped:,}",) if skipped else ()
+        cells += (f"{s.clipped or 0:,}",) if clipped else ()
         figures = (s.prediction_error, s.prediction_scale, s.best_scale)
         errors = ["-" if figure is None else f"{figure:.3f}" for figure in figures]
         table.add_row(str(s.stage), *cells, *(errors if measured else []))

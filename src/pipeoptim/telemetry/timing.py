@@ -32,7 +32,7 @@ def times_of(rows: Sequence[dict[str, Any]]) -> list[StageTimes]:
     >>> times_of(timing_rows([StageTimes(1, 0.0123456, 0.5, 0.25, 0.0, 1.0, 1.0)]))[0].computing
     0.01235
     """
-    return [StageTimes(**row) for row in rows]
+    return [StageTimes(**{name: row[name] for name in StageTimes._fields}) for row in rows]
 
 
 class SlowStages:

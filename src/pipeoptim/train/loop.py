@@ -177,7 +177,11 @@ class Loop:
     def _time_stages(self, step: int) -> None:
         """Report how long the stages take."""
         if self.setup.replica == 0:
-            self.timings.post(step, timing_rows(self.pipe.stage_times(k) for k in self.pipe.local_stages))
+            rows = timing_rows(self.pipe.stage_times(k) for k in self.pipe.local_stages)
+            for row in rows:
+                if (clipped := self.pipe.clipped_tensors(row["stage"])) is not None:
+                    row["clipped"] = clipped
+            self.timings.post(step, rows)
         self._record_timings(wait=False)
 
     def _record_timings(self, wait: bool) -> None:

@@ -25,6 +25,7 @@ class StageFacts:
         weight_copies: copies of its weights that the method promises to hold at most.
         weight_bytes: bytes of memory that held weights, measured in mid-flight.
         updates: its version t. skipped: how many of these left the weights as they were (see ``on_bad``).
+        clipped: how many tensors AdaGC has scaled, in all updates together; None under other clipping.
         prediction_error: mean relative error of its last measured predictions (1: as good as none); None if not measured.
         prediction_scale: mean of the factors that these were made with. best_scale: of those that would have fitted best.
         idle: share of the traced time in which it neither computed nor communicated; None without a trace, and where all
@@ -39,6 +40,7 @@ class StageFacts:
     weight_bytes: int
     updates: int
     skipped: int = 0
+    clipped: int | None = None
     prediction_error: float | None = None
     prediction_scale: float | None = None
     best_scale: float | None = None

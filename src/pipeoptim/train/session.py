@@ -204,6 +204,7 @@ def _stage_facts(setup: RunSetup, pipe: Pipeline, k: int, loop: Loop) -> StageFa
         weight_bytes=loop.weight_bytes[k],
         updates=pipe.version(k),
         skipped=len(pipe.skipped(k)),
+        clipped=pipe.clipped_tensors(k),
         prediction_error=loop.errors.mean(k),
         prediction_scale=loop.errors.mean(k, "scale"),
         best_scale=loop.errors.best_scale(k),

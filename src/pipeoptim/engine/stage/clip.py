@@ -79,6 +79,25 @@ class Clip:
         """Whether an update waits for the other stages."""
         return self.scope == "global"
 
+    def check_tied(self) -> None:
+        """Only the exact global norm is the same number on all holders of a tied weight."""
+        if not self.waits:
+            raise ConfigError(
+                f"clipping with scope {self.scope!r} scales each stage's gradients by a number of its own, so the copies of a tied weight "
+                "would diverge; use scope 'global', or no clipping"
+            )
+
+    def clipper(
+        self,
+        params: Sequence[Tensor],
+        program: Program,
+        norms: NormExchange | None,
+        whole: Callable[[Tensor], Tensor],
+        elsewhere: Sequence[Tensor],
+    ) -> Clipper:
+        """What carries it out on one stage."""
+        return Clipper(self, params, program, norms, whole, elsewhere)
+
     def delay(self, program: Program) -> int:
         """By how many updates the global norm is older than the gradients that it scales; 0 where it is not."""
         return max(1, -(-_longest(program) // program.microbatches)) if self.scope == "global_delayed" else 0
@@ -104,11 +123,6 @@ class Clip:
 def _longest(program: Program) -> int:
     """Micro-batches in flight on stage 0; D without slack."""
     return program.depth if program.flushes or not program.slack else program.in_flight(0)
-
-
-def as_clip(value: Clip | float | None) -> Clip | None:
-    """``clip=1.0`` is short for ``clip=Clip(1.0)``."""
-    return value if value is None or isinstance(value, Clip) else Clip(value)
 
 
 class Clipper:
@@ -158,6 +172,9 @@ class Clipper:
         self.delay = self.rule.delay(program)
         self._keep_norms(self._global_norms)
 
+    scaled_tensors = None
+    """All tensors are scaled by one factor."""
+
     def send_norm(self, version: int) -> None:
         """Measure the gradients of the update after ``version``, which are complete, and send their norm to the other stages."""
         grads = [p.grad for p in self._counted if p.grad is not None]
@@ -185,13 +202,12 @@ class Clipper:
         return max(own, known) if math.isfinite(known) else own
 
     def apply(self, norm: Tensor | float) -> None:
-        """Scale the gradients, unless the factor is 1, which would read and write them for nothing."""
+        """Scale the gradients."""
         self.used = norm
         if not isinstance(norm, Tensor):
             norm = torch.tensor(norm, dtype=self._own_norm.dtype)
-        if norm.device.type != "cpu" or not self._limit / (norm + 1e-6) >= 1:  # nor where it is not a number
-            # All of params, not only those counted: a copy of a tied weight is scaled like its counterpart on the first holder.
-            clip_grads_with_norm_(self.params, self._limit, norm.to(self._own_norm.device))
+        # All of params, not only those counted: a copy of a tied weight is scaled like its counterpart on the first holder.
+        clip_to_norm(self.params, self._limit, norm, self._own_norm.device)
 
     def estimate(self) -> ClipEstimate:
         """How the coming update will be clipped, as far as can be known before its gradient is there.
@@ -233,6 +249,8 @@ class Clipper:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Take over :meth:`state_dict`."""
         self._sent.clear()
+        if "versions" not in state:  # of another rule
+            return
         self._keep_norms(dict(zip(state["versions"], state["norms"], strict=True)))
         self.used = state.get("used")  # what the next predictions expect of the clipping; earlier versions did not write it
 
@@ -240,6 +258,15 @@ class Clipper:
         """Of those of the newest versions, what coming updates will ask for."""
         newest = max(norms, default=-1)
         self._global_norms = {version: norm for version, norm in norms.items() if version > newest - self.delay}
+
+
+def clip_to_norm(params: Sequence[Tensor], limit: float, norm: Tensor, device: torch.device | None = None) -> None:
+    """Scale gradients of this ``norm`` to ``limit``, unless the factor is 1, which would read and write them for nothing.
+
+    ``device``: where the factor is worked out; by default where the norm is.
+    """
+    if norm.device.type != "cpu" or not limit / (norm + 1e-6) >= 1:  # nor where it is not a number
+        clip_grads_with_norm_(list(params), limit, norm if device is None else norm.to(device))
 
 
 def total(norms: Sequence[float]) -> float:
@@ -251,4 +278,4 @@ def total(norms: Sequence[float]) -> float:
     return math.sqrt(sum(norm * norm for norm in norms))
 
 
-__all__ = ["SCOPES", "Clip", "Clipper", "as_clip", "total"]
+__all__ = ["SCOPES", "Clip", "Clipper", "clip_to_norm", "total"]

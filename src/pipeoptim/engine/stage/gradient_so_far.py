@@ -17,7 +17,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
-from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.clipping import StageClipper
 from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.errors import ConfigError
@@ -59,7 +59,7 @@ class GradientSoFar:
         parameters: Sequence[Tensor],
         progress: UpdateProgress,
         summed_elsewhere: Sequence[Tensor],
-        clipper: Clipper | None,
+        clipper: StageClipper | None,
         scaling: LossScale | None,
         finite: FiniteCheck,
     ) -> None:

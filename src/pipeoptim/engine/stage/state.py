@@ -9,7 +9,7 @@ from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.clipping import StageClipper
 from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.loss_scaling import LossScale
 from pipeoptim.engine.stage.master_weights import MasterWeights
@@ -35,7 +35,7 @@ class SavedStage(Protocol):
     weights: StageWeights
     predictor: WeightPredictor | None
     master_weights: MasterWeights
-    clipper: Clipper | None
+    clipper: StageClipper | None
     tied: list[TiedWeight]
     scaling: LossScale | None
     compressor: Compressor

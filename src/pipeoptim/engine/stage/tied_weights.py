@@ -30,7 +30,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.processes.exchange import GradientExchange
-from pipeoptim.engine.stage.clip import Clip
+from pipeoptim.engine.stage.clipping import ClipRule
 from pipeoptim.engine.stage.origin import find_origins
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.errors import ConfigError
@@ -62,7 +62,7 @@ def carried_ties(stages: Mapping[int, nn.Module], depth: int) -> list[Tied]:
 
 
 def read_tied(
-    given: TiedWeights | None, carried: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool
+    given: TiedWeights | None, carried: Sequence[Tied], program: Program, method: Method, clip: ClipRule | None, scaled: bool
 ) -> list[Tied]:
     """``given``, or else ``carried``, in one form, each tie's places in the order of the stages, after checks.
 
@@ -110,17 +110,13 @@ def _same_places(given: Tied, carried: Tied) -> bool:
     return given.holders == carried.holders and all(f".{name}".endswith(f".{carried.name_on(k)}") for k, name in given.places)
 
 
-def _check_ties(ties: Sequence[Tied], program: Program, method: Method, clip: Clip | None, scaled: bool) -> None:
+def _check_ties(ties: Sequence[Tied], program: Program, method: Method, clip: ClipRule | None, scaled: bool) -> None:
     if program.interleaved:
         raise ConfigError(
             f"weights tied across stages ({ties[0]}) are worked out for one stage per process; use one, or untie them in the model"
         )
-    # Only the exact global norm is the same number on all holders.
-    if clip is not None and not clip.waits:
-        raise ConfigError(
-            f"clipping with scope {clip.scope!r} scales each stage's gradients by a number of its own, so the copies of a tied weight "
-            "would diverge; use scope 'global', or no clipping"
-        )
+    if clip is not None:
+        clip.check_tied()
     if scaled:
         raise ConfigError(
             "loss scaling lets each stage skip updates by itself, so the copies of a tied weight would diverge; use bfloat16 "

@@ -26,7 +26,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.stage.checks import skip_step
-from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.clipping import StageClipper
 from pipeoptim.engine.stage.displacement_samples import DisplacementSamples
 from pipeoptim.engine.stage.finite_check import FiniteCheck
 from pipeoptim.engine.stage.forward_weights import ForwardWeights
@@ -91,7 +91,7 @@ class StageUpdate:
         *,
         reduction: Reduction,
         tied: Sequence[TiedWeight],
-        clipper: Clipper | None,
+        clipper: StageClipper | None,
         scaling: LossScale | None,
         finite: FiniteCheck,
         observers: Sequence[DisplacementSamples],

@@ -34,7 +34,7 @@ from pipeoptim.engine.stage.checks import (
     split_by_group,
     step_function,
 )
-from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.clipping import StageClipper
 from pipeoptim.engine.stage.displacement_samples import ScaledPredictor
 from pipeoptim.engine.stage.finite_buffers import FiniteBuffers
 from pipeoptim.engine.stage.finite_check import FiniteCheck
@@ -155,11 +155,11 @@ class StageWorker:
         # A tied weight that this stage's optimizer does not move has no gradient to exchange, hence the None that is dropped.
         copies = (tie.on(reduction.unwrapped(module), self.parameters, params, program) for tie in ties)
         self.tied: list[TiedWeight] = [weight for weight in copies if weight is not None]
-        self.clipper: Clipper | None = None
+        self.clipper: StageClipper | None = None
         if options.clip is not None:
             # The norm over all stages counts a tied weight once, on its first holder, though every holder scales its copy.
             twice = [weight.optimized for weight in self.tied if not weight.counted]
-            self.clipper = Clipper(options.clip, self.parameters, program, norms, reduction.whole_norm, twice)
+            self.clipper = options.clip.clipper(self.parameters, program, norms, reduction.whole_norm, twice)
         names = {id(p): name for name, p in reduction.unwrapped(module).named_parameters()}
         self.finite = FiniteCheck(options.on_bad, k, self.device, [names[id(p)] for p in held], bool(self.tied))
         self._buffers = FiniteBuffers(reduction.unwrapped(module)) if self.finite.skips else None

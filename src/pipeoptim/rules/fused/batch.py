@@ -7,7 +7,7 @@ tensors, 50 -> 38 us over 4. ``pipeoptim bench predict`` shows the whole step.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import replace
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import NO_GRADIENT, GradientEstimate, combined_estimate, momentum_of
 from pipeoptim.rules.fused.steppers import Stepper
 from pipeoptim.rules.horizon import NOTHING_SEEN, Horizon
-from pipeoptim.rules.move import Ahead, Momentum
+from pipeoptim.rules.move import Ahead, Momentum, Scalar
 from pipeoptim.rules.registry import Rule
 from pipeoptim.rules.rule_moves import scaled_move
 
@@ -39,6 +39,10 @@ class BatchEstimates(NamedTuple):
     samples: list[tuple[int, float]]
     momenta: list[Momentum | None]
     known: list[GradientEstimate]
+
+    def factors(self, scales: Sequence[Scalar]) -> list[calls.EstimateFactors]:
+        """Of each set, for a kernel; ``scales``: what clipping multiplies its estimates by."""
+        return [one.scaled(scale).kernel_factors for one, scale in zip(self.known, scales, strict=True)]
 
 
 class StepperBatch:
@@ -113,7 +117,9 @@ class StepperBatch:
         own = [value.data_ptr() for n in self.places if (value := values[n]) is not None]
         shares = [horizon.share(n) for n in self.places] if horizon.in_progress else [NOTHING_SEEN]
         after = self._counts_after()
-        if len(set(shares)) == 1:
+        if horizon.clip is not None and horizon.clip.max_norms is not None:  # each parameter has a factor of its own
+            set_of, samples = list(range(len(after))), [(n, t or 1.0) for n, t in enumerate(after)]
+        elif len(set(shares)) == 1:
             set_of, samples = self._coefficient_sets(after)
         else:  # some parameters have no gradient yet, say
             set_of, samples = _numbered([*zip(self._groups, after, shares, strict=True)], after)
@@ -133,6 +139,10 @@ class StepperBatch:
         factors = [known.kernel_factors for known in estimates.known]
         rows = zip(self._weights_and_means, estimates.addresses, estimates.set_of, strict=True)
         return [calls.EstimateParts(n, value, mean, w, factors[number]) for (n, w, mean), value, number in rows]
+
+    def per_set(self, estimates: BatchEstimates, factor: Callable[[int], Scalar]) -> list[Scalar]:
+        """What ``factor`` says of a parameter of each set."""
+        return [factor(self.places[first]) for first, _ in estimates.samples]
 
     def dry_step(self, estimates: BatchEstimates, horizon: Horizon) -> calls.DryStep:
         """The kernel's dry step, which counts nothing."""

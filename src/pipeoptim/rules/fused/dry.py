@@ -14,7 +14,7 @@ from torch import Tensor
 from pipeoptim.rules.entries import ParameterEntry
 from pipeoptim.rules.estimate import estimate
 from pipeoptim.rules.fused.batch import stepper_of
-from pipeoptim.rules.fused.growing import GrowingPrediction, clip_scale
+from pipeoptim.rules.fused.growing import GrowingPrediction, clip_scales
 from pipeoptim.rules.fused.plan_cache import PlanCache
 from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.move import Scalar
@@ -40,14 +40,14 @@ class FusedDryStep:
             self._plans.prefetch(_key(out))
 
     def __call__(
-        self, entries: Sequence[ParameterEntry], horizon: Horizon, factor: Callable[[], Scalar], out: Sequence[Tensor]
+        self, entries: Sequence[ParameterEntry], horizon: Horizon, factor: Callable[[int], Scalar], out: Sequence[Tensor]
     ) -> frozenset[int]:
         """Write the predictions that kernels can make; returns the places of their parameters.
 
         Args:
             entries: the optimizer's parameters, from `parameter_entries`.
             horizon: what to predict from.
-            factor: finds that of clipping, for the estimates of all parameters.
+            factor: finds that of clipping, for the estimate of a parameter.
             out: one buffer per parameter.
         """
         if not out:
@@ -59,13 +59,16 @@ class FusedDryStep:
         estimates = [found for batch in plan.batches if (found := batch.estimates(values, horizon)) is not None]
         if len(estimates) < len(plan.batches):  # RAdam's first steps are torch's
             return frozenset()
-        scale = clip_scale(plan.batches, estimates, horizon.clip) if not plan.without_grad else factor()
-        if isinstance(scale, Tensor):
+        if plan.without_grad:
+            scales = [batch.per_set(known, factor) for batch, known in zip(plan.batches, estimates, strict=True)]
+        else:
+            scales = clip_scales(plan.batches, estimates, horizon.clip)
+        if any(isinstance(scale, Tensor) for own in scales for scale in own):
             return frozenset()
         steps = []
-        for batch, known in zip(plan.batches, estimates, strict=True):
+        for batch, known, own in zip(plan.batches, estimates, scales, strict=True):
             steps.append(batch.dry_step(known, horizon))
-            steps[-1].run([one.scaled(scale).kernel_factors for one in known.known])
+            steps[-1].run(known.factors(own))
         if not plan.without_grad and len({(p.seen, p.factor) for p in horizon.in_progress if p is not None}) == 1:
             self.growing = GrowingPrediction(plan, out, estimates, steps, horizon)
         return plan.moving

@@ -25,12 +25,24 @@ from pipeoptim.rules.horizon import Horizon
 from pipeoptim.rules.move import Scalar
 
 
-def clip_scale(batches: Sequence[StepperBatch], estimates: Sequence[BatchEstimates], clip: ClipEstimate | None) -> float:
-    """The factor of clipping where these batches have all parameters: their addresses are at hand, which saves asking every tensor."""
-    if clip is None or clip.max_norm is None:
-        return 1.0
-    pairs = zip(batches, estimates, strict=True)
-    return clip.factor(calls.norm_of_estimates(part for batch, known in pairs for part in batch.estimate_parts(known)))
+def clip_scales(
+    batches: Sequence[StepperBatch], estimates: Sequence[BatchEstimates], clip: ClipEstimate | None
+) -> list[list[Scalar]]:
+    """The factor of clipping of each set of each batch, where these have all parameters: their addresses are at hand, which saves asking
+    every tensor."""
+    pairs = list(zip(batches, estimates, strict=True))
+    if clip is None or clip.last_factor is not None:
+        return [[1.0] * len(known.known) for known in estimates]
+    if clip.max_norms is not None:  # each parameter is a set, in the order of the batch
+        return [
+            [
+                clip.own_factor(place, calls.norm_of_estimates([part]))
+                for place, part in zip(batch.places, batch.estimate_parts(known), strict=True)
+            ]
+            for batch, known in pairs
+        ]
+    whole = clip.factor(calls.norm_of_estimates(part for batch, known in pairs for part in batch.estimate_parts(known)))
+    return [[whole] * len(known.known) for known in estimates]
 
 
 class GrowingPrediction:
@@ -92,12 +104,10 @@ class GrowingPrediction:
                 known[-1].append(found)
         if out is not self._out:
             self._write_into(out)
-        scale = 1.0
-        if clip is not None:
-            estimates = [one._replace(known=those) for one, those in zip(self._estimates, known, strict=True)]
-            scale = clip_scale(self._plan.batches, estimates, clip)
-        for step, those in zip(self._steps, known, strict=True):
-            step.run([one.scaled(scale).kernel_factors for one in those])
+        estimates = [one._replace(known=those) for one, those in zip(self._estimates, known, strict=True)]
+        scales = clip_scales(self._plan.batches, estimates, clip)
+        for step, those, own in zip(self._steps, estimates, scales, strict=True):
+            step.run(those.factors(own))
         return True
 
     def _write_into(self, out: Sequence[Tensor]) -> None:
