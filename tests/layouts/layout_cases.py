@@ -17,7 +17,7 @@ class Case:
     method: str = "pipeoptim"
     m: int = 1
     wrap: str = ""  # "", "ddp" or "fsdp"
-    clip: po.Clip | None = None
+    clip: po.Clip | po.AdaGC | None = None
     optimizer: str = "adamw"
     odd: bool = False  # a module that leaves parameters without a gradient, and shares others
     overlap: bool = False
@@ -25,7 +25,7 @@ class Case:
     tied: bool = False  # the first layers of both stages
 
     def name(self) -> str:
-        clip = "" if self.clip is None else self.clip.scope
+        clip = "" if self.clip is None else getattr(self.clip, "scope", "adagc")
         return f"{self.method}-{self.m}-{self.wrap}-{clip}-{self.optimizer}-{self.odd}-{self.overlap}-{self.prediction}-{self.tied}"
 
 
