@@ -120,7 +120,7 @@ WRONG = {
     "recompute": ({"recompute": None}, "recompute is None, must be one of"),
     "microbatches": ({"microbatches": "2"}, "microbatches is '2', must be an integer"),
     "microbatches that are true": ({"microbatches": True}, "microbatches is True, must be an integer"),
-    "clip": ({"clip": "1"}, "max_norm is '1', must be a number"),
+    "clip": ({"clip": "1"}, "clip is '1', must be 'adagc', a pipeoptim.Clip or AdaGC, or the largest"),
     "monitor": ({"monitor": None}, "monitor is None, must be True"),
     "both names": ({"weigh": len, "loss_weight": len}, "weigh is the former name of loss_weight, and both were given"),
 }
