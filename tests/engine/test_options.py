@@ -165,4 +165,4 @@ def test_what_processes_must_agree_on_is_described_without_addresses():
 @pytest.mark.parametrize("pipeline", [po.Emulator, po.Schedule, po.InterleavedSchedule])
 def test_help_shows_types_as_the_code_has_them(pipeline):
     shown = str(inspect.signature(pipeline))
-    assert "ForwardRef" not in shown and "clip: 'Clip | float | None' = None" in shown
+    assert "ForwardRef" not in shown and "clip: 'Clip | AdaGC | float | str | None' = None" in shown
