@@ -197,7 +197,7 @@ def test_a_message_arrives_though_signals_cut_it_up():
     sender._socket.sendall(expected[:50])
     receiver._socket.settimeout(5)  # so that a read returns what is there
     into = [bytearray(100), bytearray(7), bytearray(300)]
-    receiver.get(into)
+    receiver.get(into, len(expected))
     assert b"".join(into) == expected
     sender.close()
     receiver.close()

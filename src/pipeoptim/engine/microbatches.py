@@ -81,10 +81,11 @@ class BatchSplitter:
         # Only where the last stage lives is there a target that could be missing.
         if last:
             check_weighable(self.loss_weight, target)
-        _check_rows(where, (args, kwargs.get(0)))
         # Nothing to cut or to unwrap, as in most pipelines that never flush: no need to look into the values.
         if self.m == 1 and self.loss_weight is None and not kwargs and _all_plain(args) and _all_plain((target,)):
+            _check_rows(where, args)
             return [MicroBatch(args, kwargs, target, NO_ROWS, NO_ROWS, None)]
+        _check_rows(where, tree_flatten((args, kwargs.get(0)))[0])
         inputs = {f"input {n}{where}": value for n, value in enumerate(args)}
         for k, own in kwargs.items():
             inputs |= {f"keyword {name!r} of stage {k}": value for name, value in own.items()}
@@ -194,9 +195,9 @@ def _all_plain(values: Sequence[Any]) -> bool:
     return all(value is None or isinstance(value, Tensor) for value in values)
 
 
-def _check_rows(where: str, inputs: Any) -> None:
-    """``inputs``: those of stage 0."""
-    batches = [leaf for leaf in tree_flatten(inputs)[0] if isinstance(leaf, Tensor) and leaf.dim()]
+def _check_rows(where: str, inputs: Sequence[Any]) -> None:
+    """``inputs``: those of stage 0, without their containers."""
+    batches = [leaf for leaf in inputs if isinstance(leaf, Tensor) and leaf.dim()]
     if batches and not any(leaf.size(0) for leaf in batches):  # not .shape, which nested tensors do not have
         raise ConfigError(_no_rows(where))
 
@@ -237,6 +238,8 @@ def merge_kwargs(depth: int, kwargs: dict[str, Any], k: int, stage_kwargs: Stage
     Raises:
         ConfigError: no mapping, a stage that does not exist, or a keyword given twice.
     """
+    if not kwargs and stage_kwargs is None:
+        return {}
     given = {} if stage_kwargs is None else stage_kwargs
     if not isinstance(given, Mapping) or not all(isinstance(own, Mapping) for own in given.values()):
         raise ConfigError(

@@ -325,7 +325,7 @@ class Pipeline(LocalStages):
         self, splitter: BatchSplitter, args: Any, kwargs: dict[str, Any], stage_kwargs: StageKwargs | None, target: Any
     ) -> list[MicroBatch]:
         """What was given to the stages that live here, by micro-batches."""
-        first = self.local_stages[0]
+        first = min(self._runners)
         here = f"{self._place_name} {first}"
         if args and first > 0:
             raise ConfigError(

@@ -70,6 +70,23 @@ class StageArguments(NamedTuple):
     scaler: GradScaler | None = None  # by default that of the options
 
 
+class _Guard:
+    """When another process fails while this one waits in the block, says which one failed first."""
+
+    __slots__ = ("_pipeline",)
+
+    def __init__(self, pipeline: ProcessPipeline) -> None:
+        self._pipeline = pipeline
+
+    def __enter__(self) -> None:
+        if self._pipeline._closed:
+            raise ConfigError("the pipeline is closed; call close() after the last step and eval_step, or make a new one")
+
+    def __exit__(self, _type: object, error: BaseException | None, _trace: object) -> None:
+        if error is not None:
+            self._pipeline._explain(error)
+
+
 class ProcessPipeline(Pipeline):
     """The stages of this process, of a pipeline of several processes."""
 
@@ -343,21 +360,17 @@ class ProcessPipeline(Pipeline):
             error = f"{uneven} ({error})" if uneven else error
         return connections.cause(error)
 
-    @contextmanager
-    def _guard(self) -> Iterator[None]:
-        """When another process fails in the meantime, say which one failed first."""
-        if self._closed:
-            raise ConfigError("the pipeline is closed; call close() after the last step and eval_step, or make a new one")
-        try:
-            yield
-        except StageFailure as error:
+    def _guard(self) -> _Guard:
+        return _Guard(self)
+
+    def _explain(self, error: BaseException) -> None:
+        """An error ended what may have waited for another process: says which process failed first, or tells the others of this one."""
+        if isinstance(error, StageFailure):
             self._failed = True
             raise StageFailure(
                 str(error) if self._connections is None else self._cause(str(error), self._connections)
             ) from error
-        except BaseException as error:
-            self._tell_others("failed", error)
-            raise
+        self._tell_others("failed", error)
 
     def _tell_others(self, what: str, error: BaseException) -> None:
         """This process stopped midway, by an error of its own, which it may survive: the others would wait for it until a time-out."""

@@ -57,6 +57,9 @@ class KernelPrediction:
     steps: float | None = None
 
 
+NO_PREDICTION = KernelPrediction()
+
+
 class EstimateFactors(NamedTuple):
     """The gradient of a dry step: ``of_value * (what is given as gradient) + of_mean * (m or b) + of_weight * w``."""
 
@@ -106,10 +109,10 @@ class AdamCoefficients:
 
     def packed(self, into: int, factors: int) -> bytes:
         """As the kernel reads it; `into`: where the prediction goes, `factors`: address of the packed factors."""
-        a = self.prediction or KernelPrediction()
-        scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if self.form == layout.BY_TERMS else 0)
+        a, form = self.prediction or NO_PREDICTION, self.form
+        scale, count = (a.factors[0][0] if a.factors else 0.0), (len(a.factors) if form == layout.BY_TERMS else 0)
         return layout.ADAM_COEFFICIENTS.pack(
-            factors, self.form, into, count, 0,
+            factors, form, into, count, 0,
             self.sign, self.coupled, self.b1, 1.0 - self.b1, self.b2, 1.0 - self.b2 if self.gain is None else self.gain,
             self.decay, self.rate, self.inverse, self.eps,
             a.lose, scale, a.steps or 0.0, *(self.dry or NO_ESTIMATE),
@@ -144,7 +147,7 @@ class SgdCoefficients:
 
     def packed(self, into: int, factors: int) -> bytes:
         """As the kernel reads it; it needs no table of factors."""
-        a = self.prediction or KernelPrediction()
+        a = self.prediction or NO_PREDICTION
         return layout.SGD_COEFFICIENTS.pack(
             self.form, into,
             self.sign, self.coupled, self.mu, self.damp, *self.along, self.lr,

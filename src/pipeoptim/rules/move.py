@@ -122,6 +122,8 @@ def as_real(tensor: Tensor) -> Tensor:
 
 def scalar(value: Any) -> Scalar:
     """A hyperparameter as a float, or as a 0-dim tensor where reading it would wait for an accelerator."""
+    if type(value) is float:  # the usual case
+        return value
     if isinstance(value, Tensor):
         value = value.detach()
         # On a CPU reading is free, and a float takes the faster paths of the interpreters.

@@ -190,8 +190,10 @@ class StageWeights:
 
     def _shared_prediction(self, steps: int) -> WeightSet | None:
         """The prediction that there is for ``steps`` updates after the latest, unless it is due to be made anew."""
-        seen = (0,) if self.progress is None else self.progress.shareable
-        return next(filter(None, (self._sets.get(WeightKey(self.version, steps, n)) for n in seen)), None)
+        if self.progress is None:
+            return self._sets.get(WeightKey(self.version, steps))
+        found = (self._sets.get(WeightKey(self.version, steps, n)) for n in self.progress.shareable)
+        return next(filter(None, found), None)
 
     def pin(self, tag: Hashable, weight_set: WeightSet) -> None:
         """Keep ``weight_set`` under ``tag`` until :meth:`unpin`; takes over the caller's hold on it."""

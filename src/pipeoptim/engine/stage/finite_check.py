@@ -90,8 +90,8 @@ class FiniteCheck:
         if bad:
             self.found = "the loss was not finite"
 
-    def judge_gradients(self, grads: Sequence[Tensor | None], n: int, norm: Tensor | float | None) -> None:
-        """Look at the complete gradients of mini-batch ``n``; before the step.
+    def judge_gradients(self, parameters: Sequence[Tensor], n: int, norm: Tensor | float | None) -> None:
+        """Look at the complete gradients of mini-batch ``n`` that ``parameters`` have; before the step.
 
         ``norm``: theirs, where it is known; None to look for oneself, if they are to be skipped.
 
@@ -100,7 +100,7 @@ class FiniteCheck:
         """
         if self.found or not (self._reads_norms if norm is not None else self.skips):
             return
-        known = norm is not None
+        known, grads = norm is not None, [p.grad for p in parameters]
         if math.isfinite(_total(grads) if norm is None else float(norm)):
             return
         sick = (name for name, g in zip(self.names, grads, strict=True) if g is not None and not g.isfinite().all())

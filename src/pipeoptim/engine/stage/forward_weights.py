@@ -61,7 +61,10 @@ class ForwardWeights:
         # No further than one mini-batch: the next update drops predictions that nobody has used. From gradients of the mini-batch in
         # progress no further than the next forward: more of them are there for every later one.
         coming = range(self.next_forward, self.next_forward + (program.microbatches if self.weights.progress is None else 1))
-        return next(filter(None, (self.source.steps_ahead(program, k, i) for i in coming)), 0)
+        for i in coming:
+            if steps := self.source.steps_ahead(program, k, i):
+                return steps
+        return 0
 
     def restart(self) -> None:
         """Nothing is in flight: the next micro-batch is number 0 again."""

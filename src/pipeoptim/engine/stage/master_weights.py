@@ -90,6 +90,8 @@ class MasterWeights:
 
     def write_back(self) -> None:
         """After the optimizer's step: round the masters into the module."""
+        if not self.pairs:
+            return
         with torch.no_grad():
             for master, p in self.pairs:
                 p.copy_(master)

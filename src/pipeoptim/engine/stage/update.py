@@ -229,7 +229,7 @@ class StageUpdate:
         # Received even where the update is left out: every norm that was sent is received once, in order.
         norm = None if self.clipper is None else self.clipper.norm(self.weights.version)
         if self.scaling is None:
-            self.finite.judge_gradients([p.grad for p in self.parameters], self.weights.version, norm)
+            self.finite.judge_gradients(self.parameters, self.weights.version, norm)
         if self.finite.found:
             return True
         if self.scaling is not None and not self._fits_scale(self.scaling, norm):
@@ -253,13 +253,15 @@ class StageUpdate:
         # In the synchronous start torch's own step, at the user's rate: so its updates are those of 1F1B with a flush, bit for bit.
         lr_scale = None if self.weights.synchronous else self.lr_scale
         step = self.optimizer.step if self.weights.synchronous else self.step
-        scaled = nullcontext() if lr_scale is None else self._scaled_lr(self.optimizer, lr_scale)
         # In flight there may be forwards on the latest weights in place whose backward is meant to see the new values, which autograd
         # would refuse if the version counters told it of the step.
-        with _unsafe_preserve_version_counter(tuple(self.weights.params)), scaled:
-            # Where the rates of this update are not those of the next, no prediction can be made in the same pass.
-            alone = self.weights.synchronous or lr_scale is not None
-            self.weights.update(step, 0 if alone else self.forward_weights.steps_ahead())
+        with _unsafe_preserve_version_counter(tuple(self.weights.params)):
+            if lr_scale is not None:
+                # The rates of this update are not those of the next, so no prediction can be made in the same pass.
+                with self._scaled_lr(self.optimizer, lr_scale):
+                    self.weights.update(step)
+            else:
+                self.weights.update(step, 0 if self.weights.synchronous else self.forward_weights.steps_ahead())
             self.master_weights.write_back()
 
     @contextmanager

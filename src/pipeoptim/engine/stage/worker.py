@@ -57,6 +57,7 @@ from pipeoptim.engine.stage.prediction_scale import PredictionScale
 from pipeoptim.engine.stage.recompute import check_recompute, recomputing
 from pipeoptim.engine.stage.reduction import NO_REPLICAS, Reduction
 from pipeoptim.engine.stage.rng import StageRandom
+from pipeoptim.engine.stage.run_backward import run_backward
 from pipeoptim.engine.stage.script_calls import ScriptCalls
 from pipeoptim.engine.stage.state import check_state, restore, state_of
 from pipeoptim.engine.stage.tied import Tied
@@ -234,6 +235,7 @@ class StageWorker:
         self.losses = LossLog(program.microbatches)
         self._in_flight: dict[int, InFlight] = {}  # by number of the micro-batch, counted from the last restart
         self._call_module = ModuleCall()
+        self._autocast, self._no_autocast = (autocast_to(self.device.type, dtype) for dtype in (options.autocast, None))
         found = [] if optimizer is None else members(optimizer)
         self._compensations = [member for member in found if isinstance(member, DelayCompensation)]
         self._tell_compensations()
@@ -352,7 +354,7 @@ class StageWorker:
     ) -> Any:
         hooks: AbstractContextManager[Any] = nullcontext() if saved is None else saved
         with self.reduction.forward_on(self.weights.params, self.weights.tensors(weight_set)):
-            with autocast_to(self.device.type, self.options.autocast), hooks:
+            with self._autocast, hooks:
                 before = self._weight_writes.before()
                 output = self._call_module(self.module, args, kwargs)
                 if self.is_last:
@@ -411,9 +413,8 @@ class StageWorker:
                 self._cut_off_check = None
             if roots:
                 # autocast_to: recomputation runs the module again
-                with self._backward_on(again, weight_set), autocast_to(self.device.type, None):
-                    # One call for all roots: the shared part of the graph is walked, and freed, once.
-                    torch.autograd.backward([out for out, _ in roots], [grad for _, grad in roots])
+                with self._backward_on(again, weight_set), self._no_autocast:
+                    run_backward([out for out, _ in roots], [grad for _, grad in roots])
                 self.master_weights.collect()
             if self.is_last:
                 self.finite.judge_loss(i, self.weights.version)
@@ -437,6 +438,8 @@ class StageWorker:
 
     def _backward_on(self, again: WeightSet, weight_set: WeightSet) -> AbstractContextManager[Any]:
         if self.reduction.replaces_saved:
+            if again is weight_set and weight_set.copy is None:  # the usual case: the module holds these weights as it is
+                return nullcontext()
             return recomputing(self.weights, again, weight_set)
         return self.reduction.backward_on(self.weights.params, self.weights.tensors(weight_set))
 
@@ -578,7 +581,7 @@ class StageWorker:
         training = {m: m.training for m in self.module.modules()}
         self.module.eval()
         try:
-            with torch.no_grad(), autocast_to(self.device.type, self.options.autocast):
+            with torch.no_grad(), self._autocast:
                 with self.reduction.forward_on(self.weights.params, None):
                     output = self._call_module(self.reduction.unwrapped(self.module), args, kwargs)
                 if not self.is_last:

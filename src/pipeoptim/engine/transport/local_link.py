@@ -28,7 +28,7 @@ class LocalSender(Sender):
 
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         form = self.format
-        if form is None or form.size > self.channel.small:
+        if form is None or self.size > self.channel.small:
             super().send(tree, flags, loss_scale, share)
             return
         # The usual case: no flattening, no new Format, since the tree looks like the last one.
@@ -44,7 +44,7 @@ class LocalSender(Sender):
         try:
             self.channel.wait_at_most(self.timeout)
             # The kernel copies before the call returns, so that the tensors need not be kept and may be overwritten.
-            self.channel.put([begin, *_memory(tensors, form, _PADS)])
+            self.channel.put([begin, *_memory(tensors, form, _PADS)], self.size)
         except RuntimeError as error:  # raised by the next send, as by every sender
             self._broken = StageFailure(self._reason(error))
         self.sequence += 1
@@ -72,7 +72,7 @@ class LocalReceiver(Receiver):
         self.waiting(self.peer)
         try:
             self.channel.wait_at_most(self.timeout)
-            self.channel.get([self._begin, *_memory(tensors, form, _SINKS)])
+            self.channel.get([self._begin, *_memory(tensors, form, _SINKS)], self.size)
         except RuntimeError as error:
             raise StageFailure(self._reason(error)) from error
         finally:

@@ -87,7 +87,7 @@ class UnixChannel:
         self.small = min(SMALL, _IN_SOCKET // window)
         with suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
-        self._timeout = -1.0
+        self._timeout: timedelta | None = None
         self._sent = self._taken = 0  # blocks sent, and how many of them the peer has copied out
         self._unsent: dict[int, int] = {}  # address -> descriptor of blocks that the peer does not know yet
         self._known: dict[int, int] = {}  # address -> number of the others
@@ -95,8 +95,8 @@ class UnixChannel:
         self._numbers = 0
         self._size = 0  # of the last block; when it changes both ends forget those of the old size
 
-    def put(self, buffers: list[Any]) -> None:
-        """Send a small message that consists of these buffers. It is copied before the call returns.
+    def put(self, buffers: list[Any], size: int) -> None:
+        """Send a small message that consists of these buffers, ``size`` bytes. It is copied before the call returns.
 
         Raises:
             RuntimeError: the peer has closed its end.
@@ -104,15 +104,15 @@ class UnixChannel:
         try:
             # One system call for header, tensors and padding, wherever in memory they lie.
             count = self._socket.sendmsg(buffers)
-            for buffer in _remaining_views(buffers, count):  # a signal interrupted the call
+            for buffer in _remaining_views(buffers, count) if count < size else ():  # a signal interrupted the call
                 self._socket.sendall(buffer)
         except BlockingIOError:
             raise RuntimeError("timed out") from None
         except OSError as error:
             raise _closed_error(error) from error
 
-    def get(self, buffers: list[Any]) -> None:
-        """Wait for a message of the size of these buffers and fill them.
+    def get(self, buffers: list[Any], size: int) -> None:
+        """Wait for a message of ``size`` bytes, that of all these buffers, and fill them.
 
         Raises:
             RuntimeError: none came in time, or the peer has closed its end.
@@ -120,7 +120,7 @@ class UnixChannel:
         try:
             # WAITALL: one call even where the message arrives in pieces.
             count, *_ = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)
-            for buffer in _remaining_views(buffers, count) if count else ():
+            for buffer in _remaining_views(buffers, count) if 0 < count < size else ():
                 while buffer:
                     count = self._socket.recv_into(buffer)
                     if not count:
@@ -155,7 +155,7 @@ class UnixChannel:
         block = tensors[0]
         address, size = block.data_ptr(), block.numel()
         if size <= self.small:
-            self.put([block.numpy()])
+            self.put([block.numpy()], size)
             return _PendingSend(self, 0)
         # The descriptor travels with the first message in its block; later ones name the block by number.
         fd = self._unsent.pop(address, None)
@@ -166,7 +166,7 @@ class UnixChannel:
             self._known[address] = self._numbers
             self._numbers += 1
         try:
-            self.put([_RECORD.pack(self._known[address], size, fd is not None)])
+            self.put([_RECORD.pack(self._known[address], size, fd is not None)], _RECORD.size)
             if fd is not None:
                 # After the record, with a byte of its own: the receiver reads the record in one piece, then asks for the descriptor.
                 socket.send_fds(self._socket, [b"+"], [fd])
@@ -205,10 +205,10 @@ class UnixChannel:
             RuntimeError: none came in time, or the peer has closed its end.
         """
         if block.numel() <= self.small:
-            self.get([block.numpy()])
+            self.get([block.numpy()], block.numel())
             return
         record = bytearray(_RECORD.size)
-        self.get([record])
+        self.get([record], _RECORD.size)
         number, size, new = _RECORD.unpack(record)
         # Checked before anything is mapped, since number and size are the peer's word.
         if size != block.numel():
@@ -241,9 +241,9 @@ class UnixChannel:
 
     def wait_at_most(self, timeout: timedelta) -> None:
         """Set how long the next waits may take."""
-        seconds = timeout.total_seconds()
-        if seconds != self._timeout:
-            self._timeout = seconds
+        if timeout is not self._timeout:
+            self._timeout = timeout
+            seconds = timeout.total_seconds()
             whole = int(seconds)
             value = struct.pack("ll", whole, max(1, int((seconds - whole) * 1e6)))
             for what in (socket.SO_RCVTIMEO, socket.SO_SNDTIMEO):

@@ -163,6 +163,8 @@ def _are_numbers(values: Sequence[Any]) -> bool:
 
 
 def _number(value: Any) -> float:
+    if type(value) is float:  # the usual case
+        return value
     read: Scalar = scalar(value)
     assert not isinstance(read, Tensor)
     return read
