@@ -16,9 +16,12 @@ from pipeoptim.errors import ConfigError, counted
 from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
-    from pipeoptim.simulate import Profile
+    from pipeoptim.simulate import Profile, Scenario
     from pipeoptim.simulate.cluster import Cluster
     from pipeoptim.simulate.plan_search import FoundPlans, PlanKey, PlanRequest, RankedPlan
+
+MOST_DRAWN = 32
+"""Stages of a timeline that still has a reader."""
 
 
 @dataclass(frozen=True)
@@ -180,8 +183,19 @@ def _data(found: FoundPlans) -> dict[str, Any]:
             "command": candidate.command(),
             "runs as it is": candidate.runs_as_it_is,
             "simulation": one.simulation.to_dict(),
+            "findings": one.simulation.sentences(),
         }
 
     others = {name: None if one is None else {"loss": found.loss(one), **plan(one)} for name, one in found.alternatives.items()}
-    best = plan(found.best)
+    best = plan(found.best) | {"timeline": _timeline(found.best.candidate.scenario)}
     return {"format": 1, "pipeoptim": __version__, "model": found.model, "plan": best, "alternatives": others}
+
+
+def _timeline(scenario: Scenario) -> str | None:
+    """An SVG of some mini-batches; None where there are too many stages for one."""
+    from pipeoptim.simulate.timed_events import timed_events
+    from pipeoptim.simulate.trace import MOST_TRACED, drawing, stage_traces
+
+    if scenario.program.depth > MOST_DRAWN or scenario.actions > MOST_TRACED:
+        return None
+    return drawing(stage_traces(timed_events(scenario)))

@@ -72,6 +72,8 @@ def cost(
           As many samples as the comparison needed for that loss.
       pipeoptim cost --accelerator h100 --refresh today.toml
           Look today's prices up.
+      pipeoptim cost --plan plan.json --samples 1e7 --out cost.json && pipeoptim report plan.json --cost cost.json
+          All of it on one page.
     """
     from datetime import date
 
@@ -88,7 +90,7 @@ def cost(
         return
     if plan is None:
         raise ConfigError("give --plan FILE, which pipeoptim plan --objective cost --out FILE writes")
-    from pipeoptim.cli.cost_table import show_estimate
+    from pipeoptim.cli.cost_table import sentences, show_estimate
     from pipeoptim.files import write_durably
     from pipeoptim.money import Terms, estimate, read_plan, read_prices
     from pipeoptim.version import __version__
@@ -115,7 +117,8 @@ def cost(
         print(f"warning: {warning}")
     if out is not None:
         about: dict[str, Any] = {"format": 1, "pipeoptim": __version__, "plan": str(plan), "draws": draws, "seed": seed}
-        data = about | found.to_dict() | {"warnings": warnings, "prices": book.to_dict(accelerator)}
+        told = {"findings": [sentence.lstrip("* ") for sentence in sentences(found)], "warnings": warnings}
+        data = about | found.to_dict() | told | {"prices": book.to_dict(accelerator)}
         write_durably(out, json.dumps(data, indent=1, allow_nan=False) + "\n")
 
 

@@ -14,11 +14,15 @@ from pipeoptim.version import __version__
 POLICY = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 
-def page(title: str, body: Sequence[str], data: dict[str, Any]) -> str:
-    """A complete HTML document."""
+def page(title: str, body: Sequence[str], data: dict[str, Any] | None) -> str:
+    """A complete HTML document; ``data`` of its charts, None where it has none and needs no script."""
     static = files("pipeoptim.compare.report")
     style, chart, script = ((static / name).read_text(encoding="utf-8") for name in ("style.css", "chart.js", "script.js"))
     text = json.dumps(data, allow_nan=False, separators=(",", ":")).replace("<", "\\u003c")
+    scripts = f"""<script type="application/json" id="data">{text}</script>
+<script>{chart}</script>
+<script>{script}</script>
+"""
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -34,9 +38,6 @@ def page(title: str, body: Sequence[str], data: dict[str, Any]) -> str:
 {"".join(body)}
 <footer class="quiet">pipeoptim {escape(__version__)}. This page is complete: it fetches nothing.</footer>
 </main>
-<script type="application/json" id="data">{text}</script>
-<script>{chart}</script>
-<script>{script}</script>
-</body>
+{"" if data is None else scripts}</body>
 </html>
 """
