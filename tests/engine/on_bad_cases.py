@@ -1,8 +1,9 @@
-"""Runs with mini-batches that are not finite, built alike by the emulator's tests, by two processes and by plain loops."""
+"""Runs with bad mini-batches, built alike by the emulator's tests, by two processes and by plain loops."""
 
 import math
 
 import torch
+from torch import nn
 
 import case
 import pipeoptim as po
@@ -23,6 +24,32 @@ def batches(m=1):
         yield x, y
 
 
+FACTORS = [math.nan, math.inf, 1e6, -math.inf, math.nan]
+SCARS = {n: FACTORS[i % 5] for i, n in enumerate([0, 1, 4, 7, 11, 12, 13, 31, 32, 34, 36, 37, 40, 41, 44, 45, 46, 47, 49, 51])}
+"""Twenty of a regression's mini-batches; those from 31 on may be large, as the losses before them are enough to tell."""
+SCARS[4] = SCARS[13] = math.inf
+OUTLIER = 8.0
+
+
+def regression(m=1, scars=None):
+    g = torch.Generator().manual_seed(5)
+    for n in range(54):
+        x = torch.randn(8, 6, generator=g)
+        y = x[:, :3].relu() + 0.3 * torch.randn(8, 3, generator=g)
+        factor = (SCARS if scars is None else scars).get(n)
+        if factor is not None:
+            x[(n % m) * len(x) // m, 0] = factor
+        yield x, y
+
+
+def regressors(depth):
+    torch.manual_seed(4)
+    parts = [nn.Sequential(nn.Linear(6, 12), nn.ReLU())] + [
+        nn.Sequential(nn.Linear(12, 12), nn.ReLU()) for _ in range(depth - 2)
+    ]
+    return [*parts, nn.Linear(12, 3)] if depth > 1 else [nn.Sequential(*parts, nn.Linear(12, 3))]
+
+
 def scaler():
     return torch.amp.GradScaler("cpu", init_scale=64.0, growth_interval=4)
 
@@ -36,12 +63,24 @@ CASES = {
     "stashed": (2, "pipedream", 2, {"clip": 1.0}),
     "flushed": (2, "1f1b", 2, {"scaler": scaler}),
     "interleaved": (4, "pipeoptim", 2, {}),
+    "outliers": (2, "pipeoptim_stash", 2, {"outlier": OUTLIER, "scaler": scaler}),
 }
 
 
-def train(pipe, feed, m):
+def pieces(name):
+    """Modules and loss."""
+    if name == "outliers":
+        return regressors(2), nn.functional.mse_loss
+    return case.pieces(CASES[name][0]), case.loss_fn
+
+
+def skipped(name):
+    return list(SCARS) if name == "outliers" else SKIPPED
+
+
+def train(pipe, feed, m, name=""):
     losses = []
-    for x, y in batches(m):
+    for x, y in regression(m) if name == "outliers" else batches(m):
         args, target = feed(x, y)
         losses.append(pipe.step(*args, target=target))
     pipe.drain()

@@ -22,7 +22,7 @@ from pipeoptim.checkpoint.plain_data import flatten, rebuild, tensors_in
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.errors import ConfigError
 
-OF_THE_STAGE = ("random", "most_copies", "clip", "scaling", "compress", "tied", "scale")
+OF_THE_STAGE = ("random", "most_copies", "clip", "scaling", "compress", "tied", "scale", "skipped", "losses")
 """Entries of ``StageWorker.state_dict`` that make sense for the same cut only (but see the loss scale in :func:`stage_state`)."""
 
 

@@ -75,6 +75,14 @@ def scale_or_auto(name: str, value: Any) -> float | str:
     )
 
 
+def positive_or_none(name: str, value: Any) -> float | None:
+    """A finite number above 0, or None for none."""
+    number = isinstance(value, int | float) and not isinstance(value, bool)
+    if value is not None and not (number and 0 < value < math.inf):
+        raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 10, or None")
+    return value  # type: ignore[no-any-return]
+
+
 def count_from_zero(name: str, value: Any) -> int:
     """A whole number of at least 0."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 0:

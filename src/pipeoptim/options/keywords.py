@@ -44,6 +44,7 @@ class OptionKeywords(TypedDict, total=False):
     compress: Compression | str | None
     trace: Trace | None
     on_bad: str
+    outlier: float | None
     tied: TiedWeights | None
     weigh: LossWeight | None
 

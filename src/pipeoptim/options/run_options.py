@@ -31,3 +31,4 @@ class RunOptions:
     trace: bool = run_setting("trace")
     trace_steps: int = run_setting("trace_steps")
     on_bad: str = run_setting("on_bad")
+    outlier: float = run_setting("outlier")

@@ -26,6 +26,7 @@ from pipeoptim.options.checks import (
     integer_or_none,
     one_of_imported,
     passes,
+    positive_or_none,
     read_by,
     scale_or_auto,
     seconds,
@@ -338,11 +339,28 @@ class PipelineOptions:
     )
     on_bad: str = option(
         "stop",
-        "what NaN and infinity do: stop, where a loss, or a norm for clipping, is not finite, training ends with a DivergedError before "
-        "the weights take that update; skip, the update is left out, on all stages where it was the loss, else on that of the gradients.",
+        "what bad data do, which are NaN, infinity and outliers: stop, where a loss is bad, or a norm for clipping is not finite, training "
+        "ends with a DivergedError before the weights take that update; skip, the update is left out, on all stages where it was the loss, "
+        "else on that of the gradients.",
         stop_or_skip,
         agreed=EQUAL,
         in_runs=True,
+    )
+    outlier: float | None = option(
+        None,
+        "from how many standard deviations above the median of the last 64 a loss of a micro-batch is bad (see on_bad), for example 10; by "
+        "default only NaN and infinity are. Both are estimated by medians; the first 16 are not judged.",
+        positive_or_none,
+        agreed=EQUAL,
+        settings={
+            "outlier": Setting(
+                0.0,
+                "Standard deviations above the median of the last 64 from which on a loss is bad as well (see --on-bad), for example "
+                "10; 0: only NaN and infinity are.",
+                check_value=from_zero,
+            )
+        },
+        of_run=lambda run: run.outlier or None,
     )
     tied: TiedWeights | None = option(
         None,

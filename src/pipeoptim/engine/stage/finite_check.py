@@ -1,4 +1,5 @@
-"""A loss or a gradient that is not finite: found before a weight takes it, and then the end of training, or one update left out.
+"""A loss or a gradient that is not finite, or a loss that is an outlier: found before a weight takes it; then training ends, or one update
+is left out.
 
 The last stage knows the loss before anybody has updated on it, so its verdict travels back with the gradients::
 
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import get_total_norm
 
+from pipeoptim.engine.stage.loss_outliers import LossOutliers
 from pipeoptim.errors import DivergedError
 
 MOST_IN_A_ROW = 10
@@ -29,7 +31,7 @@ _log = logging.getLogger("pipeoptim")
 
 
 class FiniteCheck:
-    """What of the mini-batch in progress is not finite on stage ``k``, and what follows.
+    """What is bad about the mini-batch in progress on stage ``k``, and what follows.
 
     The mini-batch in progress is that of the next update, so its number, counted from 0, is the stage's version.
 
@@ -39,13 +41,18 @@ class FiniteCheck:
         device: where it computes.
         names: of its weights, in the order in which :meth:`judge_gradients` is given them.
         tied: whether other stages have copies of some of them.
+        outlier: how far above the recent losses one is bad as well; None for no bound. On the last stage.
 
     Attributes:
-        found: what is not finite, in words; empty for nothing.
+        found: what is bad, in words; empty for nothing.
+        outliers: tells outliers among losses; None where nobody asked for it.
         skipped: the mini-batches whose update was left out.
     """
 
-    def __init__(self, on_bad: str, k: int, device: torch.device, names: Sequence[str], tied: bool) -> None:
+    def __init__(
+        self, on_bad: str, k: int, device: torch.device, names: Sequence[str], tied: bool, outlier: float | None = None
+    ) -> None:
+        self.outliers = None if outlier is None else LossOutliers(outlier)
         self.skips, self.k, self.names, self.tied = on_bad == "skip", k, names, tied
         # Where training stops, gradients are looked at only where their norm is there anyway: another pass over them costs up to 2 % of a
         # step, and a number on a GPU has to be waited for. What is missed, the next loss tells.
@@ -69,7 +76,7 @@ class FiniteCheck:
         """Look at the loss of micro-batch ``i``, of mini-batch ``n``; before its gradients are sent.
 
         Raises:
-            DivergedError: it is not finite, and nothing is to be skipped.
+            DivergedError: it is not finite, or an outlier, and nothing is to be skipped.
         """
         loss, arrived = self._losses.pop(i, (None, None))
         if loss is None:  # it counts for nothing
@@ -77,9 +84,12 @@ class FiniteCheck:
         if arrived is not None:
             arrived.synchronize()
         value = float(loss)
-        if math.isfinite(value):
+        bad = "" if math.isfinite(value) else f"the loss is {value}"
+        if self.outliers is not None and not bad:
+            bad = self.outliers.judge(value)
+        if not bad:
             return
-        self.found = f"the loss is {value}"
+        self.found = bad
         if not self.skips:
             raise DivergedError(
                 f"{self.found} at step {n + 1}, on stage {self.k}; no weight has taken that update. {_remedy(n)}"
@@ -88,7 +98,7 @@ class FiniteCheck:
     def note_verdict(self, bad: bool) -> None:
         """What came with the gradients of a micro-batch."""
         if bad:
-            self.found = "the loss was not finite"
+            self.found = "the loss was bad"
 
     def judge_gradients(self, parameters: Sequence[Tensor], n: int, norm: Tensor | float | None) -> None:
         """Look at the complete gradients of mini-batch ``n`` that ``parameters`` have; before the step.
@@ -131,8 +141,16 @@ class FiniteCheck:
         _log.info("stage %d leaves out the update of mini-batch %d (counted from 0): %s", self.k, n, self.found)
         self.skipped.append(n)
 
+    def end_mini_batch(self) -> None:
+        """Its update was made, or left out."""
+        if self.outliers is not None:
+            self.outliers.end_mini_batch(not self.found)
+        self.found = ""
+
     def abandon(self) -> None:
         """Forget the mini-batches in flight."""
+        if self.outliers is not None:
+            self.outliers.end_mini_batch(False)
         self.found = ""
         self._losses.clear()
 

@@ -66,6 +66,8 @@ def state_of(stage: SavedStage) -> dict[str, Any]:
         state["scaling"] = stage.scaling.state_dict()
     if stage.finite.skipped:
         state["skipped"] = list(stage.finite.skipped)
+    if stage.finite.outliers is not None:
+        state["losses"] = list(stage.finite.outliers.losses)
     if stage.scale is not None:
         state["scale"] = stage.scale.state_dict()
     if lost := stage.compressor.state_dict():
@@ -108,6 +110,9 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
     # An empty state forgets what the compressor has lost in the run before: the residuals of other messages.
     stage.compressor.load_state_dict(state.get("compress", {}))
     stage.finite.skipped = list(state.get("skipped", ()))
+    if stage.finite.outliers is not None:
+        stage.finite.outliers.losses.clear()
+        stage.finite.outliers.losses.extend(state.get("losses", ()))
     if stage.scale is not None:
         stage.scale.load_state_dict(state.get("scale"))
     # Its pending predictions were made for weights that are gone.

@@ -67,7 +67,7 @@ class StageUpdate:
         reduction: makes gradients the mean over replicas.
         tied: weights whose gradients are summed over stages.
         clipper, scaling, scale: None where the stage does not clip, scale its loss, or adapt its predictions.
-        finite: says whether an update is left out because the loss or a gradient is not finite.
+        finite: says whether an update is left out because the loss is bad or a gradient is not finite.
         observers: measure predictions, the scale among them.
         on_update: called after every update with stage and version; None for nothing.
         script_calls: tells the pipeline's calls of the optimizer from those of a script.
@@ -179,7 +179,8 @@ class StageUpdate:
             # Not after an overflow: the rate must not run ahead of the optimizer's steps. What was left out was a mini-batch of its own.
             self._step_scheduler(self.scheduler)
         self._note_version(self.weights.version, bad)
-        self.finite.found, self.weights.next_is_skipped = "", False
+        self.finite.end_mini_batch()
+        self.weights.next_is_skipped = False
 
     def abandon(self) -> None:
         """Forget an update that was begun, its gradients and what was exchanged for it."""

@@ -162,7 +162,8 @@ class StageWorker:
             twice = [weight.optimized for weight in self.tied if not weight.counted]
             self.clipper = options.clip.clipper(self.parameters, program, norms, reduction.whole_norm, twice)
         names = {id(p): name for name, p in reduction.unwrapped(module).named_parameters()}
-        self.finite = FiniteCheck(options.on_bad, k, self.device, [names[id(p)] for p in held], bool(self.tied))
+        outlier = options.outlier if self.is_last else None
+        self.finite = FiniteCheck(options.on_bad, k, self.device, [names[id(p)] for p in held], bool(self.tied), outlier)
         self._buffers = FiniteBuffers(reduction.unwrapped(module)) if self.finite.skips else None
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
@@ -373,13 +374,13 @@ class StageWorker:
         Args:
             gradients: one per differentiable output of the forward, None where there is none; ``[]`` on the last stage.
             loss_scale: what they came with (see :attr:`loss_scale`).
-            bad: whether they came with the verdict that the loss of their mini-batch is not finite.
+            bad: whether they came with the verdict that the loss of their mini-batch is bad.
 
         Returns:
             One per differentiable input, for the previous stage.
 
         Raises:
-            DivergedError: on the last stage, where the loss is not finite and ``on_bad`` is "stop".
+            DivergedError: on the last stage, where the loss is bad and ``on_bad`` is "stop".
         """
         if self.update.state is not _IDLE:
             self.finish_update()
