@@ -24,7 +24,15 @@ class ConfigError(PipeOptimError, ValueError):
 
 
 class DivergedError(PipeOptimError):
-    """The loss, a gradient or a weight is not a finite number any more."""
+    """The loss, a gradient or a weight is not a finite number any more, or the loss is an outlier.
+
+    Attributes:
+        mini_batch: the one to blame, counted from 0; None where none is known.
+    """
+
+    def __init__(self, message: str, mini_batch: int | None = None) -> None:
+        super().__init__(message)
+        self.mini_batch = mini_batch
 
 
 class StageFailure(PipeOptimError, RuntimeError):

@@ -354,6 +354,39 @@ def test_a_gradient_is_found_by_its_own_stage_and_by_all_where_clipping_waits_fo
     assert not clip or all(p.isfinite().all() for stage in weights(modules) for p in stage)
 
 
+@pytest.mark.parametrize("m", [1, 2])
+def test_going_back_and_leaving_a_mini_batch_out_is_having_known_it_from_the_beginning(m):
+    """A loss, an outlier, and a gradient that one stage finds when others have made their updates already."""
+
+    def pipeline(forwards=0):
+        torch.manual_seed(0)
+        modules = [*layers(2), Sick(m * 5 + 1 - forwards), nn.Linear(4, 4)]
+        return modules, po.Emulator(modules, sgd, mse, "pipeoptim", m, on_bad="rollback", outlier=20.0)
+
+    def data_here():
+        found = data([2], 40)
+        found[30] = found[30][0], 1e4 * found[30][1]
+        return found
+
+    modules, pipe = pipeline()
+    pipe.leave_out({2, 5, 30})
+    feed(pipe, data_here())
+    pipe.drain()
+    expected, bad = weights(modules), set()
+    while True:
+        modules, pipe = pipeline()
+        pipe.leave_out(bad)
+        try:
+            feed(pipe, data_here())
+        except po.DivergedError as error:
+            bad.add(error.mini_batch)
+        else:
+            break
+    pipe.drain()
+    assert bad == {2, 5, 30} and all(pipe.skipped(k) == sorted(bad) for k in range(4))
+    assert all(torch.equal(a, b) for a, b in zip(tree_leaves(expected), tree_leaves(weights(modules)), strict=True))
+
+
 def test_a_sick_gradient_does_not_make_predictions_from_it_sick():
     modules = [nn.Sequential(Sick(2 * 3 + 1), nn.Tanh()), *layers(2)]
     pipe = po.Emulator(modules, sgd, mse, "pipeoptim", 2, prediction="in_progress", on_bad="skip")
@@ -407,8 +440,10 @@ def test_copies_of_a_tied_weight_stay_equal(method):
 
 
 def test_what_cannot_be_is_refused():
-    with pytest.raises(po.ConfigError, match="on_bad is 'rollback', but a pipeline keeps no earlier weights"):
-        po.Emulator(layers(2), sgd, mse, on_bad="rollback")
+    with pytest.raises(po.ConfigError, match="leave_out needs on_bad='skip' or 'rollback'"):
+        po.Emulator(layers(2), sgd, mse).leave_out([3])
+    with pytest.raises(po.ConfigError, match=r"mini_batches is \[-1\], must be numbers"):
+        po.Emulator(layers(2), sgd, mse, on_bad="skip").leave_out([-1])
     with pytest.raises(po.ConfigError, match="on_bad is 'skp'.*did you mean 'skip'"):
         po.Emulator(layers(2), sgd, mse, on_bad="skp")
 

@@ -71,6 +71,18 @@ class Task:
         return "tiny: random numbers"
 
 
+class BadBatch(Task):
+    """Mini-batch ``bad`` has an input that is not a number."""
+
+    def __init__(self, seed: int, bad: int) -> None:
+        super().__init__(seed)
+        self.bad = bad
+
+    def train_batch(self, step: int, batch_size: int) -> tuple[Tensor, Tensor]:
+        x, y = super().train_batch(step, batch_size)
+        return (x / 0 if step == self.bad else x), y
+
+
 class VectorLoss(Task):
     """A loss that somebody forgot to reduce."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -137,6 +138,25 @@ class LocalStages:
         """How many tensors of stage ``k`` were scaled by :class:`~pipeoptim.AdaGC`, in all updates together; None under other clipping."""
         clipper = self._worker(k).clipper
         return None if clipper is None else clipper.scaled_tensors
+
+    def leave_out(self, mini_batches: Iterable[int]) -> None:
+        """Make no update for these mini-batches, counted from 0, on any stage, whatever their loss is; replaces those of earlier calls.
+
+        For a run that has found them bad, and has gone back to an earlier state (see ``on_bad``). With several processes all of them
+        call it; the last stage tells the others.
+
+        Raises:
+            ConfigError: with ``on_bad="stop"``, which takes no precautions against what such mini-batches compute; or no numbers.
+        """
+        found = list(mini_batches)
+        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in found):
+            raise ConfigError(f"mini_batches is {found!r}, must be numbers of mini-batches, counted from 0")
+        if found and self.options.on_bad == "stop":
+            raise ConfigError(
+                "leave_out needs on_bad='skip' or 'rollback', which keep what is not finite out of buffers and predictions"
+            )
+        for runner in self._runners.values():
+            runner.worker.finite.left_out = frozenset(found)
 
     def skipped(self, k: int) -> list[int]:
         """The mini-batches, counted from 0, whose update stage ``k`` has left out (see ``on_bad``)."""

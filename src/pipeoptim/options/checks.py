@@ -122,15 +122,6 @@ def every_so_many(name: str, value: Any) -> bool | int:
     return value
 
 
-def stop_or_skip(name: str, value: Any) -> Any:
-    """What bad data does."""
-    if value == "rollback":
-        raise ConfigError(
-            f"{name} is 'rollback', but a pipeline keeps no earlier weights; use 'skip', or 'stop' and resume from the newest checkpoint"
-        )
-    return one_of(("stop", "skip"))(name, value)
-
-
 def tied_places(name: str, value: Any) -> Any:
     """A list; its entries are read together with the program, which knows the stages."""
     if value is not None and (isinstance(value, str) or not isinstance(value, Sequence)):

@@ -24,6 +24,7 @@ from pipeoptim.options.checks import (
     imported,
     instance,
     integer_or_none,
+    one_of,
     one_of_imported,
     passes,
     positive_or_none,
@@ -31,7 +32,6 @@ from pipeoptim.options.checks import (
     scale_or_auto,
     seconds,
     seconds_or_none,
-    stop_or_skip,
     tied_places,
 )
 from pipeoptim.options.entry import Need, Option, Setting
@@ -341,8 +341,9 @@ class PipelineOptions:
         "stop",
         "what bad data do, which are NaN, infinity and outliers: stop, where a loss is bad, or a norm for clipping is not finite, training "
         "ends with a DivergedError before the weights take that update; skip, the update is left out, on all stages where it was the loss, "
-        "else on that of the gradients.",
-        stop_or_skip,
+        "else on that of the gradients; rollback, as stop, and a run of pipeoptim train goes back to its newest checkpoint and leaves the "
+        "mini-batch out on all stages.",
+        one_of(("stop", "skip", "rollback")),
         agreed=EQUAL,
         in_runs=True,
     )

@@ -1,6 +1,6 @@
 """``metrics.jsonl``: one JSON object per line, written as it happens, continued (never doubled) by a resumed run.
 
-Training rows: step, loss, lr, samples_per_second; or step and ``skipped``, where the loss was not finite and the mini-batch was left
+Training rows: step, loss, lr, samples_per_second; or step and ``skipped``, where the mini-batch was bad and was left
 out. Validation rows: step, val_loss and one ``val_<name>`` per metric.
 Prediction rows: step and prediction, a list with one entry per stage and parameter group (see
 :mod:`pipeoptim.telemetry.prediction`). They may come a few rows later than the training row of their step.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from functools import partial
@@ -30,6 +30,7 @@ from pipeoptim.train.layout import layout_of
 from pipeoptim.train.lock import locked
 from pipeoptim.train.restarts import with_restarts
 from pipeoptim.train.result import RunResult
+from pipeoptim.train.rollback import with_rollbacks
 from pipeoptim.train.rundir import FinishedError, RunDir, Start
 from pipeoptim.train.session import run_session
 from pipeoptim.train.setup import RunSetup, build_setup, cpu_threads, probe_setup
@@ -50,12 +51,12 @@ def run(
         begun = resume is not False and directory.config.exists()
         config = kept(config, directory.read_config()) if begun else settled(config)
     check(config)
-    launched = config.engine == "processes" or config.max_restarts
+    launched = config.engine == "processes" or config.max_restarts or config.on_bad == "rollback"
     if callbacks and (launched or under_torchrun()):
         raise ConfigError(
             f"callbacks holds {callbacks[0]!r}, an object of this process, but engine is {config.engine!r} with "
-            f"{config.max_restarts} restarts, where processes are started that make their own; name its class in the settings, as "
-            "callbacks='module:Class(option=value)'"
+            f"{config.max_restarts} restarts and on_bad {config.on_bad!r}, where processes are started that make their own; name its class "
+            "in the settings, as callbacks='module:Class(option=value)'"
         )
     train = _joined if under_torchrun() else _launched if launched else _emulated
     with ExitStack() as held:
@@ -120,7 +121,7 @@ class _Beginning:
     def start(self, setup: RunSetup) -> Start:
         """The last thing before work starts, and the first that writes."""
         directory, config = self.directory, setup.config
-        if config.max_restarts:
+        if config.max_restarts or config.on_bad == "rollback":
             self.stages[:] = setup.stages
         if self.resume is False or (self.resume is None and not directory.path.exists()):
             begun = rundir.begin(directory, config)
@@ -179,15 +180,12 @@ def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:
 def _launched(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     directory, stop = beginning.directory, beginning.stop
     start = _checked_start(config, beginning)
+    resume = partial(beginning.start_again, config)
+    attempt: Callable[[Start], RunResult] = partial(launch, directory, config, stop=stop, quiet=quiet)
+    if config.on_bad == "rollback":
+        attempt = with_rollbacks(directory, attempt, resume, _say)
     try:
-        return with_restarts(
-            config.max_restarts,
-            start,
-            lambda start: launch(directory, config, start, stop, quiet),
-            lambda: beginning.start_again(config),
-            stop,
-            _say,
-        )
+        return with_restarts(config.max_restarts, start, attempt, resume, stop, _say)
     except (StageFailure, DivergedError) as error:
         raise type(error)(f"{error}; {directory.how_to_resume()}") from error
 

@@ -25,7 +25,7 @@ class Recorder:
     Args:
         loggers: where they go besides, by name.
         events: who is told of them.
-        skips: mini-batches whose loss is not finite are left out.
+        skips: whether mini-batches may be left out.
     """
 
     def __init__(
@@ -45,13 +45,13 @@ class Recorder:
         self.val_loss: float | None = None
         self.val_metrics: dict[str, float] = {}
 
-    def step(self, step: int, loss: float, lr: float, seconds: float, samples: int) -> None:
-        """Mini-batch ``step`` (from 1), of so many ``samples``, took ``seconds``.
+    def step(self, step: int, loss: float, lr: float, seconds: float, samples: int, left_out: bool = False) -> None:
+        """Mini-batch ``step`` (from 1), of so many ``samples``, took ``seconds``; ``left_out``: nothing was trained on it.
 
         Raises:
             DivergedError: the loss is NaN or infinite, and such mini-batches are not left out.
         """
-        if self._skips and not math.isfinite(loss):
+        if left_out or (self._skips and not math.isfinite(loss)):
             self._file.write(step=step, skipped=True)
             self._view.note(f"step {step} left out: the loss is {loss}")
             return

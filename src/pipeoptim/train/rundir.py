@@ -77,6 +77,22 @@ class RunDir:
         """What the processes of the stages print."""
         return self.path / "logs"
 
+    @property
+    def bad(self) -> Path:
+        """Folder of the mini-batches that are left out: a file for each, with its number and the reason."""
+        return self.path / "bad"
+
+    def leave_out(self, n: int, reason: str) -> None:
+        """Note that mini-batch ``n`` is bad. Several processes may do so at once."""
+        self.bad.mkdir(exist_ok=True)
+        (self.bad / f"mini-batch-{n}.txt").write_text(reason + "\n", encoding="utf-8")
+
+    def left_out(self) -> dict[int, str]:
+        """The mini-batches that are bad, with the reasons."""
+        files = sorted(self.bad.glob("mini-batch-*.txt"))
+        numbers = {file: file.stem.removeprefix("mini-batch-") for file in files}
+        return {int(number): file.read_text(encoding="utf-8").strip() for file, number in numbers.items() if number.isdecimal()}
+
     def resume_command(self) -> str:
         """What to type to continue this run."""
         out = "" if self.path.parent == DEFAULT_OUT else f" --out {shlex.quote(str(self.path.parent))}"

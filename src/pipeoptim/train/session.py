@@ -71,7 +71,7 @@ def run_session(
             for name, logger in open_loggers(config, run, start.step):
                 stack.callback(logger.close)
                 loggers[name] = logger
-            recorder = Recorder(file, view, loggers, setup.events, config.on_bad == "skip")
+            recorder = Recorder(file, view, loggers, setup.events, config.on_bad != "stop")
 
         def check(step: int) -> None:
             sick = next(filter(None, group.gather(sick_weight(pipe))), None)
@@ -114,6 +114,7 @@ def run_session(
 
         say = (lambda _: None) if recorder is None else recorder.note
         setup.events.begin(RunView(config, run.path, pipe, start.step, recorder is not None, end_run, say))
+        pipe.leave_out(run.left_out())
         loop = Loop(
             pipe,
             setup,
@@ -129,7 +130,13 @@ def run_session(
             group.measurements("timing"),
             StageErrors(),
         )
-        done = loop.run(start.step, validate=start.step >= config.steps and not _validated(recorder, run, group, start.step))
+        validate = start.step >= config.steps and not _validated(recorder, run, group, start.step)
+        try:
+            done = loop.run(start.step, validate)
+        except DivergedError as error:
+            if config.on_bad == "rollback" and error.mini_batch is not None:
+                run.leave_out(error.mini_batch, str(error))
+            raise
         writer.finish()
     if pipe.trace is not None and done > start.step:
         pipe.trace.save(run.trace)

@@ -36,7 +36,7 @@ class FiniteCheck:
     The mini-batch in progress is that of the next update, so its number, counted from 0, is the stage's version.
 
     Args:
-        on_bad: "stop" or "skip".
+        on_bad: "stop", "skip" or "rollback".
         k: the stage.
         device: where it computes.
         names: of its weights, in the order in which :meth:`judge_gradients` is given them.
@@ -47,6 +47,8 @@ class FiniteCheck:
         found: what is bad, in words; empty for nothing.
         outliers: tells outliers among losses; None where nobody asked for it.
         skipped: the mini-batches whose update was left out.
+        looks: whether gradients are looked at even where nobody has measured their norm.
+        left_out: mini-batches that are bad, whatever their loss is.
     """
 
     def __init__(
@@ -54,11 +56,13 @@ class FiniteCheck:
     ) -> None:
         self.outliers = None if outlier is None else LossOutliers(outlier)
         self.skips, self.k, self.names, self.tied = on_bad == "skip", k, names, tied
+        self.looks = on_bad != "stop"
         # Where training stops, gradients are looked at only where their norm is there anyway: another pass over them costs up to 2 % of a
         # step, and a number on a GPU has to be waited for. What is missed, the next loss tells.
-        self._reads_norms = self.skips or device.type == "cpu"
+        self._reads_norms = self.looks or device.type == "cpu"
         self.found = ""
         self.skipped: list[int] = []
+        self.left_out: frozenset[int] = frozenset()
         self._losses: dict[int, tuple[Tensor, torch.cuda.Event | None]] = {}  # micro-batch -> its loss, on its way to the CPU
 
     def note_loss(self, i: int, loss: Tensor) -> None:
@@ -79,7 +83,9 @@ class FiniteCheck:
             DivergedError: it is not finite, or an outlier, and nothing is to be skipped.
         """
         loss, arrived = self._losses.pop(i, (None, None))
-        if loss is None:  # it counts for nothing
+        if n in self.left_out:
+            self.found = "it is to be left out"
+        if loss is None or self.found:  # it counts for nothing, or its mini-batch does
             return
         if arrived is not None:
             arrived.synchronize()
@@ -92,7 +98,7 @@ class FiniteCheck:
         self.found = bad
         if not self.skips:
             raise DivergedError(
-                f"{self.found} at step {n + 1}, on stage {self.k}; no weight has taken that update. {_remedy(n)}"
+                f"{self.found} at step {n + 1}, on stage {self.k}; no weight has taken that update. {_remedy(n)}", n
             )
 
     def note_verdict(self, bad: bool) -> None:
@@ -108,7 +114,7 @@ class FiniteCheck:
         Raises:
             DivergedError: one is not finite, and it is not to be skipped, or this stage cannot do so alone.
         """
-        if self.found or not (self._reads_norms if norm is not None else self.skips):
+        if self.found or not (self._reads_norms if norm is not None else self.looks):
             return
         known, grads = norm is not None, [p.grad for p in parameters]
         if math.isfinite(_total(grads) if norm is None else float(norm)):
@@ -120,7 +126,7 @@ class FiniteCheck:
         self.found = f"the gradients of stage {self.k} are not finite"
         told = f"{self.found} at step {n + 1} (first: {first!r})"
         if not self.skips:
-            raise DivergedError(f"{told}; none of its weights has taken them. {_remedy(n)}")
+            raise DivergedError(f"{told}; none of its weights has taken them. {_remedy(n)}", n)
         if self.tied:
             raise DivergedError(
                 f"{told}; other stages have copies of its tied weights, so that it cannot leave out the update alone. Look at mini-batch "

@@ -74,7 +74,7 @@ class GradientSoFar:
         if self._finite_check.found:
             return None  # of the updates that are predicted it is none
         sums = [p.grad for p in self._parameters]
-        if (self._scaling is not None or self._finite_check.skips) and not _finite(sums):
+        if (self._scaling is not None or self._finite_check.looks) and not _finite(sums):
             return None  # the update will be skipped, and whatever is predicted must be finite
         for n in self._elsewhere:
             sums[n] = None

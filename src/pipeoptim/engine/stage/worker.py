@@ -164,7 +164,7 @@ class StageWorker:
         names = {id(p): name for name, p in reduction.unwrapped(module).named_parameters()}
         outlier = options.outlier if self.is_last else None
         self.finite = FiniteCheck(options.on_bad, k, self.device, [names[id(p)] for p in held], bool(self.tied), outlier)
-        self._buffers = FiniteBuffers(reduction.unwrapped(module)) if self.finite.skips else None
+        self._buffers = FiniteBuffers(reduction.unwrapped(module)) if self.finite.looks else None
         scaler = options.scaler
         self.scaling = LossScale(scaler, self.is_last, program.microbatches) if scaler and scaler.is_enabled() else None
         self.predictor: WeightPredictor | None = None
