@@ -8,7 +8,7 @@ whichever optimizer is used, and keeps at most two copies of the weights per dev
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
+from pipeoptim.errors import ConfigError, CorruptionError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.version import __version__
 
 if TYPE_CHECKING:
@@ -94,6 +94,7 @@ __all__ = [
     "CombinedOptimizer",
     "Compression",
     "ConfigError",
+    "CorruptionError",
     "DivergedError",
     "Emulator",
     "Evaluation",

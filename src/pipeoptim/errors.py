@@ -35,6 +35,11 @@ class DivergedError(PipeOptimError):
         self.mini_batch = mini_batch
 
 
+class CorruptionError(PipeOptimError):
+    """What was computed twice from the same bits, or has come from another machine, has other bits: a fault of a processor, of memory or
+    of a link."""
+
+
 class StageFailure(PipeOptimError, RuntimeError):
     """Another stage died or stopped answering; the message names it."""
 

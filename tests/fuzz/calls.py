@@ -128,6 +128,7 @@ FITTING: dict[str, Callable[[Scene], list[Any]]] = {
     "lambda_abs": lambda _: [1.0],
     "lambda_rel": lambda _: [1.05],
     "outlier": lambda _: [None, 10.0],
+    "audit": lambda _: [None, 2],
     "warmup": lambda _: [0, 100],
     "betas": lambda _: [(0.9, 0.999)],
     "clip": lambda _: [

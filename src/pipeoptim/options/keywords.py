@@ -45,6 +45,7 @@ class OptionKeywords(TypedDict, total=False):
     trace: Trace | None
     on_bad: str
     outlier: float | None
+    audit: int | None
     tied: TiedWeights | None
     weigh: LossWeight | None
 

@@ -32,3 +32,4 @@ class RunOptions:
     trace_steps: int = run_setting("trace_steps")
     on_bad: str = run_setting("on_bad")
     outlier: float = run_setting("outlier")
+    audit: int = run_setting("audit")

@@ -363,6 +363,22 @@ class PipelineOptions:
         },
         of_run=lambda run: run.outlier or None,
     )
+    audit: int | None = option(
+        None,
+        "updates after which a stage does one again, on copies of its weights, gradients and optimizer state, and compares bit by bit. A "
+        "difference, which only a faulty processor or memory makes, ends training with a CorruptionError that names stage, update and "
+        "parameter.",
+        count_or_none,
+        settings={
+            "audit": Setting(
+                0,
+                "Updates after which one is done again on copies and compared bit by bit, to find faulty processors and memory; 0: none.",
+                least=0,
+                computes=False,
+            )
+        },
+        of_run=lambda run: run.audit or None,
+    )
     tied: TiedWeights | None = option(
         None,
         "weights of which several stages have a copy, which are kept equal: for each of them a list of (stage, name of the parameter), "

@@ -13,7 +13,7 @@ from torch import nn
 
 from pipeoptim.checkpoint.write_checkpoint import CheckpointWriteError
 from pipeoptim.config import TrainConfig, read_signals
-from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
+from pipeoptim.errors import ConfigError, CorruptionError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.files import cause_of
 from pipeoptim.schedule import AUTO
 from pipeoptim.telemetry.metrics import read_rows
@@ -163,8 +163,8 @@ def _emulated(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunRes
             raise
         except OSError as error:
             raise FileFailure(f"run {directory.path} failed: {cause_of(error)}; {directory.how_to_resume()}") from error
-        except DivergedError as error:
-            raise DivergedError(f"{error}; {directory.how_to_resume()}") from error
+        except (DivergedError, CorruptionError) as error:
+            raise type(error)(f"{error}; {directory.how_to_resume()}") from error
 
 
 def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:

@@ -170,7 +170,9 @@ def _first_failure(failures: Mapping[int, ProcessFailure], logs: StageLogs) -> P
         return StageFailure(f"{cause} (seen by {logs.layout.name(rank)}, log: {logs.err(rank)})")
     if kind == "DivergedError" and text.startswith("the weights"):  # found by all together, and it names the stage itself
         return DivergedError(text)
-    reason = text if colon and kind in ("DivergedError", "CheckpointWriteError", "PipeOptimError") else told[rank]
+    reason = (
+        text if colon and kind in ("DivergedError", "CorruptionError", "CheckpointWriteError", "PipeOptimError") else told[rank]
+    )
     return StageFailure(f"{logs.layout.name(rank)} failed: {reason} (log: {logs.err(rank)})")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,7 @@ def main(options: argparse.Namespace, stop: StopSignals) -> None:
     run = RunDir(options.run_dir)
 
     def work() -> None:
-        from pipeoptim.errors import ConfigError
+        from pipeoptim.errors import ConfigError, CorruptionError
 
         if run.config_digest() != options.config_sha256:  # the launcher has looked at what it names
             raise ConfigError(f"{run.config} was changed while the run was starting; start again")
@@ -56,7 +57,14 @@ def main(options: argparse.Namespace, stop: StopSignals) -> None:
             train_emulated(run, config, start, stop, options.quiet)
             return
         with process_group():
-            train_stage(run, config, start, stop, options.quiet)
+            try:
+                train_stage(run, config, start, stop, options.quiet)
+            except CorruptionError as error:
+                if not is_supervised():
+                    raise
+                # Unlike other errors it does not come again, so that the image of this process can take over, as after any death.
+                print(error, file=sys.stderr, flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
 
     # Writes the exception to the agent's error file, from which the launcher takes its sentence.
     record(work)()

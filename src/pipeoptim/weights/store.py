@@ -275,19 +275,22 @@ class StageWeights:
         if self.predictor is not None:
             self._drop_stale_predictions(everything=True)
 
-    def update(self, step: Callable[[], object], ahead: int = 0) -> None:
+    def update(self, step: Callable[[], object], ahead: int = 0) -> bool:
         """Let ``step`` overwrite the latest weights, and the predictor note what it needs; after :meth:`before_update`.
 
         With ``ahead``, the number of steps that the coming forwards will ask to be predicted, step and prediction are done in
-        one pass over memory in place of ``step``, where the predictor can do that and a copy is free for it.
+        one pass over memory in place of ``step``, where the predictor can do that and a copy is free for it. Returns whether they were.
         """
         if self.predictor is None:
             step()
-        elif not (ahead and self._update_and_predict(ahead)):
-            if self.predictor.needs_previous:
-                self._free.append(self._take_copy())  # stays free: it holds W_{t-1} until the next prediction overwrites it
-            self.predictor.before_step(self._free[-1].tensors if self._free else None)
-            step()
+            return False
+        if ahead and self._update_and_predict(ahead):
+            return True
+        if self.predictor.needs_previous:
+            self._free.append(self._take_copy())  # stays free: it holds W_{t-1} until the next prediction overwrites it
+        self.predictor.before_step(self._free[-1].tensors if self._free else None)
+        step()
+        return False
 
     def _update_and_predict(self, ahead: int) -> bool:
         room = len(self._copies) - len(self._free) < self.most_copies  # or it would be one copy more than ever needed

@@ -213,6 +213,15 @@ def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions
         )
 
 
+def check_audit(reduction: Reduction) -> None:
+    """Raise ConfigError where updates cannot be done again on copies."""
+    if reduction.shards:
+        raise ConfigError(
+            "audit does updates again on copies of whole weights, but the stage's parameters are sharded; leave it out, or use replicas= "
+            "without fully_shard"
+        )
+
+
 def split_by_group(optimizer: Optimizer, params: list[Tensor]) -> list[list[Tensor]]:
     """``params`` cut as the optimizer's groups are."""
     rest = iter(params)

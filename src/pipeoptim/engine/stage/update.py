@@ -25,6 +25,7 @@ from torch.autograd.grad_mode import _unsafe_preserve_version_counter
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from pipeoptim.engine.stage.audit import UpdateAudit
 from pipeoptim.engine.stage.checks import skip_step
 from pipeoptim.engine.stage.clipping import StageClipper
 from pipeoptim.engine.stage.displacement_samples import DisplacementSamples
@@ -69,6 +70,7 @@ class StageUpdate:
         clipper, scaling, scale: None where the stage does not clip, scale its loss, or adapt its predictions.
         finite: says whether an update is left out because the loss is bad or a gradient is not finite.
         observers: measure predictions, the scale among them.
+        audit: does some updates again; None for none.
         on_update: called after every update with stage and version; None for nothing.
         script_calls: tells the pipeline's calls of the optimizer from those of a script.
 
@@ -96,6 +98,7 @@ class StageUpdate:
         finite: FiniteCheck,
         observers: Sequence[DisplacementSamples],
         scale: PredictionScale | None,
+        audit: UpdateAudit | None,
         on_update: Callable[[int, int], None] | None,
         script_calls: ScriptCalls,
     ) -> None:
@@ -105,7 +108,7 @@ class StageUpdate:
         self.synchronous_updates = method.synchronous_updates
         self.reduction, self.tied, self.clipper, self.scaling = reduction, tied, clipper, scaling
         self.observers, self.scale, self.on_update, self.script_calls = observers, scale, on_update, script_calls
-        self.finite = finite
+        self.finite, self.audit = finite, audit
         # A single stage's norm is the global one: there is nobody to wait for, and U can go all the way.
         self.waits_for_norms = clipper is not None and clipper.rule.waits and program.depth > 1
         self.state = UpdateState.IDLE
@@ -260,10 +263,18 @@ class StageUpdate:
             if lr_scale is not None:
                 # The rates of this update are not those of the next, so no prediction can be made in the same pass.
                 with self._scaled_lr(self.optimizer, lr_scale):
-                    self.weights.update(step)
+                    self._move(step, 0)
             else:
-                self.weights.update(step, 0 if self.weights.synchronous else self.forward_weights.steps_ahead())
+                self._move(step, 0 if self.weights.synchronous else self.forward_weights.steps_ahead())
             self.master_weights.write_back()
+
+    def _move(self, step: Callable[[], object], ahead: int) -> None:
+        """``step``, and again where the audit wants it."""
+        coming, audit = self.weights.version + 1, self.audit
+        audited = audit is not None and audit.begin(coming)
+        fused = self.weights.update(step, ahead)
+        if audit is not None and audited:
+            audit.compare(coming, fused, self.weights.synchronous)
 
     @contextmanager
     def _scaled_lr(self, optimizer: Optimizer, lr_scale: Callable[[Program, int, int], float]) -> Iterator[None]:

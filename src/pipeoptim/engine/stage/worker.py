@@ -22,8 +22,10 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.processes.exchange import NormExchange
+from pipeoptim.engine.stage.audit import UpdateAudit
 from pipeoptim.engine.stage.autocast import autocast_to
 from pipeoptim.engine.stage.checks import (
+    check_audit,
     check_delay_compensation,
     check_groups,
     check_loss_function,
@@ -70,6 +72,7 @@ from pipeoptim.errors import ConfigError, PipeOptimError, counted
 from pipeoptim.methods import Method, PredictorContext, mean_gap, refresh_every
 from pipeoptim.optim import DelayCompensation
 from pipeoptim.options import DEFAULTS, PipelineOptions
+from pipeoptim.rules import Predictor
 from pipeoptim.rules.combined import members
 from pipeoptim.schedule import Program
 from pipeoptim.weights import Latest, SavedWeights, StageWeights, UpdateProgress, WeightSet
@@ -210,6 +213,11 @@ class StageWorker:
         elsewhere |= {p: "its float32 master" for _, p in self.master_weights.pairs}
         whole = () if reduction.shards else self.weights.params  # a forward writes into what was gathered from shards
         self._weight_writes = WeightWrites(reduction.unwrapped(module), whole, method, program, k, elsewhere)
+        audit: UpdateAudit | None = None
+        if options.audit is not None and optimizer is not None:
+            check_audit(reduction)
+            by_kernel = isinstance(getattr(step, "__self__", None), Predictor)
+            audit = UpdateAudit(options.audit, optimizer, [names[id(p)] for p in held], by_kernel, k)
         self.script_calls = ScriptCalls(optimizer, scheduler, k, program.flushes)
         self.update = StageUpdate(
             optimizer,
@@ -229,6 +237,7 @@ class StageWorker:
             finite=self.finite,
             observers=observers,
             scale=self.scale,
+            audit=audit,
             on_update=options.on_update,
             script_calls=self.script_calls,
         )

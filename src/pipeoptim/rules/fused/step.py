@@ -97,7 +97,7 @@ class FusedStep:
         return found
 
     def _unpatched(self) -> bool:
-        return all(map(_unpatched, self._steppers))
+        return all(map(unpatched, self._steppers))
 
     def _step_profiled(self, plan: FusedPlan, grads: Sequence[Tensor | None], horizon: Horizon | None) -> None:
         if not torch._C._autograd._profiler_enabled():
@@ -147,7 +147,7 @@ def _predict_unmoved(entries: Sequence[ParameterEntry], horizon: Horizon, out: S
     predict_by_rule(entries, [None] * len(entries), horizon, out)
 
 
-def _unpatched(optimizer: Optimizer) -> bool:
+def unpatched(optimizer: Optimizer) -> bool:
     """Whether ``optimizer.step()`` is that of its class, without a GradScaler and without hooks, but for those that only check."""
     step = vars(optimizer).get("step")  # a scheduler puts a wrapper here that notes the call
     if step is not None and not (hasattr(step, "_wrapped_by_lr_sched") and step.__wrapped__ is type(optimizer).step):
