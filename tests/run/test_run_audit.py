@@ -24,7 +24,7 @@ def test_a_wrong_update_is_a_fault_that_is_survived(tmp_path: Path, monkeypatch:
     (tmp_path / "alone").mkdir()
     monkeypatch.chdir(tmp_path / "alone")
     with pytest.raises(
-        CorruptionError, match=r"^update 10 of stage 0 .* parameter '0.bias' differs in 1 bit: .*resume from step 8 with"
+        CorruptionError, match=r"^update 10 of stage 1 .* parameter '3.0.bias' differs in 1 bit: .*resume from step 8 with"
     ):
         run(faulty.replace(faulty.recipe(), audit=2), tmp_path / "stopped", progress=False)
     run(faulty.recipe(), tmp_path / "whole", progress=False)  # the file is there: nothing is flipped
