@@ -3,6 +3,7 @@
 import ast
 import doctest
 import importlib
+import json
 import pkgutil
 import re
 import shlex
@@ -31,6 +32,20 @@ def test_python_in_documents_runs(path):
     blocks = re.findall(r"```python\n(.*?)```", path.read_text(), re.DOTALL)
     for block in blocks:
         exec(compile(block, str(path), "exec"), {})
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.ipynb")), ids=lambda p: p.name)
+def test_notebooks_run(path):
+    """Cell after cell; what they printed and drew is kept in them (benchmarks/run_notebooks.py)."""
+    pyplot = importlib.import_module("matplotlib.pyplot")
+    pyplot.switch_backend("agg")
+    cells = [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == "code"]
+    code = "\n\n".join("".join(cell["source"]) for cell in cells)
+    exec(compile(code, str(path), "exec"), {})
+    drawn, kept = len(pyplot.get_fignums()), [output for cell in cells for output in cell["outputs"]]
+    pyplot.close("all")
+    assert drawn == len([one for one in kept if "image/png" in one.get("data", {})]) >= 2
+    assert len([one for one in kept if one["output_type"] == "stream"]) >= 3
 
 
 def test_the_readme_names_what_an_install_brings():

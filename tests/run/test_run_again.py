@@ -225,3 +225,21 @@ def test_a_run_that_is_not_there_is_not_begun_by_resume(capsys: pytest.CaptureFi
     assert not Path("runs/nothing").exists()
     result = run(tiny.recipe(), "runs/something", resume=None, progress=False)
     assert result.status == "finished"
+
+
+def test_a_run_is_exported_afterwards_as_at_its_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Also the tied weight, and with an export that is there already."""
+    assert _run([*COMMAND, "--export", "--steps", "9", "--model", "tiny:tied"]) == 0
+    here = Path("runs/tiny-pipeoptim")
+    at_its_end = {path.name: path.read_bytes() for path in (here / "model").iterdir()}
+    assert len(at_its_end) == 3
+    for options, folder in (((), here / "model"), (("--out", "elsewhere"), Path("elsewhere"))):
+        assert _run(["export", str(here), *options]) == 0
+        assert f"{folder}: the weights after 9 mini-batches" in capsys.readouterr().out
+        assert {path.name: path.read_bytes() for path in folder.iterdir()} == at_its_end
+    assert _run(["export", str(here), "--out", "elsewhere"]) == 2 and "exists already" in capsys.readouterr().err
+    with locked(here):
+        assert _run(["export", str(here)]) == 2 and "in use" in capsys.readouterr().err
+    (here / "config.sig").unlink()
+    assert _run(["export", str(here)]) == 2 and "neither this command line nor a registered recipe" in capsys.readouterr().err
+    assert _run(["export", "nowhere"]) == 2 and "no run in nowhere" in capsys.readouterr().err

@@ -46,7 +46,7 @@ def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_p
         ({"trace": True}, "trace is True"),
         (
             {"export": True},
-            "export is True: .* not exported afterwards; use --max-restarts in place of --survive, or give --no-export",
+            "export is True: .* give --no-export, and when the run has ended: pipeoptim export RUN",
         ),
     ],
 )

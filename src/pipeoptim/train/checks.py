@@ -95,8 +95,8 @@ def _check_survive(config: TrainConfig) -> None:
         "slack": (config.slack == "auto", "that measures links which survive replaces; give a number"),
         "export": (
             config.export,
-            "weights are written by a process group, which an image has not, and a finished run is not exported afterwards; use "
-            "--max-restarts in place of --survive, or give --no-export and keep the checkpoints",
+            "weights are written by a process group, which an image has not; give --no-export, and when the run has ended: pipeoptim "
+            "export RUN",
         ),
         "trace": (config.trace, "a trace would hold what was done twice; leave one of them out"),
         "loggers": (

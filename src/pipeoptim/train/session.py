@@ -10,7 +10,7 @@ from typing import Any
 
 from torch.optim import Optimizer
 
-from pipeoptim.checkpoint import BackgroundWriter, check_export, load_stage, save, save_weights, sick_weight
+from pipeoptim.checkpoint import BackgroundWriter, check_export, load_stage, save, sick_weight
 from pipeoptim.engine import PredictionWarning
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.errors import DivergedError
@@ -21,6 +21,7 @@ from pipeoptim.telemetry.progress import ProgressView
 from pipeoptim.telemetry.trace import merge_trace
 from pipeoptim.train.callbacks import RunView
 from pipeoptim.train.evaluate import ObservedLoss
+from pipeoptim.train.export import write_export
 from pipeoptim.train.group import RunGroup
 from pipeoptim.train.loop import Loop
 from pipeoptim.train.machine import machine
@@ -143,7 +144,7 @@ def run_session(
     traced = setup.config.trace and done > start.step
     result = _run_result(run, setup, pipe, loop, group, done, time.monotonic() - began, traced)
     if config.export and result.status == "finished":
-        _export(run, setup, pipe)
+        write_export(run, setup, pipe, run.exported)
     if recorder is not None:
         # After the last checkpoint: a crash in between leaves a run that only has to be reported again.
         write_durably(run.result, result.to_json())
@@ -151,17 +152,6 @@ def run_session(
     # No process returns before the result is on the disk.
     group.barrier()
     return result
-
-
-def _export(run: RunDir, setup: RunSetup, pipe: Pipeline) -> None:
-    """Write the trained weights; the last that is done with the stages, which this may change."""
-    pipe.drain()
-    if run.best.exists():
-        for k in pipe.local_stages:
-            pipe.load_stage_state_dict(k, load_stage(run.best, k))
-    if setup.stagewise is not None:
-        setup.stagewise.prepare_export(pipe.stage_module(k) for k in pipe.local_stages)
-    save_weights(pipe, run.exported, also_save=getattr(setup.task, "also_save", ()), overwrite=True)
 
 
 def _validated(recorder: Recorder | None, run: RunDir, group: RunGroup, step: int) -> bool:
