@@ -55,7 +55,7 @@ def test_the_account_goes_on_over_sessions_that_ended_and_that_failed(
     assert found["hours"] == pytest.approx(19 / 4 + 8 / 4)  # from step 16 again
     assert (found["USD"], found["kWh"], found["sessions"]) == (pytest.approx(13.5), pytest.approx(3.375, abs=1e-3), 2)
     told = capsys.readouterr().out
-    assert "13.50 USD, 3.375 kWh, 6.750 device hours (1 device) so far" in told
+    assert "13.500 USD, 3.375 kWh, 6.750 device hours (1 device) so far" in told
     assert (
         "estimated 12 USD (10 to 20), actual 13.5: +12.5%" in told and "estimated 6 hours (5 to 7), actual 6.75: +12.5%" in told
     )

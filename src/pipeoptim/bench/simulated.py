@@ -145,3 +145,14 @@ def scale_columns(record: Record) -> tuple[list[str], list[list[str]]]:
     """Headings and cells: what simulations of many stages take."""
     body = [[r.name, f"{r.median:.2f}", f"{r.settings['peak bytes'] / 2**20:.0f}"] for r in record.rows]
     return ["pipeline", "processor seconds", "peak MiB"], body
+
+
+def outside_columns(record: Record) -> tuple[list[str], list[list[str]]]:
+    """Headings and cells: how wrong simulations of machines elsewhere are, on average over halves that nothing was fitted on."""
+    body = []
+    for row in record.rows:
+        means, errors = row.settings["mean of each half"], sorted(map(abs, row.samples))
+        spread = f"{min(means):.1%} .. {max(means):.1%}"
+        cells = [f"{sum(means) / len(means):.1%}", spread, f"{errors[len(errors) // 2]:.1%}", f"{errors[-1]:.1%}"]
+        body.append([row.name, f"{len(errors):,}", *cells, f"{row.settings['vtrain']:.1%}"])
+    return ["machines", "points", "mean error", "of single halves", "median", "worst", "vTrain's own, by its paper"], body

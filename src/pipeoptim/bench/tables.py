@@ -36,6 +36,7 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         "stability": stability.columns,
         "simulated": simulated.columns,
         "simulate at scale": simulated.scale_columns,
+        "outside": simulated.outside_columns,
         "slack": slack_model.columns,
     }
     own |= {"transfer": transfer.columns, "transfer loss": transfer.loss_columns}

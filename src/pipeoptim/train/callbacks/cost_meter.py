@@ -130,9 +130,9 @@ def _words(account: Mapping[str, Any]) -> str:
     """An account in a few words.
 
     >>> _words({"USD": 1.5, "kWh": None, "device hours": 0.25, "devices": 2})
-    '1.50 USD, energy unknown, 0.250 device hours (2 devices)'
+    '1.500 USD, energy unknown, 0.250 device hours (2 devices)'
     """
-    money = "price unknown" if account["USD"] is None else f"{account['USD']:,.2f} USD"
+    money = "price unknown" if account["USD"] is None else f"{account['USD']:,.3f} USD"
     energy = "energy unknown" if account["kWh"] is None else f"{account['kWh']:.4g} kWh"
     return f"{money}, {energy}, {account['device hours']:.3f} device hours ({account['devices']} device{'s' * (account['devices'] != 1)})"
 
