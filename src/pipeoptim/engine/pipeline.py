@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from typing import Any
@@ -26,6 +26,7 @@ from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, S
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss
 from pipeoptim.engine.splitting import count_rows
+from pipeoptim.engine.stage.hot_code import record_code
 from pipeoptim.engine.stage_times import now
 from pipeoptim.engine.step_loss import step_loss
 from pipeoptim.errors import ConfigError
@@ -56,6 +57,7 @@ class Pipeline(LocalStages):
         self._steps = 0  # mini-batches fed since the last (re)start
         self._fed = 0  # mini-batches fed since the beginning of training
         self._stop_wanted = False
+        self._until_recorded = self.program.warm_up + 2  # mini-batches until the code of one is noted, see `hot_code`
 
     def step(
         self,
@@ -83,6 +85,8 @@ class Pipeline(LocalStages):
             StageFailure: another stage died or does not answer.
         """
         self._refuse_within_update("step")
+        if self._until_recorded:
+            self._count_to_recording()
         if self._fed == self._measured_at:
             self._decide_slack()
         if self._changes.planned and (m := self._changes.due(self._fed)):
@@ -242,6 +246,15 @@ class Pipeline(LocalStages):
         for runner in self._runners.values():
             runner.splitter = self._splitter
         self.restart_stage_times()
+
+    def _count_to_recording(self) -> None:
+        self._until_recorded -= 1
+        if not self._until_recorded:
+            record_code(Pipeline.step.__code__, self._use_prefetch)
+
+    def _use_prefetch(self, prefetch: Callable[[], None]) -> None:
+        for runner in self._runners.values():
+            runner.worker.prefetch_code = prefetch
 
     # -- carrying actions out ----------------------------------------------------------------------------------------
 

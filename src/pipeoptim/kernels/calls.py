@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import ctypes
 import math
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from struct import Struct
+from types import CodeType
 from typing import NamedTuple
 
 import torch
@@ -277,9 +279,13 @@ class CachePrefetch:
         lines: list[int] = []
         for one in objects:
             lines += _lines(id(one) - _HEAD, 2)
-            if isinstance(one, Tensor):
+            if isinstance(one, CodeType):  # it holds its instructions
+                lines += _lines(id(one), 1 + sys.getsizeof(one) // _LINE)
+                lines += _lines(id(one.co_consts), 1 + sys.getsizeof(one.co_consts) // _LINE)
+            elif isinstance(one, Tensor):
                 lines += _lines(one._cdata, 4)  # type: ignore[attr-defined]  # sizes, strides, storage
                 lines += _lines(one.untyped_storage()._cdata, 2)  # where it lies
+        lines = list(dict.fromkeys(address // _LINE * _LINE for address in lines))
         self._count, self._lines = len(lines), Struct(f"@{len(lines)}P").pack(*lines)
 
     def __call__(self) -> None:

@@ -245,6 +245,7 @@ class StageWorker:
         self.losses = LossLog(program.microbatches)
         self._in_flight: dict[int, InFlight] = {}  # by number of the micro-batch, counted from the last restart
         self._call_module = ModuleCall()
+        self.prefetch_code: Callable[[], None] | None = None  # see `hot_code`
         self._autocast, self._no_autocast = (autocast_to(self.device.type, dtype) for dtype in (options.autocast, None))
         found = [] if optimizer is None else members(optimizer)
         self._compensations = [member for member in found if isinstance(member, DelayCompensation)]
@@ -297,6 +298,8 @@ class StageWorker:
             # strict: a loss added under no_grad, as in a reentrant checkpoint's first forward, would be lost in silence.
             with self.random.seeded_draws(), collect_losses(strict=True) as added:
                 result = self._run_module(weight_set, saved, args, kwargs, target, share)
+            if self.prefetch_code is not None:
+                self.prefetch_code()
             if self._buffers is not None:
                 self._buffers.mend()
             if self.is_last and not result.requires_grad:
@@ -425,6 +428,8 @@ class StageWorker:
                 # autocast_to: recomputation runs the module again
                 with self._backward_on(again, weight_set), self._no_autocast:
                     run_backward([out for out, _ in roots], [grad for _, grad in roots])
+                if self.prefetch_code is not None:
+                    self.prefetch_code()
                 self.master_weights.collect()
             if self.is_last:
                 self.finite.judge_loss(i, self.weights.version)
