@@ -37,6 +37,7 @@ if TYPE_CHECKING:
         Whole,
         add_loss,
         collect_losses,
+        init_process_group,
         master_weights,
     )
     from pipeoptim.methods import METHODS, Method, get_method, register_method
@@ -68,6 +69,7 @@ _LAZY = {
     "check_export": "pipeoptim.checkpoint",
     "collect_losses": "pipeoptim.engine",
     "full_state_dict": "pipeoptim.checkpoint",
+    "init_process_group": "pipeoptim.engine",
     "get_method": "pipeoptim.methods",
     "load_sharded": "pipeoptim.checkpoint",
     "load_weights": "pipeoptim.checkpoint",
@@ -115,6 +117,7 @@ __all__ = [
     "collect_losses",
     "full_state_dict",
     "get_method",
+    "init_process_group",
     "load_sharded",
     "load_weights",
     "master_weights",

@@ -38,7 +38,8 @@ class Checkpointer:
         keep: checkpoints to keep; the newest one always stays.
 
     Raises:
-        ConfigError: ``pipe`` is no such pipeline, or a number is not at least 1.
+        ConfigError: ``pipe`` is no such pipeline; a number is not at least 1; or torchrun would restart processes that cannot meet again
+            (:func:`~pipeoptim.init_process_group`).
 
     Example:
         >>> import tempfile, torch, pipeoptim as po
@@ -62,6 +63,7 @@ class Checkpointer:
         checked(pipe, "Checkpointer")
         self.pipe, self.folder, self.every = pipe, as_path("folder", folder), count("every", every)
         self._group = saving_group(pipe)
+        self._group.refuse_kept_store()
         refuse_sharded(pipe, self._group)
         for option in ("replicas", "survive"):
             if getattr(pipe.options, option, None) is not None:

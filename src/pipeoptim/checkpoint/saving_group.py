@@ -52,6 +52,13 @@ class SavingGroup:
 
         return HashStore() if self.rendezvous is None else PrefixStore("saving", self.rendezvous.store)
 
+    def refuse_kept_store(self) -> None:
+        """Raises ConfigError where these processes could not meet again after torchrun has restarted them."""
+        from pipeoptim.engine.processes.fresh_store import refuse_kept_store
+
+        if self.rendezvous is not None:
+            refuse_kept_store()
+
     def barrier(self) -> None:
         """Wait for all."""
         import torch.distributed as dist

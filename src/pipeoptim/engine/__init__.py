@@ -3,6 +3,7 @@
 from pipeoptim.engine.distributed import Schedule
 from pipeoptim.engine.emulator import Emulator
 from pipeoptim.engine.evaluation import Evaluation
+from pipeoptim.engine.init_group import init_process_group
 from pipeoptim.engine.interleaved import InterleavedSchedule
 from pipeoptim.engine.marks import Along, MicroBatches, Whole
 from pipeoptim.engine.stage.adagc import AdaGC
@@ -31,5 +32,6 @@ __all__ = [
     "Whole",
     "add_loss",
     "collect_losses",
+    "init_process_group",
     "master_weights",
 ]

@@ -82,16 +82,14 @@ def start_at(checkpoint: str) -> Start:
 def process_group() -> Iterator[None]:
     """The default process group: on gloo, or, where a supervisor replaces processes that die, one that nothing is sent through."""
     import torch.distributed as dist
-    from torch.distributed.distributed_c10d import PrefixStore
+    from torch.distributed.constants import default_pg_timeout
     from torch.distributed.rendezvous import rendezvous
 
+    from pipeoptim.engine.processes.fresh_store import fresh_store
     from pipeoptim.engine.processes.named_group import init_named_group
 
     store, rank, world = next(rendezvous("env://"))
-    # torchrun serves all its attempts from one store where the address is given or nothing is; a second one would find what the dead have
-    # left there.
-    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-    own = PrefixStore(f"attempt-{attempt}", store)
+    own = fresh_store(store, rank, world, default_pg_timeout.total_seconds())
     if is_supervised():
         init_named_group(own, rank, world)
     else:

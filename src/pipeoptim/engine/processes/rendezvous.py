@@ -127,7 +127,7 @@ class Rendezvous:
     @property
     def store_address(self) -> tuple[str, int]:
         """Host and port of the store."""
-        store = _innermost(self.store)
+        store = innermost(self.store)
         return store.host, store.port  # type: ignore[attr-defined]
 
     def abort(self, error: BaseException) -> None:
@@ -221,10 +221,11 @@ def _clone(store: Store) -> Store:
 
 def _port(store: Store) -> int | None:
     """Where the processes reach it; None where it listens nowhere."""
-    return getattr(_innermost(store), "port", None)
+    return getattr(innermost(store), "port", None)
 
 
-def _innermost(store: Store) -> Store:
+def innermost(store: Store) -> Store:
+    """``store`` without its prefixes."""
     while isinstance(store, PrefixStore):
         store = store.underlying_store
     return store
