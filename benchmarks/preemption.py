@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeoptim.bench.record import Record, ResultRow
+from pipeoptim.faults.same_end import last_states, same
 from pipeoptim.telemetry.metrics import read_rows
 
 RESULT = Path(__file__).parent / "results" / "preemption.json"
@@ -115,11 +116,6 @@ def send(run: Path, command: subprocess.Popen[bytes], number: int, who: str, ins
 
 def equal(one: Path, other: Path) -> bool:
     """Whether two runs have ended alike: all that their last checkpoints hold, and the losses of all steps."""
-    from same_end import (  # not by the commands, which take their net from this file and do not find its neighbours
-        last_states,
-        same,
-    )
-
     rows = [[(row["step"], row["loss"]) for row in read_rows(run / "metrics.jsonl") if "loss" in row] for run in (one, other)]
     return same(last_states(one), last_states(other)) and rows[0] == rows[1] and len(rows[0]) == STEPS
 

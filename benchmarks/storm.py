@@ -24,9 +24,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from same_end import last_states, same
-
 from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.faults.same_end import end_of, same
 from pipeoptim.telemetry.metrics import read_rows
 
 RESULTS = Path(__file__).parent / "results"
@@ -100,16 +99,6 @@ def storm(run: Path, command: subprocess.Popen[bytes], chance: random.Random) ->
     return ended, kinds
 
 
-def state(run: Path) -> tuple[list[Any], list[dict[str, Any]]]:
-    """Loss rows, and all that is saved of the stages at the end."""
-    rows = [
-        {key: value for key, value in row.items() if key != "samples_per_second"}
-        for row in read_rows(run / "metrics.jsonl")
-        if "timing" not in row
-    ]
-    return rows, last_states(run)
-
-
 def left_behind(folder: Path) -> list[int]:
     """Processes that still run in ``folder``."""
     found = []
@@ -133,7 +122,7 @@ def one_run(folder: Path, number: int, record: Record) -> None:
     command = train(folder, run.name, [*options, "--engine", "processes", "--survive", str(EVERY)])
     ended, kinds = storm(run, command, random.Random(number))
     error = command.communicate()[1].decode()
-    equal = command.returncode == 0 and same(state(whole), state(run))
+    equal = command.returncode == 0 and same(end_of(whole), end_of(run))
     left = left_behind(folder)
     print(f"{name}: {len(kinds)} hits, {ended} processes ended; equal: {equal}; left behind: {left}", flush=True)
     if not equal or left:

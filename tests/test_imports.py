@@ -52,8 +52,9 @@ MAY_IMPORT = {
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
     "simulate train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
+    "faults": "errors config schedule checkpoint telemetry engine engine/stage train",
     "cli": "errors explained files version config options advise diagnosis schedule kernels methods stability engine engine/transport "
-    "partitioning telemetry simulate money train bench compare",
+    "partitioning telemetry simulate money train bench compare faults",
 }
 
 #: Rooms whose types a room may name in annotations, without importing them when it runs.

@@ -22,6 +22,7 @@ from pipeoptim.cli.app import _run
 from pipeoptim.cli.commands import watch as watch_command
 from pipeoptim.compare import api as compare_api
 from pipeoptim.compare.worker import OUTCOME, carry_out
+from pipeoptim.faults import trial as fault_trial
 from pipeoptim.train import api as train_api
 
 COMMANDS, PARTS = 300, 6
@@ -110,6 +111,7 @@ def stubbed(monkeypatch):
         (predict, "_copy_row"),
         (scaling, "_pair"),
         (train_api, "launch"),
+        (fault_trial, "_train"),
         (watch_command, "_by_ssh"),  # this process would become ssh
     ):
         monkeypatch.setattr(module, function, begin)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -120,16 +122,22 @@ def test_one_process_or_all_are_told(tmp_path: Path) -> None:
     assert_same_state(where, tmp_path / "whole")
 
 
-def test_a_grace_time_that_is_too_short_is_told(tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [[], ["--engine", "processes", "--survive", "4"]], ids=["emulator", "survive"])
+def test_a_grace_time_that_is_too_short_is_told(options: list[str], tmp_path: Path) -> None:
     """Data that hang: nothing can be saved, and the process ends in time."""
-    with processes.train(tmp_path, "--recipe", "tiny:stuck", "--name", "late", "--grace", "1") as command:
-        command.wait_for(lambda: len(timeless(tmp_path / "runs" / "late")) >= 5)
+    run_dir = tmp_path / "runs" / "late"
+    with processes.train(tmp_path, "--recipe", "tiny:stuck", "--name", "late", "--grace", "1", *options) as command:
+        command.wait_for(lambda: len(timeless(run_dir)) >= 5)
         command.process.terminate()
         try:
             assert command.wait(20) == 143
         except subprocess.TimeoutExpired:
             pytest.fail("it did not end")
         assert "no checkpoint could be reached within the grace time of 1 s after SIGTERM; resume" in command.err
+        for listing in run_dir.glob("logs/*/processes.json"):
+            for pid in json.loads(listing.read_text())["processes"].values():
+                while processes.alive(pid):  # the kernel ends it with the command
+                    time.sleep(0.01)
 
 
 def test_names_of_signals() -> None:

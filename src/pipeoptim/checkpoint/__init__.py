@@ -15,7 +15,7 @@ from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, fol
 from pipeoptim.checkpoint.sharded import load_sharded, save_sharded
 from pipeoptim.checkpoint.weight_files import load_weights
 from pipeoptim.checkpoint.weights import check_export, full_state_dict, save_weights
-from pipeoptim.checkpoint.write_checkpoint import save
+from pipeoptim.checkpoint.write_checkpoint import save, unfinished_checkpoints
 
 __all__ = [
     "BackgroundWriter",
@@ -37,5 +37,6 @@ __all__ = [
     "save_weights",
     "sick_entry",
     "sick_weight",
+    "unfinished_checkpoints",
     "verify",
 ]

@@ -105,6 +105,11 @@ def unfinished(root: Path, step: int) -> Path:
     return root / f".{folder_name(step)}.tmp"
 
 
+def unfinished_checkpoints(root: Path) -> list[Path]:
+    """The folders of those that are being written, or that a process has left behind when it died."""
+    return list(root.glob(unfinished(root, 0).name.replace(folder_name(0), "step-*")))
+
+
 def make_valid(root: Path, step: int, files: dict[str, tuple[int, str]], config: str, versions: Mapping[str, str]) -> None:
     """Complete the checkpoint whose ``files``, of all processes, are written. Its rename makes it one; only then may older ones go."""
     meta = Meta(step=step, config=config, stages=len(files), files=files, versions=dict(versions))

@@ -11,6 +11,7 @@ import os
 import shutil
 import signal
 import sys
+import time
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, S
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from pipeoptim.checkpoint import unfinished_checkpoints
 from pipeoptim.config import TrainConfig
 from pipeoptim.engine.processes.loopback import gloo_on_loopback, loopback_environment, loopback_store
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
@@ -132,7 +134,9 @@ def _supervise(run: RunDir, layout: Layout, logs: StageLogs, command: list[str],
     world = {**loopback_environment(store), "WORLD_SIZE": str(layout.processes), SUPERVISED: "1"}
     environments = {rank: {**world, "RANK": str(rank)} for rank in ranks}
     files = logs.reify(environments)
-    stop.leave_to_others()
+    began = time.time()
+    # Images have no threads, so the grace time is watched here; with this process, all others end.
+    stop.others_save = lambda: any(folder.stat().st_mtime >= began for folder in unfinished_checkpoints(run.checkpoints))
     try:
         with Supervisor([layout.name(rank) for rank in ranks], logs.folder / "processes.json") as supervisor:
             supervisor.start(command, environments, files.stdouts, files.stderrs)

@@ -54,6 +54,7 @@ class StopSignals:
     Attributes:
         number: of the first signal that came; 0 before.
         saving: set while a checkpoint is on its way, which the grace time does not cut off.
+        others_save: whether one is, where other processes write it.
     """
 
     def __init__(
@@ -61,6 +62,7 @@ class StopSignals:
     ) -> None:
         self.numbers, self.grace, self.aborts, self.how_to_resume = numbers, grace, aborts, how_to_resume
         self.number, self.saving = 0, False
+        self.others_save: Callable[[], bool] = lambda: False
         self._deadline = 0.0
         self._before: dict[int, Any] = {}
         self._over = threading.Event()
@@ -114,7 +116,7 @@ class StopSignals:
                 return
 
     def _tell_late(self) -> None:
-        if self.saving:
+        if self.saving or self.others_save():
             print(f"pipeoptim: saving takes longer than the grace time of {self.grace:g} s after {self.name}", file=sys.stderr)
             return
         late = f"no checkpoint could be reached within the grace time of {self.grace:g} s after {self.name}"

@@ -30,6 +30,7 @@ from pipeoptim.train.process_state import process_state
 from pipeoptim.train.signals import StopSignals
 
 _LOOK = 0.1  # seconds between looks for stopped processes and for signals
+_LONGEST_LOOK = 1.0  # seconds that count between two of them
 _SAME_PLACE = 10  # times that a place is taken over from one image, and nothing is gained, before it is given up
 _PR_SET_CHILD_SUBREAPER = 36
 
@@ -45,7 +46,7 @@ class ImageEnd:
 
 @dataclass
 class Replacement:
-    """A process took the place of ``stage``'s, which had ended at ``died`` (seconds of a monotonic clock) for this ``cause``.
+    """A process took the place of ``stage``'s, which had ended at ``died`` (seconds since the epoch) for this ``cause``.
 
     Attributes:
         image: the mini-batch from which it went on.
@@ -67,6 +68,7 @@ class WorkerPlace:
 
     Attributes:
         generation: how often somebody has.
+        died: when the one before had ended, by a monotonic clock.
         ended: its exit code; None while it works.
         replaced: each time that somebody has, in order.
     """
@@ -75,6 +77,7 @@ class WorkerPlace:
     process: int
     control: socket.socket
     generation: int = 0
+    died: float = 0.0
     images: list[ImageEnd] = field(default_factory=list)  # oldest first
     ended: int | None = None
     replaced: list[Replacement] = field(default_factory=list)
@@ -101,6 +104,7 @@ class Supervisor:
         self._names, self._listing, self._frozen_after = names, listing, frozen_after
         self._places: list[WorkerPlace] = []
         self._selector = selectors.DefaultSelector()
+        self._looked = time.monotonic()
         self._retired: list[int] = []  # images that have been told to end
 
     def __enter__(self) -> Supervisor:
@@ -242,7 +246,8 @@ class Supervisor:
         frozen = place.stopped > self._frozen_after
         cause = "stood still and was killed" if frozen else f"was killed by {signal.Signals(-code).name}"
         name = self._names[place.rank]
-        place.replaced.append(Replacement(name, cause, time.monotonic(), image.mini_batch))
+        place.replaced.append(Replacement(name, cause, round(time.time(), 3), image.mini_batch))
+        place.died = time.monotonic()
         place.generation += 1
         self._selector.unregister(image.connection)
         place.control = image.connection
@@ -260,7 +265,7 @@ class Supervisor:
 
     def _note_caught_up(self, place: WorkerPlace, mini_batch: int) -> None:
         latest = place.replaced[-1]
-        latest.caught_up, latest.seconds = mini_batch, time.monotonic() - latest.died
+        latest.caught_up, latest.seconds = mini_batch, time.monotonic() - place.died
         self._write_listing()
 
     def _write_listing(self) -> None:
@@ -308,11 +313,13 @@ class Supervisor:
     # -- stopped processes, and signals ---------------------------------------------------------------
 
     def _look_for_stopped(self) -> None:
+        now = time.monotonic()
+        # At most so much: while this process was stopped itself, nobody was late.
+        passed, self._looked = min(now - self._looked, _LONGEST_LOOK), now
         for place in self._places:
             if place.ended is None:
                 stopped = process_state(place.process) in ("T", "t")
-                # By looks and not by a clock: while this process was stopped itself, nobody was late.
-                place.stopped = place.stopped + _LOOK if stopped else 0.0
+                place.stopped = place.stopped + passed if stopped else 0.0
                 if place.stopped > self._frozen_after:
                     # Killed before another takes over: one that wakes up later can write nothing.
                     with suppress(ProcessLookupError):
