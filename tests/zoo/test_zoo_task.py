@@ -28,6 +28,7 @@ from pipeoptim_zoo.data.bleu import bleu
 from pipeoptim_zoo.data.dataset import dataset_task
 from pipeoptim_zoo.data.digits import digits
 from pipeoptim_zoo.data.images import random_crop_and_flip
+from pipeoptim_zoo.data.loader import batches_from
 from pipeoptim_zoo.data.stdlib_packages import packages
 from pipeoptim_zoo.data.stdlib_text import chars
 from pipeoptim_zoo.data.task import generator, shuffled
@@ -248,3 +249,24 @@ def test_a_dataset_of_torch_is_a_task_that_any_process_can_begin_anywhere() -> N
     assert all(torch.equal(x[:, 0].long(), y) for x, y in batches) and not torch.equal(batches[0][0], batches[0][1][:, None])
     with pytest.raises(ConfigError, match="map-style"):
         dataset_task(iter([1]), Noisy())
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_loader_begins_anywhere_and_replicas_share_each_epoch(workers: int) -> None:
+    def drawn(count: int, **options: int) -> list[list[int]]:
+        batches = batches_from(torch.arange(25), 3, replicas=2, num_workers=workers, seed=1, **options)  # type: ignore[arg-type]
+        return [next(batches).tolist() for _ in range(count)]
+
+    mine, others = drawn(9), drawn(9, replica=1)  # 4 mini-batches of an epoch for each; one example is left over
+    for first in (0, 4):
+        epoch = [n for part in (mine, others) for batch in part[first : first + 4] for n in batch]
+        assert len(epoch) == len(set(epoch)) == 24
+    assert mine[:4] != mine[4:8], "each epoch has an order of its own"
+    for start in (1, 4, 6) if workers == 0 else (6,):
+        assert drawn(9 - start, start=start) == mine[start:]
+
+
+def test_a_loader_without_a_mini_batch_is_refused() -> None:
+    for batch_size, start, told in ((8, 0, "an epoch has 7 examples"), (0, 0, "set it to at least 1"), (2, -1, "start is -1")):
+        with pytest.raises(ConfigError, match=told):
+            batches_from(torch.arange(7), batch_size, start)  # type: ignore[arg-type]
