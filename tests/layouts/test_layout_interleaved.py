@@ -61,4 +61,4 @@ def test_processes_that_were_given_different_settings_refuse_to_train(written, o
     for p, output in enumerate(written[1]):
         (line,) = (line for line in output.splitlines() if line.startswith(f"refused {option} "))
         assert f"process {p} was set up with" in line
-        assert line.endswith("give all the same")
+        assert line.endswith("give all the same (more: pipeoptim explain options-differ)")
