@@ -12,6 +12,7 @@ import pytest
 
 import tiny
 from compare import timeless
+from pipeoptim.compare.report import write_run_report
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import energy, run
 from pipeoptim.train.callbacks import Callback
@@ -60,6 +61,8 @@ def test_the_account_goes_on_over_sessions_that_ended_and_that_failed(
         "estimated 12 USD (10 to 20), actual 13.5: +12.5%" in told and "estimated 6 hours (5 to 7), actual 6.75: +12.5%" in told
     )
     assert found["estimated"]["USD"] == [10, 12, 20]
+    page = write_run_report(folder).read_text()
+    assert "<td>13.5</td><td>12 (10 to 20)</td>" in page and "1 device, 2 sessions." in page
     plain = run(tiny.recipe(), tmp_path / "plain", progress=False)
     assert timeless(result.run_dir) == timeless(plain.run_dir), "the meter changes nothing"
 

@@ -117,7 +117,7 @@ def test_the_printed_command_trains_the_model_of_the_profile(capsys, tmp_path, m
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "fuzz"))
     begun = []
 
-    def launch(directory, config, *_):
+    def launch(directory, config, *_, **__):
         begun.append(config)
         raise KeyboardInterrupt
 
@@ -143,6 +143,9 @@ def test_a_search_that_takes_too_long_ends_with_the_best_so_far(monkeypatch):
     assert quick.bound is not None and full.bound is None
     assert quick.bound <= full.best.goal[0] * (1 + 1e-9) and quick.best.goal[0] >= full.best.goal[0] * (1 - TOLERANCE)
     assert looks[0] == (0, 0) and looks[-1][1] >= 1
+    assert all(one is None or quick.loss(one) >= 0 for one in quick.alternatives.values()), (
+        "the best of all that were simulated"
+    )
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeoptim.errors import ConfigError
-from pipeoptim.money.places import LINES, PLACES, Bill, Known, RunPlace, UnknownPriceError, bill, break_even, mixed
+from pipeoptim.money.places import LINES, PLACES, Bill, Known, RunPlace, UnknownPriceError, bill, break_even, mixed, own_stages
 from pipeoptim.money.price_book import PriceBook
 from pipeoptim.money.priced_run import PricedRun
 from pipeoptim.money.terms import Terms
@@ -140,7 +140,8 @@ class _Model:
         }
         self._per_server = book.per_server[terms.accelerator]
         self.places: dict[str, Callable[..., Bill]] = {place.name: partial(self._bill, place) for place in PLACES}
-        if work.stages > 1:
+        if work.stages > 1 or terms.own_stages is not None:
+            own_stages(work, terms)
             self.places[MIX] = self._mixed
 
     def known(self, drawn: Mapping[str, Any]) -> Known:

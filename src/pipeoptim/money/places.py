@@ -190,6 +190,8 @@ def own_stages(work: PricedRun, terms: Terms) -> int:
         ConfigError: a number that leaves one side without a stage.
     """
     own = work.stages // 2 if terms.own_stages is None else terms.own_stages
+    if work.stages == 1:
+        raise ConfigError(f"own stages is {own}, but the plan has one stage, which cannot be in two places; leave it out")
     if not 1 <= own < work.stages:
         raise ConfigError(
             f"own stages is {own}, must be 1 to {work.stages - 1} of the plan's {work.stages} stages, so that some are in the cloud"

@@ -199,8 +199,10 @@ def find_plans(request: PlanRequest) -> FoundPlans:
             f"no way to train {request.profile.model} on {len(request.cluster.speeds)} devices of "
             f"{request.cluster.memory / 2**30:.3g} GiB was found; give more memory or devices, or other micro-batches or methods"
         )
-    own, bound = best.candidate.shape.key(), search.bound
-    others = {name: search.best(own, places) for name, places in RESPECTS.items()}
+    bound, others = search.bound, search.others(best)
+    if bound is not None and (found := search.best_known() or best) is not best:
+        # Came to light in the search for the others, after the time was over.
+        best, others = found, search.others(found)
     return FoundPlans(best, others, len(search.shapes), request.profile.model, bound)
 
 
@@ -226,26 +228,34 @@ class _Search:
             heapq.heappush(queue, (goal, next(numbers), what))
 
         for shape, seconds, memory in self.shapes:
-            if unlike is None or any(shape.key()[place] != unlike[place] for place in places):
+            if _differs(shape, unlike, places):
                 push(_goal(self.request, shape, seconds, memory), shape)
-        simulated: list[RankedPlan] = []
         self.bound = None
         while queue:
             (least, _), _, head = heapq.heappop(queue)
             if isinstance(head, RankedPlan):
                 return head
-            if simulated and time.monotonic() > self._ends:
+            if time.monotonic() > self._ends and (found := self.best_known(unlike, places)) is not None:
                 self.bound = least
-                return min(simulated, key=lambda plan: plan.goal)
+                return found
             if self.request.looked is not None:
                 self.request.looked(len(self._cuts), len(self._plans))
             if isinstance(head, Candidate):
                 plan = self._simulated(head)
-                simulated.append(plan)
                 push((plan.goal[0] * (1 - TOLERANCE), plan.goal[1]), plan)
-            elif (found := self._cut(head)) is not None:
-                push(_goal(self.request, head, found.bound, found.memory), found)
+            elif (cut := self._cut(head)) is not None:
+                push(_goal(self.request, head, cut.bound, cut.memory), cut)
         return None
+
+    def best_known(self, unlike: PlanKey | None = None, places: Sequence[int] = ()) -> RankedPlan | None:
+        """The same of those that have been simulated already."""
+        known = (plan for shape, plan in self._plans.items() if _differs(shape, unlike, places))
+        return min(known, key=lambda plan: plan.goal, default=None)
+
+    def others(self, best: RankedPlan) -> dict[str, RankedPlan | None]:
+        """The best of those that differ from ``best`` in one respect."""
+        own = best.candidate.shape.key()
+        return {name: self.best(own, places) for name, places in RESPECTS.items()}
 
     def _cut(self, shape: PlanShape) -> Candidate | None:
         if shape not in self._cuts:
@@ -259,6 +269,10 @@ class _Search:
             goal = _goal(self.request, shape, 1 / simulation.throughput.median, candidate.memory)
             self._plans[shape] = RankedPlan(candidate, simulation, goal)
         return self._plans[shape]
+
+
+def _differs(shape: PlanShape, unlike: PlanKey | None, places: Sequence[int]) -> bool:
+    return unlike is None or any(shape.key()[place] != unlike[place] for place in places)
 
 
 def _goal(request: PlanRequest, shape: PlanShape, seconds: float, memory: float) -> Goal:

@@ -14,6 +14,8 @@ from pipeoptim.errors import ConfigError
 if TYPE_CHECKING:
     from pipeoptim.money.triangular import Triangular
 
+DRAWS = 1000
+
 
 def cost(
     plan: Annotated[Path | None, Option(help="A file of pipeoptim plan --objective ... --out.")] = None,
@@ -48,7 +50,7 @@ def cost(
     own_stages: Annotated[
         int | None, Option(help="The first stages, on own hardware where both are used; half of them by default.")
     ] = None,
-    draws: Annotated[int, Option(help="How often prices, failures and recoveries are drawn.")] = 1000,
+    draws: Annotated[int, Option(help="How often prices, failures and recoveries are drawn.")] = DRAWS,
     seed: Annotated[int, Option(help="Of the draws.")] = 0,
     out: Annotated[Path | None, Option(help="Also write all figures, assumptions and sources into this JSON file.")] = None,
     refresh: Annotated[
@@ -63,9 +65,9 @@ def cost(
 
     \b
     Examples:
-      pipeoptim plan --objective cost --synthetic --sizes layers=32 --devices 16 --out plan.json
+      pipeoptim plan --objective cost --synthetic --sizes layers=32 --devices 16 --stages 16 --out plan.json
       pipeoptim cost --plan plan.json --samples 1e7
-          The best plan for 16 devices, and what 10 million sequences cost on them.
+          A plan for 16 devices, and what 10 million sequences cost on them.
       pipeoptim cost --plan plan.json --samples 1e7 --people 0.5 --utilisation 0.4 --prices mine.toml
           With half an engineer, on hardware that is used 40 % of its time, at your own prices.
       pipeoptim cost --plan plan.json --to-loss 1.9 --compared runs/compare-chars
@@ -80,9 +82,11 @@ def cost(
     check_new_files({"--out": out, "--refresh": refresh})
     today = date.today()
     if refresh is not None:
-        if plan is not None or samples is not None or to_loss is not None or out is not None:
+        given = {"--plan": plan, "--samples": samples, "--to-loss": to_loss, "--compared": compared, "--prices": prices}
+        given |= {"--people": people, "--own-stages": own_stages, "--draws": draws if draws != DRAWS else None, "--out": out}
+        if others := [name for name, value in given.items() if value is not None]:
             raise ConfigError(
-                "--refresh only looks prices up; leave --plan, --samples, --to-loss and --out out, and give --prices then"
+                f"--refresh only looks prices up; leave {', '.join(others)} out, and give the file to --prices then"
             )
         from pipeoptim.money.refresh import refresh_prices
 

@@ -66,6 +66,7 @@ def _write_run_report(path: Path) -> Path:
         section,
         sections.trace(path),
         sections.methods((config.method,), config, []),
+        sections.account(path),
         sections.setup(config, run.machine, _again(path), None, run.versions, run.data),
     ]
     out = path / "report.html"
