@@ -1,11 +1,12 @@
 """A storm of SIGKILLs on the processes of runs with ``--survive``; every run must end with the bits of an emulated one.
 
-python benchmarks/storm.py --kills 200     goes on with benchmarks/results/storm.json until so many processes were ended in all
-python benchmarks/storm.py --cost          what surviving costs while nothing dies, to benchmarks/results/survive_cost.json
+python benchmarks/storm.py --kills 200     goes on with results/storm.json until so many processes were ended in all
+python benchmarks/storm.py --emulated 60   emulated runs at D up to 16 that start again by themselves: results/storm_emulated.json
+python benchmarks/storm.py --cost          what surviving costs while nothing dies: results/survive_cost.json
 
 Processes die at random instants of a training that validates every 10 and saves every 20 mini-batches: alone, two or all at once, while
-they catch up, and now and then one is only stopped (SIGSTOP), which the supervisor takes for dead after 10 s. docs/failures.md shows both
-results. A file that was written by another machine or version is not continued.
+they catch up, and now and then one is only stopped (SIGSTOP), which the supervisor takes for dead after 10 s. Emulated runs are hit by the
+failures that `pipeoptim faults --storm` draws. docs/failures.md shows the results. A file of another machine or version is not continued.
 """
 
 from __future__ import annotations
@@ -21,12 +22,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.faults import random_faults, try_faults
 from pipeoptim.faults.same_end import end_of, same
 from pipeoptim.telemetry.metrics import read_rows
+from pipeoptim.train.recipes import get_recipe
 
 RESULTS = Path(__file__).parent / "results"
 EVERY = 8  # mini-batches between images
@@ -41,6 +45,7 @@ VARIANTS = {
     "digits, D = 4, pipedream": ["--recipe", "digits", "--steps", "500", "--method", "pipedream"],
     "chars, D = 4, M = 4, in_progress, slack 1": ["--recipe", "chars", "--tiny", "--steps", "300", "--slack", "1"],
 }
+DEPTHS, PER_EMULATED = (16, 8, 4), 5  # of emulated runs; failures in each
 KINDS = {"one process": 60, "two neighbours at once": 20, "all at once": 10, "one again while it catches up": 8, "stopped": 2}
 
 
@@ -153,6 +158,37 @@ def storms(kills: int) -> None:
             record.write(path)
 
 
+def emulated(kills: int) -> None:
+    """Until so many failures have hit emulated runs of each depth in turn, in this and earlier calls."""
+    path = RESULTS / "storm_emulated.json"
+    record = Record("storm_emulated", "s from death to new work", {"runs": 0, "equal bit for bit": 0, "failures": 0}, [])
+    if path.exists() and Record.read(path).machine == machine():
+        record = Record.read(path)
+    settings = record.settings
+    while settings["failures"] < kills:
+        depth = DEPTHS[settings["runs"] % len(DEPTHS)]
+        chars = get_recipe("chars", tiny=True)
+        model = chars.model.with_options(layers=16, width=32)
+        config = replace(chars, model=model, stages=depth, batch_size=4, steps=60, checkpoint_every=10, eval_every=25)
+        config = replace(config, max_restarts=PER_EMULATED)
+        faults = random_faults(config, PER_EMULATED, seed=settings["runs"])
+        with tempfile.TemporaryDirectory() as folder:
+            rows = try_faults(config, faults, Path(folder) / "hit", lambda text: print(text, flush=True))
+        for key, more in {
+            "runs": 1,
+            "equal bit for bit": int(rows[0].bit_equal),
+            "failures": sum(row.fired for row in rows),
+        }.items():
+            settings[key] += more
+        label = f"emulator, D = {depth}: killed, restarted from a checkpoint"
+        if all(row.name != label for row in record.rows):
+            record.rows.append(ResultRow(label, []))
+        killed = [row.seconds for row in rows if row.fault.startswith("kill") and row.seconds is not None]
+        record.row(label).samples.extend(round(seconds, 3) for seconds in killed)
+        record.write(path)
+        print(f"D = {depth}: {len(rows)} failures; equal: {rows[0].bit_equal}", flush=True)
+
+
 def cost(repeats: int) -> None:
     """Processor time per mini-batch with and without, in turns: on a machine that does other work, it says more than the clock."""
     options = ["--recipe", "chars", "--stages", "2", "--engine", "processes", "--checkpoint-every", "0", "--eval-every", "0"]
@@ -179,10 +215,13 @@ def cost(repeats: int) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
+    parser.add_argument("--emulated", type=int, default=0, metavar="FAILURES")
     parser.add_argument("--cost", action="store_true")
     parser.add_argument("--repeats", type=int, default=5)
     given = parser.parse_args()
     if given.cost:
         cost(given.repeats)
+    elif given.emulated:
+        emulated(given.emulated)
     else:
         storms(given.kills)
