@@ -49,16 +49,18 @@ def test_live_storages_see_what_autograd_keeps() -> None:
 
 
 def test_memory_of_every_method_is_what_it_promises() -> None:
-    found = memory.measure([3], width=16, batch=8)
+    found, with_slack = memory.measure([3], width=16, batch=8), memory.measure([3], width=16, batch=8, slack=1.0)
     assert {row.settings["method"] for row in found.rows} == set(METHODS)
+    assert {"naive", "pipedream", "pipeoptim", "pipeoptim_stash"} <= {row.settings["method"] for row in with_slack.rows}
+    found.rows.extend(with_slack.rows)
     for row in found.rows:
         s = row.settings
         assert row.samples == [s["weights"] * s["weight_copies_promised"]], row.name
         assert s["in_flight"] == pytest.approx(s["in_flight_promised"], abs=0.02), row.name
     stashed = next(row.settings for row in found.rows if row.name == "pipedream D=3 M=1 stage 0")
     assert stashed["weight_copies"] == 3  # not the same for all: the walk sees stashed weights
-    line = next(cells for cells in columns(found)[1] if cells[:3] == ["pipeoptim", "3", "1"])
-    assert line[3:] == ["2.00", "2", "3 2 1", "3 2 1"]
+    lines = {cells[3]: cells[4:] for cells in columns(found)[1] if cells[:3] == ["pipeoptim", "3", "1"]}
+    assert lines == {"0": ["2.00", "2", "3 2 1", "3 2 1"], "1": ["2.00", "2", "5 3 1", "5 3 1"]}
 
 
 def test_memory_walk_sees_activations_that_are_kept_by_mistake(monkeypatch: pytest.MonkeyPatch) -> None:

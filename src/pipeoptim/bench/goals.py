@@ -9,6 +9,7 @@ from typing import Any
 
 from pipeoptim.bench.efficiency import ALONE
 from pipeoptim.bench.record import Record, ResultRow
+from pipeoptim.schedule.slack import forwards_ahead
 
 REALISTIC = ("gpt", "resnet101", "gnmt8")
 
@@ -113,8 +114,9 @@ def _memory(record: Record) -> Iterator[Goal]:
         yield Goal(
             "weights of pipeoptim, most copies of any stage at any depth", max(s["weight_copies"] for s in rows), most=2.02
         )
-        most = max(s["in_flight"] / (s["depth"] - s["stage"]) for s in rows)
-        yield Goal("activations of pipeoptim over those of D-k micro-batches, the most of any stage", most, most=1.0)
+        most = max(s["in_flight"] / (1 + forwards_ahead(s["slack"], s["depth"], s["stage"])) for s in rows)
+        what = "activations of pipeoptim over those of ceil((1+x)(D-1-k))+1 micro-batches with slack x, the most of any stage"
+        yield Goal(what, most, most=1.0)
 
 
 def _predict(record: Record) -> Iterator[Goal]:

@@ -26,6 +26,7 @@ def measure(
     microbatches: list[int] | None = None,
     width: int = 64,
     batch: int = 64,
+    slack: float = 0.0,
 ) -> Record:
     """Measure every stage.
 
@@ -34,12 +35,13 @@ def measure(
         methods: names in ``METHODS``; by default all.
         microbatches: M; 0 stands for M = D.
         width, batch: of the layers and the mini-batch, a multiple of M.
+        slack: x micro-batches more in flight per boundary; methods that refuse it are left out where ``methods`` names none.
 
     Returns:
         A row per method, depth, M and stage, in bytes: the most weights, and in the settings the most activations.
 
     Raises:
-        ConfigError: a batch that M does not divide, or a method that is not known.
+        ConfigError: a batch that M does not divide, a method that is not known, or one that is named and refuses slack.
     """
     rows = []
     for name in methods or METHODS:
@@ -48,24 +50,31 @@ def measure(
         for depth in depths or list(range(2, 9)):
             for m in sorted({m or depth for m in microbatches or [1, 0]}):
                 if m >= depth or not METHODS[name].at_least_depth_microbatches:
-                    rows += _rows(name, depth, m, width, batch)
+                    try:
+                        rows += _rows(name, depth, m, width, batch, slack)
+                    except ConfigError:
+                        if methods or not slack:
+                            raise
     return Record("memory", "bytes", {"optimizer": "AdamW", "width": width, "rows per micro-batch": batch}, rows)
 
 
-def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[ResultRow]:
+def _rows(name: str, depth: int, m: int, width: int, batch: int, slack: float) -> list[ResultRow]:
     torch.manual_seed(0)
     stages = [nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, width), nn.ReLU()) for _ in range(depth)]
-    pipe = Emulator(stages, lambda p: torch.optim.AdamW(p, lr=1e-3), _loss, name, m)
+    pipe = Emulator(stages, lambda p: torch.optim.AdamW(p, lr=1e-3), _loss, name, m, slack=slack)
     x, y = torch.randn(batch * m, width), torch.randn(batch * m, width)
     with LiveStorages() as live:
         watches = [_Watch(live, pipe._worker(k), [x, y]) for k in range(depth)]
-        for minibatches in (1, 2 * depth + 2):  # the very first shows whether modules change their inputs, which takes a copy
+        for minibatches in (
+            1,
+            2 * pipe.program.in_flight(0) + 2,
+        ):  # the very first shows whether modules change their inputs, which takes a copy
             for watch in watches:
                 watch.one = watch.activations = 0
             for _ in range(minibatches):
                 pipe.step(x, target=y)
             pipe.drain()
-    rows = []
+    rows, after = [], f" slack {slack:g}" if slack else ""
     for k, (stage, watch) in enumerate(zip(stages, watches, strict=True)):
         own = sum(p.untyped_storage().nbytes() for p in stage.parameters())
         settings = {
@@ -73,6 +82,7 @@ def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[ResultR
             "depth": depth,
             "microbatches": m,
             "stage": k,
+            "slack": slack,
             "weights": own,
             "weight_copies_promised": pipe.weight_copies(k),
             "weight_copies": watch.weights / own,
@@ -81,7 +91,7 @@ def _rows(name: str, depth: int, m: int, width: int, batch: int) -> list[ResultR
             "in_flight_promised": pipe.program.in_flight(k),
             "in_flight": watch.activations / watch.one,
         }
-        rows.append(ResultRow(f"{name} D={depth} M={m} stage {k}", [float(watch.weights)], settings))
+        rows.append(ResultRow(f"{name} D={depth} M={m}{after} stage {k}", [float(watch.weights)], settings))
     return rows
 
 
@@ -137,23 +147,24 @@ class _Watch:
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: a line per method, depth and M, the stage with the most weights and all stages' activations."""
+    """Headings and cells: a line per method, depth, M and slack, the stage with the most weights and all stages' activations."""
     head = [
         "method",
         "D",
         "M",
+        "slack",
         "weights: most copies of a stage",
         "promised",
         "activations of stages 0 .. D-1, in micro-batches",
         "promised",
     ]
-    groups: dict[tuple[str, int, int], list[dict[str, Any]]] = {}
+    groups: dict[tuple[str, int, int, float], list[dict[str, Any]]] = {}
     for row in record.rows:
         s = row.settings
-        groups.setdefault((s["method"], s["depth"], s["microbatches"]), []).append(s)
+        groups.setdefault((s["method"], s["depth"], s["microbatches"], s["slack"]), []).append(s)
     body = []
-    for (name, depth, m), stages in groups.items():
-        cells = [name, str(depth), str(m), f"{max(s['weight_copies'] for s in stages):.2f}"]
+    for (name, depth, m, slack), stages in groups.items():
+        cells = [name, str(depth), str(m), f"{slack:g}", f"{max(s['weight_copies'] for s in stages):.2f}"]
         cells.append(str(max(s["weight_copies_promised"] for s in stages)))
         cells.append(" ".join(f"{s['in_flight']:.3g}" for s in stages))
         body.append([*cells, " ".join(str(s["in_flight_promised"]) for s in stages)])

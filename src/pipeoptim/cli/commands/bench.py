@@ -210,6 +210,7 @@ def transfer(
 def memory(
     depth: Annotated[list[int] | None, Option(help="Stages; several times. By default 2 to 8.")] = None,
     method: Annotated[list[str] | None, Option(help="Method; several times. By default all.")] = None,
+    slack: Annotated[float, Option(help="More micro-batches in flight per boundary, in methods that can have it.")] = 0.0,
     add: Annotated[bool, _ADD] = False,
     out: Annotated[Path, _OUT] = Path("benchmarks/results/memory.json"),
 ) -> None:
@@ -220,8 +221,9 @@ def memory(
     from pipeoptim.bench.memory import measure
 
     at_least(1, depth=depth)
+    at_least(0, slack=[slack])
     _check_kept("memory", out, add)
-    _report(measure(depth, method), out, add)
+    _report(measure(depth, method, slack=slack), out, add)
 
 
 @bench.command()
