@@ -250,7 +250,8 @@ class Pipeline(LocalStages):
     def _count_to_recording(self) -> None:
         self._until_recorded -= 1
         if not self._until_recorded:
-            record_code(Pipeline.step.__code__, self._use_prefetch)
+            runners = self._runners.values()
+            record_code(Pipeline.step.__code__, [self, *runners, *(runner.worker for runner in runners)], self._use_prefetch)
 
     def _use_prefetch(self, prefetch: Callable[[], None]) -> None:
         for runner in self._runners.values():

@@ -14,34 +14,35 @@ from __future__ import annotations
 
 import gc
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from types import CodeType, FrameType
 from typing import Any
 
 from pipeoptim.kernels import calls
 from pipeoptim.kernels.library import available
 
-_OURS = "pipeoptim."
 
-
-def record_code(until: CodeType, use: Callable[[calls.CachePrefetch], None]) -> None:
+def record_code(until: CodeType, owners: Iterable[object], use: Callable[[calls.CachePrefetch], None]) -> None:
     """Note what this thread runs until the function ``until`` returns; then ``use`` is given what prefetches it.
 
     Nothing happens under a profiler, whose place this would take, nor where there are no kernels.
+
+    Args:
+        until: of the caller.
+        owners: objects whose methods run; they and what they refer to are prefetched as well, since their reference counts are written.
+        use: takes the prefetch.
     """
     if sys.getprofile() is not None or not available():
         return
+    # Code only: whoever looks at a frame's variables keeps activations alive that the frame has let go of.
     seen: dict[int, object] = {}
 
     def note(frame: FrameType, event: str, _: Any) -> None:
         if event == "call":
             seen[id(frame.f_code)] = frame.f_code
-            own = frame.f_locals.get("self")
-            if type(own).__module__.startswith(_OURS):  # with its attributes, whose reference counts are written
-                seen[id(own)] = own
-                seen.update((id(one), one) for one in gc.get_referents(own))
         elif event == "return" and frame.f_code is until:
             sys.setprofile(None)
+            seen.update((id(one), one) for owner in owners for one in (owner, *gc.get_referents(owner)))
             use(calls.CachePrefetch(seen.values()))
 
     sys.setprofile(note)
