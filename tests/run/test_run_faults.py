@@ -151,6 +151,12 @@ def test_command_lines_that_are_refused(words: list[str], reason: str, capsys: p
     assert reason in capsys.readouterr().err
 
 
+def test_torchrun_starts_no_runs_that_fail_on_purpose(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    with pytest.raises(ConfigError, match="call it without torchrun"):
+        faults_command.faults(["kill stage 0 at update 3"])
+
+
 def test_a_run_that_is_hit_ends_as_if_nothing_had_happened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def emulated(config: TrainConfig, folder: Path, say: object) -> None:
         run(replace(config, engine="emulator", survive=0), folder / "undisturbed", progress=False)

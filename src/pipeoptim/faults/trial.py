@@ -127,20 +127,26 @@ def _watch(
                     del waiting[index]
                     if fault.kind == "freeze":
                         frozen[fired.process] = fired.at + fault.seconds
-            for process, until in [*frozen.items()]:
-                if time.time() >= until:
-                    del frozen[process]
-                    with suppress(ProcessLookupError):  # it was taken for dead
-                        os.kill(process, signal.SIGCONT)
+            for process in [process for process, until in frozen.items() if time.time() >= until]:
+                del frozen[process]
+                _continue(process)
             if time.monotonic() > looked + _TELL:
                 looked, before, told = time.monotonic(), told, _steps_done(folder)
                 if told != before:
                     say(f"{folder.name} run: {told}")
             time.sleep(_LOOK)
     except BaseException:
+        for process in frozen:  # one that stands still hears no signal
+            _continue(process)
         run.terminate()
+        run.wait()
         raise
     return run.wait()
+
+
+def _continue(process: int) -> None:
+    with suppress(ProcessLookupError):  # it was taken for dead
+        os.kill(process, signal.SIGCONT)
 
 
 def _steps_done(run: Path) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sys
 import tempfile
 from contextlib import redirect_stdout
@@ -68,6 +69,8 @@ def faults(
     """
     from pipeoptim.faults import random_faults, read_fault, try_faults
 
+    if "RANK" in os.environ:
+        raise ConfigError("pipeoptim faults starts the processes of its runs itself; call it without torchrun")
     words = words or []
     split = next((n for n, word in enumerate(words) if word.startswith("-")), len(words))
     planned = [read_fault(sentence) for sentence in words[:split]]
