@@ -19,11 +19,13 @@ from pipeoptim.bench.goals import Goal, goals, markdown
 from pipeoptim.bench.live import LiveStorages
 from pipeoptim.bench.models import Workload, _cuts, block_seconds, build
 from pipeoptim.bench.record import Record, ResultRow, merged
+from pipeoptim.bench.slack_model import efficiency, ideal_windows
 from pipeoptim.bench.tables import columns, render_document
 from pipeoptim.cli.app import _run
 from pipeoptim.engine.transport.message import HEADER
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS
+from pipeoptim.schedule import Program
 
 
 def record(*rows: ResultRow, benchmark: str = "throughput") -> Record:
@@ -265,6 +267,32 @@ def test_best_m_is_chosen_and_goals_say_by_how_much(tmp_path: Path) -> None:
     text = render_document(page, tmp_path)
     assert "| pipeoptim | 1 | 140 |" in text
     assert "Missed: 1 of 1 goals that were measured." in text
+
+
+def test_efficiency_is_held_against_plain_loops_of_the_same_conditions_and_against_the_program(tmp_path: Path) -> None:
+    base = {"depth": 4, "milliseconds": 10.0, "microbatches": 1, "uneven": 0.0, "jitter": 0.0, "bandwidth": 0.0, "gloo": False}
+    rows = []
+    for delay, slack, loops, ours in (
+        (0.0, "", 0.95, 0.9405),
+        (0.003, "1", 0.9, 0.882),
+        (0.01, "2", 0.8, 0.7),
+        (0.02, "1", 0.9, 0.1),
+    ):
+        s = {**base, "delay": delay}
+        rows += [ResultRow("", [loops], {**s, "method": ALONE, "ours": True})]
+        rows += [ResultRow("", [ours], {**s, "method": "pipeoptim", "ours": True, **({"slack": slack} if slack else {})})]
+    jitter = {**base, "jitter": 0.3, "delay": 0.0, "method": "pipeoptim", "ours": True, "slack": "1", "ideal": 0.9}
+    Record("efficiency", "", {}, [*rows, ResultRow("", [0.891], jitter)]).write(tmp_path / "efficiency.json")
+    found = {goal.what: (round(goal.value, 6), goal.least) for goal in goals(tmp_path)}
+    assert found == {
+        "4 stages of 10 ms: pipeoptim over plain loops": (0.99, 0.99),
+        "4 stages of 10 ms, delay 3 ms: pipeoptim over plain loops": (0.98, 0.97),
+        "4 stages of 10 ms, delay 10 ms: pipeoptim over plain loops": (0.875, 0.97),
+        "4 stages of 10 ms, jitter 0.3: pipeoptim over what its program allows with the same draws": (0.99, 0.98),
+    }
+    # What the program allows is the model's figure, but for the draws and the length of the windows.
+    model = efficiency(Program("async_1f1b", 4, slack=1), 0.0, 0.3)
+    assert ideal_windows(Program("async_1f1b", 4, slack=1), 0.3, 9, 600, 1)[0] == pytest.approx(model, abs=0.03)
 
 
 @pytest.mark.parametrize("name", ["throughput", "efficiency", "slack", "transfer", "memory", "predict"])

@@ -18,6 +18,7 @@ import random
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from statistics import median
 from typing import Any
 
 import torch
@@ -29,6 +30,7 @@ from pipeoptim.bench.checks import divide, runnable
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.rivals import TORCH, Step, possible, rival_step
+from pipeoptim.bench.slack_model import ideal_windows
 from pipeoptim.engine import Schedule
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import Program, read_slack
@@ -216,17 +218,29 @@ def _row(
     step = make(device, name, m, options)
     busy, seconds = timed_windows(step, device, _warm_up(depth, options) if make is _ours else depth + 2, options)
     samples = (busy / seconds).tolist()
+    ideal = _ideal(name, m, options) if make is _ours and options["jitter"] and not options["uneven"] else {}
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
     settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
+    settings |= ideal
     how = ""
     if make is _ours:
         settings |= {what: options[what] for what in ("slack", "refresh") if _chosen(options, what)}
         how = _how(settings)
     return {
-        "name": f"{name} M={m}{how}, D={depth}, {milliseconds:g} ms{_conditions(options)}",
+        "name": f"{name} M={m}{how}, D={depth}, {milliseconds:g} ms{conditions(options)}",
         "samples": samples,
         "settings": settings,
     }
+
+
+def _ideal(name: str, m: int, options: dict[str, Any]) -> dict[str, Any]:
+    """What the action program allows with the same draws, where that is known."""
+    if m > 1 or options["delay"] or options["bandwidth"]:
+        return {}
+    depth = dist.get_world_size()
+    program = get_method(name).program(depth, m, None, False, read_slack(options["slack"]))
+    windows = ideal_windows(program, options["jitter"], _warm_up(depth, options), options["steps"], options["repeats"])
+    return {"ideal": median(windows)}
 
 
 def timed_windows(step: Step, device: Device, warm_up: int, options: dict[str, Any]) -> Tensor:
@@ -263,7 +277,7 @@ def _warm_up(depth: int, options: dict[str, Any]) -> int:
     return 2 + Program("async_1f1b", depth, slack=read_slack(options["slack"])).warm_up
 
 
-def _conditions(options: dict[str, Any]) -> str:
+def conditions(options: dict[str, Any]) -> str:
     """What is other than equal stages on fast links."""
     parts = [f"slow stage +{options['uneven']:.0%}"] if options["uneven"] else []
     parts += [f"jitter {options['jitter']:g}"] if options["jitter"] else []
@@ -335,10 +349,8 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     body = []
     for row in record.rows:
         s = row.settings
-        conditions = (
-            _conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, "gloo": False, **s})[2:] or "equal stages"
-        )
+        told = conditions({"uneven": 0, "jitter": 0, "delay": 0, "bandwidth": 0, "gloo": False, **s})[2:] or "equal stages"
         contender = ("" if s["ours"] else "torch ") + s["method"] + _how(s)
-        cells = [str(s["depth"]), f"{s['milliseconds']:g}", conditions, contender]
+        cells = [str(s["depth"]), f"{s['milliseconds']:g}", told, contender]
         body.append([*cells, str(s["microbatches"]), f"{row.median:.3f}", f"{min(row.samples):.3f} .. {max(row.samples):.3f}"])
     return head, body

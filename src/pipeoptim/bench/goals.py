@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench.efficiency import ALONE
+from pipeoptim.bench.efficiency import ALONE, conditions
 from pipeoptim.bench.record import Record, ResultRow
+from pipeoptim.schedule import Slack, read_slack
 from pipeoptim.schedule.slack import forwards_ahead
 
 REALISTIC = ("gpt", "resnet101", "gnmt8")
+
+
+OF_PLAIN_LOOPS: dict[tuple[float, float, Slack], dict[int, float]] = {
+    (10.0, 0.0, 0.0): {2: 0.99, 4: 0.99, 8: 0.99, 16: 0.97},
+    (2.0, 0.0, 0.0): {2: 0.97, 4: 0.97},
+    (10.0, 0.003, 1.0): {4: 0.97, 8: 0.97},
+    (10.0, 0.01, 2.0): {4: 0.97, 8: 0.97},
+}
+"""Efficiency beside that of plain loops of the same run: milliseconds of a stage, seconds of delay and slack -> depth -> the goal."""
+CONDITIONS = ("uneven", "jitter", "delay", "bandwidth", "gloo")
 
 
 @dataclass(frozen=True)
@@ -66,27 +77,31 @@ def markdown(folder: Path) -> str:
 
 def _efficiency(record: Record) -> Iterator[Goal]:
     def plain(row: ResultRow) -> bool:
-        return not any(row.settings.get(what) for what in ("uneven", "jitter", "delay", "bandwidth", "gloo"))
+        return not any(row.settings.get(what) for what in CONDITIONS)
 
-    alone = {
-        (row.settings["depth"], row.settings["milliseconds"]): f"{ALONE}: {row.median:.3f}"
-        for row in record.rows
-        if row.settings["method"] == ALONE and row.settings["microbatches"] == 1 and plain(row)
-    }
+    alone = {(_told(row), row.settings["microbatches"]): row.median for row in record.rows if row.settings["method"] == ALONE}
     for row in record.rows:
-        s = row.settings
-        if s["method"] == "pipeoptim" and s["microbatches"] == 1 and plain(row):
-            what = f"efficiency of pipeoptim, {s['depth']} stages of {s['milliseconds']:g} ms"
-            beside = alone.get((s["depth"], s["milliseconds"]), "")
-            if s["milliseconds"] >= 10:
-                yield Goal(what, row.median, least=0.97, beside=beside)
-            elif s["milliseconds"] >= 2 and s["depth"] <= 4:
-                yield Goal(what, row.median, least=0.90, beside=beside)
+        s, beside = row.settings, alone.get((_told(row), 1))
+        if s["method"] != "pipeoptim" or s["microbatches"] != 1 or "refresh" in s or s.get("gloo"):
+            continue
+        what = f"{s['depth']} stages of {s['milliseconds']:g} ms{conditions(s)}: pipeoptim"
+        least = OF_PLAIN_LOOPS.get((s["milliseconds"], s["delay"], read_slack(s.get("slack", "0"))), {}).get(s["depth"])
+        if least and beside and not s["uneven"] and not s["jitter"] and not s["bandwidth"]:
+            yield Goal(f"{what} over plain loops", row.median / beside, least=least, beside=f"{ALONE}: {beside:.3f}")
+        if "ideal" in s and s.get("slack") == "1":
+            ideal = f"what the program allows: {s['ideal']:.3f}"
+            yield Goal(
+                f"{what} over what its program allows with the same draws", row.median / s["ideal"], least=0.98, beside=ideal
+            )
     deep = [row for row in record.rows if (row.settings["depth"], row.settings["microbatches"]) == (8, 8) and plain(row)]
     ours = max((row.median for row in deep if row.settings["method"] == "pipeoptim"), default=0.0)
     rival = max((row.median for row in deep if not row.settings["ours"]), default=0.0)
     if ours and rival:
         yield Goal("8 stages, M = 8: pipeoptim over the best synchronous schedule of torch", ours / rival, least=1.6)
+
+
+def _told(row: ResultRow) -> tuple[Any, ...]:
+    return tuple(row.settings.get(what) for what in ("depth", "milliseconds", *CONDITIONS))
 
 
 def _throughput(record: Record) -> Iterator[Goal]:

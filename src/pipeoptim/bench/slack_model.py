@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from itertools import chain
 
 from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.schedule import ActionKind, Program, replay
@@ -45,6 +46,40 @@ def efficiency(program: Program, delay: float, jitter: float, minibatches: int =
     # The last forwards have no backwards in these plans: what is compared lies between the warm-up and the newest update.
     first, last = 2 * program.warm_up, max(ends)
     return max(busy) / minibatches * (last - first) / (ends[last] - ends[first])
+
+
+def ideal_windows(program: Program, jitter: float, warm_up: int, steps: int, repeats: int) -> list[float]:
+    """What ``bench efficiency`` would measure on its devices, with the same draws, if nothing but the devices took time.
+
+    Args:
+        program: M = 1, one stage per process.
+        jitter: of the devices; that of stage k draws with the seed k.
+        warm_up, steps, repeats: mini-batches before the first window and in each, and windows.
+
+    Example:
+        >>> ideal_windows(Program("async_1f1b", 2), 0.0, warm_up=4, steps=10, repeats=2)
+        [1.0, 1.0]
+    """
+    draws = [random.Random(k) for k in range(program.depth)]
+
+    def lasts(k: int, kind: ActionKind) -> float:
+        if kind is ActionKind.U:
+            return 0.0
+        return (1 if kind is ActionKind.F else 2) / 3 * (draws[k].lognormvariate(0.0, jitter) if jitter else 1.0)
+
+    count = warm_up + repeats * steps
+    plans = [[program.process_step(k, n) for n in range(count)] for k in range(program.depth)]
+    whole = [list(chain.from_iterable(plan)) for plan in plans]
+    spans = {(span.k, span.action): span for span in replay(whole, program.depth, lasts)}
+    found = []
+    for first in range(warm_up, count, steps):
+        busy, seconds = [], []
+        for plan in plans:
+            inside = [spans[one] for actions in plan[first : first + steps] for one in actions]
+            busy.append(sum(span.end - span.start for span in inside))
+            seconds.append(inside[-1].end - spans[plan[first - 1][-1]].end)
+        found.append(round(max(busy) / max(seconds), 6))
+    return found
 
 
 def measure(depths: Sequence[int], slacks: Sequence[float]) -> Record:
