@@ -347,6 +347,8 @@ def test_damaged_profiles_are_refused(tmp_path):
         "bandwidth of the link is True": json.dumps({**whole, "link": {"latency": 0, "bandwidth": True}}),
         "batch_rows is 64.5, must be a whole number": json.dumps({**whole, "batch_rows": 64.5}),
         "spread is 1000, must be at most 10": json.dumps({**whole, "spread": 1000}),
+        "whose train, if it has any, is a list of options": json.dumps({**whole, "made": {"train": 5}}),
+        "made is [], must be an object": json.dumps({**whole, "made": []}),
         "has 1 numbers for 2 sizes": json.dumps({**whole, "blocks": [{**whole["blocks"][0], "forward": [1]}]}),
     }
     for words, text in cases.items():

@@ -95,7 +95,7 @@ class Profile:
         optimizer, link: as they say.
         action: seconds that the engine adds to each F, B and U.
         spread: sigma of a log-normal factor on F and B.
-        made: by which versions, on what, by which formula.
+        made: by which versions, on what, by which formula; ``train``: options of ``pipeoptim train`` that name the same run, if there are.
     """
 
     model: str
@@ -208,6 +208,11 @@ def checked(found: Profile) -> Profile:
     for what, value in (("batch_rows", found.batch_rows), *(("an entry of rows", size) for size in found.rows)):
         if not isinstance(value, int):
             raise ConfigError(f"{what} is {value!r}, must be a whole number")
+    named = found.made.get("train", []) if isinstance(found.made, Mapping) else None
+    if not isinstance(named, list) or not all(isinstance(word, str) for word in named):
+        raise ConfigError(
+            f"made is {found.made!r}, must be an object whose train, if it has any, is a list of options of pipeoptim train"
+        )
     if found.spread > MOST_SPREAD:
         raise ConfigError(f"spread is {found.spread:g}, must be at most {MOST_SPREAD:g}")
     if found.link.bandwidth is not None and not is_divisor(found.link.bandwidth):
