@@ -152,7 +152,8 @@ def test_commands_in_documents_have_options_that_exist():
             while words and words[0] in getattr(command, "commands", {}):
                 command = command.commands[words.pop(0)]
             known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)} | {"--help"}
-            used = {word.partition("=")[0] for word in words if word.startswith("--")}
+            own = words[: words.index("--")] if "--" in words else words  # behind it stands another command
+            used = {word.partition("=")[0] for word in own if word.startswith("--")}
             assert command is not root or words[0].startswith("-"), f"{path.name} has a command that does not exist: {words}"
             assert used <= known, f"{path.name}: {command.name} has no {used - known}"
             found += 1
