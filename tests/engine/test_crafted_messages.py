@@ -40,7 +40,7 @@ def received(payload, following=None):
     receiver = LocalReceiver(*rest, ahead=False)
     size = len(payload) if following is None else following
     pack = message._HEADER.pack
-    theirs.sendall(pack(message._MAGIC, 0, 0, size, 0, 0.0, 0, 0, 0, 0) + message._PADDING + payload)
+    theirs.sendall(pack(message._MAGIC, 0, 0, size, 0, 0.0, 0, 0, 0, 0, 0) + message._PADDING + payload)
     theirs.close()
     try:
         return receiver.receive()
@@ -51,7 +51,7 @@ def received(payload, following=None):
 def crafted(described, form):
     text = json.dumps(described).encode()
     start = -(-len(text) // 64) * 64
-    begin = message._HEADER.pack(message._MAGIC, 0, 0, 0, len(text), 0.0, 0, 0, 0, 0) + message._PADDING
+    begin = message._HEADER.pack(message._MAGIC, 0, 0, 0, len(text), 0.0, 0, 0, 0, 0, 0) + message._PADDING
     return begin + text.ljust(start, b" ") + bytes(form.payload)
 
 

@@ -16,7 +16,7 @@ from pipeoptim.engine.transport import link
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender
 from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
-from pipeoptim.errors import PipeOptimError, StageFailure
+from pipeoptim.errors import CorruptionError, PipeOptimError, StageFailure
 
 
 class LateWork:
@@ -247,3 +247,20 @@ def test_a_foreign_message_is_refused(ends):
     sender.group.send([sender._memory(link.message.HEADER).zero_()], 1, 0)
     with pytest.raises(PipeOptimError, match="out of order"):
         receiver.receive()
+
+
+@pytest.mark.parametrize("place", [18, 40, 130, -1])  # flags and loss scale in the header, the first and the last number
+@pytest.mark.parametrize("kind", ["plain group", "plain group 3", "staged group"])
+def test_a_bit_that_flips_on_the_way_is_found_by_the_checksum(kind, place):
+    with connected(*kind.split()) as ((sender, _), (_, receiver), _):
+        sender.checksums, receiver.name = True, "activations from stage 0 to stage 1"
+        for n in range(6):
+            sender.send(torch.full((100 if n < 3 else 16,), float(n)))
+            assert torch.equal(receiver.receive().tree, torch.full((100 if n < 3 else 16,), float(n)))
+        sender.send(torch.ones(16))
+        sender.hand_over()
+        work, block = receiver._posted[0]
+        work.wait(timedelta(seconds=1))
+        block[place] ^= 16
+        with pytest.raises(CorruptionError, match="^message 6 of the activations from stage 0 to stage 1 has another checksum"):
+            receiver.receive()

@@ -230,6 +230,7 @@ class ProcessPipeline(Pipeline):
                 options.liveness_timeout,
                 (*self._tied_exchanges.values(), *self._replica_sets.values()),
                 self._windows(),
+                options.checksums,
             )
         if options.liveness_timeout is not None:
             for replicas in self._replica_sets.values():

@@ -13,9 +13,10 @@ from torch import Tensor
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.engine.stage_times import StageClock, now
-from pipeoptim.engine.transport.ports import Ports
+from pipeoptim.engine.transport.message import Message
+from pipeoptim.engine.transport.ports import Incoming, Ports
 from pipeoptim.engine.transport.pytree import as_args
-from pipeoptim.errors import PipeOptimError, StageFailure
+from pipeoptim.errors import CorruptionError, PipeOptimError, StageFailure
 from pipeoptim.schedule import Action, ActionKind
 
 STOP = 1
@@ -81,7 +82,7 @@ class StageRunner:
             source.post_receive()
             worker.prepare(i)  # before the receive: an update and a prediction while the input is on its way
             asked = now()
-            message = source.receive()
+            message = self._received(source, i)
             waited = now() - asked
             self._note_flags(message.flags, 0)
             # Before the send below, which passes the report on to the next stage.
@@ -111,7 +112,7 @@ class StageRunner:
         if source is None:
             gradients = worker.backward(i, [])
         else:
-            message = source.receive()
+            message = self._received(source, i)
             waited = now() - began
             self.asks_stop = self.asks_stop or bool(message.flags & STOP)
             received = worker.compressor.unpack(message.tree)
@@ -122,6 +123,14 @@ class StageRunner:
             target.send(worker.compressor.pack_gradients(i, gradients, scale), flags, scale)
         self.clock.waited += waited
         self.clock.computed += now() - began - waited
+
+    def _received(self, source: Incoming, i: int) -> Message:
+        """What ``source`` brings for micro-batch ``i``."""
+        try:
+            return source.receive()
+        except CorruptionError as error:
+            n = self.worker.weights.restart + i // self.worker.program.microbatches
+            raise CorruptionError(f"{error} (mini-batch {n}, counted from 0)") from error
 
     def evaluate(self, micro_batch: MicroBatch) -> tuple[Tensor | None, RowShare]:
         """Forward on the latest weights without gradient, uncompressed: the loss on the last stage, and the rows that stage 0 counted."""

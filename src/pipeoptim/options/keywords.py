@@ -55,6 +55,7 @@ class ProcessKeywords(OptionKeywords, total=False):
 
     replicas: ProcessGroup | DeviceMesh | None
     transport: str
+    checksums: bool
     timeout: float
     liveness_timeout: float | None
     survive: int | None

@@ -406,6 +406,13 @@ class PipelineOptions:
         passes("pipeoptim.engine.transport.unix_channel:check_transport"),
         between_processes=True,
     )
+    checksums: bool = option(
+        True,
+        "messages that leave the machine from host memory carry a CRC-32, which the receiver compares; a difference ends training with a "
+        "CorruptionError that names the link.",
+        flag,
+        between_processes=True,
+    )
     timeout: float = option(
         1800.0, "seconds to wait for a neighbour's message before giving up.", seconds, between_processes=True
     )

@@ -134,6 +134,7 @@ def connect(
     liveness_timeout: float | None,
     others: Sequence[Interruptible] = (),
     windows: Sequence[int] = (),
+    checksums: bool = True,
 ) -> Connections:
     """Connect the stages ``endpoints`` of this process. All processes of ``rendezvous`` call this, with the same settings.
 
@@ -144,6 +145,7 @@ def connect(
         norms: exchanges the norms of gradients; None where no stage clips by them.
         transport, liveness_timeout: as in :class:`~pipeoptim.Schedule`.
         others: what else the stages may wait on; interrupted with the connections.
+        checksums: whether messages carry one that leave the machine.
         windows: of each boundary between stages, the messages that may come before they are wanted; by default one.
 
     Raises:
@@ -167,7 +169,7 @@ def connect(
                 # All processes make all groups in the same order, even those that they do not use.
                 _group(rendezvous, direction, round_ * processes)
         for k, endpoint in endpoints.items():
-            _connect_stage(connections, k, ranks, endpoint, transport, waiting, windows)
+            _connect_stage(connections, k, ranks, endpoint, transport, waiting, windows, checksums)
         if norms is not None:
             shared = shared_memory_norms(rendezvous, transport == "auto" and uses_gloo(), waiting, norms.in_flight)
             norms.connect(shared or GatheredNorms(rendezvous.group("norms", "gloo"), rendezvous.timeout))
@@ -199,6 +201,7 @@ def _connect_stage(
     transport: str,
     waiting: Waiting,
     windows: Sequence[int],
+    checksums: bool,
 ) -> None:
     """Make the links of stage ``k`` to the stages before and after it."""
     rendezvous, device = connections.rendezvous, endpoint.device
@@ -224,6 +227,9 @@ def _connect_stage(
         sends, receives = sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
         if windows and in_host and (ACTIVATIONS, boundary) not in channels:  # in a channel messages wait by themselves
             sends.window = receives.window = windows[boundary]
+        # Not in a device's own memory, which the host would have to read; nor where the kernel copies within one machine.
+        sends.checksums = checksums and in_host and (ACTIVATIONS, boundary) not in channels
+        receives.name = f"{_DIRECTIONS[back]} from stage {peer} to stage {k}"
         # Activations acknowledge gradients and the other way round, without a message of their own.
         pair(sends, receives)
         # The links themselves and not their traced forms: closing and interrupting is no business of a trace.

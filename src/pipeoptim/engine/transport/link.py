@@ -33,7 +33,7 @@ from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.ports import Incoming, Outgoing
 from pipeoptim.engine.transport.unix_channel import UnixChannel
-from pipeoptim.errors import PipeOptimError, StageFailure, first_line
+from pipeoptim.errors import CorruptionError, PipeOptimError, StageFailure, first_line
 
 Waiting = Callable[[int | None], None]
 """Called with a stage before this process waits for it, and with None after the wait."""
@@ -45,7 +45,13 @@ _MOST_PENDING = 8  # messages on their way before a send waits, in a window of u
 
 
 class LinkEnd:
-    """What a sender and a receiver share: the peer, its group, and waits that name the peer when they fail."""
+    """What a sender and a receiver share: the peer, its group, and waits that name the peer when they fail.
+
+    Attributes:
+        checksums: whether messages carry a checksum: those that leave the machine, from host memory. TCP has one of 16 bits, which misses
+            one damaged packet of 65,536, and it is often computed by the network card, behind the memory that may have been wrong.
+        name: what the link carries, and between which stages.
+    """
 
     opposite: LinkEnd | None = None  # to or from the same peer, see pair()
 
@@ -66,6 +72,8 @@ class LinkEnd:
         # Until a format is known, a bare header is awaited, which announces the first one.
         self.size = message.HEADER
         self.format: message.Format | None = None
+        self.checksums = False
+        self.name = f"link with stage {peer}"
         self.window = 1  # receives that are posted at a time; known to both ends
         # Counted on both ends and compared: calls in another order on two processes show in the first message.
         self.sequence = 0
@@ -208,6 +216,8 @@ class Sender(LinkEnd):
     def _start_send(self, block: MessageBuffer, tensors: list[Tensor]) -> None:
         """Fill ``block`` with ``tensors`` and begin to send it."""
         message.fill(block.places, tensors)
+        if self.checksums:
+            message.put_checksum(block.memory)
         try:
             # The buffer is held here until the send is complete: the transport reads from it after this call.
             self._pending.append((self.group.send([block.memory], self.place, 0), block, self.sequence))
@@ -253,7 +263,13 @@ class Receiver(LinkEnd):
         """What comes into the receive that was posted first: its header, and all of it."""
         work, block = self._posted.popleft()
         self.wait(work)
-        return self._checked_header(message.get_header(block)), block
+        header = self._checked_header(message.get_header(block))
+        if header.checksum and header.checksum != message.checksum(block):
+            raise CorruptionError(
+                f"message {self.sequence} of the {self.name} has another checksum than it was sent with: memory, a network card or a link "
+                "is faulty; go on from the newest checkpoint elsewhere"
+            )
+        return header, block
 
     def _receive_described(self, size: int) -> Message:
         """A message in a new format, which was announced with its ``size``."""

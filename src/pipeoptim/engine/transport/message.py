@@ -13,6 +13,7 @@ from __future__ import annotations
 import json
 import math
 import struct
+import zlib
 from dataclasses import dataclass
 from functools import cache, cached_property
 from time import monotonic_ns
@@ -26,10 +27,11 @@ from pipeoptim.engine.transport.pytree import check_leaf, portable
 from pipeoptim.engine.transport.treespec import describe_spec, describe_value, parse_spec, parse_value
 from pipeoptim.errors import ConfigError, PipeOptimError
 
-HEADER = 128  # bytes, of which 80 are used: tensors behind it begin at a multiple of 64, as vector instructions like it
+HEADER = 128  # bytes, of which 88 are used: tensors behind it begin at a multiple of 64, as vector instructions like it
 _MAGIC = 0x50697065_4F707431
 # "<": fixed byte order and sizes, without the gaps that a compiler would add.
-_HEADER = struct.Struct("<5qd4q")
+_HEADER = struct.Struct("<5qd5q")
+_CHECKSUM = _HEADER.size - 8  # where it lies
 _PADDING = bytes(HEADER - _HEADER.size)
 
 
@@ -62,6 +64,7 @@ class Header(NamedTuple):
         rows, of: with activations, the micro-batch's rows of those of its mini-batch.
         taken: messages received so far in the other direction.
         sent: when, in nanoseconds on the sender's clock.
+        checksum: 1 + CRC-32 of everything else in the message; 0 where it has none.
     """
 
     magic: int
@@ -74,6 +77,7 @@ class Header(NamedTuple):
     of: int
     taken: int
     sent: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -258,7 +262,7 @@ _PLAIN_TENSORS = (Tensor, torch.nn.Parameter)
 
 def header(sequence: int, flags: int, loss_scale: float, share: tuple[int, int], taken: int) -> bytes:
     """The header, as bytes, of a message in the format of the one before it."""
-    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken, monotonic_ns()) + _PADDING
+    return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken, monotonic_ns(), 0) + _PADDING
 
 
 def header_in(memory: bytearray) -> Header:
@@ -330,13 +334,24 @@ def put_header(
     taken: int = 0,
 ) -> None:
     """Write the header of a message; on a GPU in the order of what is computed there, without waiting for it."""
-    values = (_MAGIC, sequence, flags, following, described, loss_scale, *share, taken, monotonic_ns())
+    values = (_MAGIC, sequence, flags, following, described, loss_scale, *share, taken, monotonic_ns(), 0)
     if block.is_cpu:
         # Through numpy, which shares the memory: a tensor of 10 numbers would cost several calls of torch.
         _HEADER.pack_into(cast(Any, block.numpy()), 0, *values)
     else:
         header = torch.frombuffer(bytearray(_HEADER.pack(*values)), dtype=torch.uint8).pin_memory()  # else the copy waits
         block[: _HEADER.size].copy_(header, non_blocking=True)
+
+
+def checksum(block: Tensor) -> int:
+    """What :class:`Header` calls so, of a message in host memory."""
+    memory = memoryview(cast(Any, block.numpy()))
+    return 1 + zlib.crc32(memory[_HEADER.size :], zlib.crc32(memory[:_CHECKSUM]))
+
+
+def put_checksum(block: Tensor) -> None:
+    """Write it into the header of a complete message."""
+    struct.pack_into("<q", cast(Any, block.numpy()), _CHECKSUM, checksum(block))
 
 
 def get_header(block: Tensor) -> Header:

@@ -29,6 +29,7 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
+from weakref import proxy
 
 import torch
 import torch.distributed as dist
@@ -36,7 +37,7 @@ from torch import Tensor
 
 from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.backend import uses_gloo
-from pipeoptim.engine.transport.link import MessageBuffer, Receiver, Sender
+from pipeoptim.engine.transport.link import LinkEnd, MessageBuffer, Receiver, Sender
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
@@ -106,7 +107,7 @@ class StagedSender(Sender):
     def __init__(self, streams: SideStreams, *args: Any) -> None:
         super().__init__(*args)
         self._streams = streams
-        self._courier = _Courier(self.group, self.place, self.timeout)
+        self._courier = _Courier(self, self.group, self.place, self.timeout)
         # one thread, so that messages keep their order; it ends with the link, or with the program, after the last message
         self._thread = ThreadPoolExecutor(1, "pipeoptim-send")
 
@@ -148,7 +149,8 @@ class StagedSender(Sender):
 class _Courier:
     """Passes messages to the transport, one after the other, in the thread of a sender."""
 
-    def __init__(self, group: dist.ProcessGroup | UnixChannel, place: int, timeout: timedelta) -> None:
+    def __init__(self, link: LinkEnd, group: dist.ProcessGroup | UnixChannel, place: int, timeout: timedelta) -> None:
+        self._link = proxy(link)  # which keeps this
         self.group, self.place, self.timeout = group, place, timeout
         self.closed = False
         self._failed: Exception | None = None
@@ -165,6 +167,8 @@ class _Courier:
                 return None
             if isinstance(self.group, UnixChannel):
                 return self._put(self.group, block.memory)
+            if self._link.checksums:  # here, as the device has written the memory only now
+                message.put_checksum(block.memory)
             return self.group.send([block.memory], self.place, 0)
         except Exception as error:
             self._failed = error
