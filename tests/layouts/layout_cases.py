@@ -69,6 +69,15 @@ def batches():
         )
 
 
+def spoiled():
+    """The batches; in the third a sample of the first replica is not a number, in the fifth one of the last."""
+    for n, (x, y) in enumerate(batches()):
+        if n in (2, 4):
+            x = x.clone()
+            x[0 if n == 2 else -1, 0] = torch.nan
+        yield x, y
+
+
 def share(batch: torch.Tensor, m: int, replica: int) -> torch.Tensor:
     """The samples of one replica: a half of each micro-batch of the doubled batch."""
     return torch.cat([part.chunk(REPLICAS)[replica] for part in batch.chunk(m)])

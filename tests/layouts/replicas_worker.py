@@ -127,6 +127,20 @@ def in_progress(overlap):
     return pipe.stage_state_dict(k)["module"]
 
 
+def skipping(wrapped):
+    """Mini-batch 2 is bad on the first replica, mini-batch 4 on the second, both are on neither."""
+    module = cases.module(cases.Case(), k)
+    if wrapped:
+        module = DistributedDataParallel(module, process_group=mesh["data"].get_group())
+    options = {} if wrapped else {"replicas": mesh["data"]}
+    pipe = schedule(module, torch.optim.AdamW(module.parameters(), lr=0.01), on_bad="skip", **options)
+    for x, y in cases.spoiled():
+        feed(pipe, x, y)
+    pipe.drain()
+    pipe.close()
+    return pipe.skipped(k), pipe.stage_state_dict(k)["module"]
+
+
 def stopped():
     """Replica 1 asks for a stop while it is fed its third mini-batch; how many each process was fed."""
     module = noisy()
@@ -176,6 +190,7 @@ def refusals():
         {"uneven": True},
         {"tied": cases.TIED},
         {"prediction": "in_progress"},
+        {"on_bad": "skip"},
     )
     for options in wrong:
         words.append(refused(sharded, adamw(sharded.parameters()), **options))
@@ -198,6 +213,7 @@ def extras():
     found = {
         "resumed": resumed(),
         "in_progress": [in_progress(overlap) for overlap in (False, True)],
+        "skipping": [skipping(wrapped) for wrapped in (False, True)],
         "stopped": stopped(),
         "order": order_of_work(),
         "overlap": order_of_work(overlap=True),

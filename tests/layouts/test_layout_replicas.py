@@ -85,6 +85,21 @@ def test_predictions_from_the_mini_batch_in_progress_use_a_replicas_own_gradient
             assert torch.equal(found[overlap][name], weight), f"stage {k}, {name}"
 
 
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_what_is_bad_on_one_replica_is_left_out_on_all(folder, wrapped):
+    modules = [cases.module(cases.Case(), k) for k in range(cases.DEPTH)]
+    adamw = lambda params: torch.optim.AdamW(params, lr=0.01)  # noqa: E731
+    pipe = po.Emulator(modules, adamw, torch.nn.functional.mse_loss, "pipeoptim", on_bad="skip")
+    for x, y in cases.spoiled():
+        pipe.step(x, target=y)
+    pipe.drain()
+    for (k, _), found in extras(folder, "skipping").items():
+        skipped, weights = found[wrapped]
+        assert skipped == pipe.skipped(k) == [2, 4]
+        for name, weight in modules[k].state_dict().items():
+            torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-12)
+
+
 def extras(folder, what):
     return {p: torch.load(folder / f"extras-{p[0]}-{p[1]}.pt", weights_only=True)[what] for p in PROCESSES}
 
@@ -141,8 +156,9 @@ def test_wrong_replicas_are_refused_with_a_sentence(folder):
         assert "no uneven micro-batches" in words[6]
         assert "is tied, but the stage's parameters are sharded" in words[7]
         assert "a process gets its shard of the gradient with" in words[8]
-        assert "static_graph=True" in words[9]
-        assert k > 0 or "Adafactor moves each matrix as a whole" in words[10]
+        assert "a process looks at its shards of the gradients only" in words[9]
+        assert "static_graph=True" in words[10]
+        assert k > 0 or "Adafactor moves each matrix as a whole" in words[11]
 
 
 def test_a_killed_replica_ends_all_others(tmp_path):

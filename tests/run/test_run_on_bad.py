@@ -10,7 +10,7 @@ import pytest
 import tiny
 from compare import assert_same_state, timeless
 from pipeoptim.config import Component
-from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
+from pipeoptim.errors import DivergedError, PipeOptimError, StageFailure
 from pipeoptim.train import run
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rollback import with_rollbacks
@@ -60,9 +60,3 @@ def test_it_gives_up_where_it_goes_back_again_and_again(tmp_path: Path) -> None:
 
 def _raise(error: Exception) -> RunResult:
     raise error
-
-
-def test_replicas_are_refused() -> None:
-    config = replace(SPOILED, on_bad="skip", engine="processes", replicas=2)
-    with pytest.raises(ConfigError, match="on_bad is 'skip', but 2 replicas would have to agree"):
-        run(config, Path("nowhere"), progress=False)

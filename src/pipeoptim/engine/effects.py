@@ -55,11 +55,6 @@ def check_effects(options: PipelineOptions, method: Method, program: Program) ->
         raise ConfigError(
             f"scale is {options.scale!r}, but prediction is 'none', so that there is nothing to scale; leave one of them out"
         )
-    if options.on_bad == "skip" and options.replicas is not None:
-        raise ConfigError(
-            "on_bad is 'skip', but replicas would have to agree about each mini-batch, since each of them has losses of its own; use "
-            "on_bad='stop', or leave replicas out"
-        )
     refresh_every(options.prediction, options.refresh)  # refuses one that means nothing to this kind
     if options.clip is not None:
         options.clip.check(program)

@@ -188,7 +188,7 @@ class ProcessPipeline(Pipeline):
             replicas = ReplicaSet(self._replicas, place.k, place.depth, options.timeout, self._settings)
             self._replica_sets[place.k] = replicas
             self._progress.join(replicas.rendezvous)
-            reduction = replicas.reduction(place.module, arguments.optimizer, options.uneven)
+            reduction = replicas.reduction(place.module, arguments.optimizer, options.uneven, options.on_bad == "skip")
             self._reductions.append(reduction)
         # Replicas do the same at the same time: the first one's trace stands for all.
         row = self._trace_row(place.k, place.device) if self._replicas.index == 0 else None

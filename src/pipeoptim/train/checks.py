@@ -78,12 +78,6 @@ def _check_layout(config: TrainConfig) -> None:
             "'processes', or leave replicas out: both learn the same"
         )
 
-    if config.replicas > 1 and config.on_bad == "skip":
-        raise ConfigError(
-            f"on_bad is 'skip', but {config.replicas} replicas would have to agree about each mini-batch, since each of them has losses of "
-            "its own; set on_bad to 'stop', or replicas to 1"
-        )
-
 
 def _check_survive(config: TrainConfig) -> None:
     """What the engine would refuse as well, and what concerns a run only."""

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from pipeoptim.engine.replicas.verdict import SharedVerdict
 from pipeoptim.engine.stage.reduction import NoReplicas
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure, first_line
 from pipeoptim.weights import swapped
@@ -35,16 +36,23 @@ class BucketedReduction(NoReplicas):
         group: a group of the replicas that nobody else uses.
         index: which replica this is.
         timeout: to wait for the others.
+        verdict: tells the replicas which mini-batches are bad; None where none is left out.
         during_backward: whether gradients arrive in ``params`` themselves during the backward (masters get theirs later).
     """
 
     deferred = True
 
     def __init__(
-        self, params: Sequence[Tensor], group: dist.ProcessGroup, index: int, timeout: timedelta, during_backward: bool = True
+        self,
+        params: Sequence[Tensor],
+        group: dist.ProcessGroup,
+        index: int,
+        timeout: timedelta,
+        verdict: SharedVerdict | None = None,
+        during_backward: bool = True,
     ) -> None:
         self.group: dist.ProcessGroup | None = group
-        self.index, self.timeout = index, timeout
+        self.index, self.timeout, self.verdict = index, timeout, verdict
         self.buckets = _make_buckets([p for p in params if p.requires_grad])
         self._bucket_index = {p: n for n, bucket in enumerate(self.buckets) for p in bucket.params}
         self._missing: list[set[Tensor]] = []  # per bucket, in a last backward: parameters whose gradient is still to come
@@ -75,11 +83,12 @@ class BucketedReduction(NoReplicas):
         while self._next < len(self.buckets) and not self._missing[self._next]:
             self._reduce_bucket(self._next)
 
-    def start(self) -> None:
-        """Reduce what has not been started yet."""
+    def start(self, bad: bool) -> None:
+        """Reduce what has not been started yet, and tell the verdict."""
         self._counting = False
         while self._next < len(self.buckets):
             self._reduce_bucket(self._next)
+        _tell(self.verdict, bad)
 
     def _reduce_bucket(self, n: int) -> None:
         assert self.group is not None, "closed"
@@ -94,14 +103,17 @@ class BucketedReduction(NoReplicas):
         self._counting, self._next = False, len(self.buckets)
         for bucket in self.buckets:
             bucket.abandon()
+        if self.verdict is not None:
+            self.verdict.abandon()
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Wait for all buckets, and write the means into the gradients."""
         for bucket in self.buckets:
             try:
                 bucket.finish(self.timeout)
             except RuntimeError as error:
                 raise failure(error) from error
+        return _heard(self.verdict)
 
     def summed(self, numbers: Tensor) -> Tensor:
         """By a collective of its own, between those of two mini-batches."""
@@ -125,14 +137,14 @@ class DDPReduction(NoReplicas):
         ConfigError: the wrapper was made with static_graph=True, which counts on one backward per forward.
     """
 
-    def __init__(self, module: DistributedDataParallel, index: int) -> None:
+    def __init__(self, module: DistributedDataParallel, index: int, verdict: SharedVerdict | None = None) -> None:
         if module.static_graph:
             raise ConfigError(
                 "DistributedDataParallel(static_graph=True) counts on one backward per forward, which no pipeline has; "
                 "leave static_graph out, or give the bare module and replicas="
             )
         self.module: DistributedDataParallel = module
-        self.index = index
+        self.index, self.verdict = index, verdict
 
     def unwrapped(self, module: nn.Module) -> nn.Module:
         """What is wrapped."""
@@ -149,6 +161,19 @@ class DDPReduction(NoReplicas):
         if last:
             # What DDP's own forward does at its end, which no_sync() leaves out.
             self.module.reducer.prepare_for_backward(list(outputs))
+
+    def start(self, bad: bool) -> None:
+        """The mean is begun by the backward; tell the verdict."""
+        _tell(self.verdict, bad)
+
+    def finish(self) -> bool:
+        """The mean is there."""
+        return _heard(self.verdict)
+
+    def abandon(self) -> None:
+        """Forget what was told."""
+        if self.verdict is not None:
+            self.verdict.abandon()
 
     def summed(self, numbers: Tensor) -> Tensor:
         """By a collective of its own, between two backwards."""
@@ -205,6 +230,21 @@ def _make_buckets(params: list[Tensor]) -> list[_Bucket]:
             # Closed here and not at an exact size: a gradient is never split over two buckets.
             full.append(open_.pop((p.device, p.dtype)))
     return [_Bucket(bucket) for bucket in [*full, *open_.values()]]
+
+
+def _tell(verdict: SharedVerdict | None, bad: bool) -> None:
+    if verdict is not None:
+        try:
+            verdict.tell(bad)
+        except RuntimeError as error:
+            raise failure(error) from error
+
+
+def _heard(verdict: SharedVerdict | None) -> bool:
+    try:
+        return verdict is not None and verdict.hear()
+    except RuntimeError as error:
+        raise failure(error) from error
 
 
 def _summed(numbers: Tensor, group: dist.ProcessGroup) -> Tensor:

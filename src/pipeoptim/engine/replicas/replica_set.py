@@ -21,6 +21,7 @@ from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.replicas.reduction import BucketedReduction, DDPReduction, failure
 from pipeoptim.engine.replicas.sharded import ShardedReduction, sharding_mesh
+from pipeoptim.engine.replicas.verdict import SharedVerdict
 from pipeoptim.engine.stage.master_weights import module_parameter
 from pipeoptim.engine.stage.reduction import Reduction
 from pipeoptim.errors import ConfigError
@@ -126,8 +127,12 @@ class ReplicaSet:
         except RuntimeError as error:
             raise failure(error) from error
 
-    def reduction(self, module: nn.Module, optimizer: Optimizer | None, uneven: bool) -> Reduction:
-        """What averages the gradients of this stage. All replicas start from the weights of the first."""
+    def reduction(self, module: nn.Module, optimizer: Optimizer | None, uneven: bool, skips: bool) -> Reduction:
+        """What averages the gradients of this stage, and where bad mini-batches are left out (``skips``), shares verdicts about them.
+
+        All replicas start from the weights of the first.
+        """
+        verdict = SharedVerdict(self.control, self.timeout) if skips else None
         parameters = [] if optimizer is None else [p for group in optimizer.param_groups for p in group["params"]]
         # Masters get their gradients only after the backward, from the module's: the averaging of a wrapper does not know them.
         mastered = any(module_parameter(p) is not p for p in parameters)
@@ -141,12 +146,12 @@ class ReplicaSet:
                     )
             if mesh is not None:
                 return ShardedReduction(module, mesh, self.replicas.index)
-            return DDPReduction(module, self.replicas.index)  # type: ignore[arg-type]
+            return DDPReduction(module, self.replicas.index, verdict)  # type: ignore[arg-type]
         ranks = self.replicas.ranks
         group = self.rendezvous.group("gradients")
         # Masters too, since float32 values that round alike may differ.
         broadcast_values([*module.parameters(), *module.buffers(), *(parameters if mastered else [])], group, ranks[0])
-        return BucketedReduction(parameters, group, self.replicas.index, self.timeout, during_backward=not mastered)
+        return BucketedReduction(parameters, group, self.replicas.index, self.timeout, verdict, during_backward=not mastered)
 
     def agree_to_stop(self, wanted: bool) -> bool:
         """Whether any replica wanted to stop some mini-batches ago; the same answer on all of them at the same mini-batch."""

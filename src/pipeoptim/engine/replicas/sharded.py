@@ -92,11 +92,12 @@ class ShardedReduction(NoReplicas):
                 torch.accelerator.current_stream(device).synchronize()
             yield
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """The mean is there; let the shards have their part of it."""
         for p, part in self.shards.items():
             # Both share memory: what clipping does to the shard is seen by the parameter, which the optimizer holds.
             part.grad = p.grad.to_local() if isinstance(p.grad, DTensor) else None
+        return False
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The norm of the whole gradient from that of this process's shards."""

@@ -191,6 +191,11 @@ def check_delay_compensation(optimizer: Optimizer | None, method: Method) -> Non
 def check_sharded(reduction: Reduction, method: Method, options: PipelineOptions, ties: Sequence[TieOnStage]) -> None:
     if not reduction.shards:
         return
+    if options.on_bad == "skip":
+        raise ConfigError(
+            "on_bad is 'skip', but the stage's parameters are sharded, and a process looks at its shards of the gradients only; use "
+            "replicas= without fully_shard, or on_bad='rollback'"
+        )
     if ties:
         raise ConfigError(
             f"the weight {ties[0].tie} is tied, but the stage's parameters are sharded; use replicas= without fully_shard, or "

@@ -46,12 +46,12 @@ class Reduction(Protocol):
         """B of a micro-batch begins; ``last``: of its mini-batch."""
         ...
 
-    def start(self) -> None:
-        """All gradients of the mini-batch are there; does not wait."""
+    def start(self, bad: bool) -> None:
+        """All gradients of the mini-batch are there; does not wait. ``bad``: whether its update is to be left out."""
         ...
 
-    def finish(self) -> None:
-        """Wait until the gradients are the mean over the replicas."""
+    def finish(self) -> bool:
+        """Wait until the gradients are the mean over the replicas. Whether the mini-batch is bad on any of them, where they agree on it."""
         ...
 
     def whole_norm(self, norm: Tensor) -> Tensor:
@@ -95,11 +95,12 @@ class NoReplicas:
     def before_backward(self, last: bool, outputs: Sequence[Tensor]) -> None:
         """Nothing to do."""
 
-    def start(self) -> None:
+    def start(self, bad: bool) -> None:
         """Nothing to do."""
 
-    def finish(self) -> None:
+    def finish(self) -> bool:
         """Nothing to do."""
+        return False
 
     def whole_norm(self, norm: Tensor) -> Tensor:
         """The same."""

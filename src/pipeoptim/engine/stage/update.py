@@ -204,7 +204,8 @@ class StageUpdate:
     def _finish_own_gradients(self) -> None:
         """Gradients become the mean over the replicas, without loss scale; those of tied weights go to the other holders."""
         # First the mean, then the check for overflows: one replica's infinity is then in the mean of all, and all skip alike.
-        self.reduction.finish()
+        if self.reduction.finish() and not self.finite.found:
+            self.finite.found = "the mini-batch is bad on another replica"
         if self.scaling is not None and not self.finite.found:  # else its gradients say nothing of the scale
             self.scaling.unscale(self.parameters)
         for weight in self.tied:

@@ -443,7 +443,7 @@ class StageWorker:
             else:
                 self.script_calls.forget_sum()
                 # Begun here and not in U, so that the averages travel while the gradients go back to the previous stage.
-                self.reduction.start()
+                self.reduction.start(bool(self.finite.found))
         finally:
             self.weights.release(weight_set)
             if flight.weight_set is not None and not self._stashes_weights:
