@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 import operator
+import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
@@ -78,7 +79,7 @@ def scale_or_auto(name: str, value: Any) -> float | str:
 def positive_or_none(name: str, value: Any) -> float | None:
     """A finite number above 0, or None for none."""
     number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value < math.inf):
+    if value is not None and not (number and 0 < value <= sys.float_info.max):
         raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 10, or None")
     return value  # type: ignore[no-any-return]
 

@@ -5,7 +5,7 @@ No stage needs anything of another for it, in any engine and at any depth.
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -216,7 +216,7 @@ def _index(places: Sequence[int], like: Tensor) -> Tensor:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 __all__ = ["AdaGC", "TensorClipper"]

@@ -125,7 +125,7 @@ def different_bits(one: Any, other: Any) -> int:
     """How many bits differ between two tensors or numbers; 0 for what is neither.
 
     >>> different_bits(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])), different_bits(3, 3.5)
-    (2, 1)
+    (1, 1)
     """
     if isinstance(one, Tensor) and isinstance(other, Tensor):
         a, b = (value.detach().reshape(-1).view(torch.uint8) for value in (one, other))
