@@ -45,7 +45,7 @@ def report(
 
     if not directory.is_dir():
         raise ConfigError(
-            f"{directory} is not there; name the folder of a comparison, of a run or of a trace, or the file of a plan"
+            f"{directory} is not a folder, and no file of a plan; name that of a comparison, of a run or of a trace"
         )
     if ComparisonFolder(directory).about.exists():
         print(f"report: {write_report(directory)}")
