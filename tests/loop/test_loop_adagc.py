@@ -10,6 +10,8 @@ from torch import nn
 
 import oracle
 import pipeoptim as po
+from pipeoptim.config import Component, TrainConfig
+from pipeoptim.options import options_of_run
 from test_in_progress import in_progress
 from test_loop_clip import Layer, data, loss_fn, momentum
 
@@ -185,3 +187,13 @@ def test_copies_of_a_tied_weight_stay_equal():
         pipe.step(x, target=y)
     pipe.drain()
     assert torch.equal(stages[0].linear.weight, stages[2].linear.weight) and pipe.clipped_tensors(0) > 0
+
+
+def test_the_command_line_says_it_in_the_way_of_other_clipping():
+    run = TrainConfig(
+        "r", model=Component("m:f"), data=Component("d:f"), optimizer=Component("sgd"), clip=0.5, clip_scope="adagc"
+    )
+    given = options_of_run(replace(run, outlier=10.0, audit=3))
+    assert (given["clip"], given["outlier"], given["audit"]) == (po.AdaGC(lambda_abs=0.5), 10.0, 3)
+    given = options_of_run(replace(run, clip=0.0))
+    assert (given["clip"], given["outlier"], given["audit"]) == (None, None, None)
