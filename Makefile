@@ -31,7 +31,7 @@ types: $(STAMP)
 	$(RUN)/mypy
 
 unit: $(STAMP)
-	OMP_NUM_THREADS=1 $(RUN)/pytest -n 3 --dist loadfile $(ARGS)
+	OMP_NUM_THREADS=1 $(RUN)/pytest -n 3 --dist loadfile --no-loadscope-reorder $(ARGS)
 
 # The notice that is switched off advertises MkDocs' successor.
 site: $(STAMP)
