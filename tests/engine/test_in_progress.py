@@ -412,7 +412,7 @@ def test_after_an_update_it_is_checked_anew_though_gradients_lie_where_they_did(
     for p in params:
         p.grad = torch.ones_like(p)
     optimizer.step()
-    progress, nothing_found = UpdateProgress(4, 1), types.SimpleNamespace(found="", skips=False)
+    progress, nothing_found = UpdateProgress(4, 1), types.SimpleNamespace(found="", looks=False)
     rules = Predictor(optimizer, kind="in_progress")
     predictor = InProgressPredictor(rules, GradientSoFar(params, progress, [], None, None, nothing_found))
     out, again = ([torch.empty_like(p) for p in params] for _ in "ab")

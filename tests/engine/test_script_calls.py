@@ -11,7 +11,7 @@ from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR
 
 import pipeoptim as po
 from pipeoptim.engine.processes.crowded_cores import CoreUse, own_core_use, warn_of_crowded_cores
-from pipeoptim.rules.fused.step import _unpatched
+from pipeoptim.rules.fused.step import FusedStep
 
 x = torch.ones(4, 4)
 mse = nn.functional.mse_loss
@@ -123,9 +123,9 @@ def test_optimizers_of_a_pipeline_that_is_gone_are_the_script_s():
 
 def test_kernels_step_although_calls_are_checked():
     script = Script()
-    assert all(map(_unpatched, script.optimizers))
+    assert all(FusedStep(optimizer)._unpatched() for optimizer in script.optimizers)
     script.optimizers[0].register_step_pre_hook(lambda *_: None)
-    assert not _unpatched(script.optimizers[0])
+    assert not FusedStep(script.optimizers[0])._unpatched()
 
 
 def test_a_loaded_scheduler_is_not_a_stepped_one():

@@ -148,8 +148,8 @@ class LocalStages:
         Raises:
             ConfigError: with ``on_bad="stop"``, which takes no precautions against what such mini-batches compute; or no numbers.
         """
-        found = list(mini_batches)
-        if any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in found):
+        found = list(mini_batches) if isinstance(mini_batches, Iterable) else [mini_batches]
+        if isinstance(mini_batches, str | int) or any(isinstance(n, bool) or not isinstance(n, int) or n < 0 for n in found):
             raise ConfigError(f"mini_batches is {found!r}, must be numbers of mini-batches, counted from 0")
         if found and self.options.on_bad == "stop":
             raise ConfigError(

@@ -419,6 +419,7 @@ class ProcessPipeline(Pipeline):
         Each replica takes its own random numbers from it, and what its own compression lost; one that the state does not know
         draws new ones.
         """
+        worker = self._worker(k)
         check_state(k, state)
         replicas = self._replica_sets.get(k)
         index = 0 if replicas is None else replicas.replicas.index
@@ -427,7 +428,7 @@ class ProcessPipeline(Pipeline):
             if replicas is not None and index < len(everyone):
                 state = {**state, name: everyone[index]}
             elif index > 0:
-                state = {**state, name: self._worker(k).state_dict()[name]}
+                state = {**state, name: worker.state_dict()[name]}
         super().load_stage_state_dict(k, state)
         self._measure_from_now()
         if self.options.slack == AUTO and "slack" in state:

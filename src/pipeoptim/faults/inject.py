@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
+from pipeoptim.checkpoint.manifest import folder_name
 from pipeoptim.engine.runner import StageRunner
 from pipeoptim.engine.stage.worker import StageWorker
 from pipeoptim.faults.promise import audited
@@ -168,12 +169,12 @@ def _flip(tensor: Tensor) -> None:
     number.bitwise_xor_(1 << (8 * size - 10))
 
 
-def _fill_disk(_: StageWorker) -> None:
-    """The next file does not reach the disk."""
-    sync = os.fsync
+def _fill_disk(worker: StageWorker) -> None:
+    """The first file of the checkpoint that is about to be made does not reach the disk; the one before may still be on its way."""
+    sync, checkpoint = os.fsync, folder_name(worker.weights.version)
 
     def full(descriptor: Any) -> None:
-        if stat.S_ISREG(os.fstat(descriptor).st_mode):
+        if stat.S_ISREG(os.fstat(descriptor).st_mode) and checkpoint in os.readlink(f"/proc/self/fd/{descriptor}"):
             os.fsync = sync
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         sync(descriptor)

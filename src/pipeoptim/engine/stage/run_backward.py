@@ -16,7 +16,8 @@ from torch.overrides import has_torch_function
 
 def run_backward(outputs: Sequence[Tensor], gradients: Sequence[Tensor | None]) -> None:
     """Backward from ``outputs``, which need gradients. A gradient of None stands for 1, of a real scalar."""
-    if has_torch_function(outputs):  # subclasses that have a backward of their own
+    implied = any(grad is None and out.numel() != 1 for out, grad in zip(outputs, gradients, strict=True))
+    if implied or has_torch_function(outputs):  # torch says why there is none; subclasses have a backward of their own
         torch.autograd.backward(outputs, gradients)
         return
     # One call for all roots: the shared part of the graph is walked, and freed, once.
