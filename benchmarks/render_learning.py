@@ -3,7 +3,7 @@
 ``<!-- learning: chars/8x8/adamw -->`` is followed by the table of that setting, and
 ``<!-- learned: chars/8x8/adamw | pipeoptim, in progress | share -->`` by one number: loss, share,
 updates, slots (times as long for synchronous training to the same loss, in slots of equal stages) or measured (the same with the
-throughput that benchmarks/results/efficiency_in_progress.json holds of both on emulated devices).
+throughput that benchmarks/results/efficiency.json holds of both on emulated devices).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from pipeoptim.methods import refresh_every
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results.md"
-EFFICIENCY = ROOT / "benchmarks" / "results" / "efficiency_in_progress.json"
+EFFICIENCY = ROOT / "benchmarks" / "results" / "efficiency.json"
 
 _TABLE = re.compile(r"(<!-- learning: (?P<what>[^>]*?) -->\n).*?(\n<!-- end -->)", re.DOTALL)
 _NUMBER = re.compile(r"(<!-- learned: (?P<what>[^>]*?) -->).*?(<!-- end -->)", re.DOTALL)
