@@ -68,6 +68,11 @@ def share(ledger: Ledger, setting: Setting, name: str) -> float | None:
     return (without - ours.mean) / (without - synchronous.mean)
 
 
+def percent(part: float) -> str:
+    """With a digit behind the point, so that what is just short of a round number does not look as if it had reached it."""
+    return f"{100 * part:.1f} %"
+
+
 def updates_of_1f1b(ledger: Ledger, setting: Setting, name: str) -> float | None:
     """How many updates synchronous training needs for the loss of ``name``: between runs of several lengths, linearly."""
     ours, steps = learned(ledger, setting, name), TASKS[setting.task](setting.depth, setting.microbatches).steps
@@ -94,7 +99,7 @@ def table(ledger: Ledger, setting: Setting) -> str:
         if found is None:
             continue
         part = None if name.startswith("1f1b") else share(ledger, setting, name)
-        closed = "" if part is None else f"{100 * part:.0f} %"
+        closed = "" if part is None else percent(part)
         rows.append(f"| {name} | {found.copies} | {found.rate:g} | {found} | {closed} |")
     return "\n".join(rows)
 
@@ -109,7 +114,7 @@ def number(ledger: Ledger, what: str) -> str:
         return _MISSING if found is None else f"{found.mean:.3f}"
     if kind == "share":
         value = share(ledger, setting, name)
-        return _MISSING if value is None else f"{100 * value:.0f} %"
+        return _MISSING if value is None else percent(value)
     value = updates_of_1f1b(ledger, setting, name)
     if value is None:
         return _MISSING
