@@ -67,10 +67,8 @@ def messages():
 
 def test_every_explained_message_exists_and_names_its_anchor(site):
     page = (ROOT / "docs/troubleshooting.md").read_text()
-    names, ids = (
-        [part.name for part in explanations()],
-        re.findall(r'id="([\w-]+)"', (site / "troubleshooting.html").read_text()),
-    )
+    names = [part.name for part in explanations()]
+    ids = re.findall(r'id="([\w-]+)"', (site / "troubleshooting.html").read_text())
     assert len(names) == len(set(names)) == len(re.findall("^### ", page, re.MULTILINE)) >= 40
     assert set(names) <= set(ids)
     named = {str(po.ConfigError(message)).rpartition("(more: pipeoptim explain ")[2] for message in messages()}
@@ -83,6 +81,11 @@ def test_an_error_about_an_error_names_one_explanation():
     assert str(po.ConfigError(f"stage 1: {inner}")) == f"stage 1: {inner}"
     assert str(po.ConfigError(f"mine.py:f(x=1) cannot be made: {inner}; see there")).count("more:") == 1
     assert str(po.ConfigError("something else")) == "something else"
+
+
+def test_a_value_on_several_lines_hides_no_explanation():
+    message = str(po.ConfigError("mine.py:f(model=Sequential(\n  (0): ReLU()\n)) cannot be made: no such width"))
+    assert message == "mine.py:f(model=Sequential( (0): ReLU() )) cannot be made: no such width (more: pipeoptim explain cannot-be-made)"
 
 
 def schedules(site):

@@ -56,7 +56,7 @@ def first_line(error: BaseException) -> str:
 def unknown_name(what: str, value: str, known: Iterable[str], more: str = "") -> ConfigError:
     """The error for a ``value`` that is not among ``known``: it names the closest one, and all of them.
 
-    >>> unknown_name("engine", "procs", ["emulator", "processes"]).args[0]
+    >>> str(unknown_name("engine", "procs", ["emulator", "processes"]))
     "unknown engine 'procs'; did you mean 'processes'? known: emulator, processes"
     """
     names = sorted(known)

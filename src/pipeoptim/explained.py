@@ -22,7 +22,8 @@ class Explanation:
 
     def explains(self, message: str) -> bool:
         """Whether ``message`` has its words."""
-        return re.search(".*?".join(map(re.escape, self.words.strip(" …").split("…"))), message) is not None
+        told = map(re.escape, self.words.strip(" …").split("…"))
+        return re.search(".*?".join(told), message, re.DOTALL) is not None  # a module is shown on several lines
 
 
 @cache
