@@ -96,9 +96,8 @@ def test_an_export_names_the_tokenizers_special_tokens_and_gets_the_mode_of_any_
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
     for told in (model.config, model.generation_config):  # GPT-2's defaults are 50256; ByT5's tokenizer has 1, and no beginning
         assert (told.bos_token_id, told.eos_token_id, told.pad_token_id) == (None, 1, 0)
-    (described := tmp_path / "run/model/config.json").write_text(
-        '{"eos_token_id": 7}'
-    )  # as a source has it that names 7 itself
+    described = tmp_path / "run/model/config.json"
+    described.write_text('{"eos_token_id": 7}')  # as a source has it that names 7 itself
     named = {"source": {**sizes, "eos_token_id": 7}}
     packed_text(str(folder / "text"), context=32, model_options=named).also_save[0].save_pretrained(described.parent)
     assert json.loads(described.read_text()) == {"bos_token_id": None, "eos_token_id": 7, "pad_token_id": 0}
@@ -206,6 +205,7 @@ def test_blocks_are_the_documents_one_after_the_other(folder: Path, tmp_path: Pa
         (["data.text=here.txt"], "is no file and no folder in"),
         (["data.text=a/b/c"], "is no file and no folder in"),
         (["data.text={folder}/nothing"], "no file that ends in one of .txt"),
+        (["data.text=[]"], r"text \[\] has no file"),
         (["data.text={folder}/gpt2/config.json"], "no file that ends in one of .txt"),
         (["data.context=2000"], "not enough to train"),
         (["data.tokenizer={folder}/text"], "tokenizer .* cannot be read"),

@@ -149,7 +149,7 @@ def _splits(text: str | Sequence[str], subset: str | None) -> dict[str, Any]:
     if files and not any((path / "dataset_dict.json").exists() for path in paths):
         return {"train": _read(files)}
     try:
-        splits = {} if len(paths) > 1 or paths[0].is_file() else load(given[0], subset)
+        splits = {} if len(paths) != 1 or paths[0].is_file() else load(given[0], subset)
     except ConfigError:
         if not paths[0].is_dir():
             raise
