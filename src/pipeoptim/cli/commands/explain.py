@@ -14,7 +14,7 @@ _LINK = re.compile(r"\[([^]]+)\]\((?:\.\./)?([^)]+)\)", re.DOTALL)
 
 
 def explain(
-    name: Annotated[str | None, Argument(help="What a message ends with, or words of a message; all by default.")] = None,
+    name: Annotated[str | None, Argument(help="What a message ends with, or the message; all by default.")] = None,
 ) -> None:
     """Say more about a message.
 
@@ -25,7 +25,7 @@ def explain(
       pipeoptim explain leftover-step
           One of them, as the message that ends with "(more: pipeoptim explain leftover-step)" says.
       pipeoptim explain "the processes did not meet within 60 s"
-          By words of a message.
+          By the message itself.
     """
     if name is None:
         width = max(len(part.name) for part in explanations())
