@@ -270,3 +270,5 @@ def test_a_loader_without_a_mini_batch_is_refused() -> None:
     for batch_size, start, told in ((8, 0, "an epoch has 7 examples"), (0, 0, "set it to at least 1"), (2, -1, "start is -1")):
         with pytest.raises(ConfigError, match=told):
             batches_from(torch.arange(7), batch_size, start)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match="data is a list_iterator .* map-style"):
+        batches_from(iter([1]), 1)  # type: ignore[arg-type]

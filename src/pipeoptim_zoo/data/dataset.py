@@ -14,7 +14,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim_zoo.data.losses import accuracy, cross_entropy
 from pipeoptim_zoo.data.task import IndexedTask
 
-__all__ = ["dataset_task"]
+__all__ = ["check_map_style", "dataset_task"]
 
 
 def dataset_task(
@@ -45,13 +45,16 @@ def dataset_task(
         >>> sorted(int(y) for step in range(3) for y in task.train_batch(step, 2)[1])
         [0, 1, 2, 3, 4, 5]
     """
-    for what, data in (("train", train), ("validation", validation)):
-        if not hasattr(data, "__len__") or not len(data):
-            raise ConfigError(
-                f"{what} is a {type(data).__name__} without examples that are counted, must be a map-style dataset"
-            )
+    check_map_style("train", train)
+    check_map_style("validation", validation)
     examples, held_out = (_Examples(data, collate) for data in (train, validation))
     return IndexedTask(name, examples, held_out, loss, metrics, origin=type(train).__name__, seed=seed)
+
+
+def check_map_style(what: str, data: Any) -> None:
+    """Raises a ConfigError unless ``data`` has examples, and says how many."""
+    if not hasattr(data, "__len__") or not len(data):
+        raise ConfigError(f"{what} is a {type(data).__name__} without examples that are counted, must be a map-style dataset")
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from torch.utils.data import BatchSampler, DataLoader, Dataset
 from torch.utils.data.distributed import DistributedSampler
 
 from pipeoptim.errors import ConfigError
+from pipeoptim_zoo.data.dataset import check_map_style
 
 __all__ = ["batches_from"]
 
@@ -33,7 +34,7 @@ def batches_from(
         options: of ``DataLoader``, such as ``num_workers`` and ``collate_fn``.
 
     Raises:
-        ConfigError: an epoch is less than a mini-batch, or ``start`` is no number of mini-batches.
+        ConfigError: ``data`` is not map-style, an epoch is less than a mini-batch, or ``start`` is no number of mini-batches.
 
     Example:
         >>> import torch
@@ -41,6 +42,7 @@ def batches_from(
         >>> [next(whole).tolist() for _ in range(5)][3:] == [next(later).tolist() for _ in range(2)]
         True
     """
+    check_map_style("data", data)
     sampler: DistributedSampler[Any] = DistributedSampler(data, replicas, replica, seed=seed, drop_last=True)
     each = len(sampler) // batch_size if batch_size >= 1 else 0
     if each == 0:
