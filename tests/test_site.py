@@ -84,8 +84,8 @@ def test_an_error_about_an_error_names_one_explanation():
 
 
 def test_a_value_on_several_lines_hides_no_explanation():
-    message = str(po.ConfigError("mine.py:f(model=Sequential(\n  (0): ReLU()\n)) cannot be made: no such width"))
-    assert message == "mine.py:f(model=Sequential( (0): ReLU() )) cannot be made: no such width (more: pipeoptim explain cannot-be-made)"
+    message = str(po.ConfigError("m.py:f(x=Sequential(\n  (0): ReLU()\n)) cannot be made: no"))
+    assert message == "m.py:f(x=Sequential( (0): ReLU() )) cannot be made: no (more: pipeoptim explain cannot-be-made)"
 
 
 def schedules(site):
