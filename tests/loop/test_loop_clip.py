@@ -12,6 +12,7 @@ from torch import nn
 import oracle
 import pipeoptim as po
 from pipeoptim.engine.stage.clip import Clipper
+from pipeoptim.engine.stage.clipped_stage import ClippedStage
 
 WIDTH = 3
 loss_fn = nn.functional.mse_loss
@@ -180,7 +181,7 @@ def test_gradients_are_scaled_as_torch_does_and_left_alone_where_its_factor_is_1
     values = torch.tensor([1.5, -0.0, math.inf, math.nan, 5e-39], dtype=dtype)
     ours, theirs = (nn.Parameter(torch.zeros(5, dtype=dtype)) for _ in "ab")
     ours.grad, theirs.grad = values.clone(), values.clone()
-    clipper = Clipper(po.Clip(limit), [ours], po.get_method("pipeoptim").program(1, 1), None)
+    clipper = Clipper(po.Clip(limit), ClippedStage([ours], po.get_method("pipeoptim").program(1, 1)))
     clipper.apply(norm)
     nn.utils.clip_grads_with_norm_([theirs], limit, torch.tensor(norm, dtype=dtype))
     assert torch.equal(ours.grad.view(torch.uint8), theirs.grad.view(torch.uint8))

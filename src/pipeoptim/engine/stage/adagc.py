@@ -6,15 +6,15 @@ No stage needs anything of another for it, in any engine and at any depth.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.engine.stage.clip import clip_to_norm
+from pipeoptim.engine.stage.clipped_stage import ClippedStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import ClipEstimate
 from pipeoptim.rules.move import as_real
@@ -88,16 +88,9 @@ class AdaGC:
                 "diverge; use AdaGC(warmup=0), Clip with scope 'global', or no clipping"
             )
 
-    def clipper(
-        self,
-        params: Sequence[Tensor],
-        program: Program,
-        norms: NormExchange | None,
-        whole: Callable[[Tensor], Tensor],
-        elsewhere: Sequence[Tensor],
-    ) -> TensorClipper:
-        """What carries it out on one stage."""
-        return TensorClipper(self, params, whole)
+    def clipper(self, stage: ClippedStage) -> TensorClipper:
+        """What carries it out on ``stage``."""
+        return TensorClipper(self, stage)
 
 
 class TensorClipper:
@@ -105,19 +98,18 @@ class TensorClipper:
 
     Args:
         rule: what to do.
-        params: what the optimizer moves.
-        whole: maps the norms of ``params`` to those of the stage's tensors, of which this process may hold a shard only.
+        stage: where.
 
     Attributes:
         used: the norm of all gradients of the newest update, before it was clipped; None before the first.
     """
 
-    def __init__(self, rule: AdaGC, params: Sequence[Tensor], whole: Callable[[Tensor], Tensor] = lambda norms: norms) -> None:
-        self.rule, self._params, self._whole = rule, list(params), whole
+    def __init__(self, rule: AdaGC, stage: ClippedStage) -> None:
+        self.rule, self._params, self._whole = rule, list(stage.params), stage.whole
         self.used: Tensor | float | None = None
         self._updates = 0
         # In float64 where some weights are: a common type, since all norms stand in one tensor, which few operations then treat.
-        double = any(p.dtype in (torch.float64, torch.complex128) for p in params)
+        double = any(p.dtype in (torch.float64, torch.complex128) for p in self._params)
         device = self._params[0].device if self._params else torch.device("cpu")
         self._means = torch.zeros(len(self._params), dtype=torch.float64 if double else torch.float32, device=device)
         self._norms = self._means  # of the gradients of the coming update; 0 where there is none

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from pipeoptim.engine.processes.exchange import NormExchange
+from pipeoptim.engine.stage.clipped_stage import ClippedStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import ClipEstimate
 from pipeoptim.schedule import Program
@@ -87,16 +87,9 @@ class Clip:
                 "would diverge; use scope 'global', or no clipping"
             )
 
-    def clipper(
-        self,
-        params: Sequence[Tensor],
-        program: Program,
-        norms: NormExchange | None,
-        whole: Callable[[Tensor], Tensor],
-        elsewhere: Sequence[Tensor],
-    ) -> Clipper:
-        """What carries it out on one stage."""
-        return Clipper(self, params, program, norms, whole, elsewhere)
+    def clipper(self, stage: ClippedStage) -> Clipper:
+        """What carries it out on ``stage``."""
+        return Clipper(self, stage)
 
     def delay(self, program: Program) -> int:
         """By how many updates the global norm is older than the gradients that it scales; 0 where it is not."""
@@ -130,33 +123,24 @@ class Clipper:
 
     Args:
         clip: what to do.
-        params: what the optimizer moves.
-        program: of the pipeline.
-        norms: the exchange with the other stages; None for scope "stage".
-        whole: maps the norm of ``params`` to that of the stage, where this process holds only a shard.
-        elsewhere: those of ``params`` whose gradient another stage counts in the norm over all stages.
+        stage: where; its exchange is None for scope "stage".
 
     Attributes:
         used: the norm that scaled the newest update; None before the first.
     """
 
-    def __init__(
-        self,
-        clip: Clip,
-        params: Sequence[Tensor],
-        program: Program,
-        norms: NormExchange | None,
-        whole: Callable[[Tensor], Tensor] = lambda norm: norm,
-        elsewhere: Sequence[Tensor] = (),
-    ) -> None:
-        clip.check(program)
-        assert (norms is not None) == clip.exchanges
-        self.rule, self.params, self.norms = clip, list(params), norms
+    scaled_tensors = None
+    """All tensors are scaled by one factor."""
+
+    def __init__(self, clip: Clip, stage: ClippedStage) -> None:
+        clip.check(stage.program)
+        assert (stage.norms is not None) == clip.exchanges
+        self.rule, self.params, self.norms = clip, list(stage.params), stage.norms
         self._limit = float(clip.max_norm)  # torch takes no integer beyond 64 bits
         # By identity: == of tensors compares their values.
-        others = {id(p) for p in elsewhere}
+        others = {id(p) for p in stage.elsewhere}
         self._counted = [p for p in self.params if id(p) not in others]
-        self.delay, self._whole = clip.delay(program), whole
+        self.delay, self._whole = clip.delay(stage.program), stage.whole
         self.used: Tensor | float | None = None
         # A stage without gradients still takes part in every exchange, with norm 0.
         self._zero = torch.zeros((), dtype=self.params[0].dtype if self.params else None)
@@ -171,9 +155,6 @@ class Clipper:
         # Where the norm is older now, the first updates go by their own.
         self.delay = self.rule.delay(program)
         self._keep_norms(self._global_norms)
-
-    scaled_tensors = None
-    """All tensors are scaled by one factor."""
 
     def send_norm(self, version: int) -> None:
         """Measure the gradients of the update after ``version``, which are complete, and send their norm to the other stages."""
@@ -207,7 +188,7 @@ class Clipper:
         if not isinstance(norm, Tensor):
             norm = torch.tensor(norm, dtype=self._own_norm.dtype)
         # All of params, not only those counted: a copy of a tied weight is scaled like its counterpart on the first holder.
-        clip_to_norm(self.params, self._limit, norm, self._own_norm.device)
+        clip_to_norm(self.params, self._limit, norm)
 
     def estimate(self) -> ClipEstimate:
         """How the coming update will be clipped, as far as can be known before its gradient is there.
@@ -260,13 +241,10 @@ class Clipper:
         self._global_norms = {version: norm for version, norm in norms.items() if version > newest - self.delay}
 
 
-def clip_to_norm(params: Sequence[Tensor], limit: float, norm: Tensor, device: torch.device | None = None) -> None:
-    """Scale gradients of this ``norm`` to ``limit``, unless the factor is 1, which would read and write them for nothing.
-
-    ``device``: where the factor is worked out; by default where the norm is.
-    """
+def clip_to_norm(params: Sequence[Tensor], limit: float, norm: Tensor) -> None:
+    """Scale gradients of this ``norm`` to ``limit``, unless the factor is 1, which would read and write them for nothing."""
     if norm.device.type != "cpu" or not limit / (norm + 1e-6) >= 1:  # nor where it is not a number
-        clip_grads_with_norm_(list(params), limit, norm if device is None else norm.to(device))
+        clip_grads_with_norm_(list(params), limit, norm)
 
 
 def total(norms: Sequence[float]) -> float:

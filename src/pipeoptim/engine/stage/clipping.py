@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 from torch import Tensor
 
-from pipeoptim.engine.processes.exchange import NormExchange
 from pipeoptim.engine.stage.adagc import AdaGC
 from pipeoptim.engine.stage.clip import Clip
+from pipeoptim.engine.stage.clipped_stage import ClippedStage
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules import ClipEstimate
 from pipeoptim.schedule import Program
@@ -36,15 +35,8 @@ class ClipRule(Protocol):
         """Raises ConfigError where it would scale the copies of a tied weight by different numbers."""
         ...
 
-    def clipper(
-        self,
-        params: Sequence[Tensor],
-        program: Program,
-        norms: NormExchange | None,
-        whole: Callable[[Tensor], Tensor],
-        elsewhere: Sequence[Tensor],
-    ) -> StageClipper:
-        """What carries it out on one stage; see :class:`~pipeoptim.engine.stage.clip.Clipper`."""
+    def clipper(self, stage: ClippedStage) -> StageClipper:
+        """What carries it out on ``stage``."""
         ...
 
 

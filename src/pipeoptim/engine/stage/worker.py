@@ -36,6 +36,7 @@ from pipeoptim.engine.stage.checks import (
     split_by_group,
     step_function,
 )
+from pipeoptim.engine.stage.clipped_stage import ClippedStage
 from pipeoptim.engine.stage.clipping import StageClipper
 from pipeoptim.engine.stage.displacement_samples import ScaledPredictor
 from pipeoptim.engine.stage.finite_buffers import FiniteBuffers
@@ -163,7 +164,7 @@ class StageWorker:
         if options.clip is not None:
             # The norm over all stages counts a tied weight once, on its first holder, though every holder scales its copy.
             twice = [weight.optimized for weight in self.tied if not weight.counted]
-            self.clipper = options.clip.clipper(self.parameters, program, norms, reduction.whole_norm, twice)
+            self.clipper = options.clip.clipper(ClippedStage(self.parameters, program, norms, reduction.whole_norm, twice))
         names = {id(p): name for name, p in reduction.unwrapped(module).named_parameters()}
         outlier = options.outlier if self.is_last else None
         self.finite = FiniteCheck(options.on_bad, k, self.device, [names[id(p)] for p in held], bool(self.tied), outlier)
