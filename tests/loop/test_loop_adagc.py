@@ -7,6 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 import oracle
 import pipeoptim as po
@@ -127,6 +128,29 @@ def test_resuming_is_exact_in_the_warm_up_and_behind_it(at):
     other = build(0.1)[1]  # another rule begins anew
     other.load_stage_state_dict(0, states[0])
     assert other.grad_norm(0) is None and other.clipped_tensors(0) is None
+
+
+@pytest.mark.parametrize("clip", [po.AdaGC(**RULE), po.Clip(0.1, "global_delayed")])
+@pytest.mark.parametrize("of", [None, 0.1, po.AdaGC(**RULE)])
+def test_a_rule_that_a_state_says_nothing_of_begins_anew(clip, of):
+    def build(clip):
+        torch.manual_seed(3)
+        return po.Emulator([Layer() for _ in range(3)], momentum, loss_fn, clip=clip)
+
+    def fed(pipe, batches):
+        for x, y in batches:
+            pipe.step(x, target=y)
+        pipe.drain()
+        return copy.deepcopy([pipe.stage_state_dict(k) for k in range(3)])
+
+    states, found = fed(build(of), data(6, 4)[:3]), []
+    for pipe, before in ((build(clip), 5), (build(clip), 0)):
+        fed(pipe, data(6, 4)[:before])
+        for k in range(3):
+            pipe.load_stage_state_dict(k, states[k])
+        found.append([(state["module"], state["clip"]) for state in fed(pipe, data(6, 4)[3:])])
+    pairs = list(zip(*map(tree_leaves, found), strict=True))
+    assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs)
 
 
 def test_a_tensor_without_gradients_is_not_frozen_and_types_may_be_mixed():

@@ -195,9 +195,9 @@ class TensorClipper:
         return {"means": self._means.clone(), "updates": self._updates, "scaled": self.scaled_tensors, "used": used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state_dict`."""
-        if "means" not in state:  # of another rule
-            return
+        """Take over :meth:`state_dict`; begin anew where it is that of another rule, or empty."""
+        if "means" not in state:
+            state = {"means": torch.zeros_like(self._means), "updates": 0, "scaled": 0, "used": None}
         self._means = state["means"].to(self._means, copy=True)
         self._updates, self.used = state["updates"], state["used"]
         self._scaled = torch.full_like(self._scaled, state["scaled"])

@@ -228,10 +228,10 @@ class Clipper:
         return {"versions": list(self._global_norms), "norms": list(self._global_norms.values()), "used": used}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state_dict`."""
+        """Take over :meth:`state_dict`; begin anew where it is that of another rule, or empty."""
         self._sent.clear()
-        if "versions" not in state:  # of another rule
-            return
+        if "versions" not in state:
+            state = {"versions": [], "norms": []}
         self._keep_norms(dict(zip(state["versions"], state["norms"], strict=True)))
         self.used = state.get("used")  # what the next predictions expect of the clipping; earlier versions did not write it
 

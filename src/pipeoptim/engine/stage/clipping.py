@@ -92,7 +92,7 @@ class StageClipper(Protocol):
         ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take over :meth:`state_dict`; that of another rule says nothing."""
+        """Take over :meth:`state_dict`; begin anew where it is that of another rule, or empty."""
         ...
 
 

@@ -101,8 +101,8 @@ def restore(stage: SavedStage, state: dict[str, Any]) -> None:
         stage.predictor.load_state_dict(state["predictor"])
     # After the module: without saved masters they begin as the module's weights, which have just been loaded.
     stage.master_weights.load_state_dict(state.get("masters"))
-    if stage.clipper is not None and "clip" in state:
-        stage.clipper.load_state_dict(state["clip"])
+    if stage.clipper is not None:
+        stage.clipper.load_state_dict(state.get("clip", {}))
     for weight in stage.tied:
         weight.load_state_dict(state.get("tied", {}).get(weight.name))
     if stage.scaling is not None and "scaling" in state:
