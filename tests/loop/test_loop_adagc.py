@@ -13,6 +13,7 @@ import oracle
 import pipeoptim as po
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.options import options_of_run
+from pipeoptim.train.checks import check_settings
 from test_in_progress import in_progress
 from test_loop_clip import Layer, data, loss_fn, momentum
 
@@ -183,6 +184,7 @@ def test_a_tensor_without_gradients_is_not_frozen_and_types_may_be_mixed():
     [
         (lambda: po.AdaGC(lambda_rel=0.0), "lambda_rel of AdaGC is 0.0"),
         (lambda: po.AdaGC(lambda_abs=math.inf), "lambda_abs of AdaGC is inf"),
+        (lambda: po.AdaGC(lambda_abs=10**400), "lambda_abs of AdaGC is 1000"),
         (lambda: po.AdaGC(beta=1.0), "beta of AdaGC is 1.0"),
         (lambda: po.AdaGC(warmup=-1), "warmup of AdaGC is -1"),
         (lambda: po.Emulator([Layer()], momentum, loss_fn, clip="adacg"), "clip is 'adacg', must be 'adagc'"),
@@ -197,6 +199,19 @@ def test_a_tensor_without_gradients_is_not_frozen_and_types_may_be_mixed():
 def test_bad_input_is_refused_with_a_sentence(make, words):
     with pytest.raises(po.ConfigError, match=words):
         make()
+
+
+@pytest.mark.parametrize("warmup", [0, 3])
+def test_limits_beyond_the_numbers_of_tensors_clip_nothing(warmup):
+    finals = []
+    for clip in (None, po.AdaGC(10**30, 10**30, warmup=warmup), po.AdaGC(1e300, 1e300, warmup=warmup)):
+        torch.manual_seed(3)
+        modules = [nn.Linear(3, 3), nn.Linear(3, 3)]
+        pipe = po.Emulator(modules, momentum, nn.functional.mse_loss, microbatches=2, clip=clip, prediction="in_progress")
+        for n in range(6):
+            pipe.step(torch.full((2, 3), float(n)), target=torch.ones(2, 3))
+        finals.append(torch.cat([p.detach().flatten() for module in modules for p in module.parameters()]))
+    assert torch.equal(finals[0], finals[1]) and torch.equal(finals[0], finals[2])
 
 
 def test_copies_of_a_tied_weight_stay_equal():
@@ -221,3 +236,5 @@ def test_the_command_line_says_it_in_the_way_of_other_clipping():
     assert (given["clip"], given["outlier"], given["audit"]) == (po.AdaGC(lambda_abs=0.5), 10.0, 3)
     given = options_of_run(replace(run, clip=0.0))
     assert (given["clip"], given["outlier"], given["audit"]) == (None, None, None)
+    with pytest.raises(po.ConfigError, match="outlier is 1000"):  # no float; files may hold it
+        check_settings(replace(run, outlier=10**400))

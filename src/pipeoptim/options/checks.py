@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import inspect
-import math
 import operator
 import sys
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from importlib import import_module
-from typing import Any
+from typing import Any, TypeGuard
 
 from pipeoptim.errors import ConfigError, did_you_mean
 
@@ -57,9 +56,14 @@ def count(name: str, value: Any) -> int:
     return value
 
 
+def is_finite_number(value: Any) -> TypeGuard[float]:
+    """Whether ``value`` is a number that fits a float. ``math.isfinite`` raises an error for larger integers."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
 def from_zero(name: str, value: Any) -> float:
     """A finite number of at least 0."""
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
+    if not is_finite_number(value) or value < 0:
         raise ConfigError(f"{name} is {value!r}, must be a finite number, for example 1.0, or 0 for none")
     return value
 
@@ -78,8 +82,7 @@ def scale_or_auto(name: str, value: Any) -> float | str:
 
 def positive_or_none(name: str, value: Any) -> float | None:
     """A finite number above 0, or None for none."""
-    number = isinstance(value, int | float) and not isinstance(value, bool)
-    if value is not None and not (number and 0 < value <= sys.float_info.max):
+    if value is not None and not (is_finite_number(value) and value > 0):
         raise ConfigError(f"{name} is {value!r}, must be a finite number above 0, for example 10, or None")
     return value  # type: ignore[no-any-return]
 

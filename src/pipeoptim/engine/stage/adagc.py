@@ -5,7 +5,6 @@ No stage needs anything of another for it, in any engine and at any depth.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +15,7 @@ from torch import Tensor
 from pipeoptim.engine.stage.clip import clip_to_norm
 from pipeoptim.engine.stage.clipped_stage import ClippedStage
 from pipeoptim.errors import ConfigError
+from pipeoptim.options.checks import is_finite_number
 from pipeoptim.rules import ClipEstimate
 from pipeoptim.rules.move import as_real
 from pipeoptim.schedule import Program
@@ -56,11 +56,11 @@ class AdaGC:
 
     def __post_init__(self) -> None:
         for name in ("lambda_rel", "lambda_abs"):
-            if not _is_number(value := getattr(self, name)) or not value > 0:
+            if not is_finite_number(value := getattr(self, name)) or not value > 0:
                 raise ConfigError(
                     f"{name} of AdaGC is {value!r}, must be a number above 0, for example {getattr(type(self), name)}"
                 )
-        if not _is_number(self.beta) or not 0 <= self.beta < 1:
+        if not is_finite_number(self.beta) or not 0 <= self.beta < 1:
             raise ConfigError(f"beta of AdaGC is {self.beta!r}, must be a number from 0 to below 1, for example 0.98")
         if isinstance(self.warmup, bool) or not isinstance(self.warmup, int) or self.warmup < 0:
             raise ConfigError(
@@ -106,12 +106,15 @@ class TensorClipper:
 
     def __init__(self, rule: AdaGC, stage: ClippedStage) -> None:
         self.rule, self._params, self._whole = rule, list(stage.params), stage.whole
+        self._rel, self._abs = float(rule.lambda_rel), float(rule.lambda_abs)  # torch takes no integer beyond 64 bits
         self.used: Tensor | float | None = None
         self._updates = 0
         # In float64 where some weights are: a common type, since all norms stand in one tensor, which few operations then treat.
         double = any(p.dtype in (torch.float64, torch.complex128) for p in self._params)
         device = self._params[0].device if self._params else torch.device("cpu")
         self._means = torch.zeros(len(self._params), dtype=torch.float64 if double else torch.float32, device=device)
+        # By way of float64: infinite where the type of the means holds no such number.
+        self._first_limit = torch.tensor(self._abs, dtype=torch.float64).to(self._means)
         self._norms = self._means  # of the gradients of the coming update; 0 where there is none
         self._scaled = torch.zeros((), dtype=torch.int64, device=device)
 
@@ -150,8 +153,8 @@ class TensorClipper:
         self.used, norms, means = norm, self._norms, self._means
         there, known = norms > 0, means > 0
         if self._updates < self.rule.warmup:
-            factors = (self.rule.lambda_abs / (norm + 1e-6)).clamp(max=1.0).expand_as(norms)
-            clip_to_norm(self._params, self.rule.lambda_abs, norm)
+            factors = (self._abs / (norm + 1e-6)).clamp(max=1.0).expand_as(norms)
+            clip_to_norm(self._params, self._abs, norm)
             clipped = norms * factors
             moved = torch.where(known, torch.minimum(means, clipped), clipped)
         else:
@@ -176,13 +179,12 @@ class TensorClipper:
 
     def _limits(self) -> Tensor:
         """The largest norm that each tensor may have after the warm-up."""
-        limits = self.rule.lambda_rel * self._means
-        return torch.where(self._means > 0, limits, torch.full_like(limits, self.rule.lambda_abs))
+        return torch.where(self._means > 0, self._rel * self._means, self._first_limit)
 
     def estimate(self) -> ClipEstimate:
         """How the coming update will be clipped: as it will be, since all limits are known."""
         if self._updates < self.rule.warmup:
-            return ClipEstimate(self.rule.lambda_abs)
+            return ClipEstimate(self._abs)
         return ClipEstimate(max_norms=self._limits())
 
     def abandon(self) -> None:
@@ -205,10 +207,6 @@ class TensorClipper:
 
 def _index(places: Sequence[int], like: Tensor) -> Tensor:
     return torch.tensor(places, device=like.device)
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
 
 
 __all__ = ["AdaGC", "TensorClipper"]
