@@ -2,6 +2,7 @@
 
 import sys
 
+import pytest
 import torch
 from torch import nn
 
@@ -41,13 +42,24 @@ def test_the_code_of_one_mini_batch_is_prefetched_from_then_on(monkeypatch):
     assert all(map(torch.equal, weights, others))
 
 
-def test_a_mini_batch_that_fails_ends_the_recording():
+def _about_to_be_recorded():
     pipe, _ = _trained(1)
     while pipe._until_recorded != 1:
         pipe.step(torch.ones(4, 3), target=torch.ones(4, 3))
-    try:
+    return pipe
+
+
+def test_a_mini_batch_that_fails_ends_the_recording():
+    pipe = _about_to_be_recorded()
+    with pytest.raises(RuntimeError):
         pipe.step(torch.ones(4, 7), target=torch.ones(4, 3))
-    except RuntimeError:
-        assert sys.getprofile() is None
-    else:
-        raise AssertionError("a wrong shape was taken")
+    assert sys.getprofile() is None
+
+
+@pytest.mark.parametrize(("functions", "prefetched"), [(100, True), (3000, False)])
+def test_a_mini_batch_in_which_a_compiler_ran_is_no_example_of_others(functions, prefetched):
+    pipe, once = _about_to_be_recorded(), [eval("lambda: None") for _ in range(functions)]
+    pipe._runners[0].worker.module.register_forward_pre_hook(lambda *_: [call() for call in once] and None)
+    pipe.step(torch.ones(4, 3), target=torch.ones(4, 3))
+    assert sys.getprofile() is None
+    assert all((runner.worker.prefetch_code is not None) == prefetched for runner in pipe._runners.values())
