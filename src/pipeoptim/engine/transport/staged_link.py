@@ -29,7 +29,6 @@ from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
-from weakref import proxy
 
 import torch
 import torch.distributed as dist
@@ -37,7 +36,7 @@ from torch import Tensor
 
 from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.backend import uses_gloo
-from pipeoptim.engine.transport.link import LinkEnd, MessageBuffer, Receiver, Sender
+from pipeoptim.engine.transport.link import MessageBuffer, Receiver, Sender
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import PipeOptimError, StageFailure
@@ -107,7 +106,7 @@ class StagedSender(Sender):
     def __init__(self, streams: SideStreams, *args: Any) -> None:
         super().__init__(*args)
         self._streams = streams
-        self._courier = _Courier(self, self.group, self.place, self.timeout)
+        self._courier = _Courier(self.group, self.place, self.timeout)
         # one thread, so that messages keep their order; it ends with the link, or with the program, after the last message
         self._thread = ThreadPoolExecutor(1, "pipeoptim-send")
 
@@ -143,20 +142,20 @@ class StagedSender(Sender):
             # The tensors are the end of the message in every format, whether a description lies before them or not.
             payload = block.memory[-block.copy.numel() :]
             copied = self._streams.copy_out(payload, block.copy, self._streams.now())
-        self._pending.append((_Leaving(self._thread.submit(self._courier.hand, block, copied)), block, self.sequence))
+        leaving = _Leaving(self._thread.submit(self._courier.hand, block, copied, self.checksums))
+        self._pending.append((leaving, block, self.sequence))
 
 
 class _Courier:
     """Passes messages to the transport, one after the other, in the thread of a sender."""
 
-    def __init__(self, link: LinkEnd, group: dist.ProcessGroup | UnixChannel, place: int, timeout: timedelta) -> None:
-        self._link = proxy(link)  # which keeps this
+    def __init__(self, group: dist.ProcessGroup | UnixChannel, place: int, timeout: timedelta) -> None:
         self.group, self.place, self.timeout = group, place, timeout
         self.closed = False
         self._failed: Exception | None = None
         self._shared: deque[tuple[Any, Tensor]] = deque()  # blocks that the peer reads, or has read
 
-    def hand(self, block: MessageBuffer, copied: torch.Event | None) -> Any:
+    def hand(self, block: MessageBuffer, copied: torch.Event | None, checksum: bool) -> Any:
         """Wait until ``block`` has left the device and pass it to the transport. Returns None where it can be reused at once."""
         if self._failed is not None:
             raise self._failed  # a message was lost: those after it would be out of order
@@ -167,7 +166,7 @@ class _Courier:
                 return None
             if isinstance(self.group, UnixChannel):
                 return self._put(self.group, block.memory)
-            if self._link.checksums:  # here, as the device has written the memory only now
+            if checksum:  # here, as the device has written the memory only now
                 message.put_checksum(block.memory)
             return self.group.send([block.memory], self.place, 0)
         except Exception as error:
