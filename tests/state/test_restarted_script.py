@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch.distributed as dist
 
+from pipeoptim.engine.init_group import init_process_group
 from pipeoptim.engine.processes.fresh_store import fresh_store, refuse_kept_store
 from pipeoptim.errors import ConfigError, StageFailure
 from stage_processes import slowness
@@ -63,6 +64,16 @@ def test_each_attempt_has_a_part_of_the_store_of_its_own() -> None:
 def test_who_does_not_come_is_named(rank: int, missing: str) -> None:
     with pytest.raises(StageFailure, match=missing):
         fresh_store(dist.HashStore(), rank, 2, 0.05)
+
+
+def test_a_script_whose_neighbours_do_not_come_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "RANK": "0", "WORLD_SIZE": "2"}.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(StageFailure, match=r"did not meet at 127.0.0.1:0 \(Timed out .* 1/2 clients joined"):
+        init_process_group("gloo", timeout=0.1)
+    monkeypatch.setenv("RANK", "first")
+    with pytest.raises(ConfigError, match=r"do not know of each other .*'first'"):
+        init_process_group("gloo")
 
 
 def test_a_group_that_could_not_be_made_again_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

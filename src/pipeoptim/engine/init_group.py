@@ -7,9 +7,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch.distributed.distributed_c10d import PrefixStore
-from torch.distributed.rendezvous import rendezvous
 
-from pipeoptim.engine.processes.fresh_store import fresh_store
+from pipeoptim.engine.processes.fresh_store import fresh_rendezvous
 from pipeoptim.errors import ConfigError
 from pipeoptim.options.checks import seconds
 
@@ -41,10 +40,6 @@ def init_process_group(backend: str | None = None, timeout: float = 1800.0, devi
     """
     if dist.is_initialized():
         raise ConfigError("there is a default process group already; call pipeoptim.init_process_group() in place of torch's")
-    limit = timedelta(seconds=seconds("timeout", timeout))
-    try:
-        store, rank, world_size = next(rendezvous("env://", timeout=limit))
-    except ValueError as error:
-        raise ConfigError(f"the processes do not know of each other ({error}); start them with torchrun") from error
-    own = PrefixStore("default_pg", fresh_store(store, rank, world_size, timeout))
+    store, rank, world_size = fresh_rendezvous(seconds("timeout", timeout))
+    own, limit = PrefixStore("default_pg", store), timedelta(seconds=timeout)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size, timeout=limit, device_id=device_id)

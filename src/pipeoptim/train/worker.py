@@ -83,13 +83,11 @@ def process_group() -> Iterator[None]:
     """The default process group: on gloo, or, where a supervisor replaces processes that die, one that nothing is sent through."""
     import torch.distributed as dist
     from torch.distributed.constants import default_pg_timeout
-    from torch.distributed.rendezvous import rendezvous
 
-    from pipeoptim.engine.processes.fresh_store import fresh_store
+    from pipeoptim.engine.processes.fresh_store import fresh_rendezvous
     from pipeoptim.engine.processes.named_group import init_named_group
 
-    store, rank, world = next(rendezvous("env://"))
-    own = fresh_store(store, rank, world, default_pg_timeout.total_seconds())
+    own, rank, world = fresh_rendezvous(default_pg_timeout.total_seconds())
     if is_supervised():
         init_named_group(own, rank, world)
     else:

@@ -16,16 +16,41 @@ import json
 import os
 import time
 import uuid
+from datetime import timedelta
 
+from torch.distributed import DistError
 from torch.distributed import distributed_c10d as c10d
 from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 
 from pipeoptim.engine.processes.rendezvous import innermost
-from pipeoptim.errors import ConfigError, StageFailure
+from pipeoptim.errors import ConfigError, StageFailure, first_line
 
 _WHERE = "pipeoptim/attempts"
 _PROBE = "pipeoptim/probe"
 _PAUSE = 0.01  # seconds between looks
+
+
+def fresh_rendezvous(timeout: float) -> tuple[Store, int, int]:
+    """A part of the store that torchrun's variables name, for the processes that run now; the rank of this one, and how many they are.
+
+    Args:
+        timeout: seconds to wait for the others.
+
+    Raises:
+        ConfigError: the variables are missing or wrong.
+        StageFailure: a process did not come in time.
+    """
+    try:
+        store, rank, world_size = next(rendezvous("env://", timeout=timedelta(seconds=timeout)))
+        return fresh_store(store, rank, world_size, timeout), rank, world_size
+    except ValueError as error:
+        raise ConfigError(f"the processes do not know of each other ({error}); start them with torchrun") from error
+    except DistError as error:
+        where = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        raise StageFailure(
+            f"the processes did not meet at {where} ({first_line(error)}); start all of them with this address"
+        ) from error
 
 
 def fresh_store(store: Store, rank: int, world_size: int, timeout: float) -> Store:
