@@ -1,5 +1,6 @@
 """Updates that are done again: equal for every optimizer and method, unequal where a bit was flipped."""
 
+import math
 import weakref
 from functools import partial
 
@@ -123,4 +124,5 @@ def test_what_cannot_be_done_again_is_refused():
 def test_bits_are_counted():
     nan = torch.tensor([float("nan"), 0.0])
     assert different_bits(nan, nan.clone()) == 0 and different_bits(torch.zeros(2), torch.tensor([0.0, -0.0])) == 1
+    assert different_bits(math.nan, math.nan) == 0 and different_bits(0.0, math.nan) == 1
     assert different_bits(torch.zeros(()), torch.ones(())) == 7 and different_bits(torch.zeros(2), torch.zeros(3)) == 96

@@ -110,15 +110,14 @@ class UpdateAudit:
 
     def _values(self, optimizer: Optimizer) -> Iterator[tuple[str, Any]]:
         """What a step writes, with its name."""
-        for name, p in zip(self._names, optimizer_parameters(optimizer), strict=True):
+        names = dict(zip(optimizer_parameters(optimizer), self._names, strict=True))
+        for p, name in names.items():
             yield f"parameter {name!r}", p.detach()
         for member in members(optimizer):
-            own = [p for group in member.param_groups for p in group["params"]]
-            names = dict(zip(map(id, optimizer_parameters(optimizer)), self._names, strict=True))
-            for p in own:
+            for p in (p for group in member.param_groups for p in group["params"]):
                 for key, value in sorted(member.state.get(p, {}).items(), key=lambda pair: str(pair[0])):
                     for leaf in tree_flatten(value)[0]:
-                        yield f"the optimizer's {key!r} of parameter {names[id(p)]!r}", leaf
+                        yield f"the optimizer's {key!r} of parameter {names[p]!r}", leaf
 
 
 def different_bits(one: Any, other: Any) -> int:
@@ -136,7 +135,7 @@ def different_bits(one: Any, other: Any) -> int:
         bytes_ = (a ^ b)[a != b]
         return int(((bytes_.unsqueeze(1) >> torch.arange(8, dtype=torch.uint8, device=bytes_.device)) & 1).sum())
     if isinstance(one, int | float) and isinstance(other, int | float):
-        return int(one != other)
+        return int(one != other and not (one != one and other != other))  # NaN is what NaN was
     return 0
 
 
