@@ -218,12 +218,11 @@ def _row(
     step = make(device, name, m, options)
     busy, seconds = timed_windows(step, device, _warm_up(depth, options) if make is _ours else depth + 2, options)
     samples = (busy / seconds).tolist()
-    ideal = _ideal(name, m, options) if make is _ours and options["jitter"] and not options["uneven"] else {}
     settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
     settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
-    settings |= ideal
     how = ""
     if make is _ours:
+        settings |= _ideal(name, m, options)
         settings |= {what: options[what] for what in ("slack", "refresh") if _chosen(options, what)}
         how = _how(settings)
     return {
@@ -235,7 +234,7 @@ def _row(
 
 def _ideal(name: str, m: int, options: dict[str, Any]) -> dict[str, Any]:
     """What the action program allows with the same draws, where that is known."""
-    if m > 1 or options["delay"] or options["bandwidth"]:
+    if m > 1 or not options["jitter"] or any(options[what] for what in ("uneven", "delay", "bandwidth")):
         return {}
     depth = dist.get_world_size()
     program = get_method(name).program(depth, m, None, False, read_slack(options["slack"]))

@@ -65,10 +65,8 @@ def _rows(name: str, depth: int, m: int, width: int, batch: int, slack: float) -
     x, y = torch.randn(batch * m, width), torch.randn(batch * m, width)
     with LiveStorages() as live:
         watches = [_Watch(live, pipe._worker(k), [x, y]) for k in range(depth)]
-        for minibatches in (
-            1,
-            2 * pipe.program.in_flight(0) + 2,
-        ):  # the very first shows whether modules change their inputs, which takes a copy
+        # The very first shows whether modules change their inputs, which takes a copy.
+        for minibatches in (1, 2 * pipe.program.in_flight(0) + 2):
             for watch in watches:
                 watch.one = watch.activations = 0
             for _ in range(minibatches):
