@@ -1,5 +1,6 @@
 """Updates that are done again: equal for every optimizer and method, unequal where a bit was flipped."""
 
+import gc
 import math
 import weakref
 from functools import partial
@@ -119,6 +120,19 @@ def test_what_cannot_be_done_again_is_refused():
         feed(po.Emulator(modules, hooked, mse, audit=1))
     with pytest.raises(po.ConfigError, match="audit is 0"):
         po.Emulator(modules, hooked, mse, audit=0)
+
+
+def test_copies_are_there_during_an_audited_update_only():
+    def parameters():
+        gc.collect()
+        return sum(type(one) is nn.Parameter for one in gc.get_objects())
+
+    modules = layers(3)
+    before = parameters()
+    pipe = po.Emulator(modules, lambda p: torch.optim.Adam(p, lr=0.01), mse, audit=2)
+    assert parameters() == before
+    feed(pipe)
+    assert parameters() == before
 
 
 def test_bits_are_counted():

@@ -50,7 +50,7 @@ class UpdateAudit:
         self._random: list[Tensor] = []
         self._devices = sorted({p.device for p in optimizer_parameters(optimizer) if p.device.type == "cuda"}, key=str)
         try:
-            self._copy()
+            self._copy()  # and forgotten: it would be another copy of the weights until the first audit
         except Exception as reason:  # third-party code may raise anything
             raise ConfigError(
                 f"audit is {every}, but the {type(optimizer).__name__} of stage {k} cannot be copied ({reason!r}); leave audit out, or use "
@@ -70,15 +70,16 @@ class UpdateAudit:
                 f"audit is {self.every}, but the step of the {type(self._optimizer).__name__} of stage {self.k} has hooks or was replaced, "
                 "so that it cannot be done again; leave audit out, or the hooks"
             )
-        self._copy()
+        self._twin = self._copy()
         return True
 
-    def _copy(self) -> None:
+    def _copy(self) -> Optimizer:
         # The step of some optimizers draws random numbers.
         self._random = [torch.get_rng_state(), *(torch.cuda.get_rng_state(device) for device in self._devices)]
-        self._twin, _ = copy_optimizer(self._optimizer)
-        for member in {self._twin, *members(self._twin)}:
+        twin, _ = copy_optimizer(self._optimizer)
+        for member in {twin, *members(twin)}:
             vars(member).pop("step", None)  # a scheduler's wrapper, which is bound to the original
+        return twin  # type: ignore[no-any-return]
 
     def compare(self, version: int, fused: bool, plain: bool) -> None:
         """After the update that made ``version``: do it again, and compare.
