@@ -16,6 +16,8 @@ class Layout:
         >>> layout = Layout(stages=4, chunks=2, replicas=2)
         >>> layout.processes, layout.place(3), layout.name(3)
         (4, (1, (1, 3)), 'stages 1 and 3 of replica 1')
+        >>> Layout(stages=8, chunks=8).name(0)
+        'all stages'
     """
 
     stages: int
@@ -45,7 +47,8 @@ class Layout:
     def name(self, rank: int) -> str:
         """The name of process ``rank`` in messages."""
         replica, stages = self.place(rank)
-        name = f"stage{'s' if len(stages) > 1 else ''} {' and '.join(map(str, stages))}"
+        plural = len(stages) > 1
+        name = "all stages" if plural and len(stages) == self.stages else f"stage{'s' * plural} {' and '.join(map(str, stages))}"
         return f"{name} of replica {replica}" if self.replicas > 1 else name
 
     def describe(self) -> str:
