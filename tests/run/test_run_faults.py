@@ -45,7 +45,7 @@ def injected(config: TrainConfig, sentences: Sequence[str], folder: Path) -> Fau
     stage_of = {"disk": 0, "nan": 1}
     planned = [read_fault(sentence) for sentence in sentences]
     records.plan([(one, stage_of.get(one.kind, one.stage or 0), step_of(config, one)) for one in planned])
-    run(config, folder / "run", progress=False, callbacks=[inject.Inject(str(folder / "faults"))])
+    run(config, folder / "run", progress=False, callbacks=[inject.Inject()])
     return records
 
 
@@ -166,14 +166,15 @@ def test_a_run_that_is_hit_ends_as_if_nothing_had_happened(tmp_path: Path, monke
     config = replace(tiny.recipe(), engine="processes", survive=4)
     faults = [read_fault("kill stage 1 at update 9"), read_fault("freeze stage 0 for 0.3 s at forward 18")]
     told = list[str]()
-    killed, frozen = trial.try_faults(config, faults, tmp_path / "hit", told.append)
+    folder = "hit (by 2), isn't it"
+    killed, frozen = trial.try_faults(config, faults, tmp_path / folder, told.append)
     assert killed.survived and killed.bit_equal and frozen.survived and frozen.bit_equal
     assert (
         killed.repeated is not None and 2 <= killed.repeated <= 10
     )  # since mini-batch 8, 4 or 0, the newest image that was ready
     assert frozen.repeated == 0 and frozen.seconds is not None and frozen.seconds >= 0.3
     assert [text for text in told if text.startswith("now")] == [f"now: {fault}" for fault in faults]
-    told_again = json.loads((tmp_path / "hit" / "faults.json").read_text())
+    told_again = json.loads((tmp_path / folder / "faults.json").read_text())
     assert [row["kept"] for row in told_again] == [True, True]
 
 

@@ -18,7 +18,6 @@ import signal
 import stat
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,16 +36,11 @@ _EVENTS = {ActionKind.F: "forward", ActionKind.B: "backward", ActionKind.U: "upd
 
 
 class Inject(Callback):
-    """Args:
-    folder: of the records.
-    """
-
-    def __init__(self, folder: str) -> None:
-        self._records = FaultRecords(Path(folder))
+    """What is planned stands beside the run's folder."""
 
     def on_start(self, run: RunView) -> None:
         """The pipeline is set up, and nothing has begun."""
-        hooks = Hooks(run, self._records)
+        hooks = Hooks(run, FaultRecords.beside(run.folder))
         for k in run.pipe.local_stages:
             hooks.watch_stage(k, run.pipe._runners[k])
         hooks.watch_steps()

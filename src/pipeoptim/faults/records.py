@@ -47,6 +47,11 @@ class FaultRecords:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
+    @classmethod
+    def beside(cls, run: Path) -> FaultRecords:
+        """Those of the run in this folder, where its processes and the command that watches it find them."""
+        return cls(run.absolute().parent / "faults")
+
     def plan(self, faults: Sequence[tuple[Fault, int, int]]) -> None:
         """Write down each failure with its stage and the mini-batch or step at which it happens."""
         self._folder.mkdir(parents=True)

@@ -76,13 +76,12 @@ def try_faults(config: TrainConfig, faults: Sequence[Fault], folder: Path, say: 
     """
     check_possible(config, faults)
     folder.mkdir(parents=True)
-    records = FaultRecords(folder.resolve() / "faults")
+    records = FaultRecords.beside(folder / "disturbed")
     last = config.stages - 1
     stages = [fault.stage if fault.stage is not None else last if fault.kind == "nan" else 0 for fault in faults]
     records.plan([(fault, stage, step_of(config, fault)) for fault, stage in zip(faults, stages, strict=True)])
     train_undisturbed(config, folder, say)
-    inject = f"{_INJECT}(folder={str(folder.resolve() / 'faults')!r})"
-    callbacks = ",".join(filter(None, [config.callbacks, inject]))
+    callbacks = ",".join(filter(None, [config.callbacks, _INJECT]))
     disturbed = _train(replace(config, callbacks=callbacks), folder, "disturbed")
     finished = _watch(disturbed, folder / "disturbed", records, faults, say) == 0
     equal = finished and same(end_of(folder / "undisturbed"), end_of(folder / "disturbed"))

@@ -48,7 +48,9 @@ class Layout:
         """The name of process ``rank`` in messages."""
         replica, stages = self.place(rank)
         plural = len(stages) > 1
-        name = "all stages" if plural and len(stages) == self.stages else f"stage{'s' * plural} {' and '.join(map(str, stages))}"
+        name = (
+            "all stages" if plural and len(stages) == self.stages else f"stage{'s' * plural} {' and '.join(map(str, stages))}"
+        )
         return f"{name} of replica {replica}" if self.replicas > 1 else name
 
     def describe(self) -> str:
