@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import signal
+import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -25,6 +28,7 @@ from pipeoptim.faults.records import FaultRecords
 from pipeoptim.faults.same_end import end_of, same
 from pipeoptim.faults.sentences import SENTENCES
 from pipeoptim.train import run
+from pipeoptim.train.signals import AbortedError
 
 SAID = [
     "kill stage 1 at forward 3",
@@ -176,6 +180,31 @@ def test_a_run_that_is_hit_ends_as_if_nothing_had_happened(tmp_path: Path, monke
     assert [text for text in told if text.startswith("now")] == [f"now: {fault}" for fault in faults]
     told_again = json.loads((tmp_path / folder / "faults.json").read_text())
     assert [row["kept"] for row in told_again] == [True, True]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_run_ends_with_the_command_that_watches_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    run, told = tmp_path / "run.sh", tmp_path / "pid"
+    run.write_text(f"#!/bin/sh\necho $$ > {told}.part; mv {told}.part {told}; exec sleep 60\n")
+    run.chmod(0o700)
+    monkeypatch.setattr(sys, "executable", str(run))
+    command = os.fork()
+    if not command:
+        try:
+            trial.train_undisturbed(tiny.recipe(), tmp_path, lambda text: None)
+        except AbortedError as error:
+            os._exit(error.number)
+        finally:
+            os._exit(99)
+    while not told.exists():
+        time.sleep(0.01)
+    os.kill(command, number)
+    status = os.waitpid(command, 0)[1]
+    assert (os.WTERMSIG(status) if number == signal.SIGKILL else os.WEXITSTATUS(status)) == number
+    end = time.monotonic() + 10
+    while processes.alive(int(told.read_text())):
+        assert time.monotonic() < end
+        time.sleep(0.01)
 
 
 def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:

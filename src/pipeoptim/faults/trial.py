@@ -22,6 +22,8 @@ from pipeoptim.faults.same_end import end_of, same
 from pipeoptim.faults.sentences import Fault
 from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.train.config_file import to_toml
+from pipeoptim.train.parent import end_with_parent
+from pipeoptim.train.signals import AbortedError, StopSignals
 
 _LOOK = 0.05  # seconds between looks
 _TELL = 10.0  # seconds between two words on how far a run is
@@ -73,6 +75,7 @@ def try_faults(config: TrainConfig, faults: Sequence[Fault], folder: Path, say: 
     Raises:
         ConfigError: a failure cannot happen in this run.
         PipeOptimError: the undisturbed run failed.
+        AbortedError: a signal came; it has ended the run.
     """
     check_possible(config, faults)
     folder.mkdir(parents=True)
@@ -82,8 +85,7 @@ def try_faults(config: TrainConfig, faults: Sequence[Fault], folder: Path, say: 
     records.plan([(fault, stage, step_of(config, fault)) for fault, stage in zip(faults, stages, strict=True)])
     train_undisturbed(config, folder, say)
     callbacks = ",".join(filter(None, [config.callbacks, _INJECT]))
-    disturbed = _train(replace(config, callbacks=callbacks), folder, "disturbed")
-    finished = _watch(disturbed, folder / "disturbed", records, faults, say) == 0
+    finished = _train(replace(config, callbacks=callbacks), folder / "disturbed", records, faults, say) == 0
     equal = finished and same(end_of(folder / "undisturbed"), end_of(folder / "disturbed"))
     promises = [promise(config, fault) for fault in faults]
     if any(one is not Promise.SAME_BITS for one in promises):  # what changes the bits changes them for all
@@ -98,21 +100,35 @@ def train_undisturbed(config: TrainConfig, folder: Path, say: Callable[[str], No
 
     Raises:
         PipeOptimError: it failed.
+        AbortedError: a signal came; it has ended the run.
     """
-    code = _watch(_train(config, folder, "undisturbed"), folder / "undisturbed", FaultRecords(folder), [], say)
+    run = folder / "undisturbed"
+    code = _train(config, run, FaultRecords.beside(run), [], say)
     if code:
         raise PipeOptimError(f"the undisturbed run ended with exit code {code}; see above")
 
 
-def _train(config: TrainConfig, folder: Path, name: str) -> subprocess.Popen[bytes]:
-    settings = folder / f"{name}.toml"
+def _train(
+    config: TrainConfig, folder: Path, records: FaultRecords, faults: Sequence[Fault], say: Callable[[str], None]
+) -> int:
+    """Train in ``folder``. Returns the exit code. Whatever ends this process ends the run as well."""
+    settings = folder.with_name(f"{folder.name}.toml")
     settings.write_text(to_toml(config))
-    command = [sys.executable, "-m", "pipeoptim", "train", "--config", str(settings), "--out", str(folder), "--name", name]
-    return subprocess.Popen([*command, "--quiet"])
+    command = [sys.executable, "-m", "pipeoptim", "train", "--quiet", "--config", str(settings)]
+    command += ["--out", str(folder.parent), "--name", folder.name]
+    with StopSignals((signal.SIGTERM,), grace=0) as stop:
+        stop.leave_to_others()  # the run has a grace time of its own
+        run = subprocess.Popen(command, preexec_fn=end_with_parent)
+        return _watch(run, folder, records, faults, stop, say)
 
 
 def _watch(
-    run: subprocess.Popen[bytes], folder: Path, records: FaultRecords, faults: Sequence[Fault], say: Callable[[str], None]
+    run: subprocess.Popen[bytes],
+    folder: Path,
+    records: FaultRecords,
+    faults: Sequence[Fault],
+    stop: StopSignals,
+    say: Callable[[str], None],
 ) -> int:
     """Say what happens until the run in ``folder`` ends, and continue what was frozen. Returns its exit code."""
     waiting, frozen = dict(enumerate(faults)), dict[int, float]()
@@ -133,7 +149,8 @@ def _watch(
                 looked, before, told = time.monotonic(), told, _steps_done(folder)
                 if told != before:
                     say(f"{folder.name} run: {told}")
-            time.sleep(_LOOK)
+            if stop.wait(_LOOK):
+                raise AbortedError(f"{stop.name} came; what there is of the runs is in {folder.parent}", stop.number)
     except BaseException:
         for process in frozen:  # one that stands still hears no signal
             _continue(process)
