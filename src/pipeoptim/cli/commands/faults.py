@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
     from pipeoptim.faults import FaultRow
 
-_OWN = ("--name", "--out", "--new", "--resume", "--print-config", "--quiet")
+_OWN = ("--name", "--out", "--new", "--resume", "--print-config", "--quiet", "--help")
 
 
 def faults(
@@ -102,7 +102,8 @@ def _config(options: Sequence[str]) -> TrainConfig:
     for option in options:
         if option.partition("=")[0] in _OWN:
             raise ConfigError(
-                f"{option} is not for pipeoptim faults, which names and shows its runs itself; leave it out, or see --out"
+                f"{option} is not for pipeoptim faults, which names and shows its runs itself; leave it out, and see --out before -- and "
+                "pipeoptim train --help"
             )
     printed = io.StringIO()
     with redirect_stdout(printed):
