@@ -22,7 +22,7 @@ from torch import Tensor
 
 from pipeoptim.checkpoint.manifest import digest, folder_name
 from pipeoptim.checkpoint.stage_files import pack_stage, stage_file, write_packed
-from pipeoptim.checkpoint.write_checkpoint import make_valid, prune, raise_cause, unfinished
+from pipeoptim.checkpoint.write_checkpoint import make_valid, prune, raise_cause, unfinished, unfinished_checkpoints
 from pipeoptim.files import cause_of, make_folder
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ class BackgroundWriter:
         cause = None
         if self.group.index == 0:
             try:
-                for rest in self.root.glob(".step-*.tmp"):  # of a run that was killed
+                for rest in unfinished_checkpoints(self.root):  # of a run that was killed
                     shutil.rmtree(rest, ignore_errors=True)
                 make_folder(unfinished(self.root, step))
             except OSError as error:

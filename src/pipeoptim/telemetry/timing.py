@@ -75,7 +75,7 @@ class SlowStages:
             self._all_slow = True
             return [
                 f"all stages have become slow, each takes at least {shared:.2f} times as long as at first: something else may use the "
-                f"machine"
+                "machine"
             ]
         if self._all_slow and shared < NO_LONGER_SLOW:
             self._all_slow = False

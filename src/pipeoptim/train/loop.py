@@ -139,9 +139,8 @@ class Loop:
         value = self.mean_loss(value)
         if self.recorder:
             finite = pipe.stage_worker(pipe.depth - 1).finite
-            left_out = bool(finite.found) or finite.skipped[-1:] == [
-                step
-            ]  # that of the present mini-batch may still be waiting
+            # The update of this mini-batch may still be waiting.
+            left_out = bool(finite.found) or finite.skipped[-1:] == [step]
             self.recorder.step(step + 1, float(value), float(lr), time.perf_counter() - began, sizes.batch_size, left_out)
 
     def _heed_signals(self, done: int) -> None:

@@ -317,9 +317,8 @@ class Supervisor:
         # At most so much: while this process was stopped itself, nobody was late.
         passed, self._looked = min(now - self._looked, _LONGEST_LOOK), now
         for place in self._places:
-            if (
-                place.ended is None and place.stopped <= self._frozen_after
-            ):  # else it was killed for that, and its end will tell
+            # One that has stood still for longer was killed for that, and its end will tell.
+            if place.ended is None and place.stopped <= self._frozen_after:
                 stopped = process_state(place.process) in ("T", "t")
                 place.stopped = place.stopped + passed if stopped else 0.0
                 if place.stopped > self._frozen_after:

@@ -57,14 +57,8 @@ def call(what: str, function: Callable[..., Any], target: str, *args: Any, **opt
         return function(*args, **options)
     except PipeOptimError:
         raise
-    except (
-        TypeError,
-        ValueError,
-        ArithmeticError,
-        RuntimeError,
-        ImportError,
-        OSError,
-    ) as error:  # of sizes, torch's are RuntimeErrors
+    # What torch refuses because of sizes is a RuntimeError.
+    except (TypeError, ValueError, ArithmeticError, RuntimeError, ImportError, OSError) as error:
         given = ", ".join(f"{name}={value!r}" for name, value in options.items())
         raise ConfigError(f"{what} {target}({given}) cannot be made: {_line(error)}") from error
 

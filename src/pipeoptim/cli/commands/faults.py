@@ -126,10 +126,10 @@ def _new_folder(out: Path | None) -> Path:
 
 
 def _show(rows: Sequence[FaultRow], folder: Path) -> None:
-    from rich.console import Console
     from rich.table import Table
 
     from pipeoptim.faults.promise import Promise
+    from pipeoptim.telemetry.console import table_console
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("fault", "survived", "bit-equal", "seconds to recover", "lost work"):
@@ -142,9 +142,7 @@ def _show(rows: Sequence[FaultRow], folder: Path) -> None:
         seconds = "" if row.seconds is None else f"{row.seconds:.2f}"
         repeated = "" if row.repeated is None else str(row.repeated)
         table.add_row(row.fault, survived, "yes" if row.bit_equal else "no", seconds, repeated)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console.width = max(console.width, 120)
+    console = table_console()
     console.print(table)
     console.print("Lost work: mini-batches that were trained again.")
     kept = sum(row.kept for row in rows)
