@@ -45,8 +45,9 @@ MAY_IMPORT = {
     "config": "errors named_calls options",
     "testing": "rules",
     "diagnosis": "errors version kernels rules",
-    "simulate": "errors files version schedule methods partitioning telemetry",
-    "money": "errors files simulate",
+    "failures": "errors",
+    "simulate": "errors files version failures schedule methods partitioning telemetry",
+    "money": "errors files failures",
     "train": "errors files user_code named_calls version config options advise schedule kernels optim rules methods engine "
     "engine/processes engine/stage partitioning checkpoint telemetry",
     "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "

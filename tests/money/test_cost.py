@@ -2,6 +2,7 @@
 
 import json
 import re
+import subprocess
 import sys
 import tomllib
 from dataclasses import replace
@@ -20,11 +21,11 @@ from pipeoptim.cli.cost_table import sentences, tornado
 from pipeoptim.compare import api as compare_api
 from pipeoptim.compare.worker import OUTCOME, carry_out
 from pipeoptim.errors import ConfigError
+from pipeoptim.failures import Failures, best_checkpoint_interval, seconds_with_failures, useful_shares
 from pipeoptim.money import PricedRun, Terms, estimate, read_plan, read_prices
 from pipeoptim.money.places import LINES, ON_DEMAND, OWN, PLACES, Known, bill, break_even, mixed
 from pipeoptim.money.price_book import ACCELERATOR, GENERAL, PriceBook
 from pipeoptim.money.triangular import Triangular
-from pipeoptim.simulate.failures import Failures, best_checkpoint_interval, seconds_with_failures, useful_shares
 
 
 def point(value):
@@ -231,6 +232,13 @@ def test_the_command_prints_and_writes_the_same(plan, tmp_path, monkeypatch, cap
     assert sum(one[1] for one in place["USD"].values()) == pytest.approx(place["total USD"][1], rel=0.1)
     assert data["prices"]["own.electricity"]["quotes"][0]["url"].startswith("https://")
     assert "█" in told and "own hardware costs as much as on demand where it is used" in told
+
+
+def test_it_answers_without_torch(plan):
+    code = "import sys; from pipeoptim.cli.app import _run; _run(sys.argv[1:]); print('torch' in sys.modules)"
+    words = ["cost", "--plan", str(plan), "--samples", "1e6", "--draws", "5"]
+    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.splitlines()[-1] == "False"
 
 
 BAD = {

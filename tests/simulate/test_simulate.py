@@ -12,11 +12,11 @@ from hypothesis import strategies as st
 import pipeoptim as po
 from pipeoptim.cli.app import _run
 from pipeoptim.errors import ConfigError
+from pipeoptim.failures import best_checkpoint_interval, useful_shares
 from pipeoptim.methods import METHODS, get_method
 from pipeoptim.schedule import ORDERS, Program
 from pipeoptim.schedule.actions_table import KINDS, program_table
 from pipeoptim.simulate import Conditions, Failures, Scenario, TransformerSizes, even_cut, read_profile, simulate, synthetic
-from pipeoptim.simulate.failures import best_checkpoint_interval, useful_shares
 from pipeoptim.simulate.profile import PassCost
 from pipeoptim.simulate.simulate import largest_gaps, most_in_flight, summary
 from pipeoptim.simulate.timed_events import timed_events

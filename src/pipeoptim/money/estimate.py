@@ -11,12 +11,12 @@ from typing import Any
 import numpy as np
 
 from pipeoptim.errors import ConfigError
+from pipeoptim.failures import Failures, seconds_with_failures
 from pipeoptim.money.places import LINES, PLACES, Bill, Known, RunPlace, UnknownPriceError, bill, break_even, mixed, own_stages
 from pipeoptim.money.price_book import PriceBook
 from pipeoptim.money.priced_run import PricedRun
 from pipeoptim.money.terms import Terms
 from pipeoptim.money.triangular import Values
-from pipeoptim.simulate.failures import Failures, seconds_with_failures
 
 MOST_DRAWS = 100_000
 

@@ -1,6 +1,6 @@
 """What a run will be like before it runs: the engines' own action program with the seconds of a profile. Nothing is trained here."""
 
-from pipeoptim.simulate.failures import Failures
+from pipeoptim.failures import Failures
 from pipeoptim.simulate.profile import Profile, read_profile
 from pipeoptim.simulate.result import Interval, SimulatedStage, Simulation
 from pipeoptim.simulate.scenario import Conditions, Scenario, even_cut

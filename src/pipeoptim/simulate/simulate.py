@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from pipeoptim.failures import Failures, useful_shares
 from pipeoptim.schedule import ActionKind
 from pipeoptim.schedule.actions_table import ActionTable, B, F, U
 from pipeoptim.schedule.recurrence import Seconds
-from pipeoptim.simulate.failures import Failures, useful_shares
 from pipeoptim.simulate.result import SimulatedStage, Simulation, interval
 from pipeoptim.simulate.scenario import Scenario
 from pipeoptim.simulate.timed_events import TimedEvents, timed_events
