@@ -1,17 +1,19 @@
 """Plans by simulation: none of all cuts of all shapes is better, links and speeds of a cluster count, and what is refused."""
 
 import json
+import re
 import shlex
 from dataclasses import replace
 from itertools import combinations, pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from pipeoptim.cli.app import _run
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
-from pipeoptim.simulate import Scenario, TransformerSizes, simulate, synthetic
+from pipeoptim.simulate import Scenario, TransformerSizes, plan_search, simulate, synthetic
 from pipeoptim.simulate.cluster import read_cluster
 from pipeoptim.simulate.plan_search import TOLERANCE, PlanRequest, _cut, _shapes, find_plans
 from pipeoptim.train import api as train_api
@@ -142,10 +144,27 @@ def test_a_search_that_takes_too_long_ends_with_the_best_so_far(monkeypatch):
     full = find_plans(request(profile, 6))
     assert quick.bound is not None and full.bound is None
     assert quick.bound <= full.best.goal[0] * (1 + 1e-9) and quick.best.goal[0] >= full.best.goal[0] * (1 - TOLERANCE)
-    assert looks[0] == (0, 0) and looks[-1][1] >= 1
-    assert all(one is None or quick.loss(one) >= 0 for one in quick.alternatives.values()), (
-        "the best of all that were simulated"
+    assert looks[0] == (0, 0) and looks[-1][1] == 1 and quick.ended and not full.ended, (
+        "nothing is simulated when the time is over"
     )
+    clock = SimpleNamespace(now=0.0)
+
+    def later(_, simulated):
+        clock.now = 2.0 if simulated >= 3 else 0.0
+
+    monkeypatch.setattr(plan_search, "time", SimpleNamespace(monotonic=lambda: clock.now))
+    some = find_plans(request(profile, 6, seconds=1.0, looked=later))
+    assert some.ended and any(some.alternatives.values())
+    assert all(one is None or some.loss(one) >= 0 for one in some.alternatives.values()), "the best of all that were simulated"
+
+
+def test_a_plan_of_a_search_that_was_ended_says_so_in_the_terminal_and_on_its_page(capsys, tmp_path):
+    path = tmp_path / "plan.json"
+    common = ("--synthetic", "--sizes", "layers=4,rows=8", "--devices", "4")
+    code, out, _ = planned(capsys, *common, "--seconds", "1e-9", "--out", str(path))
+    assert (code, "other micro-batches: none was simulated in the time that was given" in out) == (0, True)
+    better = re.search("another way may be better by up to [0-9.]+%", out)
+    assert better and _run(["report", str(path)]) == 0 and better[0] in path.with_suffix(".html").read_text()
 
 
 @pytest.mark.parametrize(

@@ -69,16 +69,17 @@ def search_plan(
 
 def _findings(found: FoundPlans, devices: int, fixed: dict[str, str]) -> Iterator[str]:
     best, ways = found.best, f"{counted(found.shapes, 'way')} to train on {counted(devices, 'device')}"
-    name = "the best" if found.bound is None else "the best in the time that was given"
+    name = "the best" if found.may_gain is None else "the best in the time that was given"
     yield f"{ways}; {name}: {_words(best.candidate.shape.key())}"
-    if found.bound is not None:
-        yield f"another way may be better by up to {1 - found.bound / best.goal[0]:.1%}; give more --seconds"
+    if found.may_gain is not None:
+        yield f"another way may be better by up to {found.may_gain:.1%}; give more --seconds"
     yield f"{1 / best.simulation.throughput.median:.4g} s per mini-batch on {counted(best.candidate.devices, 'device')}"
+    none = "none was simulated in the time that was given" if found.ended else "nothing else fits"
     for respect, other in found.alternatives.items():
         if other is not None:
             yield f"other {respect}: {found.loss(other):+.1%}: {_words(other.candidate.shape.key())}"
         else:
-            yield f"other {respect}: {fixed.get(respect, 'nothing else fits')}"
+            yield f"other {respect}: {fixed.get(respect, none)}"
     to_run = "to run it" if best.candidate.runs_as_it_is else "to run it, with a model and data of your own"
     yield f"{to_run}: {best.candidate.command()}"
 
@@ -188,7 +189,8 @@ def _data(found: FoundPlans) -> dict[str, Any]:
 
     others = {name: None if one is None else {"loss": found.loss(one), **plan(one)} for name, one in found.alternatives.items()}
     best = plan(found.best) | {"timeline": _timeline(found.best.candidate.scenario)}
-    return {"format": 1, "pipeoptim": __version__, "model": found.model, "plan": best, "alternatives": others}
+    about = {"format": 1, "pipeoptim": __version__, "model": found.model, "may gain": found.may_gain}
+    return {**about, "plan": best, "alternatives": others}
 
 
 def _timeline(scenario: Scenario) -> str | None:

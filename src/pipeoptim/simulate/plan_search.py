@@ -13,6 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache, cached_property, partial
 from itertools import count
 from math import ceil, inf
 
@@ -51,7 +52,7 @@ class PlanRequest:
         slacks, recompute: that are tried.
         objective: "time": seconds per mini-batch. "cost": those times the devices that are used. "memory": of the fullest device.
         stages: depths that are tried; all that fit by default.
-        seconds: after which the best that was found so far is taken.
+        seconds: after which the best that was found so far is taken, and no more alternatives are looked for.
         looked: told how many shapes were cut and how many simulated, as it goes on.
     """
 
@@ -74,6 +75,11 @@ class PlanRequest:
                 f"{counted(len(self.profile.blocks), 'block')} are more than the {MOST_CUT:,} that a cut is looked for of; profile the "
                 "model in larger blocks"
             )
+
+    @cached_property
+    def block_sums(self) -> Callable[[int, str], _BlockSums]:
+        """By rows of a micro-batch and recomputation: a few, which thousands of shapes ask for."""
+        return cache(partial(_block_sums, self.profile))
 
 
 @dataclass(frozen=True)
@@ -162,10 +168,12 @@ class FoundPlans:
 
     Attributes:
         best: the plan.
-        alternatives: the best of those that differ from it in one respect: which, and the plan; None where nothing else fits.
+        alternatives: the best of those that differ from it in one respect: which, and the plan; None where nothing else fits, or where
+            none had been simulated when the time was over.
         shapes: that there were.
         model: of the profile.
         bound: what no plan goes below, where the search ended before its end; None where the plan is the best.
+        ended: whether the time was over before the alternatives were complete.
     """
 
     best: RankedPlan
@@ -173,6 +181,13 @@ class FoundPlans:
     shapes: int
     model: str
     bound: float | None = None
+    ended: bool = False
+
+    @property
+    def may_gain(self) -> float | None:
+        """By what share another way may be better at most; None where the plan is the best."""
+        least = self.best.goal[0]
+        return None if self.bound is None or least == 0 else 1 - self.bound / least
 
     def loss(self, other: RankedPlan) -> float:
         """By what share ``other`` is worse than the best."""
@@ -199,11 +214,9 @@ def find_plans(request: PlanRequest) -> FoundPlans:
             f"no way to train {request.profile.model} on {len(request.cluster.speeds)} devices of "
             f"{request.cluster.memory / 2**30:.3g} GiB was found; give more memory or devices, or other micro-batches or methods"
         )
-    bound, others = search.bound, search.others(best)
-    if bound is not None and (found := search.best_known() or best) is not best:
-        # Came to light in the search for the others, after the time was over.
-        best, others = found, search.others(found)
-    return FoundPlans(best, others, len(search.shapes), request.profile.model, bound)
+    bound, own = search.bound, best.candidate.shape.key()
+    others = {name: search.best(own, places) for name, places in RESPECTS.items()}
+    return FoundPlans(best, others, len(search.shapes), request.profile.model, bound, search.ended)
 
 
 class _Search:
@@ -211,16 +224,22 @@ class _Search:
 
     def __init__(self, request: PlanRequest) -> None:
         self.request = request
+        self._ends = time.monotonic() + request.seconds
         bounds = ((shape, *_rough_bound(request, shape)) for shape in _shapes(request))
         self.shapes = [(shape, s, memory) for shape, s, memory in bounds if memory <= request.cluster.memory]
         self._cuts: dict[PlanShape, Candidate | None] = {}
         self._plans: dict[PlanShape, RankedPlan] = {}
-        self._ends = time.monotonic() + request.seconds
         self.bound: float | None = None
         """What no plan of the last search goes below, where it ended before its end."""
+        self.ended = False
+        """Whether a search ended before its end."""
 
     def best(self, unlike: PlanKey | None = None, places: Sequence[int] = ()) -> RankedPlan | None:
-        """The best plan, of those whose key is ``unlike`` that one in one of the ``places``; None where none fits."""
+        """The best plan, of those whose key is ``unlike`` that one in one of the ``places``; None where none fits.
+
+        When the time is over it is the best of those that were simulated; where nothing was, the most promising of those that were cut
+        still is.
+        """
         queue: list[tuple[Goal, int, PlanShape | Candidate | RankedPlan]] = []
         numbers = count()  # of equal goals the one that came first
 
@@ -235,11 +254,11 @@ class _Search:
             (least, _), _, head = heapq.heappop(queue)
             if isinstance(head, RankedPlan):
                 return head
-            if time.monotonic() > self._ends and (found := self.best_known(unlike, places)) is not None:
-                self.bound = least
-                return found
             if self.request.looked is not None:
                 self.request.looked(len(self._cuts), len(self._plans))
+            if time.monotonic() > self._ends and any(self._cuts.values()):
+                self.bound, self.ended = least, True
+                return self._best_so_far(unlike, places)
             if isinstance(head, Candidate):
                 plan = self._simulated(head)
                 push((plan.goal[0] * (1 - TOLERANCE), plan.goal[1]), plan)
@@ -247,15 +266,12 @@ class _Search:
                 push(_goal(self.request, head, cut.bound, cut.memory), cut)
         return None
 
-    def best_known(self, unlike: PlanKey | None = None, places: Sequence[int] = ()) -> RankedPlan | None:
-        """The same of those that have been simulated already."""
+    def _best_so_far(self, unlike: PlanKey | None, places: Sequence[int]) -> RankedPlan | None:
+        if not self._plans:
+            cuts = [cut for cut in self._cuts.values() if cut is not None]
+            self._simulated(min(cuts, key=lambda cut: _goal(self.request, cut.shape, cut.bound, cut.memory)))
         known = (plan for shape, plan in self._plans.items() if _differs(shape, unlike, places))
         return min(known, key=lambda plan: plan.goal, default=None)
-
-    def others(self, best: RankedPlan) -> dict[str, RankedPlan | None]:
-        """The best of those that differ from ``best`` in one respect."""
-        own = best.candidate.shape.key()
-        return {name: self.best(own, places) for name, places in RESPECTS.items()}
 
     def _cut(self, shape: PlanShape) -> Candidate | None:
         if shape not in self._cuts:
@@ -321,7 +337,7 @@ def _rough_bound(request: PlanRequest, shape: PlanShape) -> tuple[float, float]:
     cluster, profile, program = request.cluster, request.profile, shape.program
     m = program.microbatches
     speeds = [min(cluster.speeds[d] for d in own) for own in shape.devices()]
-    blocks = _block_sums(profile, profile.batch_rows // (shape.replicas * m), shape.recompute)
+    blocks = request.block_sums(profile.batch_rows // (shape.replicas * m), shape.recompute)
     work = float(blocks.seconds[-1])
     busiest = max(work / sum(speeds), float(np.diff(blocks.seconds).max()) / max(speeds))
     weights = max(float(blocks.weights[-1]) / program.depth, float(np.diff(blocks.weights).max()))
@@ -339,7 +355,7 @@ def _cut(request: PlanRequest, shape: PlanShape) -> Candidate | None:
     cluster, profile, program, replicas = request.cluster, request.profile, shape.program, shape.replicas
     depth, m, devices = program.depth, program.microbatches, shape.devices()
     speeds = [min(cluster.speeds[d] for d in own) for own in devices]
-    blocks = _block_sums(profile, profile.batch_rows // (replicas * m), shape.recompute)
+    blocks = request.block_sums(profile.batch_rows // (replicas * m), shape.recompute)
     keep_forward = shape.recompute == "forward"
     most = [copies(shape.method, depth, m, k, keep_forward, program) for k in range(depth)]
     weights = blocks.weights[None, :] - blocks.weights[:, None]

@@ -49,7 +49,10 @@ def plan(data: Mapping[str, Any]) -> str:
         "fullest device": bytes_in_words(best["bytes of the fullest device"]),
     }
     how = "" if best["runs as it is"] else "<p class=quiet>With a model and data of your own:</p>"
-    findings = "".join(f"<li>{escape(one)}</li>" for one in best["findings"])
+    told = best["findings"]
+    if data["may gain"] is not None:
+        told = [*told, f"The search ended before its end: another way may be better by up to {data['may gain']:.1%}."]
+    findings = "".join(f"<li>{escape(one)}</li>" for one in told)
     return (
         f"<section><h2>Plan</h2><dl class=setup>{definitions(rows)}</dl><ul class=notes>{findings}</ul>"
         f"<h3>Command</h3>{how}<pre>{escape(best['command'])}</pre></section>"
@@ -108,7 +111,9 @@ def alternatives(data: Mapping[str, Any]) -> str:
 
 def _alternative(name: str, one: Mapping[str, Any] | None) -> str:
     if one is None:
-        return f"<tr><th scope=row>{escape(name)}</th><td colspan=8>none was asked for, or none fits</td></tr>"
+        return (
+            f"<tr><th scope=row>{escape(name)}</th><td colspan=8>none was asked for, fits, or was simulated in time</td></tr>"
+        )
     cells = [f"{one['loss']:+.1%}", escape(one["method"]), one["stages"], one["replicas"], one["microbatches"]]
     cells += [f"{one['slack']:g}", escape(one["recompute"] or "none"), bytes_in_words(one["bytes of the fullest device"])]
     return f"<tr><th scope=row>{escape(name)}</th>{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
