@@ -248,6 +248,8 @@ BAD = {
     ),
     "other unit": (["--prices", "unit.toml"], "own.electricity in unit.toml is in 'EUR/kWh', must be in 'USD/kWh'"),
     "no price": (["--prices", "name.toml"], "'own.electricty', which means nothing; did you mean 'own.electricity'?"),
+    "time of day": (["--prices", "hour.toml"], "own.electricity in hour.toml has a quote"),
+    "no file": (["--prices", "nowhere.toml"], "nowhere.toml cannot be read (no such file or directory: nowhere.toml)"),
     "no toml": (["--prices", "cut.json"], "the prices cut.json are no TOML"),
     "zero utilisation": (["--utilisation", "0"], "utilisation is 0, must be above 0"),
     "no life": (["--life", "-1"], "life is -1, must be above 0"),
@@ -277,6 +279,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(name, plan, tmp_path, 
     for file, text in {
         "negative": '[own.electricity]\nunit = "USD/kWh"\nquotes = [{value = -0.1}]',
         "unit": '[own.electricity]\nunit = "EUR/kWh"\nquotes = [{value = 0.1}]',
+        "hour": '[own.electricity]\nunit = "USD/kWh"\nquotes = [{value = 0.1, date = 2026-11-30T10:00:00}]',
         "name": '[own.electricty]\nunit = "USD/kWh"\nquotes = []',
     }.items():
         (tmp_path / f"{file}.toml").write_text(text)
@@ -341,6 +344,8 @@ def test_refresh_writes_a_file_that_prices_reads(tmp_path, monkeypatch, capsys):
         SimpleNamespace(provider="gcp", instance_name="a3", location="us", price=5.0, gpu_count=1, spot=True),
     ]
     monkeypatch.setitem(sys.modules, "gpuhunt", SimpleNamespace(query=lambda gpu_name: offers if gpu_name == "h100" else []))
+    assert _run(["cost", "--refresh", "now.toml", "--life", "3", "--checkpoint-every", "60"]) == 2
+    assert "leave --life, --checkpoint-every out" in capsys.readouterr().err
     assert _run(["cost", "--refresh", "now.toml"]) == 0
     tomllib.loads((tmp_path / "now.toml").read_text())
     book = read_prices(tmp_path / "now.toml")

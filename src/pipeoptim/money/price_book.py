@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any
 
 from pipeoptim.errors import ConfigError, counted, did_you_mean, unknown_name
+from pipeoptim.files import cause_of
 from pipeoptim.money.triangular import Triangular
 
 OLD = 90
@@ -140,8 +141,9 @@ def read_prices(path: Path | None = None) -> PriceBook:
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, ValueError) as error:
+        cause = cause_of(error) if isinstance(error, OSError) else error
         raise ConfigError(
-            f"the prices {path} cannot be read ({error}); give a TOML file like the package's prices.toml"
+            f"the prices {path} cannot be read ({cause}); give a TOML file like the package's prices.toml"
         ) from error
     given = _read(text, str(path))
     return PriceBook({**own.prices, **given.prices}, {**own.per_server, **given.per_server})
@@ -195,7 +197,8 @@ def _quote(data: Any, name: str, unit: str, where: str) -> Quote:
     least, most = LEAST.get(name, 0.0), 0.99 if unit == "share" else MOST
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not least <= value <= most:
         raise ConfigError(f"{name} in {where} is {value!r} {unit}, must be a number from {least:g} to {most:g}")
-    if not isinstance(day, (date, type(None))) or not all(isinstance(one, (str, type(None))) for one in (url, what)):
+    # A datetime is a date as well, but has no age in days.
+    if type(day) not in (date, type(None)) or not all(isinstance(one, (str, type(None))) for one in (url, what)):
         raise ConfigError(
             f"{name} in {where} has a quote {data!r}, must have a date = 2026-11-30 and text for url and what, or none"
         )

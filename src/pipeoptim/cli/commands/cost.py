@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,8 +14,6 @@ from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
     from pipeoptim.money.triangular import Triangular
-
-DRAWS = 1000
 
 
 def cost(
@@ -50,7 +49,7 @@ def cost(
     own_stages: Annotated[
         int | None, Option(help="The first stages, on own hardware where both are used; half of them by default.")
     ] = None,
-    draws: Annotated[int, Option(help="How often prices, failures and recoveries are drawn.")] = DRAWS,
+    draws: Annotated[int, Option(help="How often prices, failures and recoveries are drawn.")] = 1000,
     seed: Annotated[int, Option(help="Of the draws.")] = 0,
     out: Annotated[Path | None, Option(help="Also write all figures, assumptions and sources into this JSON file.")] = None,
     refresh: Annotated[
@@ -77,17 +76,17 @@ def cost(
       pipeoptim cost --plan plan.json --samples 1e7 --out cost.json && pipeoptim report plan.json --cost cost.json
           All of it on one page.
     """
+    options = dict(locals())
     from datetime import date
 
     check_new_files({"--out": out, "--refresh": refresh})
     today = date.today()
     if refresh is not None:
-        given = {"--plan": plan, "--samples": samples, "--to-loss": to_loss, "--compared": compared, "--prices": prices}
-        given |= {"--people": people, "--own-stages": own_stages, "--draws": draws if draws != DRAWS else None, "--out": out}
-        if others := [name for name, value in given.items() if value is not None]:
-            raise ConfigError(
-                f"--refresh only looks prices up; leave {', '.join(others)} out, and give the file to --prices then"
-            )
+        defaults = inspect.signature(cost).parameters.items()
+        given = [name for name, one in defaults if options[name] != one.default and name not in ("accelerator", "refresh")]
+        if given:
+            others = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+            raise ConfigError(f"--refresh only looks prices up; leave {others} out, and give the file to --prices then")
         from pipeoptim.money.refresh import refresh_prices
 
         print(f"{refresh_prices(accelerator, refresh, today)} quotes written to {refresh}; use them with --prices {refresh}")
@@ -141,18 +140,16 @@ def _recovery(text: str) -> Triangular:
 def _samples(plan: Path, samples: float | None, to_loss: float | None, compared: Path | None) -> Triangular:
     from pipeoptim.money.triangular import Triangular
 
+    if samples is not None and to_loss is None and compared is None:
+        return Triangular(samples, samples, samples)
+    if samples is None and to_loss is not None and compared is not None:
+        from pipeoptim.compare.to_loss import samples_to_loss
+        from pipeoptim.money import read_plan
+
+        work = read_plan(plan, Triangular(1.0, 1.0, 1.0))
+        return Triangular(*samples_to_loss(compared, work.model, work.method, to_loss))
     if (samples is None) == (to_loss is None):
         raise ConfigError("give either --samples, rows that the run trains on, or --to-loss with --compared")
-    if (to_loss is None) != (compared is None):
-        raise ConfigError(
-            "--to-loss and --compared belong together: a validation loss, and the comparison that says how long it takes"
-        )
-    if samples is not None or to_loss is None or compared is None:
-        return Triangular(samples or 0.0, samples or 0.0, samples or 0.0)
-    from pipeoptim.compare.to_loss import samples_to_loss
-    from pipeoptim.files import read_object, reading
-
-    with reading(plan):
-        data = read_object(plan)
-        low, typical, high = samples_to_loss(compared, str(data["model"]), str(data["plan"]["method"]), to_loss)
-    return Triangular(low, typical, high)
+    raise ConfigError(
+        "--to-loss and --compared belong together: a validation loss, and the comparison that says how long it takes"
+    )
