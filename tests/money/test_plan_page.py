@@ -58,7 +58,8 @@ def test_files_that_do_not_belong_together_are_refused_and_nothing_is_written(fi
         (tmp_path / name).write_text(text)
         assert _run(["report", str(ours), "--cost", str(tmp_path / name)]) == 2
         assert words in capsys.readouterr().err and not ours.with_suffix(".html").exists()
-    assert _run(["report", str(cost)]) == 2 and _run(["report", str(tmp_path), "--cost", str(cost)]) == 2
+    assert _run(["report", str(cost)]) == 2 and "cost.json is no file of pipeoptim plan" in capsys.readouterr().err
+    assert _run(["report", str(tmp_path), "--cost", str(cost)]) == 2
 
 
 @needs_browser

@@ -41,7 +41,8 @@ def cost(data: Mapping[str, Any]) -> str:
     findings = "".join(f"<li>{escape(one)}</li>" for one in (*data["findings"], *data["warnings"]))
     return (
         f"<section><h2>Cost</h2><p>USD; medians of {data['draws']:,} draws of prices, failures and recoveries. Hosts and power are in the "
-        f"price of a cloud.</p>{table(('USD', *places), body, 'Cost')}<ul class=notes>{findings}</ul></section>"
+        f"price of a cloud; * is without what is unknown.</p>{table(('USD', *places), body, 'Cost')}"
+        f"<ul class=notes>{findings}</ul></section>"
     )
 
 

@@ -45,7 +45,7 @@ def _read(path: Path, has: str, how: str) -> dict[str, Any]:
         data = read_object(path)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({cause_of(error)}); make it with {how} {path}") from error
-    if data.get("format") != 1 or has not in data:
+    if data.get("format") != 1 or not isinstance(data.get(has), dict):
         raise ConfigError(f"{path} is no file of {how}; make it anew")
     return data
 
