@@ -1,12 +1,15 @@
-"""The sections of a plan's page that say what it costs, from a file of ``pipeoptim cost``. Texts are escaped here."""
+"""What a plan costs, from a file of ``pipeoptim cost``, and what a run has cost so far: sections of their pages. Texts are escaped here."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from html import escape
+from pathlib import Path
 from typing import Any
 
 from pipeoptim.compare.report.plan_sections import bar, definitions, table
+from pipeoptim.errors import counted
+from pipeoptim.files import read_object
 
 SWINGS = 10
 """Bars of a chart at most."""
@@ -32,7 +35,7 @@ def cost(data: Mapping[str, Any]) -> str:
     lines = list(next(iter(places.values()))["USD"])
     rows = [(line, [_line(place["USD"][line]) for place in places.values()]) for line in lines]
     for name, part in (("total, 10 %", 0), ("total, 50 %", 1), ("total, 90 %", 2)):
-        rows.append((name, [_usd(place["total USD"][part]) + "*" * bool(place["unknown"]) for place in places.values()]))
+        rows.append((name, [_figure(place["total USD"][part]) + "*" * bool(place["unknown"]) for place in places.values()]))
     for name in ("kWh", "kg CO2", "hours"):
         rows.append((name, [_line(place[name]) for place in places.values()]))
     body = "".join(
@@ -50,7 +53,9 @@ def totals(data: Mapping[str, Any]) -> str:
     """The totals of all places on one scale, from 10 to 90 %."""
     known = {name: place["total USD"] for name, place in data["places"].items() if None not in place["total USD"]}
     most = max((one[2] for one in known.values()), default=0.0) or 1.0
-    body = "".join(_row(name, one[0], one[2], 0.0, most, f"{_usd(one[0])} to {_usd(one[2])}") for name, one in known.items())
+    body = "".join(
+        _row(name, one[0], one[2], 0.0, most, f"{_figure(one[0])} to {_figure(one[2])}") for name, one in known.items()
+    )
     return f"<section><h2>Where it costs how much</h2>{table(('place', 'total, 10 to 90 %', 'USD'), body, 'Totals')}</section>"
 
 
@@ -62,7 +67,7 @@ def hangs_on(data: Mapping[str, Any]) -> str:
     ends = [(min(one["low"], one["high"]), max(one["low"], one["high"])) for one in swings]
     least, most = min(low for low, _ in ends), max(high for _, high in ends)
     body = "".join(
-        _row(one["name"], low, high, least, most, f"{_usd(one['low'])} to {_usd(one['high'])}")
+        _row(one["name"], low, high, least, most, f"{_figure(one['low'])} to {_figure(one['high'])}")
         for one, (low, high) in zip(swings, ends, strict=True)
     )
     return (
@@ -83,6 +88,24 @@ def terms(data: Mapping[str, Any]) -> str:
     return (
         f"<section><h2>Assumptions and sources</h2><dl class=setup>{definitions(told)}</dl>"
         f"<details><summary>All prices</summary>{prices}</details></section>"
+    )
+
+
+def account(path: Path) -> str:
+    """What the run in ``path`` has cost by its cost meter, beside the estimate if it was given one; empty where it had none."""
+    if not (path / "cost.json").exists():
+        return ""
+    found = read_object(path / "cost.json")
+    expected = found.get("estimated", {})
+    rows = ""
+    for name in ("USD", "kWh", "hours"):
+        low, middle, high = expected.get(name) or (None, None, None)
+        told = "" if low is None or high is None else f"{_figure(middle)} ({_figure(low)} to {_figure(high)})"
+        actual = "unknown" if found[name] is None else _figure(found[name])
+        rows += f"<tr><th scope=row>{name}</th><td>{actual}</td><td>{told}</td></tr>"
+    return (
+        f"<section><h2>Cost</h2><p>{counted(found['devices'], 'device')}, {counted(found['sessions'], 'session')}.</p>"
+        f"{table(('', 'so far', 'estimated'), rows, 'Cost')}</section>"
     )
 
 
@@ -109,10 +132,10 @@ def _term(value: Any) -> str:
 
 
 def _line(percentiles: Sequence[float | None] | None) -> str:
-    return "unknown" if percentiles is None else _usd(percentiles[1])
+    return "unknown" if percentiles is None else _figure(percentiles[1])
 
 
-def _usd(value: float | None) -> str:
+def _figure(value: float | None) -> str:
     if value is None:
         return NEVER
     return f"{value:,.0f}" if value >= 100 or value == 0 else f"{value:.3g}"

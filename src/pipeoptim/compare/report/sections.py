@@ -253,29 +253,6 @@ def trace(path: Path) -> str:
     )
 
 
-def account(path: Path) -> str:
-    """What a run has cost by its cost meter, beside the estimate if it was given one; empty where it had none."""
-    if not (path / "cost.json").exists():
-        return ""
-    found = read_object(path / "cost.json")
-    expected = found.get("estimated", {})
-    rows = ""
-    for name in ("USD", "kWh", "hours"):
-        percentiles = expected.get(name)
-        told = (
-            f"{percentiles[1]:.4g} ({percentiles[0]:.4g} to {percentiles[2]:.4g})"
-            if percentiles and None not in percentiles
-            else ""
-        )
-        actual = "unknown" if found[name] is None else f"{found[name]:.4g}"
-        rows += f"<tr><th scope=row>{name}</th><td>{actual}</td><td>{told}</td></tr>"
-    return (
-        f"<section><h2>Cost</h2><p>{counted(found['devices'], 'device')}, {counted(found['sessions'], 'session')}.</p>"
-        "<div class=scroll tabindex=0 role=region aria-label=Cost><table><thead><tr><th scope=col></th><th scope=col>so far</th>"
-        f"<th scope=col>estimated</th></tr></thead><tbody>{rows}</tbody></table></div></section>"
-    )
-
-
 def setup(
     config: TrainConfig,
     machine: Mapping[str, Any],

@@ -8,7 +8,7 @@ from pathlib import Path
 from pipeoptim.compare.api import write_summaries
 from pipeoptim.compare.folder import ComparisonFolder, write_text
 from pipeoptim.compare.outcome import read_run
-from pipeoptim.compare.report import sections
+from pipeoptim.compare.report import cost_sections, sections
 from pipeoptim.compare.report.page import page
 from pipeoptim.compare.report.prediction import predictions
 from pipeoptim.compare.report.series import axis_top, chart_data, comparison_series, run_series
@@ -66,7 +66,7 @@ def _write_run_report(path: Path) -> Path:
         section,
         sections.trace(path),
         sections.methods((config.method,), config, []),
-        sections.account(path),
+        cost_sections.account(path),
         sections.setup(config, run.machine, _again(path), None, run.versions, run.data),
     ]
     out = path / "report.html"
