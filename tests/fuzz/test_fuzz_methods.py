@@ -33,7 +33,7 @@ FITTING = {
     "states": None,
     "batches": [(torch.ones(4, 4), torch.zeros(4, 4))],
 }
-INTERNAL = {"program", "options", "every", "context", "order"}
+INTERNAL = {"program", "options", "every", "context", "order", "stage"}
 USERS_OWN = {"target", "args", "kwargs"}  # what the modules and the loss_fn of a user make of them
 
 

@@ -35,9 +35,15 @@ def of_tensorboard(folder: Path) -> dict[int, float]:
 
 
 def of_wandb(folder: Path) -> dict[int, float]:
-    kept = b"".join(path.read_bytes() for path in (folder / "wandb").glob("offline-run-*/*.wandb"))  # one per session
+    # Another process writes the files; on a busy machine the last row was not there yet when the run had been finished.
+    found: dict[int, float] = {}
+    until = time.monotonic() + 60
+    while len(found) < len(STEPS) and time.monotonic() < until:
+        time.sleep(0.05)
+        kept = b"".join(path.read_bytes() for path in (folder / "wandb").glob("offline-run-*/*.wandb"))  # one per session
+        found = {step: value(step) for step in STEPS if str(value(step)).encode() in kept}
     assert b"train/loss" in kept and (folder / "wandb_run_id").read_bytes() in kept
-    return {step: value(step) for step in STEPS if str(value(step)).encode() in kept}
+    return found
 
 
 def of_mlflow(folder: Path) -> dict[int, float]:
