@@ -208,7 +208,8 @@ def test_a_run_ends_with_the_command_that_watches_it(tmp_path: Path, monkeypatch
         time.sleep(0.01)
 
 
-def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_table(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("COLUMNS", raising=False)
     rows = [
         trial.FaultRow("kill stage 1 at update 9", Promise.SAME_BITS, True, True, True, 0.257, 3),
         trial.FaultRow("make the loss nan at 12", Promise.NOTHING, True, False, False, None, None),

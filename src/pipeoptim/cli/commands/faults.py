@@ -133,7 +133,7 @@ def _show(rows: Sequence[FaultRow], folder: Path) -> None:
 
     table = Table(box=None, pad_edge=False, header_style="bold")
     for heading in ("fault", "survived", "bit-equal", "seconds to recover", "lost work"):
-        table.add_column(heading, justify="left" if heading == "fault" else "right", no_wrap=True)
+        table.add_column(heading, justify="left" if heading == "fault" else "right", no_wrap=heading != "fault")
     for row in rows:
         if not row.fired:
             table.add_row(row.fault, "never happened", "", "", "")
