@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 import tiny
 from pipeoptim.config import NOT_COMPUTED, SETTINGS, Component, TrainConfig, recipe
 from pipeoptim.errors import ConfigError
-from pipeoptim.options import PipelineOptions, settings_of
+from pipeoptim.options import PipelineOptions, about, options_of_run, settings_of
 from pipeoptim.train.checks import check
 from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.recipes import get_recipe, recipes
@@ -47,7 +47,11 @@ def test_fingerprint_tells_runs_apart(name: str) -> None:
 def another(name: str) -> object:
     """A value of a setting that is not the default."""
     known = SETTINGS[name]
-    by_type = {"bool": [True], "int": [(known.default or 0) + 1] if known.type_name != "str" else [], "float": [1.5]}
+    by_type = {
+        "bool": [not known.default],
+        "int": [(known.default or 0) + 1] if known.type_name != "str" else [],
+        "float": [1.5],
+    }
     candidates = by_type.get(known.type_name.split(" | ")[0], ["paper", "1", "0.5", "skip", *reversed(known.choices)])
     for value in candidates:
         with suppress(ConfigError):
@@ -62,11 +66,18 @@ def test_an_option_of_pipelines_that_a_run_has_reaches_the_pipeline(entry: Field
     settings = settings_of(entry)
     needed = [known.only_with.split("=") for known in settings.values() if "=" in known.only_with]
     config = replace(tiny.recipe(), **{name: another(name) for name in settings}, **dict(needed))
+    if about(entry).between_processes:
+        with pytest.raises(ConfigError, match=f"{entry.name} is .*, but engine is 'emulator'"):
+            check(config)
+        config = replace(config, engine="processes")
     check(config)
     assert TrainConfig.from_json(config.to_json()) == config
     setup = build_setup(config)
-    pipe, _ = make_emulator(setup, setup.task.loss)
-    assert set(pipe.options.keywords()) - {"seed", "tied"} == {entry.name, *(name for name, _ in needed)}
+    options = make_emulator(setup, setup.task.loss)[0].options
+    if about(entry).between_processes:  # the emulator has none of them
+        assert entry.name not in options.keywords()
+        options = PipelineOptions(**options_of_run(config))
+    assert set(options.keywords()) - {"seed", "tied"} == {entry.name, *(name for name, _ in needed)}
 
 
 def edited(**changes: object) -> str:

@@ -43,6 +43,7 @@ def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_p
         ({"stages": 4, "chunks": 2}, "chunks is 2: interleaved"),
         ({"replicas": 2}, "replicas is 2"),
         ({"slack": "auto"}, "slack is 'auto'"),
+        ({"checksums": False}, "checksums is False: messages between processes of one machine carry none"),
         ({"trace": True}, "trace is True"),
         (
             {"export": True},
@@ -53,3 +54,9 @@ def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_p
 def test_what_cannot_survive_is_refused(changed: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         check(replace(tiny.recipe(), **{"engine": "processes", "survive": 8, **changed}))  # type: ignore[arg-type]
+
+
+def test_no_checksums_are_left_out_where_there_are_none(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="checksums is False, but without torchrun all processes are on this machine"):
+        run(replace(tiny.recipe(), engine="processes", checksums=False), tmp_path / "run", progress=False)
+    assert not any(tmp_path.iterdir())

@@ -33,3 +33,4 @@ class RunOptions:
     on_bad: str = run_setting("on_bad")
     outlier: float = run_setting("outlier")
     audit: int = run_setting("audit")
+    checksums: bool = run_setting("checksums")

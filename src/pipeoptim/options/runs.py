@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import Field, field, fields
 from typing import Any
 
 from pipeoptim.options.entry import Setting
-from pipeoptim.options.table import PipelineOptions, about
+from pipeoptim.options.table import PROCESS_OPTIONS, PipelineOptions, about
 
 
 def settings_of(entry: Field[Any]) -> dict[str, Setting]:
@@ -32,8 +33,8 @@ def setting(known: Setting) -> Any:
     return field(default=known.default, metadata={"setting": known})
 
 
-def options_of_run(run: Any) -> dict[str, Any]:
-    """The options of a pipeline that trains as the settings of ``run`` say.
+def options_of_run(run: Any, names: Sequence[str] = PROCESS_OPTIONS) -> dict[str, Any]:
+    """The options of a pipeline that trains as the settings of ``run`` say, of those called ``names``.
 
     Raises:
         ConfigError: settings that do not fit together.
@@ -41,6 +42,6 @@ def options_of_run(run: Any) -> dict[str, Any]:
     return {
         entry.name: getattr(run, entry.name) if of_run is None else of_run(run)
         for entry in fields(PipelineOptions)
-        if settings_of(entry)
+        if entry.name in names and settings_of(entry)
         for of_run in (about(entry).of_run,)
     }

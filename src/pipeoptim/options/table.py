@@ -412,6 +412,13 @@ class PipelineOptions:
         "CorruptionError that names the link.",
         flag,
         between_processes=True,
+        settings={
+            "checksums": Setting(
+                True,
+                "Under torchrun on several machines: messages between machines carry a CRC-32, which the receiver compares.",
+                computes=False,
+            )
+        },
     )
     timeout: float = option(
         1800.0, "seconds to wait for a neighbour's message before giving up.", seconds, between_processes=True

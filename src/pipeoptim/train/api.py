@@ -58,6 +58,11 @@ def run(
             f"{config.max_restarts} restarts and on_bad {config.on_bad!r}, where processes are started that make their own; name its class "
             "in the settings, as callbacks='module:Class(option=value)'"
         )
+    if not config.checksums and not under_torchrun():
+        raise ConfigError(
+            "checksums is False, but without torchrun all processes are on this machine, where messages carry none; leave --no-checksums "
+            "out"
+        )
     train = _joined if under_torchrun() else _launched if launched else _emulated
     with ExitStack() as held:
         stop = held.enter_context(

@@ -35,6 +35,8 @@ def check_settings(config: TrainConfig) -> None:
             "slack is 'auto', which one pipeline of several processes measures; set engine to 'processes' and leave replicas out, or give "
             "the number that such a run chose"
         )
+    if not config.checksums and config.engine == "emulator":
+        raise ConfigError("checksums is False, but engine is 'emulator', which sends no messages; leave --no-checksums out")
     _check_survive(config)
     for part in parts_of(config):
         _check_microbatches(part)
@@ -97,6 +99,7 @@ def _check_survive(config: TrainConfig) -> None:
             bool(config.loggers),
             "their threads and connections are not in an image of the process; leave one of them out",
         ),
+        "checksums": (not config.checksums, "messages between processes of one machine carry none; leave --no-checksums out"),
         "tensorboard": (config.tensorboard, "its writer's thread is not in an image of the process; leave one of them out"),
     }
     for name, (refused, reason) in settings.items():

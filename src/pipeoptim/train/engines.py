@@ -9,7 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pipeoptim.engine.pipeline import Pipeline
-from pipeoptim.options import options_of_run
+from pipeoptim.options import OPTIONS, PROCESS_OPTIONS, options_of_run
 from pipeoptim.schedule import slack_at_first
 from pipeoptim.train.layout import layout_of
 from pipeoptim.train.setup import RunSetup
@@ -21,11 +21,11 @@ if TYPE_CHECKING:
 LossFn = Callable[[Any, Any], Tensor]
 
 
-def _options(setup: RunSetup) -> dict[str, Any]:
-    """The options that both engines share."""
+def _options(setup: RunSetup, names: Sequence[str]) -> dict[str, Any]:
+    """Those of an engine that takes the options called ``names``."""
     config = setup.config
     given = {"method": config.method, "microbatches": setup.sizes.at(0).microbatches, "seed": config.seed, "tied": setup.tied}
-    return given | options_of_run(config) | {"on_update": setup.events.update_hook}
+    return given | options_of_run(config, names) | {"on_update": setup.events.update_hook}
 
 
 def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Optimizer]]:
@@ -37,7 +37,7 @@ def make_emulator(setup: RunSetup, loss: LossFn) -> tuple[Pipeline, dict[int, Op
     layout = layout_of(setup.config)
     processes = layout.width if layout.chunks > 1 else None
     # Of a run on processes, an emulator checks what can be built, and moves its state to another cut: it measures no links.
-    options = {**_options(setup), "slack": slack_at_first(setup.config.slack)}
+    options = {**_options(setup, OPTIONS), "slack": slack_at_first(setup.config.slack)}
     pipe = Emulator(setup.stages, optimizers, loss, schedulers=rates, processes=processes, **options)
     return pipe, dict(enumerate(optimizers))
 
@@ -56,7 +56,8 @@ def make_schedule(
     made = [PipelineStage(setup.stages[k], k, depth, device, group=group) for k in stages]
     optimizers = {k: setup.optimizer(setup.stages[k], k) for k in stages}
     rates = [setup.scheduler(optimizer) for optimizer in optimizers.values()]
-    options = {**_options(setup), "replicas": None if mesh is None else mesh["data"], "survive": setup.config.survive or None}
+    replicas, survive = None if mesh is None else mesh["data"], setup.config.survive or None
+    options = {**_options(setup, PROCESS_OPTIONS), "replicas": replicas, "survive": survive}
     if len(made) > 1:
         return InterleavedSchedule(made, list(optimizers.values()), loss, schedulers=rates, **options), optimizers
     return Schedule(made[0], optimizers[stages[0]], loss, scheduler=rates[0], **options), optimizers
