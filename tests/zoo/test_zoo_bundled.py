@@ -113,6 +113,13 @@ def test_unicode_pairs_are_packed() -> None:
     assert int((source != 0).sum()) in description_sizes
 
 
+def test_names_in_one_line_are_the_same_pairs() -> None:
+    (x, y), (same, whole) = (unicode_names(seed=3, one_line=one_line).train_batch(5, 4) for one_line in (False, True))
+    assert (
+        torch.equal(x, same) and torch.equal(y, whole[:, SOURCE_LENGTH:]) and bool((whole[:, :SOURCE_LENGTH] == IGNORE).all())
+    )
+
+
 def test_unicode_names_are_the_same_everywhere() -> None:
     pairs = characters()
     assert len(pairs) == 11_487

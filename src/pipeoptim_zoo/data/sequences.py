@@ -12,7 +12,7 @@ from torch import Tensor
 from pipeoptim_zoo.data.losses import IGNORE, PADDING
 from pipeoptim_zoo.data.vocabulary import BEGIN, END
 
-__all__ = ["Lines", "PairSource", "TextSource"]
+__all__ = ["Lines", "OneLineSource", "PairSource", "TextSource"]
 
 
 class Lines(Protocol):
@@ -71,3 +71,11 @@ class PairSource:
             _fill(x[row, s:], [BEGIN, *target])
             _fill(y[row], [*target, END])
         return x, y
+
+
+class OneLineSource(PairSource):
+    """The same pairs for a model of one sequence, such as ``gpt``: y ``[B, S + T]`` ignores what is predicted of the source."""
+
+    def batch(self, indices: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+        x, y = super().batch(indices, generator)
+        return x, torch.cat([torch.full_like(x[:, : self.source_length], IGNORE), y], dim=1)

@@ -12,7 +12,7 @@ from functools import lru_cache
 from unicodedata import ucd_3_2_0 as unicode
 
 from pipeoptim_zoo.data.losses import label_smoothing, token_accuracy
-from pipeoptim_zoo.data.sequences import PairSource
+from pipeoptim_zoo.data.sequences import OneLineSource, PairSource
 from pipeoptim_zoo.data.task import IndexedTask, shuffled
 from pipeoptim_zoo.data.vocabulary import Vocabulary
 
@@ -43,11 +43,12 @@ def characters() -> tuple[tuple[str, str], ...]:
     return tuple(pairs)
 
 
-def unicode_names(seed: int = 0) -> IndexedTask:
+def unicode_names(seed: int = 0, one_line: bool = False) -> IndexedTask:
     """From a character's description to its name, letter by letter; x and y as ``PairSource`` packs them.
 
     x ``[B, 24 + 48]`` int64, y ``[B, 48]``; ``task.vocab_size`` ids. One pair in ten is for validation.
-    ``seed`` orders the training examples; the split is fixed.
+    ``seed`` orders the training examples; the split is fixed. ``one_line``: for models of one sequence, such as ``gpt``;
+    y is ``[B, 24 + 48]``, and its first 24 places are ignored.
 
     >>> task = unicode_names()
     >>> x, y = task.train_batch(step=0, batch_size=3)
@@ -60,7 +61,7 @@ def unicode_names(seed: int = 0) -> IndexedTask:
 
     def source(numbers: list[int]) -> PairSource:
         descriptions, names = ([vocabulary.encode(pairs[i][side]) for i in numbers] for side in (0, 1))
-        return PairSource(descriptions, names, SOURCE_LENGTH, TARGET_LENGTH)
+        return (OneLineSource if one_line else PairSource)(descriptions, names, SOURCE_LENGTH, TARGET_LENGTH)
 
     return IndexedTask(
         name="unicode_names",
