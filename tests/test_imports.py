@@ -50,8 +50,8 @@ MAY_IMPORT = {
     "money": "errors files failures",
     "train": "errors files user_code named_calls version config options advise schedule kernels optim rules methods engine "
     "engine/processes engine/stage partitioning checkpoint telemetry",
-    "bench": "errors files version kernels schedule rules weights methods stability engine engine/processes engine/stage partitioning "
-    "simulate train",
+    "bench": "errors files version kernels schedule rules weights methods stability engine engine/transport engine/processes "
+    "engine/stage partitioning simulate train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
     "faults": "errors config schedule checkpoint telemetry engine engine/stage train",
     "cli": "errors explained files version config options advise diagnosis schedule kernels methods stability engine engine/transport "

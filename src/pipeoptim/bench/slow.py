@@ -1,9 +1,16 @@
-"""A slow network between processes of one machine: gloo with messages that arrive late, the same for every contender.
+"""A slow network between processes of one machine: messages arrive late, through gloo or through the links of one machine.
 
-A process group like any other to torch: ``register()`` makes ``init_process_group("slow")`` possible, and groups made later are
-slow as well. A message from one process to another arrives ``delay`` after its last byte left, and bytes leave at ``bandwidth``,
-one message after the other on each link of a group. The sender does not wait: a thread per link holds messages back. Collective
-operations are not slowed down.
+A message from one process to another arrives ``delay`` after its last byte left, and bytes leave at ``bandwidth``, one message after the
+other on each link and direction. ``register()`` makes ``init_process_group("slow")`` possible, in either way::
+
+    torch's schedules, transport="group"   SlowGroup: to torch a process group like any other. A thread per link holds messages back
+                                           before gloo sends them; the sender does not wait.
+    a pipeline's own links                 LateReceiver: messages pass at once and wait in socket or shared memory, as those wait that
+                                           come before they are wanted; the receiver takes none before its time, counted from the moment
+                                           of sending in its header. No thread wakes up for them, and no more of them are on their way
+                                           than the order of the actions allows.
+
+Collective operations are not slowed down.
 """
 
 from __future__ import annotations
@@ -17,6 +24,9 @@ from typing import Any
 import torch.distributed as dist
 
 from pipeoptim.bench.processes import BANDWIDTH, DELAY
+from pipeoptim.engine.processes.connect import LOCAL_LINKS
+from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
+from pipeoptim.engine.transport.message import Header, Message
 
 SENT: list[int] = []
 """Bytes of every message that left this process; whoever counts clears it."""
@@ -97,7 +107,37 @@ class SlowGroup(dist.ProcessGroup):
         return "slow"
 
 
+class LateReceiver(LocalReceiver):
+    """As :class:`~pipeoptim.engine.transport.local_link.LocalReceiver`, at the end of a slow link."""
+
+    def __init__(self, *args: Any, ahead: bool) -> None:
+        super().__init__(*args, ahead=ahead)
+        self._delay, self._bandwidth = float(os.environ[DELAY]), float(os.environ[BANDWIDTH])
+        self._free = 0.0  # when the line has taken all bytes so far
+        self._nbytes = 0  # of the message that is being received
+
+    def receive(self) -> Message:
+        self._nbytes = self.size
+        return super().receive()
+
+    def _next_posted(self) -> tuple[Header, Any]:
+        self._nbytes = self._posted[0][1].numel()
+        return super()._next_posted()
+
+    def _checked_header(self, header: Header) -> Header:
+        """Every message comes past here, before anybody learns of it, the one who measures how late messages are included."""
+        seconds = self._nbytes / self._bandwidth if self._bandwidth else 0.0
+        self._free = max(self._free, header.sent / 1e9) + seconds
+        early = self._free + self._delay - time.monotonic()  # both ends have the same clock
+        if early > 0:
+            self.waiting(self.peer)
+            time.sleep(early)
+            self.waiting(None)
+        return super()._checked_header(header)
+
+
 def register() -> None:
-    """Make the backend known to torch.distributed in this process."""
+    """Make the backend known to torch.distributed in this process, and the links in its place to pipelines."""
+    LOCAL_LINKS["slow"] = LocalSender, LateReceiver
     if "slow" not in dist.Backend.backend_list:
         dist.Backend.register_backend("slow", SlowGroup, devices=["cpu"])

@@ -72,7 +72,8 @@ def stage(model: str, batch: int, method: str, megabits: float, repeats: int, wi
         module = work.join(*work.blocks[cut[k] : cut[k + 1]])
         place = PipelineStage(module, k, PROCESSES, torch.device("cpu"))
         optimizer = torch.optim.AdamW(module.parameters(), lr=1e-3)
-        pipe = Schedule(place, optimizer, work.loss_fn, method, compress=compress, liveness_timeout=None)
+        # Through the group, which counts bytes.
+        pipe = Schedule(place, optimizer, work.loss_fn, method, compress=compress, liveness_timeout=None, transport="group")
         args, target = ((work.x,) if k == 0 else ()), (work.y if k == PROCESSES - 1 else None)
         return lambda: pipe.step(*args, target=target)
 

@@ -24,7 +24,7 @@ from pipeoptim.engine.processes.heartbeat import Heartbeat
 from pipeoptim.engine.processes.norm_exchange import GatheredNorms, ProcessNorms
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.processes.shared_memory import shared_memory_norms
-from pipeoptim.engine.transport.backend import uses_gloo
+from pipeoptim.engine.transport.backend import backend_of, uses_gloo
 from pipeoptim.engine.transport.link import LinkObserver, Receiver, Sender, Waiting, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports
@@ -34,6 +34,11 @@ from pipeoptim.errors import StageFailure
 
 ACTIVATIONS, GRADIENTS = 0, 1
 _DIRECTIONS = "activations", "gradients"
+
+LOCAL_LINKS: dict[str | None, tuple[Callable[..., Sender], Callable[..., Receiver]]] = {
+    dist.Backend.GLOO: (LocalSender, LocalReceiver)
+}
+"""The links between processes of one machine that take the place of a backend, by its name; any other backend carries messages itself."""
 
 
 @dataclass(frozen=True)
@@ -208,7 +213,7 @@ def _connect_stage(
     # Only where a device's messages must pass through the host; a backend of the device's own needs none.
     streams = side_streams(device)
     in_host = device.type == "cpu" or streams is not None  # what travels is in the host's memory
-    wanted = transport == "auto" and in_host and uses_gloo()
+    wanted = transport == "auto" and in_host and backend_of() in LOCAL_LINKS
     channels = connect_neighbours(rendezvous.store, k, len(ranks), wanted, rendezvous.timeout, windows)
     observer = endpoint.observer
     waiting = waiting if observer is None else observer.waiting(waiting)
@@ -220,7 +225,7 @@ def _connect_stage(
         if streams is not None:
             sender, receiver = partial(StagedSender, streams), partial(StagedReceiver, streams)
         elif (ACTIVATIONS, boundary) in channels:
-            sender, receiver = LocalSender, LocalReceiver
+            sender, receiver = LOCAL_LINKS[backend_of()]
         rest = peer, ranks[peer], device, rendezvous.timeout.total_seconds(), waiting
         carriers = [channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back)]
         # Not ahead in a device's own memory: a receive that is never matched would keep its stream busy.
