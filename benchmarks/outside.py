@@ -116,7 +116,7 @@ def predicted(p: Point, constants: Row) -> float:
     sent = float(p.tokens * p.width * BYTES)
 
     def one(name: str, seconds: float, numbers: float) -> BlockProfile:
-        return BlockProfile(name, (seconds / 3,), (2 * seconds / 3,), (sent,), (sent,), (0.0,), numbers * BYTES)
+        return BlockProfile(name, (seconds / 3,), (2 * seconds / 3,), (sent,), (sent,), (0.0,), (0.0,), numbers * BYTES)
 
     blocks = [one(f"block {n}", each, p.block_weights) for n in range(p.layers)] + [one("output", output, p.vocabulary_weights)]
     no_pass = PassCost(0.0, 0.0)

@@ -11,9 +11,10 @@ from pipeoptim.bench.models import Workload
 from pipeoptim_zoo.models.chain import Chain
 from pipeoptim_zoo.models.gnmt import gnmt8 as translator
 from pipeoptim_zoo.models.gpt import gpt as language_model
+from pipeoptim_zoo.models.resnet import resnet
 from pipeoptim_zoo.models.resnet import resnet101 as classifier
 
-__all__ = ["gnmt8", "gpt", "resnet101"]
+__all__ = ["gnmt8", "gpt", "resnet101", "resnet26"]
 
 VOCABULARY = 1000
 
@@ -62,6 +63,14 @@ def gpt(batch: int, width: int = 128, layers: int = 6, context: int = 64, vocabu
 def resnet101(batch: int, width: float = 0.25, classes: int = 100) -> Workload:
     """ResNet-101 with a quarter of the channels, for images of 32 x 32."""
     model = classifier(32, classes, width)
+    return Workload(
+        list(model), torch.randn(batch, 3, 32, 32), torch.randint(classes, (batch,)), nn.functional.cross_entropy, Chain
+    )
+
+
+def resnet26(batch: int, width: float = 0.25, classes: int = 100) -> Workload:
+    """Eight bottleneck blocks with a quarter of the channels, for images of 32 x 32."""
+    model = resnet((2, 2, 2, 2), 32, classes, width)
     return Workload(
         list(model), torch.randn(batch, 3, 32, 32), torch.randint(classes, (batch,)), nn.functional.cross_entropy, Chain
     )

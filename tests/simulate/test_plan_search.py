@@ -22,7 +22,7 @@ from pipeoptim.train.setup import build_model
 
 
 def uneven(seconds=(1.0, 4.0, 2.0, 2.0, 3.0), rows=4, gib=1.0):
-    """Blocks of these seconds, each with a GiB of weights and as much of activations per mini-batch."""
+    """Blocks of these seconds, each with a GiB of weights and of activations, a quarter of it shared with the block before."""
     profile = synthetic(TransformerSizes(rows=rows, latency=0.01, bandwidth=1e12), len(seconds))
     size = gib * 2**30
     blocks = tuple(
@@ -32,6 +32,7 @@ def uneven(seconds=(1.0, 4.0, 2.0, 2.0, 3.0), rows=4, gib=1.0):
             backward=(2 * s / 3 / rows, 2 * s / 3),
             weight_bytes=size,
             saved_bytes=(size / rows, size),
+            shared_bytes=(size / 4 / rows, size / 4),
         )
         for block, s in zip(profile.blocks, seconds, strict=True)
     )

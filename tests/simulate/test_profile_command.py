@@ -1,18 +1,19 @@
 """``pipeoptim profile``: what is counted is exact, what is measured is plausible, and bad input writes nothing."""
 
 import json
-from dataclasses import replace
 
 import pytest
 import torch
+from torch import nn
 
 from pipeoptim.bench import memory, model_profile
+from pipeoptim.bench.computed import ComputedRun, counted_profile
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
-from pipeoptim.bench.model_profile import MeasuredModel, measure_profile
+from pipeoptim.bench.model_profile import MeasuredModel, measure_profile, measured_bytes
+from pipeoptim.bench.models import Workload
 from pipeoptim.cli.app import _run
 from pipeoptim.methods import get_method
-from pipeoptim.partitioning import partition
-from pipeoptim.simulate import Scenario, TransformerSizes, read_profile, simulate, synthetic
+from pipeoptim.simulate import Scenario, read_profile, simulate
 
 LINK = LinkMeasurement(1e-4, None, 1e-9, 4e-4, 1e-4)
 
@@ -46,8 +47,11 @@ def test_bytes_are_exact_and_seconds_are_those_of_training(monkeypatch, tmp_path
     seconds = sum(block.forward[0] + block.backward[0] for block in found.blocks[:2])
     assert 0 < run.throughput.median < 1 / (4 * seconds), "the slower stage, with what the engine adds"
     assert run.stages[0].memory == pytest.approx(
-        sum(b.weight_bytes for b in found.blocks[:2]) * (2 + 1 + 2) + 2 * sum(b.saved_bytes[0] for b in found.blocks[:2])
+        sum(b.weight_bytes for b in found.blocks[:2]) * (2 + 1 + 2)
+        + 2 * (sum(b.saved_bytes[0] for b in found.blocks[:2]) - found.blocks[1].shared_bytes[0])
     )
+    # The second block's input is the first one's output: on one stage it is there once.
+    assert [b.shared_bytes[0] for b in found.blocks] == [0, 16 * 64 * 4, 16 * 512 * 4]
 
 
 def test_the_memory_of_every_stage_is_that_of_the_engine():
@@ -58,22 +62,55 @@ def test_the_memory_of_every_stage_is_that_of_the_engine():
         torch.nn.Sequential(torch.nn.Linear(64, 64), torch.nn.Tanh(), torch.nn.Linear(64, 64), torch.nn.ReLU())
         for _ in range(3)
     ]
-    x = torch.randn(rows, width)
-    costs = partition(torch.nn.Sequential(*stages), 1, (x,)).costs
-    loss = model_profile.loss_bytes(memory._loss, torch.nn.Sequential(*stages)(x), torch.randn(rows, width))
+    model, profiles = torch.nn.Sequential(*stages), {}
+    for m in (1, 3):
+        x, y = (torch.randn(rows * m, width) for _ in range(2))
+        profiles[m] = measured_bytes(MeasuredModel("net", model, (x,), len(x), sgd, memory._loss, y, how="blocks"), (m,))
     for row in found.rows:
         k, m = row.settings["stage"], row.settings["microbatches"]
-        # The input of the first stage is the user's own, which the benchmark does not count.
-        saved = costs[k].saved_bytes + (loss if k == 2 else 0) - (x.nbytes if k == 0 else 0)
-        base = synthetic(TransformerSizes(rows=m), 3)
-        blocks = tuple(
-            replace(b, saved_bytes=(saved, saved * m)[: len(base.rows)], weight_bytes=costs[k].weight_bytes)
-            for b in base.blocks
-        )
         method = get_method(row.settings["method"])
-        run = simulate(Scenario(replace(base, blocks=blocks), (1, 1, 1), method, method.program(3, m), 8)).stages[k]
-        assert run.copies * costs[k].weight_bytes == row.median, row.name
+        run = simulate(Scenario(profiles[m], (1, 1, 1), method, method.program(3, m), 8)).stages[k]
+        assert run.copies * profiles[m].blocks[k].weight_bytes == row.median, row.name
         assert run.activations == row.settings["activations"], row.name
+
+
+@pytest.mark.parametrize("m", [1, 2])
+def test_stages_of_several_blocks_keep_what_they_share_once(m):
+    """A residual block, a view, an activation that saves its output and a loss with a large memory: measured on live storages."""
+    run = ComputedRun(f"{__name__}:mixed", 16, "pipeoptim", m, (3, 2))
+    stages = run.predict(counted_profile(run.model, run.batch, (m,))).stages
+    assert [stage.memory for stage in stages] == run.peaks()
+
+
+def mixed(batch):
+    """Work for the test above."""
+    blocks = [
+        nn.Linear(8, 32),
+        Residual(),
+        nn.Sequential(nn.ReLU(), nn.Linear(32, 8)),
+        nn.Unflatten(1, (2, 4)),
+        nn.Linear(4, 4),
+    ]
+    return Workload(blocks, torch.randn(batch, 8), torch.randn(batch, 2, 4), nn.functional.mse_loss)
+
+
+class Residual(nn.Module):
+    """Its output is what the next block saves, its input what it saves itself."""
+
+    def forward(self, x):
+        return x + torch.tanh(x)
+
+
+def sgd(parameters):
+    return torch.optim.SGD(parameters, lr=0.1)
+
+
+def test_a_model_of_more_blocks_than_repeats_is_profiled(monkeypatch):
+    monkeypatch.setattr(model_profile, "measure_link", lambda repeats: LINK)
+    x = torch.randn(4, 4)
+    work = MeasuredModel("net", nn.Sequential(*(nn.Linear(4, 4) for _ in range(9))), (x,), 4, sgd, nn.functional.mse_loss, x)
+    found = measure_profile(work, repeats=5)
+    assert found.spread >= 0 and all(block.forward[0] > 0 for block in found.blocks)
 
 
 def test_messages_between_two_processes_take_time():

@@ -64,7 +64,7 @@ def _rows(name: str, depth: int, m: int, width: int, batch: int, slack: float) -
     pipe = Emulator(stages, lambda p: torch.optim.AdamW(p, lr=1e-3), _loss, name, m, slack=slack)
     x, y = torch.randn(batch * m, width), torch.randn(batch * m, width)
     with LiveStorages() as live:
-        watches = [_Watch(live, pipe._worker(k), [x, y]) for k in range(depth)]
+        watches = [StageWatch(live, pipe._worker(k), [x, y]) for k in range(depth)]
         # The very first shows whether modules change their inputs, which takes a copy.
         for minibatches in (1, 2 * pipe.program.in_flight(0) + 2):
             for watch in watches:
@@ -98,12 +98,17 @@ def _loss(output: Tensor, target: Tensor) -> Tensor:
     return (output - target).square().mean()
 
 
-class _Watch:
-    """Looks at one stage after each of its actions."""
+class StageWatch:
+    """Looks at one stage after each of its actions.
+
+    Attributes:
+        one: bytes of activations after the first forward.
+        weights, activations, total: the most so far; total of weights, gradients, the optimizer's state and activations together.
+    """
 
     def __init__(self, live: LiveStorages, worker: StageWorker, batch: list[Tensor]) -> None:
         self.live, self.worker, self.batch = live, worker, batch
-        self.weights = self.activations = self.one = 0
+        self.weights = self.activations = self.one = self.total = 0
         forward, backward, finish = worker.forward, worker.backward, worker.finish_update
         worker.forward = self._in_forward(forward)  # type: ignore[method-assign]
         worker.backward = self._after(backward)  # type: ignore[method-assign]
@@ -135,8 +140,15 @@ class _Watch:
 
     def _look(self) -> None:
         if self.live.owner is None:  # not in the middle of a forward
-            self.activations = max(self.activations, self._now())
-            self.weights = max(self.weights, self.worker.weight_bytes())
+            activations, weights = self._now(), self.worker.weight_bytes()
+            self.activations = max(self.activations, activations)
+            self.weights = max(self.weights, weights)
+            self.total = max(self.total, activations + weights + self._gradients_and_state())
+
+    def _gradients_and_state(self) -> int:
+        gradients = sum(p.grad.nbytes for p in self.worker.parameters if p.grad is not None)
+        state = self.worker.optimizer.state.values() if self.worker.optimizer is not None else ()
+        return gradients + sum(t.nbytes for own in state for t in own.values() if isinstance(t, Tensor) and t.dim())
 
     def _now(self) -> int:
         worker = self.worker

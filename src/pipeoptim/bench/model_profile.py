@@ -10,20 +10,21 @@ from __future__ import annotations
 import copy
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from statistics import median
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
-from torch.utils._pytree import tree_leaves, tree_map_only
+from torch.utils._pytree import tree_map_only
 
+from pipeoptim.bench.kept_bytes import kept_bytes
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
 from pipeoptim.engine import Emulator, Trace
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.files import read_object
-from pipeoptim.partitioning import partition
+from pipeoptim.partitioning import Partition, partition
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile
 from pipeoptim.train.machine import machine
@@ -57,42 +58,36 @@ class MeasuredModel:
     layers: Sequence[str] | None = None
 
 
-def measure_profile(work: MeasuredModel, microbatches: Sequence[int] = (1,), repeats: int = 15) -> Profile:
+def measure_profile(
+    work: MeasuredModel, microbatches: Sequence[int] = (1,), repeats: int = 15, link: LinkMeasurement | None = None
+) -> Profile:
     """Measure everything that a profile holds.
 
     Args:
         work: the model and what trains it.
         microbatches: the numbers M whose micro-batches are measured.
         repeats: mini-batches that a figure is the median of.
+        link: what messages cost, where it is known; measured by default.
 
     Raises:
         ConfigError: an M does not divide the mini-batch, or the model cannot be cut.
     """
-    sizes = sorted({_rows(work, m): m for m in microbatches}.items())
-    spans, costs = {}, {}
-    for rows, m in sizes:
-        found = partition(work.model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m).costs
-        costs[rows] = [(c.name, c.output_bytes / m, c.saved_bytes / m, c.weight_bytes) for c in found]
-        costs[rows][-1] = _with_loss(costs[rows][-1], work, rows)
-        spans[rows] = _trained(work, found, "pipeoptim", m, repeats)
-    largest, m = sizes[-1]
-    plain, stashed = (_trained(work, found, name, m, repeats) for name in ("naive", "pipedream"))
-    weights = [cost[3] for cost in costs[largest]]
-    idle = _idle_stages(work.optimizer, repeats)
-    link = measure_link(repeats)
+    sizes = _sizes(work, microbatches)
+    counted = {rows: _counted(work, rows, m) for rows, m in sizes.items()}
+    spans = {rows: _trained(work, counted[rows].costs, "pipeoptim", m, repeats) for rows, m in sizes.items()}
+    largest, m = list(sizes.items())[-1]
+    plain, stashed = (_trained(work, counted[largest].costs, name, m, repeats) for name in ("naive", "pipedream"))
+    known, predicted, idle = _of_bytes(work, counted), spans[largest], _idle_stages(work.optimizer, repeats)
+    link = link or measure_link(repeats)
     blocks = tuple(
-        BlockProfile(
-            name=name,
-            forward=tuple(max(0.0, spans[rows][k].forward - idle["pipeoptim"].forward) for rows, _ in sizes),
-            backward=tuple(max(0.0, spans[rows][k].backward - idle["pipeoptim"].backward) for rows, _ in sizes),
-            output_bytes=tuple(costs[rows][k][1] for rows, _ in sizes),
-            gradient_bytes=tuple(costs[rows][k][1] for rows, _ in sizes),
-            saved_bytes=tuple(costs[rows][k][2] for rows, _ in sizes),
-            weight_bytes=weights[k],
+        replace(
+            block,
+            forward=tuple(max(0.0, spans[rows][k].forward - idle["pipeoptim"].forward) for rows in sizes),
+            backward=tuple(max(0.0, spans[rows][k].backward - idle["pipeoptim"].backward) for rows in sizes),
         )
-        for k, (name, *_) in enumerate(costs[largest])
+        for k, block in enumerate(known.blocks)
     )
-    predicted = spans[largest]
+    weights = [block.weight_bytes for block in blocks]
     step = _pass([s.update for s in plain], weights, idle["naive"].update)
     predict = _pass(
         [max(0.0, a.update + a.predict - b.update) for a, b in zip(predicted[:-1], plain[:-1], strict=True)],
@@ -104,43 +99,65 @@ def measure_profile(work: MeasuredModel, microbatches: Sequence[int] = (1,), rep
         weights[:-1],
         max(0.0, idle["pipedream"].update - idle["naive"].update),
     )
+    return replace(
+        known,
+        blocks=blocks,
+        optimizer=replace(known.optimizer, step=step, predict=predict, copy=copied),
+        link=LinkProfile(link.latency, link.bandwidth, link.handling),
+        action=_actions(idle["naive"], link),
+        spread=median(s.spread for s in predicted),
+    )
+
+
+def measured_bytes(work: MeasuredModel, microbatches: Sequence[int] = (1,)) -> Profile:
+    """The bytes of a profile; nothing in it takes time.
+
+    Raises:
+        ConfigError: an M does not divide the mini-batch, or the model cannot be cut.
+    """
+    return _of_bytes(work, {rows: _counted(work, rows, m) for rows, m in _sizes(work, microbatches).items()})
+
+
+class _Counted(NamedTuple):
+    """What was found of the blocks for one size of micro-batch: ``kept`` as :func:`kept_bytes` returns it."""
+
+    m: int
+    costs: list[BlockCost]
+    kept: list[tuple[int, int]]
+
+
+def _counted(work: MeasuredModel, rows: int, m: int) -> _Counted:
+    costs = partition(work.model, 1, work.args, work.kwargs, how=work.how, layers=work.layers, microbatches=m).costs
+    args, kwargs, target = tree_map_only(Tensor, lambda t: t[:rows] if t.dim() else t, (work.args, work.kwargs, work.target))
+
+    def share(output: Any, wanted: Any) -> Any:  # of the mini-batch's loss, as the engine starts a backward from it
+        loss = work.loss_fn(output, wanted)
+        return loss if m == 1 else loss / m
+
+    return _Counted(m, costs, kept_bytes(list(_single_blocks(work, costs).stages), args, kwargs, share, target))
+
+
+def _of_bytes(work: MeasuredModel, counted: Mapping[int, _Counted]) -> Profile:
+    none, free, blocks = (0.0,) * len(counted), PassCost(0.0, 0.0), []
+    for k, cost in enumerate(list(counted.values())[-1].costs):
+        sent = tuple(one.costs[k].output_bytes / one.m for one in counted.values())
+        saved, shared = zip(*(one.kept[k] for one in counted.values()), strict=True)
+        blocks.append(BlockProfile(cost.name, none, none, sent, sent, saved, shared, cost.weight_bytes))
     return Profile(
         model=work.name,
         synthetic=False,
         batch_rows=work.rows,
-        rows=tuple(rows for rows, _ in sizes),
-        blocks=blocks,
-        optimizer=OptimizerProfile(_name(work.optimizer), step, predict, copied, _state_bytes(work)),
-        link=LinkProfile(link.latency, link.bandwidth, link.handling),
-        action=_actions(idle["naive"], link),
-        spread=median(s.spread for s in spans[largest]),
+        rows=tuple(counted),
+        blocks=tuple(blocks),
+        optimizer=OptimizerProfile(_name(work.optimizer), free, free, free, _state_bytes(work)),
+        link=LinkProfile(0.0, None),
         made=machine(),
     )
 
 
-def _with_loss(cost: tuple[str, float, float, int], work: MeasuredModel, rows: int) -> tuple[str, float, float, int]:
-    """The last block with what the loss of a micro-batch keeps for its B."""
-    args, kwargs, target = tree_map_only(Tensor, lambda t: t[:rows] if t.dim() else t, (work.args, work.kwargs, work.target))
-    with torch.random.fork_rng():
-        output = work.model(*args, **kwargs)
-    name, sent, saved, weights = cost
-    return name, sent, saved + loss_bytes(work.loss_fn, output, target), weights
-
-
-def loss_bytes(loss_fn: Callable[..., Any], output: Any, target: Any) -> int:
-    """Bytes that autograd keeps of a loss, those of the ``output`` and the target not counted."""
-    there = {t.untyped_storage().data_ptr() for t in tree_leaves((output, target)) if isinstance(t, Tensor)}
-    kept: dict[int, int] = {}
-
-    def note(t: Tensor) -> Tensor:
-        storage = t.untyped_storage()
-        if storage.data_ptr() not in there:
-            kept[storage.data_ptr()] = storage.nbytes()
-        return t
-
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
-        loss_fn(output, target)
-    return sum(kept.values())
+def _sizes(work: MeasuredModel, microbatches: Sequence[int]) -> dict[int, int]:
+    """M by rows of its micro-batch, ascending."""
+    return dict(sorted({_rows(work, m): m for m in microbatches}.items()))
 
 
 def _rows(work: MeasuredModel, m: int) -> int:
@@ -162,9 +179,14 @@ class StageSpans:
 
 def _trained(work: MeasuredModel, costs: list[BlockCost], method: str, m: int, repeats: int) -> list[StageSpans]:
     """Of every block as a stage, in training with ``method``; ``costs`` of the blocks are known and not measured again."""
-    model = copy.deepcopy(work.model)
-    cut = partition(model, len(costs), work.args, work.kwargs, how=work.how, layers=work.layers, costs=costs)
+    cut = _single_blocks(work, costs)
     return traced(cut, work.optimizer, work.loss_fn, method, m, work.args, work.kwargs, work.target, repeats)
+
+
+def _single_blocks(work: MeasuredModel, costs: list[BlockCost]) -> Partition:
+    """A copy of the model with every block as a stage."""
+    model = copy.deepcopy(work.model)
+    return partition(model, len(costs), work.args, work.kwargs, how=work.how, layers=work.layers, costs=costs)
 
 
 def traced(
@@ -198,7 +220,8 @@ def _spans(spans: list[list[Any]], m: int) -> StageSpans:
         own[n] = own.get(n, 0.0) + (end - begin) * 1e-9
     whole = {what: sorted(list(own.values())[1:-1] or own.values()) for what, own in seconds.items()}  # the ends may be cut off
     middle = {what: median(values) for what, values in whole.items()}
-    both = sorted(f + seconds["B"][n] for n, f in seconds["F"].items() if n in seconds["B"])
+    # Of the same turn: with many stages none has F and B of the same mini-batch in the trace.
+    both = sorted(f + b for f, b in zip(seconds["F"].values(), seconds["B"].values(), strict=False))
     spread = (both[round(0.84 * (len(both) - 1))] - both[round(0.16 * (len(both) - 1))]) / 2 / median(both)
     return StageSpans(middle["F"] / m, middle["B"] / m, middle["U"], middle.get("predict", 0.0), spread)
 

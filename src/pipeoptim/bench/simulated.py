@@ -21,6 +21,7 @@ from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record
 from pipeoptim.engine import Schedule
 from pipeoptim.methods import get_method
+from pipeoptim.schedule import Program
 from pipeoptim.simulate import Conditions, Profile, Scenario, Simulation, simulate
 from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost
 
@@ -78,15 +79,15 @@ class SimulatedRun:
         ends: list[float] = run_on_processes(
             "pipeoptim.bench.simulated:stage", options, self.depth, threads=1, timeout=timeout, delay=self.delay / 1e3
         )[0]
-        fed = ends[next_update(self) :]
-        first, last = len(fed) // 3, len(fed) - 1
-        return (last - first) / (fed[last] - fed[first])
+        return steady_rate(ends, get_method(self.method).program(self.depth, self.m, slack=self.slack))
 
 
-def next_update(run: SimulatedRun) -> int:
-    """The first step of stage 0 that ends with an update."""
-    program = get_method(run.method).program(run.depth, run.m, slack=run.slack)
-    return next(n for n in range(run.steps) if any(action.kind.value == "U" for action in program.step(0, n)))
+def steady_rate(ends: list[float], program: Program) -> float:
+    """Mini-batches per second from the ends of the steps of stage 0, the first third of those that end with an update left out."""
+    first_update = next(n for n in range(len(ends)) if any(action.kind.value == "U" for action in program.step(0, n)))
+    fed = ends[first_update:]
+    first, last = len(fed) // 3, len(fed) - 1
+    return (last - first) / (fed[last] - fed[first])
 
 
 def device_profile(seconds: float, depth: int, link: LinkMeasurement) -> Profile:
@@ -94,7 +95,7 @@ def device_profile(seconds: float, depth: int, link: LinkMeasurement) -> Profile
     rows = (1, BATCH)
     forward = tuple(seconds / 3 * r / BATCH for r in rows)
     size = tuple(4.0 * WIDTH * r for r in rows)
-    block = BlockProfile("stage", forward, tuple(2 * f for f in forward), size, size, size, 4 * WIDTH * (WIDTH + 1))
+    block = BlockProfile("stage", forward, tuple(2 * f for f in forward), size, size, size, (0.0, 0.0), 4 * WIDTH * (WIDTH + 1))
     free = PassCost(0.0, 0.0)  # what a step of so few weights takes is in the measurement of the link
     own = link.per_microbatch / 2
     return Profile(

@@ -12,7 +12,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench import efficiency, memory, partition, scaling, simulated, slack_model, stability, transfer
+from pipeoptim.bench import (
+    computed,
+    efficiency,
+    memory,
+    partition,
+    plan_regret,
+    scaling,
+    simulated,
+    slack_model,
+    stability,
+    transfer,
+)
 from pipeoptim.bench.goals import markdown as goals
 from pipeoptim.bench.predict import columns as predict_columns
 from pipeoptim.bench.record import Record, ResultRow
@@ -35,6 +46,9 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
         "partition": partition.columns,
         "stability": stability.columns,
         "simulated": simulated.columns,
+        "simulated real": simulated.columns,
+        "simulated memory": computed.memory_columns,
+        "plan regret": plan_regret.columns,
         "simulate at scale": simulated.scale_columns,
         "outside": simulated.outside_columns,
         "slack": slack_model.columns,

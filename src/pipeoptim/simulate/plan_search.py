@@ -13,7 +13,7 @@ import shlex
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import cache, cached_property, partial
+from functools import cache, cached_property, partial, reduce
 from itertools import count
 from math import ceil, inf
 
@@ -28,7 +28,7 @@ from pipeoptim.simulate.profile import Profile
 from pipeoptim.simulate.result import Simulation
 from pipeoptim.simulate.scenario import MOST_CUT, Conditions, Scenario
 from pipeoptim.simulate.simulate import simulate
-from pipeoptim.simulate.stage_costs import countable, stage_costs
+from pipeoptim.simulate.stage_costs import countable, moments, stage_costs
 
 TOLERANCE = 0.005
 """A plan that is better by less is none that could be told apart."""
@@ -359,13 +359,17 @@ def _cut(request: PlanRequest, shape: PlanShape) -> Candidate | None:
     keep_forward = shape.recompute == "forward"
     most = [copies(shape.method, depth, m, k, keep_forward, program) for k in range(depth)]
     weights = blocks.weights[None, :] - blocks.weights[:, None]
-    held = blocks.saved[None, :] - blocks.saved[:, None]
+    after_first = np.append(
+        blocks.shared[1:], blocks.shared[-1]
+    )  # a stage's first block shares nothing: what is before it is elsewhere
+    held = blocks.saved[None, :] - blocks.saved[:, None] - (blocks.shared[None, :] - after_first[:, None])
     seconds = m * (blocks.seconds[None, :] - blocks.seconds[:, None])
     order = np.arange(len(blocks.weights))
     empty = order[None, :] <= order[:, None]
 
     def of_stage(k: int) -> np.ndarray[tuple[int, ...], np.dtype[np.float64]]:
-        memory = weights * (most[k] + 1 + profile.optimizer.state_bytes) + held * program.in_flight(k)
+        at_once = reduce(np.maximum, (flying * held + there * weights for flying, there in moments(program, k)))
+        memory = weights * (most[k] + profile.optimizer.state_bytes) + at_once
         return np.where(empty | (memory > cluster.memory), inf, seconds / speeds[k])
 
     try:
@@ -393,7 +397,7 @@ def _cut(request: PlanRequest, shape: PlanShape) -> Candidate | None:
         ),
     )
     costs = stage_costs(scenario)
-    memory = max(cost.memory(program.in_flight(k)) or inf for k, cost in enumerate(costs))
+    memory = max(cost.memory() or inf for cost in costs)
     if memory > cluster.memory:  # with the block that is computed again
         return None
     both = [cost.forward + cost.backward for cost in costs]
@@ -408,10 +412,11 @@ def _enough(program: Program) -> int:
 
 @dataclass(frozen=True)
 class _BlockSums:
-    """Sums over the blocks before each: seconds of F and B and bytes kept of a micro-batch, bytes of weights."""
+    """Sums over the blocks before each: seconds of F and B, bytes kept and shared of a micro-batch, bytes of weights."""
 
     seconds: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
     saved: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
+    shared: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
     weights: np.ndarray[tuple[int, ...], np.dtype[np.float64]]
 
 
@@ -425,6 +430,8 @@ def _block_sums(profile: Profile, rows: int, recompute: str) -> _BlockSums:
     seconds = (again * profile.at(b.forward, rows) + profile.at(b.backward, rows) for b in blocks)
     if recompute:
         saved = (profile.at(blocks[max(0, n - 1)].output_bytes, rows) for n in range(len(blocks)))
+        shared = (0.0 for _ in blocks)
     else:
         saved = (profile.at(b.saved_bytes, rows) for b in blocks)
-    return _BlockSums(sums(seconds), sums(saved), sums(b.weight_bytes for b in blocks))
+        shared = (profile.at(b.shared_bytes, rows) for b in blocks)
+    return _BlockSums(sums(seconds), sums(saved), sums(shared), sums(b.weight_bytes for b in blocks))

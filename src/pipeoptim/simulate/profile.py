@@ -14,7 +14,7 @@ from pipeoptim.files import read_object, write_durably
 from pipeoptim.simulate.figures import LEAST, MOST, is_divisor, is_figure
 from pipeoptim.version import __version__
 
-FORMAT = 1
+FORMAT = 2
 
 MOST_SPREAD = 10.0
 """Sigma of a log-normal factor: one draw in six is then more than e^10."""
@@ -24,7 +24,8 @@ UNITS = {
     "backward": "seconds of a micro-batch, one number per entry of rows",
     "output_bytes": "bytes that a micro-batch hands to the next block",
     "gradient_bytes": "bytes of its gradient on the way back",
-    "saved_bytes": "bytes that a micro-batch keeps from F to B",
+    "saved_bytes": "bytes that a stage of this block keeps of a micro-batch from F to B",
+    "shared_bytes": "bytes of them less where the block before is on the same stage",
     "weight_bytes": "bytes",
     "fixed": "seconds per call",
     "per_byte": "seconds per byte of weights",
@@ -47,6 +48,7 @@ class BlockProfile:
     output_bytes: tuple[float, ...]
     gradient_bytes: tuple[float, ...]
     saved_bytes: tuple[float, ...]
+    shared_bytes: tuple[float, ...]
     weight_bytes: float
 
 
@@ -124,14 +126,17 @@ class Profile:
         upper, share = place
         return values[upper] if share == 0 else values[upper] - share * (values[upper] - values[upper - 1])
 
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data that explains itself."""
+        return {"format": FORMAT, "pipeoptim": __version__, "units": UNITS, **asdict(self)}
+
     def write(self, path: Path) -> Path:
-        """As JSON that explains itself; whole or not at all.
+        """As JSON; whole or not at all.
 
         Raises:
             OSError: no space, no permission.
         """
-        data = {"format": FORMAT, "pipeoptim": __version__, "units": UNITS, **asdict(self)}
-        write_durably(path, json.dumps(data, indent=1) + "\n")
+        write_durably(path, json.dumps(self.to_dict(), indent=1) + "\n")
         return path
 
 
@@ -165,7 +170,7 @@ def read_profile(path: Path) -> Profile:
             f"{path} is no profile of format {FORMAT} (it says {data.get('format')!r}); make it anew with pipeoptim profile"
         )
     try:
-        return checked(_profile(data))
+        return checked(profile_of(data))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     except (KeyError, TypeError, ValueError, AttributeError) as error:
@@ -174,7 +179,9 @@ def read_profile(path: Path) -> Profile:
         ) from error
 
 
-def _profile(data: dict[str, Any]) -> Profile:
+def profile_of(data: dict[str, Any]) -> Profile:
+    """What :meth:`Profile.to_dict` returned, unchecked."""
+
     def block(entry: dict[str, Any]) -> BlockProfile:
         values: dict[str, Any] = {key: tuple(value) if isinstance(value, list) else value for key, value in entry.items()}
         return BlockProfile(**values)

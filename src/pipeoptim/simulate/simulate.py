@@ -113,7 +113,7 @@ def _stages(timed: TimedEvents, waits: list[list[StageWaits]]) -> list[Simulated
             in_flight=flying[k],
             gap=gaps[k],
             copies=cost.copies,
-            memory=cost.memory(flying[k]),
+            memory=cost.memory(),
             activations=cost.saved_bytes * flying[k],
         )
         for k, cost in enumerate(timed.costs)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import accumulate, pairwise
 
 from pipeoptim.methods import WeightPasses, copies, weight_passes
-from pipeoptim.schedule import Program
+from pipeoptim.schedule import ActionKind, Program
 from pipeoptim.simulate.scenario import Scenario
+
+Moment = tuple[int, int]
+"""Micro-batches in flight, and gradients of the weights: 0 or 1."""
 
 MOST_ACTIONS = 300_000
 """Of all stages, walked through in two or three seconds to count copies and predictions."""
@@ -28,6 +32,7 @@ class StageCost:
         saved_bytes: kept from F to B.
         rebuilt_bytes: of one block, which a B that computes activations again has at a time; 0 where they are kept.
         state_bytes: of the optimizer.
+        moments: as for :func:`moments`; empty where there are too many stages to count.
     """
 
     forward: float
@@ -42,13 +47,34 @@ class StageCost:
     saved_bytes: float
     rebuilt_bytes: float
     state_bytes: float
+    moments: tuple[Moment, ...]
 
-    def memory(self, in_flight: int) -> float | None:
-        """Peak bytes with so many micro-batches in flight: weights, their copies and gradient, optimizer state, activations."""
+    def memory(self) -> float | None:
+        """Peak bytes at the end of an action: weights and their copies, gradient, optimizer state, activations."""
         if self.copies is None:
             return None
-        activations = self.saved_bytes * in_flight + self.rebuilt_bytes
-        return self.weight_bytes * (self.copies + 1) + self.state_bytes + activations
+        held = max(flying * self.saved_bytes + there * self.weight_bytes for flying, there in self.moments)
+        return self.weight_bytes * self.copies + self.state_bytes + held + self.rebuilt_bytes
+
+
+@lru_cache(maxsize=1024)
+def moments(program: Program, k: int) -> tuple[Moment, ...]:
+    """What stage ``k`` holds when an action is over: micro-batches in flight, and whether a gradient is there (1) or not (0).
+
+    A gradient is there from the first B of a mini-batch to its U, which frees it. Moments that others exceed are left out.
+
+    Example:
+        >>> from pipeoptim.methods import get_method
+        >>> naive = get_method("naive")
+        >>> moments(naive.program(4, 1), 0), moments(naive.program(4, 4), 0)
+        (((4, 0), (3, 1)), ((4, 1),))
+    """
+    flying, there, found = 0, 0, {0: 0, 1: 0}
+    for action in program.full(k, minibatches=2 * program.warm_up + 2):
+        flying += {ActionKind.F: 1, ActionKind.B: -1, ActionKind.U: 0}[action.kind]
+        there = {ActionKind.F: there, ActionKind.B: 1, ActionKind.U: 0}[action.kind]
+        found[there] = max(found[there], flying)
+    return ((found[0], 0), (found[1], 1)) if found[0] > found[1] else ((found[1], 1),)
 
 
 @dataclass(frozen=True)
@@ -103,7 +129,7 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
     passes = weight_passes(scenario.method, scenario.program, k, refresh) if counts else _assumed(scenario, last)
     update = optimizer.step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
     again = total("forward") if scenario.recompute else 0.0
-    saved = total("saved_bytes")
+    saved = total("saved_bytes") - sum(profile.at(block.shared_bytes, rows) for block in blocks[1:])
     rebuilt = 0.0
     if scenario.recompute:
         # Every block keeps its input only: what the block before it returned.
@@ -122,6 +148,7 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
         saved_bytes=saved,
         rebuilt_bytes=rebuilt,
         state_bytes=optimizer.state_bytes * weights,
+        moments=moments(scenario.program, k) if counts else (),
     )
 
 

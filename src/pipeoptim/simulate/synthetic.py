@@ -109,7 +109,8 @@ def synthetic(sizes: TransformerSizes, stages: int) -> Profile:
     kept = tuple(17 * one for one in output)
     one_pass = 1 / sizes.memory_bandwidth
     blocks = tuple(
-        BlockProfile(f"block {n}", forward, tuple(2 * f for f in forward), output, output, kept, weights) for n in range(count)
+        BlockProfile(f"block {n}", forward, tuple(2 * f for f in forward), output, output, kept, (0.0,) * len(kept), weights)
+        for n in range(count)
     )
     optimizer = OptimizerProfile(
         "AdamW",

@@ -51,7 +51,13 @@ def plan(
     memory: Annotated[
         list[float] | None, Option(help="GiB of each stage's device; once per stage, with --devices just once.")
     ] = None,
-    devices: Annotated[int | None, Option(help="Equal devices to use: stages may be replicated. Give --bandwidth.")] = None,
+    devices: Annotated[
+        int | None,
+        Option(
+            help="Equal devices to use. With --objective all stages have equally many replicas, as runs have; without it, and with "
+            "--bandwidth, stages may have different numbers, which a run cannot have."
+        ),
+    ] = None,
     bandwidth: Annotated[float | None, Option(help="GB per second between devices; unlimited by default.")] = None,
     pin: Annotated[
         list[str] | None, Option(help="A block, by number or name, with which a stage must begin; may be repeated.")
@@ -197,6 +203,10 @@ def plan(
     if blocks:
         print(found.blocks_text())
     _show(found, len(found.stages), m, slack, refresh)
+    if len(set(found.replicas)) > 1:
+        print(
+            "a run has whole copies of the pipeline, so it cannot have stages with different numbers of replicas: see --objective"
+        )
     if measured is not None:
         print(measured.advice(found.lengths))
     if picture is not None:
@@ -231,7 +241,7 @@ def _show(found: Partition, depth: int, m: int, slack: Slack, refresh: int | Non
             # Those that flush have none, and are shown beside the others.
             program = method.program(depth, m, slack=0.0 if ORDERS[method.order].flushes else slack)
         except ConfigError as error:
-            table.add_row(name, "", "", "", "", str(error).split(": ", 1)[-1])
+            table.add_row(name, "", "", "", "", str(error))
             continue
         seconds = seconds_per_minibatch(program, found.seconds)
         busy = sum(found.seconds) / (depth * seconds)

@@ -60,6 +60,7 @@ def profile(
           A transformer by formula, marked as such.
     """
     from pipeoptim.bench.model_profile import measure_profile
+    from pipeoptim.kernels.allocation import keep_freed_memory
     from pipeoptim.train.config_file import chosen_run
 
     check_new_files({"--out": out})
@@ -85,6 +86,7 @@ def profile(
             work = _work_of(
                 chosen_run(recipe, tiny, config_file, model, data, "chars", set_options or ())[0], device, how, layers
             )
+        keep_freed_memory()  # as training runs do
         found = measure_profile(work, microbatches or [m for m in (1, 2, 4) if work.rows % m == 0], repeats)
         if (model is None or data is not None) and how == "auto" and not layers:  # as runs cut
             named = _named(recipe, tiny, model, data, set_options, config_file)

@@ -151,6 +151,12 @@ def check_loss(loss: Any) -> Tensor:
     return loss
 
 
+def own_number(loss: Tensor) -> Tensor:
+    """``loss`` without its graph, and in memory of its own: the result of torch's ``mse_loss`` keeps that of all the squares."""
+    loss = loss.detach()
+    return loss if loss.untyped_storage().nbytes() == loss.itemsize else loss.clone()
+
+
 def check_graph(k: int, share: float | None, trained: Iterable[Tensor], added: Iterable[Tensor]) -> None:
     """For a loss on the last stage, ``k``, that has no graph.
 

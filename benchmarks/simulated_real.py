@@ -1,0 +1,152 @@
+"""How wrong ``pipeoptim simulate`` is for models that are really computed: predictions of all runs first, then the runs one by one.
+
+python benchmarks/simulated_real.py predict    profiles the models, writes results/simulated_real_predictions.json
+python benchmarks/simulated_real.py measure    measures what is predicted and not measured yet; writes results/simulated_real.json
+python benchmarks/simulated_real.py memory     peak bytes of each stage, counted and measured; writes results/simulated_memory.json
+python benchmarks/simulated_real.py show       the errors
+
+Two stages, each in a process on a core of its own: five methods, four models, one and four micro-batches. ``predict`` takes 4 minutes,
+``measure`` 7, on two cores that do nothing else. ``measure`` may be stopped at any time and goes on where it was; a file of
+predictions that is there is never written again. To try it: --folder /tmp/try --divide 16 --repeats 5, then --steps 10.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from dataclasses import asdict, replace
+from itertools import product
+from pathlib import Path
+from statistics import median
+
+from pipeoptim.bench.computed import STEPS, ComputedRun, best_lengths, busy_profile, counted_profile
+from pipeoptim.bench.link_profile import measure_link
+from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.simulate import Profile
+
+RESULTS = Path(__file__).parent / "results"
+PREDICTIONS, MEASURED, MEMORY = "simulated_real_predictions.json", "simulated_real.json", "simulated_memory.json"
+METHODS = ("gpipe", "1f1b", "naive", "pipedream", "pipeoptim")
+MODELS = {"mlp": 1024, "pipeoptim_zoo.speed:gpt": 32, "pipeoptim_zoo.speed:resnet26": 32, "pipeoptim_zoo.speed:gnmt8": 256}
+"""And rows of their mini-batch, so that F and B of one take 50 to 150 ms per stage."""
+MICROBATCHES = (1, 4)
+DEPTH = 2
+
+
+def predict(folder: Path, repeats: int, divide: int) -> None:
+    """Write what all runs are expected to reach."""
+    path = folder / PREDICTIONS
+    if path.exists():
+        raise SystemExit(f"{path} exists; predictions are made once, before anything is measured")
+    link = measure_link(repeats)
+    rows = []
+    for model, batch in MODELS.items():
+        rows += _of_model(busy_profile(model, batch // divide, MICROBATCHES, repeats, link), model)
+    data = {
+        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "machine": machine(),
+        "load": os.getloadavg()[0],
+        "rows": rows,
+    }
+    path.write_text(json.dumps(data | {"link": link._asdict()}, indent=1) + "\n")
+    print(f"{len(rows)} predictions in {path}")
+
+
+def _of_model(profile: Profile, model: str) -> list[dict[str, object]]:
+    rows: list[dict[str, object]] = []
+    for m in MICROBATCHES:
+        lengths = best_lengths(profile, DEPTH, m)
+        for method in METHODS:
+            run = ComputedRun(model, profile.batch_rows, method, m, lengths)
+            found = run.predict(profile)
+            rows.append({"name": run.name, "run": asdict(run), "predicted": found.throughput.median})
+            print(f"{run.name}: {found.throughput.median:.4g} mini-batches/s, cut {lengths}", flush=True)
+    return rows
+
+
+def measure(folder: Path, repeats: int, steps: int) -> None:
+    """Measure what is missing, the file being whole after each run."""
+    predictions = json.loads((folder / PREDICTIONS).read_text())
+    path = folder / MEASURED
+    settings = {
+        "predicted": predictions["made"],
+        "repeats": repeats,
+        "mini-batches": steps,
+        "each stage": "on a core of its own",
+    }
+    record = Record.read(path) if path.exists() else Record("simulated real", "mini-batches/s", settings, [])
+    done = {row.name for row in record.rows}
+    for row in predictions["rows"]:
+        if row["name"] in done:
+            continue
+        run = replace(ComputedRun(**row["run"]), steps=steps)
+        samples, loads = [], []
+        for _ in range(repeats):
+            samples.append(run.measure())
+            loads.append(os.getloadavg()[0])
+        record.rows.append(ResultRow(run.name, samples, {**row["run"], "predicted": row["predicted"], "load": max(loads)}))
+        record.write(path)
+        print(f"{run.name}: predicted {row['predicted']:.4g}, measured {samples}", flush=True)
+
+
+def memory(folder: Path, divide: int) -> None:
+    """Peak bytes of every stage, which other work on the machine does not change."""
+    settings = {"optimizer": "AdamW", "methods": len(METHODS), "micro-batches": "1 and 4", "looked at": "after every action"}
+    record = Record("simulated memory", "bytes", settings, [])
+    for model, batch in MODELS.items():
+        profile = counted_profile(model, batch // divide, MICROBATCHES)
+        cut = even(profile)
+        for method, m in product(METHODS, MICROBATCHES):
+            run = ComputedRun(model, profile.batch_rows, method, m, cut)
+            simulated = [stage.memory for stage in run.predict(profile).stages]
+            for k, (own, peak) in enumerate(zip(simulated, run.peaks(), strict=True)):
+                record.rows.append(
+                    ResultRow(f"{run.name} stage {k}", [float(peak)], {**asdict(run), "stage": k, "simulated": own})
+                )
+            record.write(folder / MEMORY)
+            print(
+                f"{run.name}: " + ", ".join(f"{r.settings['simulated'] / r.median - 1:+.2%}" for r in record.rows[-2:]),
+                flush=True,
+            )
+
+
+def even(profile: Profile) -> tuple[int, ...]:
+    """A cut by the number of blocks, since nothing takes time."""
+    half = len(profile.blocks) // 2
+    return half, len(profile.blocks) - half
+
+
+def show(folder: Path) -> None:
+    """Errors, relative to what was measured."""
+    record = Record.read(folder / MEASURED)
+    errors = sorted(abs(row.settings["predicted"] / row.median - 1) for row in record.rows)
+    for row in record.rows:
+        print(f"{row.settings['predicted'] / row.median - 1:+7.1%}  {row.name}")
+    print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {errors[-1]:.1%}")
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("predict", "measure", "memory", "show"))
+    parser.add_argument(
+        "--repeats", type=int, help="mini-batches that a figure of a profile is the median of, 9; runs of each, 1"
+    )
+    parser.add_argument("--steps", type=int, default=STEPS, help="mini-batches that are timed in a run")
+    parser.add_argument("--divide", type=int, default=1, help="rows of mini-batches are divided by it, to try the script")
+    parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
+    arguments = parser.parse_args()
+    if arguments.what == "predict":
+        predict(arguments.folder, arguments.repeats or 9, arguments.divide)
+    elif arguments.what == "measure":
+        measure(arguments.folder, arguments.repeats or 1, arguments.steps)
+    elif arguments.what == "memory":
+        memory(arguments.folder, arguments.divide)
+    else:
+        show(arguments.folder)
+
+
+if __name__ == "__main__":
+    main()
