@@ -6,6 +6,7 @@ import importlib
 import inspect
 import re
 import sys
+from html import escape
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -15,6 +16,8 @@ from mkdocs.structure.files import File, Files
 
 import pipeoptim
 from pipeoptim.advise.decision import TREE, Choice, Question
+from pipeoptim.explained import explanations
+from pipeoptim.messages import topics
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,6 +26,10 @@ from schedules import schedules_script  # noqa: E402
 
 LESS = "---\nsearch: {boost: 0.3}\n---\n\n"
 """What the search finds in guides goes first."""
+MESSAGES = """What PipeOptim says of input that cannot work (`pipeoptim.ConfigError`), by topic: the module that refuses. Capitals and …
+stand for what is filled in. On the command line a message ends with its topic in brackets, in Python a traceback does; `pipeoptim explain`
+with a topic or a message prints this. Messages with more to say are on [a page of their own](troubleshooting.md).
+"""
 PAGES_OUTSIDE = ("CHANGELOG.md", "CONTRIBUTING.md", "SECURITY.md")
 OUTSIDE = re.compile(r"\]\(\.\./([\w./-]+)")
 COMMENT = re.compile(r"<!--.*?-->")  # marks of rendered figures, which would begin a block of HTML in the middle of a sentence
@@ -50,6 +57,7 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         files.append(File.generated(config, f"source/{path}.txt", content=(ROOT / path).read_text()))
     for name, text in api_pages().items():
         files.append(File.generated(config, name, content=text))
+    files.append(File.generated(config, "messages.md", content=messages_page()))
     for path in sorted((ROOT / "docs_site/assets").iterdir()):
         files.append(File.generated(config, f"assets/{path.name}", abs_src_path=str(path)))
     files.append(File.generated(config, "assets/schedules.js", content=schedules_script()))
@@ -132,6 +140,23 @@ def api_pages() -> dict[str, str]:
         lines.append(f"| `{name}` | `{method.order}` | {cells} |")
     pages["api/index.md"] = "\n".join(lines)
     return pages
+
+
+def messages_page() -> str:
+    """Every message of bad input under its topic, as the source has it."""
+    lines = [LESS + "# All messages", "", MESSAGES]
+    for topic in topics().values():
+        lines += [
+            f"## {topic.name} {{ #{topic.name} }}",
+            "",
+            f"{_prose(topic.about)} See [{topic.page[:-3]}]({topic.page}).",
+            "",
+        ]
+        for text in dict.fromkeys(known.text for known in topic.messages):
+            part = next((part for part in explanations() if part.explains(text)), None)
+            lines.append(f"- <code>{escape(text)}</code>" + (f" ([more](troubleshooting.md#{part.name}))" if part else ""))
+        lines.append("")
+    return "\n".join(lines)
 
 
 def _first(thing: Any) -> str:

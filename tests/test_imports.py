@@ -20,6 +20,7 @@ SOURCE = Path(pipeoptim.__path__[0]).parent
 #: room -> rooms that it may import besides itself. A room is a folder, or a module that lies beside the folders.
 MAY_IMPORT = {
     "explained": "",
+    "messages": "",
     "errors": "explained",
     "version": "",
     "files": "errors",
@@ -54,8 +55,8 @@ MAY_IMPORT = {
     "engine/stage partitioning simulate train",
     "compare": "errors files version config options schedule kernels weights methods checkpoint telemetry train bench",
     "faults": "errors config schedule checkpoint telemetry engine engine/stage train",
-    "cli": "errors explained files version config options advise diagnosis schedule kernels methods stability engine engine/transport "
-    "partitioning telemetry simulate money train bench compare faults",
+    "cli": "errors explained messages files version config options advise diagnosis schedule kernels methods stability engine "
+    "engine/transport partitioning telemetry simulate money train bench compare faults",
 }
 
 #: Rooms whose types a room may name in annotations, without importing them when it runs.

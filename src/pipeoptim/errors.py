@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable
 from difflib import get_close_matches
+from types import FrameType
 
 from pipeoptim.explained import with_name
 
@@ -16,11 +18,30 @@ class PipeOptimError(Exception):
 
 
 class ConfigError(PipeOptimError, ValueError):
-    """Input that cannot work, found before any work started. The command line ends with exit code 2."""
+    """Input that cannot work, found before any work started. The command line ends with exit code 2.
+
+    Attributes:
+        topic: what ``pipeoptim explain`` says more under: the module that refuses, such as ``"engine.microbatches"``. A traceback ends with
+            it, and so does what the command line prints. Empty for an error that a script raises itself.
+    """
+
+    def __init__(self, *words: object) -> None:
+        super().__init__(*words)
+        self.topic = _topic(sys._getframe(1))
+        if self.topic:
+            self.add_note(f"More: pipeoptim explain {self.topic}")
 
     def __str__(self) -> str:
         # Values are shown as they print themselves, some of them (an optimizer, a module) on several lines.
         return " ".join(line.strip() for line in super().__str__().splitlines())
+
+
+def _topic(frame: FrameType | None) -> str:
+    """Of whoever makes an error: its module, without the package's name; not this one, which makes some for others."""
+    while frame is not None and frame.f_globals.get("__name__") == __name__:
+        frame = frame.f_back
+    package, _, module = (frame.f_globals.get("__name__") or "" if frame is not None else "").partition(".")
+    return {"pipeoptim": module, "pipeoptim_zoo": f"zoo.{module}"}.get(package, "")
 
 
 class DivergedError(PipeOptimError):

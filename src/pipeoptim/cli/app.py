@@ -78,7 +78,7 @@ def _run(arguments: list[str] | None) -> int:
         code = build()(args=arguments, prog_name="pipeoptim", standalone_mode=False)
         return code if isinstance(code, int) else 0
     except ConfigError as error:
-        return _fail(str(error), EXIT_BAD_INPUT)
+        return _fail(_with_topic(error), EXIT_BAD_INPUT)
     except PipeOptimError as error:
         from pipeoptim.train.signals import AbortedError, exit_code
 
@@ -96,6 +96,12 @@ def _run(arguments: list[str] | None) -> int:
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # typer's own: an option it cannot read
             return _fail(f"{_with_value(error.format_message(), arguments).rstrip('.')}; see --help", EXIT_BAD_INPUT)
         raise
+
+
+def _with_topic(error: ConfigError) -> str:
+    """The message, and what ``pipeoptim explain`` takes: named in the message where it is explained, else its topic in brackets."""
+    message = str(error)
+    return f"{message} [{error.topic}]" if error.topic and "(more: pipeoptim explain " not in message else message
 
 
 def _with_value(message: str, arguments: list[str]) -> str:
