@@ -88,6 +88,53 @@ def test_a_value_on_several_lines_hides_no_explanation():
     assert message == "m.py:f(x=Sequential( (0): ReLU() )) cannot be made: no (more: pipeoptim explain cannot-be-made)"
 
 
+def test_versions_lie_beside_one_another(tmp_path):
+    """As a release makes them, with a page instead of all: in a clone, whose branch gets a folder for each minor version."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("no checkout")
+    subprocess.run(["git", "clone", "--quiet", "--depth=1", ROOT.as_uri(), tmp_path / "clone"], check=True)
+    clone = tmp_path / "clone"
+    (clone / "small.yml").write_text(ONE_PAGE)
+    git = ["git", "-C", clone, "-c", "core.quotePath=off"]
+
+    def on_branch(path):
+        return subprocess.run([*git, "show", f"gh-pages:{path}"], capture_output=True, text=True, check=True).stdout
+
+    identity = {"GIT_AUTHOR_NAME": "a", "GIT_AUTHOR_EMAIL": "a@b", "GIT_COMMITTER_NAME": "a", "GIT_COMMITTER_EMAIL": "a@b"}
+    make = [
+        "make",
+        "-s",
+        "-o",
+        f"{sys.prefix}/.installed",
+        f"VENV={sys.prefix}",
+        "MIKE=--config-file small.yml",
+        "site-version",
+    ]
+    for version in ("0.2.1", "0.3.0"):
+        (clone / "src/pipeoptim/version.py").write_text(f'__version__ = "{version}"\n')
+        done = subprocess.run(
+            make, cwd=clone, env=os.environ | identity, capture_output=True, text=True, timeout=120, check=False
+        )
+        assert done.returncode == 0, done.stderr
+    told = [(one["version"], one["aliases"]) for one in json.loads(on_branch("versions.json"))]
+    assert told == [("0.3", ["latest"]), ("0.2", [])]
+    assert '"latest/"' in on_branch("index.html") and on_branch("latest") == "0.3"
+    for version in ("0.2", "0.3"):
+        assert '"provider": "mike"' in on_branch(f"{version}/index.html"), "whose choice of versions is shown"
+
+
+ONE_PAGE = """
+INHERIT: mkdocs.yml
+nav: [index.md]
+hooks: []
+plugins: [search]
+validation: {links: {not_found: ignore}}
+exclude_docs: |
+  *.md
+  !index.md
+"""
+
+
 def schedules(site):
     return json.loads((site / "assets/schedules.js").read_text().removeprefix("const SCHEDULES = ").removesuffix(";\n"))
 
