@@ -126,7 +126,7 @@ def test_versions_lie_beside_one_another(tmp_path):
 ONE_PAGE = """
 INHERIT: mkdocs.yml
 nav: [index.md]
-hooks: []
+hooks: [docs_site/versions.py]
 plugins: [search]
 validation: {links: {not_found: ignore}}
 exclude_docs: |

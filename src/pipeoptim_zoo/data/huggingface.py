@@ -18,6 +18,7 @@ from pipeoptim_zoo.data.losses import accuracy, auxiliary_cross_entropy, cross_e
 from pipeoptim_zoo.data.sequences import PairSource, TextSource
 from pipeoptim_zoo.data.task import IndexedTask
 from pipeoptim_zoo.data.vocabulary import Vocabulary
+from pipeoptim_zoo.hub import from_hub
 
 __all__ = ["VALIDATION", "images", "load", "texts", "translation"]
 
@@ -39,7 +40,10 @@ def load(path: str | Path, name: str | None = None) -> dict[str, Any]:
     try:
         if (Path(path) / "dataset_dict.json").exists():
             return dict(datasets.load_from_disk(str(path)))
-        return dict(datasets.load_dataset(str(path), name))
+        with from_hub("data set", path):
+            return dict(datasets.load_dataset(str(path), name))
+    except ConfigError:
+        raise
     except Exception as error:  # the hub's, the network's and the file system's errors have no common base
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         absent = "" if Path(path).exists() else "is no folder here, and "

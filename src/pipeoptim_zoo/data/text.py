@@ -25,6 +25,7 @@ from pipeoptim_zoo.data.huggingface import VALIDATION, load
 from pipeoptim_zoo.data.losses import cross_entropy, token_accuracy
 from pipeoptim_zoo.data.stdlib_text import MAX_FILE_BYTES, library_files
 from pipeoptim_zoo.data.task import IndexedTask
+from pipeoptim_zoo.hub import from_hub
 from pipeoptim_zoo.models.causal_lm import installed
 
 __all__ = ["packed_text"]
@@ -193,7 +194,10 @@ def _tokenizer(name: str) -> Any:
     if name == BYTES:
         return transformers.ByT5Tokenizer(extra_ids=0)
     try:
-        found = transformers.AutoTokenizer.from_pretrained(name)
+        with from_hub("tokenizer", name):
+            found = transformers.AutoTokenizer.from_pretrained(name)
+    except ConfigError:
+        raise
     except Exception as error:  # the hub's, the network's and the file system's errors have no common base
         reason = " ".join(str(error).split())[:200]
         raise ConfigError(

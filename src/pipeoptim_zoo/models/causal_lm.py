@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from pipeoptim.errors import ConfigError
 from pipeoptim.partitioning.weight_slots import WeightSlot, weight_slots
 from pipeoptim.train.stagewise import StagewiseModel
+from pipeoptim_zoo.hub import from_hub
 
 __all__ = ["causal_lm", "installed"]
 
@@ -88,7 +89,10 @@ def _config(source: str | Mapping[str, Any]) -> Any:
 
     if not isinstance(source, Mapping):
         try:
-            config = AutoConfig.from_pretrained(source)
+            with from_hub("source", source):
+                config = AutoConfig.from_pretrained(source)
+        except ConfigError:
+            raise
         except Exception as error:  # the hub's, the network's and the file system's errors have no common base
             raise ConfigError(
                 f"source {source!r} has no configuration that can be read: {_line(error)}; name a folder with config.json"
@@ -142,7 +146,10 @@ def _folder(source: str) -> Path:
         from huggingface_hub import snapshot_download
 
         try:
-            folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", _INDEX]))
+            with from_hub("source", source):
+                folder = Path(snapshot_download(source, allow_patterns=["*.safetensors", _INDEX]))
+        except ConfigError:
+            raise
         except Exception as error:
             raise ConfigError(
                 f"source {source!r} is no folder, and cannot be downloaded: {_line(error)}; give a folder that save_pretrained wrote"
