@@ -75,5 +75,5 @@ def test_translation_pairs(offline: Path) -> None:
 
 
 def test_an_absent_data_set_is_named(offline: Path) -> None:
-    with pytest.raises(ConfigError, match="cannot be loaded"):
+    with pytest.raises(ConfigError, match="is neither here nor in the cache"):
         huggingface.load(offline / "nothing")
