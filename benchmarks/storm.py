@@ -1,8 +1,8 @@
 """A storm of SIGKILLs on the processes of runs with ``--survive``; every run must end with the bits of an emulated one.
 
-python benchmarks/storm.py --kills 200     goes on with results/storm.json until so many processes were ended in all
+python benchmarks/storm.py --kills 1000    goes on with results/storm.json until so many processes were ended in all
 python benchmarks/storm.py --emulated 60   emulated runs at D up to 16 that start again by themselves: results/storm_emulated.json
-python benchmarks/storm.py --cost          what surviving costs while nothing dies: results/survive_cost.json
+python benchmarks/storm.py --kills 1200 --aimed   the same, at the instants that `pipeoptim faults` can name
 
 Processes die at random instants of a training that validates every 10 and saves every 20 mini-batches: alone, two or all at once, while
 they catch up, and now and then one is only stopped (SIGSTOP), which the supervisor takes for dead after 10 s. Emulated runs are hit by the
@@ -15,7 +15,6 @@ import argparse
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -29,6 +28,7 @@ from typing import Any
 from pipeoptim.bench.record import Record, ResultRow, machine
 from pipeoptim.faults import random_faults, try_faults
 from pipeoptim.faults.same_end import end_of, same
+from pipeoptim.faults.sentences import EVENTS
 from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.train.recipes import get_recipe
 
@@ -45,6 +45,7 @@ VARIANTS = {
     "digits, D = 4, pipedream": ["--recipe", "digits", "--steps", "500", "--method", "pipedream"],
     "chars, D = 4, M = 4, in_progress, slack 1": ["--recipe", "chars", "--tiny", "--steps", "300", "--slack", "1"],
 }
+PER_EVENT = 5  # aimed kills of a run
 DEPTHS, PER_EMULATED = (16, 8, 4), 5  # of emulated runs; failures in each
 KINDS = {"one process": 60, "two neighbours at once": 20, "all at once": 10, "one again while it catches up": 8, "stopped": 2}
 
@@ -189,39 +190,65 @@ def emulated(kills: int) -> None:
         print(f"D = {depth}: {len(rows)} failures; equal: {rows[0].bit_equal}", flush=True)
 
 
-def cost(repeats: int) -> None:
-    """Processor time per mini-batch with and without, in turns: on a machine that does other work, it says more than the clock."""
-    options = ["--recipe", "chars", "--stages", "2", "--engine", "processes", "--checkpoint-every", "0", "--eval-every", "0"]
-    lengths, kinds = (10, 74), {"without": [], "survive 16": ["--survive", "16"]}
-    samples: dict[str, list[float]] = {name: [] for name in kinds}
-    with tempfile.TemporaryDirectory() as folder:
-        for repeat in range(repeats):
-            for name, more in kinds.items():
-                used = []
-                for steps in lengths:  # their difference is without the start
-                    before = resource.getrusage(resource.RUSAGE_CHILDREN)
-                    label = f"{name.replace(' ', '-')}-{repeat}-{steps}"
-                    command = train(Path(folder), label, [*options, *more, "--steps", str(steps)])
-                    assert command.wait() == 0, command.communicate()[1].decode()
-                    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-                    used.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
-                samples[name].append(round(1000 * (used[1] - used[0]) / (lengths[1] - lengths[0]), 2))
-                print(name, samples[name][-1], flush=True)
-    settings = {"recipe": "chars", "stages": 2, "mini-batches": lengths[1] - lengths[0], "repeats": repeats}
-    rows = [ResultRow(name, values) for name, values in samples.items()]
-    Record("survive_cost", "ms of processor per mini-batch", settings, rows).write(RESULTS / "survive_cost.json")
+def aimed(kills: int) -> None:
+    """As ``storms``, by ``pipeoptim faults``: kills at named instants, of random stages and numbers, as many of each."""
+    path = RESULTS / "storm.json"
+    record = Record("storm", "s from death to new work", {"survive": EVERY}, [])
+    if path.exists() and Record.read(path).machine == machine():
+        record = Record.read(path)
+    settings = record.settings
+    while settings.get("processes ended", 0) < kills:
+        number = settings.get("runs", 0)
+        name, options = list(VARIANTS.items())[number % len(VARIANTS)]
+        with tempfile.TemporaryDirectory() as folder:
+            rows = hit_at_instants(Path(folder), options, random.Random(number))
+            left = left_behind(Path(folder))
+        equal = all(row["kept"] for row in rows)
+        print(f"{name}: {len(rows)} aimed; as promised: {equal}; left behind: {left}", flush=True)
+        fired = [row for row in rows if row["fired"]]
+        counts = {"runs": 1, "equal bit for bit": int(equal), "processes ended": len(fired), "left behind": len(left)}
+        for row in fired:
+            instant = f"killed at {row['fault'].split()[-2]}"
+            counts[instant] = counts.get(instant, 0) + 1
+            if row["seconds"] is not None:
+                label = f"aimed by pipeoptim faults: {instant}"
+                if all(one.name != label for one in record.rows):
+                    record.rows.append(ResultRow(label, []))
+                record.row(label).samples.append(round(row["seconds"], 4))
+        for key, more in counts.items():
+            settings[key] = settings.get(key, 0) + more
+        record.write(path)
+
+
+def hit_at_instants(folder: Path, options: Sequence[str], chance: random.Random) -> list[dict[str, Any]]:
+    """``pipeoptim faults`` in ``folder``; what it says of each kill."""
+    stages, steps = (int(options[options.index(name) + 1]) if name in options else 4 for name in ("--stages", "--steps"))
+    every = {"image": EVERY, "validation": 10, "checkpoint": 20}
+    sentences = list[str]()
+    for event in (event for event in EVENTS for _ in range(PER_EVENT)):
+        step, period = chance.randrange(EVERY, steps - 1), every.get(event, 1)
+        sentences.append(f"kill stage {chance.randrange(stages)} at {event} {step // period or 1}")
+    command = [sys.executable, "-m", "pipeoptim", "faults", "--json", "--out", "hit", *dict.fromkeys(sentences), "--", *options]
+    command += [*COMMON, "--engine", "processes", "--survive", str(EVERY)]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False
+    )
+    if done.returncode not in (0, 1) or not done.stdout:
+        raise RuntimeError(done.stderr[-3000:])
+    if done.returncode:
+        print(done.stdout, done.stderr[-3000:], flush=True)
+    return json.loads(done.stdout)  # type: ignore[no-any-return]
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--emulated", type=int, default=0, metavar="FAILURES")
-    parser.add_argument("--cost", action="store_true")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--aimed", action="store_true")
     given = parser.parse_args()
-    if given.cost:
-        cost(given.repeats)
-    elif given.emulated:
+    if given.emulated:
         emulated(given.emulated)
+    elif given.aimed:
+        aimed(given.kills)
     else:
         storms(given.kills)

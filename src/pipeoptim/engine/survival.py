@@ -19,6 +19,7 @@ from functools import partial
 import torch
 
 from pipeoptim.engine.processes.connect import Connections
+from pipeoptim.engine.processes.image_memory import prepare_for_images
 from pipeoptim.engine.processes.kept_connections import BoundaryListener, call
 from pipeoptim.engine.processes.norm_exchange import ProcessNorms
 from pipeoptim.engine.processes.open_files import cut_back, lengths_of_open_files
@@ -57,6 +58,7 @@ class Survival:
         self._listener: BoundaryListener | None = None
         self._stop_at: int | None = None
         self._catches_up = False
+        self._images = 0
 
     def connect(self, rendezvous: Rendezvous, norms: ProcessNorms | None) -> Connections:
         """The links of this stage, in place of those that end with a neighbour. All processes call this.
@@ -116,6 +118,9 @@ class Survival:
             self._listener.close()
 
     def _leave_image(self, number: int) -> None:
+        if self._images == 1:  # not before there are optimizer states and predictions
+            prepare_for_images()
+        self._images += 1
         lengths = lengths_of_open_files()
         for link in self._links:
             link.note_image()

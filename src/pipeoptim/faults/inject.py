@@ -4,8 +4,10 @@
 
     pipe.step     counts mini-batches, and sees that a process has come as far as the dead one
     runner.run    forward, backward, update   \\
-    runner.evaluate         validation         >  just before: is a failure due?
+    link.send               send               \\  just before: is a failure due?
+    runner.evaluate         validation         /
     pipe.stage_state_dict   checkpoint        /
+    os.fork                 image                 just after: the image has not said yet that it is there
 
 No other run has any of this.
 """
@@ -25,8 +27,10 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from pipeoptim.checkpoint.manifest import folder_name
+from pipeoptim.engine.process_pipeline import ProcessPipeline
 from pipeoptim.engine.runner import StageRunner
 from pipeoptim.engine.stage.worker import StageWorker
+from pipeoptim.engine.survival import Survival
 from pipeoptim.faults.promise import audited
 from pipeoptim.faults.records import FaultRecords
 from pipeoptim.schedule import Action, ActionKind
@@ -43,7 +47,10 @@ class Inject(Callback):
         hooks = Hooks(run, FaultRecords.beside(run.folder))
         for k in run.pipe.local_stages:
             hooks.watch_stage(k, run.pipe._runners[k])
+            hooks.watch_sends(k, run.pipe._runners[k])
         hooks.watch_steps()
+        if isinstance(run.pipe, ProcessPipeline) and run.pipe._survival is not None:
+            hooks.watch_images(run.pipe._survival)
 
 
 class Hooks:
@@ -62,6 +69,7 @@ class Hooks:
             self._due[fault.event, fault.stage, fault.number].append((index, fault.kind))
         self._open = {index: fault.kind for index, fault in mine if records.recovered(index) is None}
         self._counts: dict[tuple[str, int], int] = defaultdict(lambda: run.start)
+        self._to_send: dict[int, int] = {}  # by stage, the mini-batch of which nothing was sent yet
         self._begun = self._first = run.start  # mini-batches; the one at which this process's life began
         self._process = os.getpid()
 
@@ -76,6 +84,8 @@ class Hooks:
                 number = self._counts[event, k]
                 self._counts[event, k] += 1
                 self._look(event, k, number, runner.worker)
+                if kind is (ActionKind.B if runner.worker.is_last else ActionKind.F):
+                    self._to_send[k] = number
             run(action, micro_batches, losses)
 
         def watched_evaluate(micro_batch: Any) -> Any:
@@ -83,6 +93,40 @@ class Hooks:
             return evaluate(micro_batch)
 
         runner.run, runner.evaluate = watched_run, watched_evaluate  # type: ignore[method-assign]
+
+    def watch_sends(self, k: int, runner: StageRunner) -> None:
+        """Before the first message of each mini-batch to the next stage; of the last stage, to the one before."""
+        link = runner.ports.to_next or runner.ports.to_previous
+        if link is None:
+            return
+        send = link.send
+
+        def watched_send(*args: Any, **options: Any) -> None:
+            number = self._to_send.pop(k, None)  # None: a later micro-batch's, or an evaluation's
+            if number is not None:
+                self._look("send", k, number, runner.worker)
+            send(*args, **options)
+
+        link.send = watched_send  # type: ignore[method-assign]
+
+    def watch_images(self, survival: Survival) -> None:
+        """Just after a process was forked, while nobody knows yet whether its image is there."""
+        keep, k = survival._standby.keep, survival.k
+
+        def watched_keep(mini_batch: int, in_image: Callable[[], None]) -> bool:
+            fork = os.fork
+
+            def watched_fork() -> int:
+                os.fork = fork
+                process = fork()
+                if process:
+                    self._look("image", k, mini_batch, self._pipe.stage_worker(k))
+                return process
+
+            os.fork = watched_fork
+            return keep(mini_batch, in_image)
+
+        survival._standby.keep = watched_keep  # type: ignore[method-assign]
 
     def watch_steps(self) -> None:
         """Before every mini-batch, and where the state of a stage is taken for a checkpoint."""
@@ -121,7 +165,7 @@ class Hooks:
     def _look(self, event: str, k: int, number: int, worker: StageWorker) -> None:
         for index, kind in self._due.get((event, k, number), ()):
             self._note_life()
-            if self._records.fire(index, self._begun):
+            if self._records.fire(index, self._begun - (event == "image")):  # which is made at the beginning of a mini-batch
                 INJECT[kind](worker)
 
 

@@ -56,7 +56,7 @@ def _is_outlasted(config: TrainConfig, fault: Fault) -> bool:
 
 
 def step_of(config: TrainConfig, fault: Fault) -> int:
-    """The mini-batches that are done when a validation or checkpoint comes; the number of the mini-batch for other events."""
+    """The mini-batches that are done when an image, a validation or a checkpoint comes; the mini-batch's number for other events."""
     every = _every(config, fault.event)
     return fault.number if every is None else min(config.steps, fault.number * every)
 
@@ -67,8 +67,14 @@ def check_possible(config: TrainConfig, faults: Sequence[Fault]) -> None:
         every, most = _every(config, fault.event), config.steps - 1
         if fault.stage is not None and fault.stage >= config.stages:
             raise ConfigError(f"{str(fault)!r}: the run has stages 0 .. {config.stages - 1}; name one of them")
+        if fault.event == "send" and config.stages == 1:
+            raise ConfigError(f"{str(fault)!r}: a single stage sends nothing; name another event")
+        if fault.event == "image" and not config.survive:
+            raise ConfigError(
+                f"{str(fault)!r}: processes leave images of themselves with --survive only; give it, or name another event"
+            )
         if every is not None:
-            most = -(-config.steps // every)
+            most = (config.steps - 1) // every if fault.event == "image" else -(-config.steps // every)
             if not 1 <= fault.number <= most:
                 raise ConfigError(f"{str(fault)!r}: the run has {counted(most, fault.event)}, counted from 1; name one of them")
         elif fault.number > most:
@@ -85,6 +91,6 @@ def check_possible(config: TrainConfig, faults: Sequence[Fault]) -> None:
 
 
 def _every(config: TrainConfig, event: str) -> int | None:
-    """Mini-batches between two of these events; None for what every mini-batch has. Both come at the end of a run in any case."""
-    every = {"validation": config.eval_every, "checkpoint": config.checkpoint_every}.get(event)
+    """Mini-batches between two of these events; None for what every mini-batch has. All but images come at the end of a run as well."""
+    every = {"image": config.survive, "validation": config.eval_every, "checkpoint": config.checkpoint_every}.get(event)
     return config.steps if every == 0 else every

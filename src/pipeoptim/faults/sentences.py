@@ -7,8 +7,11 @@ from dataclasses import dataclass
 
 from pipeoptim.errors import ConfigError, unknown_name
 
-EVENTS = ("forward", "backward", "update", "validation", "checkpoint")
-"""At what a failure can happen. The first three are of mini-batches, counted from 0; the others are counted from 1, as they come."""
+OF_MINI_BATCHES = ("forward", "backward", "update", "send")
+"""At what a failure can happen in each mini-batch; counted from 0."""
+
+EVENTS = (*OF_MINI_BATCHES, "image", "validation", "checkpoint")
+"""At what a failure can happen. The others are counted from 1, as they come; not the image that a process begins with."""
 
 SENTENCES = {
     "kill": "kill stage {stage} at {event} {number}",
@@ -34,7 +37,7 @@ class Fault:
 
     Attributes:
         kind: of ``SENTENCES``.
-        event, number: when; just before the event.
+        event, number: when; just before the event, or while an image is made.
         stage: whose process; None where all have it.
         seconds: how long it stands still.
 

@@ -7,7 +7,7 @@ import random
 from pipeoptim.config import TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.faults.promise import Promise, promise
-from pipeoptim.faults.sentences import EVENTS, Fault
+from pipeoptim.faults.sentences import OF_MINI_BATCHES, Fault
 
 _FROZEN_SHARE, _SECONDS = 0.1, 0.5  # of the failures, processes that stand still for a moment
 
@@ -37,7 +37,8 @@ def random_faults(config: TrainConfig, count: int, seed: int) -> list[Fault]:
 
 
 def _draw(config: TrainConfig, chance: random.Random, mini_batch: int) -> Fault:
-    stage, event = chance.randrange(config.stages), chance.choice(EVENTS[:3])
+    stage, events = chance.randrange(config.stages), OF_MINI_BATCHES if config.stages > 1 else OF_MINI_BATCHES[:-1]
+    event = chance.choice(events)
     if chance.random() < _FROZEN_SHARE:
         return Fault("freeze", event, mini_batch, stage, _SECONDS)
     return Fault("kill", event, mini_batch, stage)

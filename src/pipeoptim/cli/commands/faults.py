@@ -48,14 +48,15 @@ def faults(
     --max-restarts: the same bits; --on-bad skip or rollback: goes on), and everything that was asked for happened. 1 if not.
 
     \b
-    Sentences (stages and mini-batches are counted from 0, validations and checkpoints from 1):
+    Sentences (stages and mini-batches are counted from 0, validations, checkpoints and images from 1):
       kill stage 2 at forward 130               SIGKILL for the process of stage 2 before its F of mini-batch 130
       freeze stage 1 for 20 s at update 40      it stands still; after 10 s it counts as dead
       flip a bit in stage 0's gradient at 77    in the update of mini-batch 77
       flip a bit in stage 0's weights at 77     while that update is made: --audit N finds it in every N-th
       disk full at checkpoint 3                 a file of the third checkpoint cannot be written
       make the loss nan at 12                   that of mini-batch 12
-    At: forward N, backward N, update N, validation N, checkpoint N.
+    At: forward N, backward N, update N, send N (its result is there, and no neighbour has it), validation N, checkpoint N, image N (with
+    --survive: the process has just been forked, and the image has not said so).
 
     \b
     Examples:
