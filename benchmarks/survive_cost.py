@@ -220,7 +220,8 @@ def measure(kind: str, turns: int, folder: Path) -> tuple[list[float], list[floa
     try:
         for run in runs.values():
             run.wait_for(0)
-        first = all(run.take_precedence() for run in runs.values())
+        # Processes that never rest would let nothing else run, this one neither.
+        first = KINDS[kind]["ms"] > 0 and all(run.take_precedence() for run in runs.values())
         print(f"{kind}: {'before' if first else 'beside'} other work on the machine", flush=True)
         for turn in range(last):
             for name, run in [*runs.items()][:: 1 if turn % 2 else -1]:
