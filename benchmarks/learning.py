@@ -61,6 +61,7 @@ class Contender:
 
 IN_PROGRESS = {"prediction": "in_progress"}
 REFINED = {"prediction": "refined"}
+BY_GAP = {"rate_by_gap": 1.0}
 
 SYNCHRONOUS = Contender("1f1b", "1f1b")
 CONTENDERS = {
@@ -81,6 +82,9 @@ CONTENDERS = {
         Contender("pipeoptim, in progress, 160 synchronous", "pipeoptim", {**IN_PROGRESS, "synchronous_updates": 160}),
         Contender("pipeoptim, in progress, slack 1", "pipeoptim", {**IN_PROGRESS, "slack": "1"}),
         Contender("pipeoptim, refined, 160 synchronous", "pipeoptim", {**REFINED, "synchronous_updates": 160}),
+        Contender("pipeoptim, refined, rates by gap", "pipeoptim", {**REFINED, **BY_GAP}),
+        Contender("pipedream, rates by gap", "pipedream", BY_GAP),
+        Contender("naive, rates by gap", "naive", BY_GAP),
     )
 }
 #: What synchronous training reaches in a part of the updates, each run with its own learning rate schedule to its end: the first is what
@@ -94,7 +98,8 @@ CORE = ("1f1b", "naive", "pipedream", "pipeoptim, in progress")
 EARLY, LATE = "pipeoptim, in progress, 160 synchronous", "pipeoptim, in progress, slack 1"
 RIVALS = ("pipedream_2bw", "nesterov", "spectrain", "xpipe", "pipemare", "pipeoptim, refined", "pipeoptim_stash, in progress")
 #: At M = 1 there is no mini-batch in progress.
-CORE_1 = ("1f1b", "naive", "pipedream", "pipeoptim, refined", "pipeoptim, refined, 160 synchronous")
+DELAYED = ("pipeoptim, refined, rates by gap", "pipedream, rates by gap", "naive, rates by gap")
+CORE_1 = ("1f1b", "naive", "pipedream", "pipeoptim, refined", "pipeoptim, refined, 160 synchronous", *DELAYED)
 
 
 #: The rates rise, and every contender looks for its own among them, beginning in the middle.

@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from pipeoptim.errors import ConfigError, did_you_mean
 from pipeoptim.named_calls import read_calls
 from pipeoptim.options import RUN_SETTINGS, RunOptions, Setting, document, setting
+from pipeoptim.options.checks import is_finite_number
 
 __all__ = ["ENGINES", "Component", "Recipe", "TrainConfig", "recipe"]
 
@@ -109,6 +110,12 @@ def read_signals(text: str) -> tuple[int, ...]:
     return tuple(dict.fromkeys(int(number) for number in found if number is not None))
 
 
+def check_power(name: str, value: Any) -> None:
+    """Raises ConfigError unless ``value`` is a number of 0 to 4."""
+    if not is_finite_number(value) or not 0 <= value <= 4:
+        raise ConfigError(f"{name} is {value!r}, must be a number of 0 to 4")
+
+
 def own_setting(default: Any, help: str, **known: Any) -> Any:
     """A setting of a run that is no option of pipelines; ``known``: see :class:`~pipeoptim.options.Setting`."""
     return setting(Setting(default, help, **known))
@@ -163,6 +170,12 @@ class TrainConfig(RunOptions):
         "",
         "Batch sizes that change in mid-run, as 0:32,1000:64; validations keep --batch-size.",
         check_value=lambda name, value: read_ramp(value, name),
+    )
+    rate_by_gap: float = own_setting(
+        0.0,
+        "p of a lower learning rate where gradients are older: that of a stage with version gap s is divided by (1+s)^p. 0: one for all "
+        "stages. For M = 1, where 1 helps much; the rate itself may then be higher.",
+        check_value=check_power,
     )
     chunks: int = own_setting(
         1,

@@ -59,11 +59,13 @@ def check_method(config: TrainConfig) -> None:
     """The part of :func:`check` that depends on the method: whether it is defined for the setting, and can do what the options ask for."""
     from pipeoptim.engine.effects import check_effects
     from pipeoptim.methods import get_method
+    from pipeoptim.train.stage_rates import check_rates
 
     for part in parts_of(config):
         made = program(part)
         options = PipelineOptions(part.method, part.microbatches, **options_of_run(part))
         check_effects(options, get_method(part.method), made)
+    check_rates(config)
 
 
 def _check_layout(config: TrainConfig) -> None:

@@ -39,6 +39,11 @@ def recut(run: RunDir, config: TrainConfig) -> RunDir:
     if under_torchrun():
         raise ConfigError("a run cannot be cut anew under torchrun; do so without it, Ctrl-C, then resume under it")
     before = run.read_config()
+    if before.rate_by_gap or config.rate_by_gap:
+        raise ConfigError(
+            f"rate_by_gap is {before.rate_by_gap or config.rate_by_gap}: the learning rates of {run.path} belong to its {before.stages} "
+            "stages, so that it cannot be cut anew; leave --stages and --cut out"
+        )
     for what in (*COMPONENTS, "method"):  # what the file names is called below: only what the caller has named
         found, given = getattr(before, what), getattr(config, what)
         if found != given:

@@ -26,7 +26,7 @@ from pipeoptim.options import options_of_run
 from pipeoptim.partitioning.block_splitter import sliceable
 from pipeoptim.partitioning.parameter_places import untie
 from pipeoptim.partitioning.result import Partition
-from pipeoptim.train import lr_schedules, optimizers
+from pipeoptim.train import lr_schedules, optimizers, stage_rates
 from pipeoptim.train.callbacks import Callback, make_callbacks
 from pipeoptim.train.checks import program
 from pipeoptim.train.cut import cut, cut_between_layers
@@ -101,15 +101,16 @@ def build_setup(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> RunS
     Raises:
         ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
     """
-    optimizer = optimizers.factory(config.optimizer, config.stages)
+    optimizer = stage_rates.with_stage_rates(config, optimizers.factory(config.optimizer, config.stages))
     task = read_data(config)
     config = with_steps(config, task)
-    scheduler = lr_schedules.factory(config.lr_schedule, config.steps)
+    scheduler = stage_rates.keeping_rates(config, lr_schedules.factory(config.lr_schedule, config.steps))
     made = build_model(config)
     stagewise = made if isinstance(made, StagewiseModel) else None
     model = made.skeleton if isinstance(made, StagewiseModel) else made
     _check_sizes(config, task, {} if stagewise is None else stagewise.sizes)
     stages, tied = _cut(model, config, task)
+    stage_rates.check_ties(config, tied)
     read_tied(
         tied,
         (),
