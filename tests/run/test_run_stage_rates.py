@@ -13,6 +13,7 @@ from compare import assert_same_state, timeless
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import recut, run
+from pipeoptim.train.checks import program
 from pipeoptim.train.rundir import RunDir
 from pipeoptim.train.stage_rates import stage_rates
 
@@ -22,15 +23,19 @@ def config() -> TrainConfig:
     return replace(tiny.recipe(), stages=3, rate_by_gap=1.0, steps=12)
 
 
+def rates(given: TrainConfig) -> list[float]:
+    return stage_rates(given, program(given))
+
+
 def one_cycle(optimizer: torch.optim.Optimizer) -> torch.optim.lr_scheduler.LRScheduler:
     return torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=0.1, total_steps=20)
 
 
 def test_rates_follow_the_gaps() -> None:
-    assert stage_rates(config()) == [1 / 3, 1 / 2, 1.0]
-    assert stage_rates(replace(config(), rate_by_gap=0.5, slack="1")) == pytest.approx([5**-0.5, 3**-0.5, 1.0])
+    assert rates(config()) == [1 / 3, 1 / 2, 1.0]
+    assert rates(replace(config(), rate_by_gap=0.5, slack="1")) == pytest.approx([5**-0.5, 3**-0.5, 1.0])
     # M = D-1: the first stage's micro-batches miss 1, 1, then none of 2; the mean counts.
-    assert stage_rates(replace(config(), microbatches=2)) == [1 / 2, 1 / 1.5, 1.0]
+    assert rates(replace(config(), microbatches=2)) == [1 / 2, 1 / 1.5, 1.0]
 
 
 @pytest.mark.parametrize("method", ["pipeoptim", "pipedream"])

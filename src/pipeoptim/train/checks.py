@@ -65,7 +65,7 @@ def check_method(config: TrainConfig) -> None:
         made = program(part)
         options = PipelineOptions(part.method, part.microbatches, **options_of_run(part))
         check_effects(options, get_method(part.method), made)
-    check_rates(config)
+    check_rates(config, program(config))
 
 
 def _check_layout(config: TrainConfig) -> None:

@@ -101,7 +101,7 @@ def build_setup(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> RunS
     Raises:
         ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
     """
-    optimizer = stage_rates.with_stage_rates(config, optimizers.factory(config.optimizer, config.stages))
+    optimizer = stage_rates.with_stage_rates(config, program(config), optimizers.factory(config.optimizer, config.stages))
     task = read_data(config)
     config = with_steps(config, task)
     scheduler = stage_rates.keeping_rates(config, lr_schedules.factory(config.lr_schedule, config.steps))
@@ -110,7 +110,7 @@ def build_setup(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> RunS
     model = made.skeleton if isinstance(made, StagewiseModel) else made
     _check_sizes(config, task, {} if stagewise is None else stagewise.sizes)
     stages, tied = _cut(model, config, task)
-    stage_rates.check_ties(config, tied)
+    stage_rates.check_ties(config, program(config), tied)
     read_tied(
         tied,
         (),

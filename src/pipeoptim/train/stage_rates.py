@@ -22,23 +22,23 @@ from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
 from pipeoptim.methods.facts import mean_gap
-from pipeoptim.train.checks import program
 
 if TYPE_CHECKING:
     from torch import nn
     from torch.nn import Parameter
 
     from pipeoptim.config import TrainConfig
+    from pipeoptim.schedule import Program
     from pipeoptim.train.optimizers import Factory
 
 
-def stage_rates(config: TrainConfig) -> list[float]:
+def stage_rates(config: TrainConfig, program: Program) -> list[float]:
     """(1 + s_k)^-p of each stage."""
-    method, made = get_method(config.method), program(config)
-    return [(1 + mean_gap(method, made, k)) ** -config.rate_by_gap for k in range(config.stages)]
+    method = get_method(config.method)
+    return [(1 + mean_gap(method, program, k)) ** -config.rate_by_gap for k in range(config.stages)]
 
 
-def check_rates(config: TrainConfig) -> None:
+def check_rates(config: TrainConfig, program: Program) -> None:
     """Whether ``rate_by_gap`` can take effect, and stays true to the gaps for the whole run.
 
     Raises:
@@ -54,17 +54,17 @@ def check_rates(config: TrainConfig) -> None:
             reason = (
                 "microbatches_schedule changes the gaps in mid-run, and learning rates do not follow; leave one of them out"
             )
-        elif set(stage_rates(config)) == {1.0}:
+        elif set(stage_rates(config, program)) == {1.0}:
             reason = f"no gradient is old in method {config.method!r} with {config.stages} stages; leave it out"
         if reason:
             raise ConfigError(f"rate_by_gap is {config.rate_by_gap}, but {reason}")
 
 
-def with_stage_rates(config: TrainConfig, make: Factory) -> Factory:
+def with_stage_rates(config: TrainConfig, program: Program, make: Factory) -> Factory:
     """``make``, with the learning rates of each optimizer divided."""
     if not config.rate_by_gap:
         return make
-    rates = stage_rates(config)
+    rates = stage_rates(config, program)
 
     def made(stage: nn.Module | Iterable[Parameter], k: int = 0, /) -> Optimizer:
         optimizer = make(stage, k)
@@ -93,14 +93,14 @@ def keeping_rates(config: TrainConfig, make: Callable[[Optimizer], LRScheduler])
     return made
 
 
-def check_ties(config: TrainConfig, ties: Sequence[Tied]) -> None:
+def check_ties(config: TrainConfig, program: Program, ties: Sequence[Tied]) -> None:
     """Copies of one weight need one learning rate.
 
     Raises:
         ConfigError: they have several.
     """
     if config.rate_by_gap and ties:
-        rates = stage_rates(config)
+        rates = stage_rates(config, program)
         for tie in ties:
             if len({rates[k] for k in tie.holders}) > 1:
                 raise ConfigError(
