@@ -4,8 +4,9 @@ All that a process holds of others is made here, under the name of one rendezvou
 
     rendezvous            the place in the store where the processes of a pipeline find each other
       |- heartbeat        says that this process lives, and watches the others
-      |- groups           one per direction and round of stages: activations never wait for gradients, nor gradients for activations
-      |- Unix sockets     in place of the groups, between neighbours on one machine
+      |- Unix sockets     between neighbours on one machine
+      |- groups           where any neighbours have no sockets; one per direction and round of stages: activations never wait for gradients,
+      |                   nor gradients for activations
       |- links            number, describe and check the messages that go through either
       '- norms            what all stages tell each other once per update, where clipping asks for it
 """
@@ -15,7 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -28,8 +29,8 @@ from pipeoptim.engine.transport.backend import backend_of, uses_gloo
 from pipeoptim.engine.transport.link import LinkObserver, Receiver, Sender, Waiting, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports
-from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender, side_streams
-from pipeoptim.engine.transport.unix_channel import connect_neighbours
+from pipeoptim.engine.transport.staged_link import SideStreams, StagedReceiver, StagedSender, side_streams
+from pipeoptim.engine.transport.unix_channel import UnixChannels, connect_neighbours
 from pipeoptim.errors import StageFailure
 
 ACTIVATIONS, GRADIENTS = 0, 1
@@ -169,12 +170,14 @@ def connect(
             """Links wait for stages, the heartbeat watches processes."""
             note_wait(None if peer is None else peer % processes)
 
-        for round_ in range(len(ranks) // processes):
-            for direction in (ACTIVATIONS, GRADIENTS):
-                # All processes make all groups in the same order, even those that they do not use.
-                _group(rendezvous, direction, round_ * processes)
+        carriers = {k: _carriers_of(rendezvous, k, len(ranks), one.device, transport, windows) for k, one in endpoints.items()}
+        if _any_needs_groups(rendezvous, carriers, len(ranks)):
+            for round_ in range(len(ranks) // processes):
+                for direction in (ACTIVATIONS, GRADIENTS):
+                    # All processes make all groups in the same order, even those that they do not use.
+                    _group(rendezvous, direction, round_ * processes)
         for k, endpoint in endpoints.items():
-            _connect_stage(connections, k, ranks, endpoint, transport, waiting, windows, checksums)
+            _connect_stage(connections, k, ranks, endpoint, carriers[k], waiting, windows, checksums)
         if norms is not None:
             shared = shared_memory_norms(rendezvous, transport == "auto" and uses_gloo(), waiting, norms.in_flight)
             norms.connect(shared or GatheredNorms(rendezvous.group("norms", "gloo"), rendezvous.timeout))
@@ -198,24 +201,58 @@ def _group(rendezvous: Rendezvous, direction: int, boundary: int) -> dist.Proces
     return rendezvous.group(f"{_DIRECTIONS[direction]} {boundary // len(rendezvous.ranks)}")
 
 
+class _Carriers(NamedTuple):
+    """What can carry the messages of a stage.
+
+    Attributes:
+        streams: copy them between its device and the host's memory; None where they need no copy.
+        in_host: whether what travels is in the host's memory.
+        channels: to neighbours on this machine.
+    """
+
+    streams: SideStreams | None
+    in_host: bool
+    channels: UnixChannels
+
+
+def _carriers_of(
+    rendezvous: Rendezvous, k: int, depth: int, device: torch.device, transport: str, windows: Sequence[int]
+) -> _Carriers:
+    # Only where a device's messages must pass through the host; a backend of the device's own needs none.
+    streams = side_streams(device)
+    in_host = device.type == "cpu" or streams is not None
+    wanted = transport == "auto" and in_host and backend_of() in LOCAL_LINKS
+    channels = connect_neighbours(rendezvous.store, k, depth, wanted, rendezvous.timeout, windows)
+    return _Carriers(streams, in_host, channels)
+
+
+def _any_needs_groups(rendezvous: Rendezvous, carriers: Mapping[int, _Carriers], depth: int) -> bool:
+    """Whether neighbours in any of the processes have no channels; the same everywhere.
+
+    A group of gloo that nobody uses is not free: its thread wakes up 100 times a second, on the core where the stage computes.
+    """
+    lacking = any(
+        (ACTIVATIONS, boundary) not in one.channels
+        for k, one in carriers.items()
+        for boundary in (k - 1, k)
+        if 0 <= boundary < depth - 1
+    )
+    return "group" in rendezvous.all_gather("carriers", "group" if lacking else "channels", "to be connected")
+
+
 def _connect_stage(
     connections: Connections,
     k: int,
     ranks: tuple[int, ...],
     endpoint: Endpoint,
-    transport: str,
+    carriers: _Carriers,
     waiting: Waiting,
     windows: Sequence[int],
     checksums: bool,
 ) -> None:
     """Make the links of stage ``k`` to the stages before and after it."""
-    rendezvous, device = connections.rendezvous, endpoint.device
-    # Only where a device's messages must pass through the host; a backend of the device's own needs none.
-    streams = side_streams(device)
-    in_host = device.type == "cpu" or streams is not None  # what travels is in the host's memory
-    wanted = transport == "auto" and in_host and backend_of() in LOCAL_LINKS
-    channels = connect_neighbours(rendezvous.store, k, len(ranks), wanted, rendezvous.timeout, windows)
-    observer = endpoint.observer
+    rendezvous, device, observer = connections.rendezvous, endpoint.device, endpoint.observer
+    streams, in_host, channels = carriers
     waiting = waiting if observer is None else observer.waiting(waiting)
 
     def ends(there: int, back: int, boundary: int, peer: int) -> tuple[Incoming, Outgoing]:
@@ -227,9 +264,9 @@ def _connect_stage(
         elif (ACTIVATIONS, boundary) in channels:
             sender, receiver = LOCAL_LINKS[backend_of()]
         rest = peer, ranks[peer], device, rendezvous.timeout.total_seconds(), waiting
-        carriers = [channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back)]
+        out, into = (channels.get((way, boundary)) or _group(rendezvous, way, boundary) for way in (there, back))
         # Not ahead in a device's own memory: a receive that is never matched would keep its stream busy.
-        sends, receives = sender(carriers[0], *rest), receiver(carriers[1], *rest, ahead=in_host)
+        sends, receives = sender(out, *rest), receiver(into, *rest, ahead=in_host)
         if windows and in_host and (ACTIVATIONS, boundary) not in channels:  # in a channel messages wait by themselves
             sends.window = receives.window = windows[boundary]
         # Not in a device's own memory, which the host would have to read; nor where the kernel copies within one machine.
