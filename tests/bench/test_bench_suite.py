@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -282,17 +283,30 @@ def test_efficiency_is_held_against_plain_loops_of_the_same_conditions_and_again
         rows += [ResultRow("", [loops], {**s, "method": ALONE, "ours": True})]
         rows += [ResultRow("", [ours], {**s, "method": "pipeoptim", "ours": True, **({"slack": slack} if slack else {})})]
     jitter = {**base, "jitter": 0.3, "delay": 0.0, "method": "pipeoptim", "ours": True, "slack": "1", "ideal": 0.9}
+    jitter |= {"ideal with own work": 0.875}
     Record("efficiency", "", {}, [*rows, ResultRow("", [0.891], jitter)]).write(tmp_path / "efficiency.json")
-    found = {goal.what: (round(goal.value, 6), goal.least) for goal in goals(tmp_path)}
+    refreshed = [ResultRow(f"r={r}", [0.9 + r / 100], {"depth": 8, "refresh": r}) for r in (1, 2)]
+    Record("refresh", "", {}, refreshed).write(tmp_path / "refresh.json")
+    listed = goals(tmp_path)
+    assert [goal.beside for goal in listed if goal.least == 0.98] == [
+        "what the program allows: 0.900, and with the work of plain loops between the waits: 0.875"
+    ]
+    found = {goal.what: (round(goal.value, 6), goal.least) for goal in listed}
     assert found == {
         "4 stages of 10 ms: pipeoptim over plain loops": (0.99, 0.99),
         "4 stages of 10 ms, delay 3 ms: pipeoptim over plain loops": (0.98, 0.97),
         "4 stages of 10 ms, delay 10 ms: pipeoptim over plain loops": (0.875, 0.97),
         "4 stages of 10 ms, jitter 0.3: pipeoptim over what its program allows with the same draws": (0.99, 0.98),
+        "r=1: throughput over one prediction per update": (0.91, 0.95),
     }
     # What the program allows is the model's figure, but for the draws and the length of the windows.
     model = efficiency(Program("async_1f1b", 4, slack=1), 0.0, 0.3)
-    assert ideal_windows(Program("async_1f1b", 4, slack=1), 0.3, 9, 600, 1)[0] == pytest.approx(model, abs=0.03)
+    (alone,) = ideal_windows(Program("async_1f1b", 4, slack=1), 0.3, 9, 600, 1)
+    assert alone == pytest.approx(model, abs=0.03)
+    # At worst all work between the waits is on the path that decides, at best it costs a stage no more than its own time.
+    (worked,) = ideal_windows(Program("async_1f1b", 4, slack=1), 0.3, 9, 600, 1, own_work=0.1)
+    mean = math.exp(0.3**2 / 2)
+    assert alone / (1 + 0.1 / mean * alone) - 0.005 < worked < 1 / (1 + 0.1 / mean)
 
 
 @pytest.mark.parametrize("name", ["throughput", "efficiency", "slack", "transfer", "memory", "predict"])

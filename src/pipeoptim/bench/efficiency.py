@@ -13,6 +13,7 @@ backward, step of torch's fused optimizer) trains its stage alone on the same de
 from __future__ import annotations
 
 import ctypes
+import math
 import os
 import random
 import time
@@ -197,11 +198,13 @@ def stage(**options: Any) -> list[dict[str, Any]]:
     stay_on_a_core()
     for milliseconds in options["milliseconds"]:
         for m in options["microbatches"]:
-            if not options["gloo"]:
-                rows.append(_row(options, milliseconds, m, ALONE, _alone, True))
+            alone = [] if options["gloo"] else [_row(options, milliseconds, m, ALONE, _alone, True)]
+            rows += alone
+            efficiency = median(alone[0]["samples"]) if alone else None
             for method in options["methods"]:
                 for refresh in (None, *(options["refresh"] if get_method(method).predicts_by_rule else ())):
-                    rows.append(_row({**options, "refresh": refresh}, milliseconds, m, method, _ours, True))
+                    chosen = {**options, "refresh": refresh, "alone": efficiency}
+                    rows.append(_row(chosen, milliseconds, m, method, _ours, True))
         for m in [] if options["gloo"] else options["torch_microbatches"]:
             for name in RIVALS:
                 if possible(name, m, depth):
@@ -233,13 +236,18 @@ def _row(
 
 
 def _ideal(name: str, m: int, options: dict[str, Any]) -> dict[str, Any]:
-    """What the action program allows with the same draws, where that is known."""
+    """What the action program allows with the same draws, where that is known: to devices alone, and to the loops around them as well."""
     if m > 1 or not options["jitter"] or any(options[what] for what in ("uneven", "delay", "bandwidth")):
         return {}
     depth = dist.get_world_size()
     program = get_method(name).program(depth, m, None, False, read_slack(options["slack"]))
-    windows = ideal_windows(program, options["jitter"], _warm_up(depth, options), options["steps"], options["repeats"])
-    return {"ideal": median(windows)}
+    windows = program, options["jitter"], _warm_up(depth, options), options["steps"], options["repeats"]
+    found = {"ideal": median(ideal_windows(*windows))}
+    if options["alone"] is not None:
+        # Of plain loops, in units of a stage's mean time: what PyTorch does for a mini-batch outside the waits.
+        own_work = (1 / options["alone"] - 1) * math.exp(options["jitter"] ** 2 / 2)
+        found["ideal with own work"] = median(ideal_windows(*windows, own_work))
+    return found
 
 
 def timed_windows(step: Step, device: Device, warm_up: int, options: dict[str, Any]) -> Tensor:

@@ -59,7 +59,14 @@ class Goal:
 def goals(folder: Path) -> list[Goal]:
     """All goals that the result files in ``folder`` have figures for."""
     found: list[Goal] = []
-    for name, read in (("efficiency", _efficiency), ("throughput", _throughput), ("memory", _memory), ("predict", _predict)):
+    readers = {
+        "efficiency": _efficiency,
+        "throughput": _throughput,
+        "memory": _memory,
+        "predict": _predict,
+        "refresh": _refresh,
+    }
+    for name, read in readers.items():
         path = folder / f"{name}.json"
         if path.is_file():
             found += read(Record.read(path))
@@ -90,6 +97,8 @@ def _efficiency(record: Record) -> Iterator[Goal]:
             yield Goal(f"{what} over plain loops", row.median / beside, least=least, beside=f"{ALONE}: {beside:.3f}")
         if "ideal" in s and s.get("slack") == "1":
             ideal = f"what the program allows: {s['ideal']:.3f}"
+            if "ideal with own work" in s:  # a loop without a pipeline would not do better
+                ideal += f", and with the work of plain loops between the waits: {s['ideal with own work']:.3f}"
             yield Goal(
                 f"{what} over what its program allows with the same draws", row.median / s["ideal"], least=0.98, beside=ideal
             )
@@ -157,3 +166,11 @@ def _predict(record: Record) -> Iterator[Goal]:
         worst = max(apart, key=lambda name: apart[name])
         what = f"optimizers without a fused step, by rule or last displacement, the most expensive ({worst})"
         yield Goal(f"{what}, over torch's step", apart[worst], most=1.6)
+
+
+def _refresh(record: Record) -> Iterator[Goal]:
+    for row in record.rows:
+        s = row.settings
+        if (s["depth"], s["refresh"]) == (8, 1):
+            what = f"{row.name}: throughput over one prediction per update"
+            yield Goal(what, row.median, least=0.95)

@@ -48,23 +48,28 @@ def efficiency(program: Program, delay: float, jitter: float, minibatches: int =
     return max(busy) / minibatches * (last - first) / (ends[last] - ends[first])
 
 
-def ideal_windows(program: Program, jitter: float, warm_up: int, steps: int, repeats: int) -> list[float]:
-    """What ``bench efficiency`` would measure on its devices, with the same draws, if nothing but the devices took time.
+def ideal_windows(
+    program: Program, jitter: float, warm_up: int, steps: int, repeats: int, own_work: float = 0.0
+) -> list[float]:
+    """What ``bench efficiency`` would measure on its devices, with the same draws, if nothing but the devices and ``own_work`` took time.
 
     Args:
         program: M = 1, one stage per process.
         jitter: of the devices; that of stage k draws with the seed k.
         warm_up, steps, repeats: mini-batches before the first window and in each, and windows.
+        own_work: what every mini-batch of a stage takes in addition, after its backward, in units of T; it counts for nothing.
 
     Example:
         >>> ideal_windows(Program("async_1f1b", 2), 0.0, warm_up=4, steps=10, repeats=2)
         [1.0, 1.0]
+        >>> ideal_windows(Program("async_1f1b", 2), 0.0, warm_up=4, steps=10, repeats=2, own_work=0.25)
+        [0.8, 0.8]
     """
     draws = [random.Random(k) for k in range(program.depth)]
 
     def lasts(k: int, kind: ActionKind) -> float:
         if kind is ActionKind.U:
-            return 0.0
+            return own_work
         return (1 if kind is ActionKind.F else 2) / 3 * (draws[k].lognormvariate(0.0, jitter) if jitter else 1.0)
 
     count = warm_up + repeats * steps
@@ -76,7 +81,7 @@ def ideal_windows(program: Program, jitter: float, warm_up: int, steps: int, rep
         busy, seconds = [], []
         for plan in plans:
             inside = [spans[one] for actions in plan[first : first + steps] for one in actions]
-            busy.append(sum(span.end - span.start for span in inside))
+            busy.append(sum(span.end - span.start for span in inside if span.action.kind is not ActionKind.U))
             seconds.append(inside[-1].end - spans[plan[first - 1][-1]].end)
         found.append(round(max(busy) / max(seconds), 6))
     return found
