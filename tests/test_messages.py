@@ -5,6 +5,7 @@ import re
 from pathlib import Path
 
 import pytest
+import torch
 
 import pipeoptim as po
 from pipeoptim.cli import main
@@ -68,3 +69,6 @@ def test_in_python_a_note_names_the_topic():
         po.Clip(-1)
     assert found.value.__notes__ == ["More: pipeoptim explain engine.stage.clip"]
     assert not hasattr(po.ConfigError("told by a script"), "__notes__")
+    with pytest.raises(po.ConfigError, match=r"\(more: pipeoptim explain sample-args\)$") as found:
+        po.partition(torch.nn.LSTM(2, 2), 2)
+    assert found.value.topic == "partitioning.api" and not hasattr(found.value, "__notes__"), "once is enough"

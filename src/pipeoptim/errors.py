@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from difflib import get_close_matches
 from types import FrameType
 
-from pipeoptim.explained import with_name
+from pipeoptim.explained import is_named, with_name
 
 
 class PipeOptimError(Exception):
@@ -21,14 +21,14 @@ class ConfigError(PipeOptimError, ValueError):
     """Input that cannot work, found before any work started. The command line ends with exit code 2.
 
     Attributes:
-        topic: what ``pipeoptim explain`` says more under: the module that refuses, such as ``"engine.microbatches"``. A traceback ends with
-            it, and so does what the command line prints. Empty for an error that a script raises itself.
+        topic: what ``pipeoptim explain`` says more under: the module that refuses, as ``"engine.microbatches"``. Unless the message names
+            an explanation, a traceback ends with it, and so does what the command line prints. Empty for an error that a script raises.
     """
 
     def __init__(self, *words: object) -> None:
         super().__init__(*words)
         self.topic = _topic(sys._getframe(1))
-        if self.topic:
+        if self.topic and not is_named(str(self)):
             self.add_note(f"More: pipeoptim explain {self.topic}")
 
     def __str__(self) -> str:

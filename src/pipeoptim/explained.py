@@ -45,3 +45,8 @@ def with_name(message: str) -> str:
     plain = _NAMED.sub("", message)  # of an error that this one is about
     found = next((part.name for part in explanations() if part.explains(plain)), None)
     return plain if found is None else f"{plain} (more: pipeoptim explain {found})"
+
+
+def is_named(message: str) -> bool:
+    """Whether it has such a name."""
+    return _NAMED.search(message) is not None

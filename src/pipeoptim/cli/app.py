@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from pipeoptim.errors import ConfigError, PipeOptimError
+from pipeoptim.explained import is_named
 from pipeoptim.version import __version__
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
@@ -101,7 +102,7 @@ def _run(arguments: list[str] | None) -> int:
 def _with_topic(error: ConfigError) -> str:
     """The message, and what ``pipeoptim explain`` takes: named in the message where it is explained, else its topic in brackets."""
     message = str(error)
-    return f"{message} [{error.topic}]" if error.topic and "(more: pipeoptim explain " not in message else message
+    return f"{message} [{error.topic}]" if error.topic and not is_named(message) else message
 
 
 def _with_value(message: str, arguments: list[str]) -> str:

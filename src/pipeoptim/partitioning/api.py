@@ -11,7 +11,7 @@ from torch import nn
 from torch.distributed import ProcessGroup
 
 from pipeoptim.engine.stage.origin import StageOrigin, note_origins
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.argument_types import check_types
 from pipeoptim.partitioning.block_costs import BlockCost
@@ -181,7 +181,17 @@ def _splitter(
             return how, layered
     from pipeoptim.partitioning.trace_splitter import TraceSplitter  # torch.export is slow to import
 
-    return "trace", TraceSplitter(model, args, kwargs, layers, m)
+    try:
+        return "trace", TraceSplitter(model, args, kwargs, layers, m)
+    except ConfigError as error:
+        if not auto:
+            raise
+        reason = str(error).partition("; partition with how=")[0]
+        raise ConfigError(
+            f"the {type(model).__name__} cannot be cut into {counted(stages or 1, 'stage')} between its layers, since "
+            f"more than a layer's own output is used later, and not by a trace either: {reason}; put what is done around a layer into "
+            "a module with it, so that what this returns is all that is used after it, or pass the list of blocks"
+        ) from None
 
 
 def _unmeasured(splitter: ModelSplitter) -> list[BlockCost]:

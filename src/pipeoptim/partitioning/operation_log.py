@@ -159,9 +159,12 @@ class _OperationRecorder(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if self.uniform is not None and func.overloadpacket.__name__ in ("rand", "uniform_"):
             result.fill_(self.uniform)
         tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)]
+        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
+        if func is torch.ops.aten._pack_padded_sequence.default:  # how many rows each step has follows from the lengths alone
+            self.log.events.append(Operation((self.key(tensors[1]),), (self.key(made.pop()),), (), False))
         used = tuple(self.slots[id(t)] for t in tensors if id(t) in self.slots)
         inputs = tuple(self.key(t) for t in tensors if id(t) not in self.slots)
-        outputs = tuple(self.key(t) for t in tree_leaves(result) if isinstance(t, Tensor))
+        outputs = tuple(map(self.key, made))
         reads_value = func.overloadpacket.__name__ in ("_local_scalar_dense", "equal", "is_nonzero")
         random = torch.Tag.nondeterministic_seeded in func.tags
         self.log.events.append(Operation(inputs, outputs, used, reads_value, random))

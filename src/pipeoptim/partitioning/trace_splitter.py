@@ -138,7 +138,7 @@ class TraceSplitter:
             raise ConfigError(
                 f"torch.export cannot trace the {type(self.model).__name__} ({type(error).__name__}: {reason}); partition with "
                 'how="layers", or pass the list of its blocks'
-            ) from error
+            ) from None  # torch's own traceback is a hundred lines, of which the first is the reason
         finally:
             for module, attributes in before.items():
                 vars(module).clear()
