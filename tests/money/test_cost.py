@@ -258,6 +258,7 @@ BAD = {
     "cut file": (["--plan", "cut.json"], "cut.json is damaged"),
     "other version": (["--plan", "other.json"], "other.json is no plan of format 1 (it says 2)"),
     "other sort": (["--plan", "profile.json"], "profile.json is no plan of format 1"),
+    "an estimate": (["--plan", "estimate.json"], "estimate.json is an estimate of the plan plan.json, and no plan"),
     "no bytes": (["--plan", "older.json"], "older.json is damaged or of another version"),
     "no samples": (["--samples", "0"], "samples is 0, must be at least 1"),
     "stages": (["--own-stages", "2"], "own stages is 2, must be 1 to 1"),
@@ -274,6 +275,7 @@ def test_bad_input_is_one_sentence_and_nothing_is_written(name, plan, tmp_path, 
     (tmp_path / "cut.json").write_text(plan.read_text()[:300])
     (tmp_path / "other.json").write_text(json.dumps(data | {"format": 2}))
     (tmp_path / "profile.json").write_text('{"format": 1}')
+    (tmp_path / "estimate.json").write_text('{"format": 1, "plan": "plan.json"}')
     del data["plan"]["bytes"]
     (tmp_path / "older.json").write_text(json.dumps(data))
     for file, text in {

@@ -37,25 +37,26 @@ def show_simulation(found: Simulation, scenario: Scenario) -> None:
     where = "a formula, nothing of it measured" if found.synthetic else f"a profile of {scenario.profile.model}"
     print(f"{found.method}, {counted(found.depth, 'stage')}, M = {found.microbatches}; simulated from {where}")
     table = Table(box=None, pad_edge=False, header_style="bold")
+    replicas = ("for replicas",) if found.replicas > 1 else ()
     for heading in (
         "stage",
         "blocks",
         "busy",
         "waits for activations",
         "for gradients",
-        "for replicas",
+        *replicas,
         "in flight",
         "gap",
         "copies",
     ):
-        table.add_column(heading, justify="right", no_wrap=True)
-    table.add_column("activations", justify="right", no_wrap=True)
-    table.add_column("memory", justify="right", no_wrap=True)
+        table.add_column(heading, justify="right", overflow="fold")  # in a narrow terminal nothing is cut off
+    table.add_column("activations", justify="right", overflow="fold")
+    table.add_column("memory", justify="right", overflow="fold")
     rows = found.stages
     if len(rows) > SHOWN:
         rows = rows[: SHOWN // 2] + rows[-SHOWN // 2 :]
     for one in rows:
-        shares = (one.waits.busy, one.waits.activations, one.waits.gradients, one.waits.replicas)
+        shares = [one.waits.busy, one.waits.activations, one.waits.gradients] + [one.waits.replicas] * len(replicas)
         counts = (str(one.in_flight), str(one.gap), "?" if one.copies is None else str(one.copies))
         memory = "?" if one.memory is None else bytes_in_words(one.memory)
         table.add_row(

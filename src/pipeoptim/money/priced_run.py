@@ -72,6 +72,8 @@ def read_plan(path: Path, samples: Triangular) -> PricedRun:
         raise ConfigError(
             f"{path} is no plan of format {FORMAT} (it says {data.get('format')!r}); make it anew with pipeoptim plan --objective ... --out"
         )
+    if isinstance(data["plan"], str):
+        raise ConfigError(f"{path} is an estimate of the plan {data['plan']}, and no plan; give --plan {data['plan']}")
     try:
         found = _priced_run(data, samples)
     except (KeyError, TypeError, ValueError, AttributeError, ZeroDivisionError, OverflowError) as error:
