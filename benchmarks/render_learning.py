@@ -50,7 +50,7 @@ class Learned:
 
 def learned(ledger: Ledger, setting: Setting, name: str) -> Learned | None:
     """None where its learning rate is not found yet."""
-    _, best = ledger.climb(setting, CONTENDERS[name])
+    best = ledger.best(setting, CONTENDERS[name])
     if best is None:
         return None
     runs: list[Run] = [replace(best, seed=seed) for seed in SEEDS]
