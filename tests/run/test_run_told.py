@@ -76,7 +76,7 @@ def test_one_is_singular(capsys: pytest.CaptureFixture[str], monkeypatch: pytest
     ("words", "found"),
     [
         ("pipeoptim tr", ["train"]),
-        ("pipeoptim train --check", ["--checkpoint-every"]),
+        ("pipeoptim train --checkp", ["--checkpoint-every"]),
         ("pipeoptim train --engine p", ["processes"]),
     ],
 )

@@ -334,7 +334,7 @@ def test_damaged_profiles_are_refused(tmp_path):
     whole = json.loads(path.read_text())
     cases = {
         "is damaged": path.read_text()[:-40],
-        "is no profile of format 1 (it says 2)": json.dumps({**whole, "format": 2}),
+        "is no profile of format 2 (it says 1)": json.dumps({**whole, "format": 1}),
         "bandwidth of the link is 0": json.dumps({**whole, "link": {"latency": 0, "bandwidth": 0}}),
         "a profile needs at least one block": json.dumps({**whole, "blocks": []}),
         "forward of block block 0 is -1": json.dumps({**whole, "blocks": [{**whole["blocks"][0], "forward": [-1, 0]}]}),

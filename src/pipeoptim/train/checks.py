@@ -63,9 +63,9 @@ def check_method(config: TrainConfig) -> None:
 
     for part in parts_of(config):
         made = program(part)
+        check_rates(part, made)
         options = PipelineOptions(part.method, part.microbatches, **options_of_run(part))
         check_effects(options, get_method(part.method), made)
-    check_rates(config, program(config))
 
 
 def _check_layout(config: TrainConfig) -> None:

@@ -101,7 +101,8 @@ def build_setup(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> RunS
     Raises:
         ConfigError: a component is unknown or refuses its options, or the model cannot be cut.
     """
-    optimizer = stage_rates.with_stage_rates(config, program(config), optimizers.factory(config.optimizer, config.stages))
+    at_first = program(parts_of(config)[0])
+    optimizer = stage_rates.with_stage_rates(config, at_first, optimizers.factory(config.optimizer, config.stages))
     task = read_data(config)
     config = with_steps(config, task)
     scheduler = stage_rates.keeping_rates(config, lr_schedules.factory(config.lr_schedule, config.steps))
@@ -110,11 +111,11 @@ def build_setup(config: TrainConfig, callbacks: Sequence[Callback] = ()) -> RunS
     model = made.skeleton if isinstance(made, StagewiseModel) else made
     _check_sizes(config, task, {} if stagewise is None else stagewise.sizes)
     stages, tied = _cut(model, config, task)
-    stage_rates.check_ties(config, program(config), tied)
+    stage_rates.check_ties(config, at_first, tied)
     read_tied(
         tied,
         (),
-        program(parts_of(config)[0]),
+        at_first,
         get_method(config.method),
         options_of_run(config)["clip"],
         scaled=False,  # copies of a weight that several stages use would diverge under some settings
