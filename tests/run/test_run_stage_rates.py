@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.train import recut, run
 from pipeoptim.train.checks import program
 from pipeoptim.train.rundir import RunDir
-from pipeoptim.train.stage_rates import stage_rates
+from pipeoptim.train.stage_rates import stage_rates, with_stage_rates
 
 
 def config() -> TrainConfig:
@@ -36,6 +37,17 @@ def test_rates_follow_the_gaps() -> None:
     assert rates(replace(config(), rate_by_gap=0.5, slack="1")) == pytest.approx([5**-0.5, 3**-0.5, 1.0])
     # M = D-1: the first stage's micro-batches miss 1, 1, then none of 2; the mean counts.
     assert rates(replace(config(), microbatches=2)) == [1 / 2, 1 / 1.5, 1.0]
+
+
+def test_a_rate_that_groups_and_stages_share_is_divided_once_for_each() -> None:
+    shared, given = torch.tensor(0.6), config()
+
+    def groups(stage: torch.nn.Module | Iterable[torch.nn.Parameter], k: int = 0, /) -> torch.optim.Optimizer:
+        return torch.optim.SGD([{"params": [torch.nn.Parameter(torch.zeros(1))]} for _ in range(2)], lr=shared)
+
+    make = with_stage_rates(given, program(given), groups)
+    found = [[float(group["lr"]) for group in make([], k).param_groups] for k in range(3)]
+    assert found == [pytest.approx([rate, rate]) for rate in (0.2, 0.3, 0.6)] and shared == torch.tensor(0.6)
 
 
 @pytest.mark.parametrize("method", ["pipeoptim", "pipedream"])
@@ -59,7 +71,7 @@ def test_equals_rates_by_stage(method: str, tmp_path: Path, monkeypatch: pytest.
     ("changes", "words"),
     [
         ({"method": "1f1b"}, "no gradient is old in method '1f1b' with 3 stages"),
-        ({"stages": 1}, "no gradient is old"),
+        ({"stages": 1}, "no gradient is old in method 'pipeoptim' with 1 stage;"),
         ({"rate_by_gap": -1.0}, "rate_by_gap is -1.0"),
         ({"rate_by_gap": float("nan")}, "rate_by_gap is nan"),
         ({"slack": "auto", "engine": "processes"}, "slack is 'auto'"),

@@ -19,7 +19,7 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from pipeoptim.engine.stage.tied import Tied
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted
 from pipeoptim.methods import get_method
 from pipeoptim.methods.facts import mean_gap
 
@@ -44,20 +44,17 @@ def check_rates(config: TrainConfig, program: Program) -> None:
     Raises:
         ConfigError: it cannot.
     """
-    if config.rate_by_gap:
-        reason = ""
-        if config.slack == "auto":
-            reason = (
-                "slack is 'auto', so that gaps are known only when the run has begun; give the number that such a run chose"
-            )
-        elif config.microbatches_schedule:
-            reason = (
-                "microbatches_schedule changes the gaps in mid-run, and learning rates do not follow; leave one of them out"
-            )
-        elif set(stage_rates(config, program)) == {1.0}:
-            reason = f"no gradient is old in method {config.method!r} with {config.stages} stages; leave it out"
-        if reason:
-            raise ConfigError(f"rate_by_gap is {config.rate_by_gap}, but {reason}")
+    if not config.rate_by_gap:
+        return
+    reason = ""
+    if config.slack == "auto":
+        reason = "slack is 'auto', so that gaps are known only when the run has begun; give the number that such a run chose"
+    elif config.microbatches_schedule:
+        reason = "microbatches_schedule changes the gaps in mid-run, and learning rates do not follow; leave one of them out"
+    elif set(stage_rates(config, program)) == {1.0}:
+        reason = f"no gradient is old in method {config.method!r} with {counted(config.stages, 'stage')}; leave it out"
+    if reason:
+        raise ConfigError(f"rate_by_gap is {config.rate_by_gap}, but {reason}")
 
 
 def with_stage_rates(config: TrainConfig, program: Program, make: Factory) -> Factory:
@@ -69,7 +66,7 @@ def with_stage_rates(config: TrainConfig, program: Program, make: Factory) -> Fa
     def made(stage: nn.Module | Iterable[Parameter], k: int = 0, /) -> Optimizer:
         optimizer = make(stage, k)
         for group in optimizer.param_groups:
-            group["lr"] *= rates[k]
+            group["lr"] = group["lr"] * rates[k]  # not in place: groups, and stages, may share one tensor
         return optimizer
 
     return made
