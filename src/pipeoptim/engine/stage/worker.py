@@ -313,10 +313,16 @@ class StageWorker:
         self.losses.add(added, share)
         # Added losses are roots of this stage's own backward; nothing of them travels to other stages.
         own = [self._weighted_loss(loss, share) for loss in added.values() if loss.requires_grad]
-        outputs = self._loss_roots(i, result, share) if self.is_last else differentiable(as_args(result))
+        if self.is_last:
+            # What is kept of the loss would keep the graph of the whole stage alive, and perhaps a large memory, until the end of the step.
+            loss, result = result, own_number(result)
+            if share != 0:
+                self.finite.note_loss(i, result)
+            outputs = self._loss_roots(i, loss, share)
+        else:
+            outputs = differentiable(as_args(result))
         self._keep_for_backward(i, InFlight(inputs, outputs, saved, weight_set, own, share))
-        # The caller's loss would keep the graph of the whole stage alive, and perhaps a large memory, until the end of the step.
-        return own_number(result) if self.is_last else result
+        return result
 
     def skip(self, i: int) -> None:
         """F of an empty micro-batch: nothing is computed or drawn, its place in the order is kept."""
@@ -334,8 +340,6 @@ class StageWorker:
 
     def _loss_roots(self, i: int, loss: Tensor, share: float | None) -> list[Tensor]:
         """What the backward starts from: the loss times its share; nothing where that is 0, for 0 times a mean of nothing is NaN."""
-        if share != 0:
-            self.finite.note_loss(i, own_number(loss))
         loss = self._weighted_loss(loss, share)
         if self.scaling is not None:
             loss = self.scaling.scale(i, loss)
