@@ -19,8 +19,7 @@ import time
 from contextlib import suppress
 from pathlib import Path
 
-from pipeoptim.bench.record import Record, ResultRow
-from pipeoptim.train.machine import machine
+from pipeoptim.bench.record import Record
 
 RESULT = Path(__file__).parent / "results" / "cold_start.json"
 KILLS, PERIOD = 4, 20  # of a run; mini-batches between its checkpoints
@@ -58,16 +57,12 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=1)
     given = parser.parse_args()
-    record = Record("cold_start", "s", {"mini-batches between checkpoints": PERIOD}, [])
-    if RESULT.exists() and Record.read(RESULT).machine == machine():
-        record = Record.read(RESULT)
-    rows = {row.name: row for row in record.rows}
+    record = Record.continued(RESULT, "s", {"mini-batches between checkpoints": PERIOD})
     for _ in range(given.runs):
         measured = {"Python and its import of torch alone": [round(import_seconds(), 3)]}
         measured["D = 2: killed, all restarted from a checkpoint"] = cold_starts(2)
         for name, samples in measured.items():
-            rows.setdefault(name, ResultRow(name, [])).samples.extend(samples)
-        record.rows = list(rows.values())
+            record.row_or_new(name).samples.extend(samples)
         record.write(RESULT)
     for row in record.rows:
         print(f"{row.name:60} {row.median:.2f}  of {len(row.samples)}")

@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.bench.record import Record, ResultRow
+from pipeoptim.bench.record import Record
 from pipeoptim.faults.same_end import last_states, same
 from pipeoptim.telemetry.metrics import read_rows
 
@@ -138,9 +138,7 @@ def main() -> None:
             record.settings["signals"] += len(found)
             record.settings["saved and resumed bit-equal"] += len(found) * alike
             for name, seconds in found:
-                if all(row.name != name for row in record.rows):
-                    record.rows.append(ResultRow(name, []))
-                record.row(name).samples.append(round(seconds, 2))
+                record.row_or_new(name).samples.append(round(seconds, 2))
             record.write(given.result)
             print(
                 f"{engine}: {len(found)} signals, {'equal' if alike else 'NOT EQUAL'}; {record.settings['signals']} in all",

@@ -25,7 +25,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.bench.record import Record
 from pipeoptim.faults import random_faults, try_faults
 from pipeoptim.faults.same_end import end_of, same
 from pipeoptim.faults.sentences import EVENTS
@@ -139,32 +139,24 @@ def one_run(folder: Path, number: int, record: Record) -> None:
     for one in listing(run)["replaced"]:
         kind = "stopped for 10 s, then killed" if one["cause"].startswith("stood") else "killed"
         label = f"{name}: {kind}"
-        row = next((row for row in record.rows if row.name == label), None)
-        if row is None:
-            record.rows.append(row := ResultRow(label, []))
         if one["seconds"] is not None:  # else it was hit again before
-            row.samples.append(round(one["seconds"], 4))
+            record.row_or_new(label).samples.append(round(one["seconds"], 4))
 
 
 def storms(kills: int) -> None:
     """Until so many processes were ended, in this and earlier calls."""
     path = RESULTS / "storm.json"
-    record = Record("storm", "s from death to new work", {"survive": EVERY}, [])
-    if path.exists() and Record.read(path).machine == machine():
-        record = Record.read(path)
+    record = Record.continued(path, "s from death to new work", {"survive": EVERY})
     with tempfile.TemporaryDirectory() as folder:
         while record.settings.get("processes ended", 0) < kills:
             one_run(Path(folder), record.settings.get("runs", 0), record)
-            record.rows = [row for row in record.rows if row.samples]
             record.write(path)
 
 
 def emulated(kills: int) -> None:
     """Until so many failures have hit emulated runs of each depth in turn, in this and earlier calls."""
     path = RESULTS / "storm_emulated.json"
-    record = Record("storm_emulated", "s from death to new work", {"runs": 0, "equal bit for bit": 0, "failures": 0}, [])
-    if path.exists() and Record.read(path).machine == machine():
-        record = Record.read(path)
+    record = Record.continued(path, "s from death to new work", {"runs": 0, "equal bit for bit": 0, "failures": 0})
     settings = record.settings
     while settings["failures"] < kills:
         depth = DEPTHS[settings["runs"] % len(DEPTHS)]
@@ -182,10 +174,8 @@ def emulated(kills: int) -> None:
         }.items():
             settings[key] += more
         label = f"emulator, D = {depth}: killed, restarted from a checkpoint"
-        if all(row.name != label for row in record.rows):
-            record.rows.append(ResultRow(label, []))
         killed = [row.seconds for row in rows if row.fault.startswith("kill") and row.seconds is not None]
-        record.row(label).samples.extend(round(seconds, 3) for seconds in killed)
+        record.row_or_new(label).samples.extend(round(seconds, 3) for seconds in killed)
         record.write(path)
         print(f"D = {depth}: {len(rows)} failures; equal: {rows[0].bit_equal}", flush=True)
 
@@ -193,9 +183,7 @@ def emulated(kills: int) -> None:
 def aimed(kills: int) -> None:
     """As ``storms``, by ``pipeoptim faults``: kills at named instants, of random stages and numbers, as many of each."""
     path = RESULTS / "storm.json"
-    record = Record("storm", "s from death to new work", {"survive": EVERY}, [])
-    if path.exists() and Record.read(path).machine == machine():
-        record = Record.read(path)
+    record = Record.continued(path, "s from death to new work", {"survive": EVERY})
     settings = record.settings
     while settings.get("processes ended", 0) < kills:
         number = settings.get("runs", 0)
@@ -212,9 +200,7 @@ def aimed(kills: int) -> None:
             counts[instant] = counts.get(instant, 0) + 1
             if row["seconds"] is not None:
                 label = f"aimed by pipeoptim faults: {instant}"
-                if all(one.name != label for one in record.rows):
-                    record.rows.append(ResultRow(label, []))
-                record.row(label).samples.append(round(row["seconds"], 4))
+                record.row_or_new(label).samples.append(round(row["seconds"], 4))
         for key, more in counts.items():
             settings[key] = settings.get(key, 0) + more
         record.write(path)

@@ -26,10 +26,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeoptim.bench.record import Record, ResultRow
+from pipeoptim.bench.record import Record
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.train.callbacks import Callback, RunView
-from pipeoptim.train.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
 EVERY, TURN, OFFSET = 16, 48, 8  # mini-batches: between images; of a turn; between the end of a turn and an image
@@ -244,18 +243,8 @@ def measure(kind: str, turns: int, folder: Path) -> tuple[list[float], list[floa
     return list(clock), list(used), most
 
 
-def record_of(name: str, unit: str, settings: dict[str, Any]) -> Record:
-    """That of earlier calls on this machine, or a new one."""
-    path = RESULTS / f"{name}.json"
-    if path.exists() and Record.read(path).machine == machine():
-        return Record.read(path)
-    return Record(name, unit, settings, [])
-
-
 def add(record: Record, name: str, samples: list[float]) -> None:
-    if all(row.name != name for row in record.rows):
-        record.rows.append(ResultRow(name, []))
-    record.row(name).samples.extend(round(sample, 4) for sample in samples)
+    record.row_or_new(name).samples.extend(round(sample, 4) for sample in samples)
     record.write(RESULTS / f"{record.benchmark}.json")
 
 
@@ -264,8 +253,10 @@ if __name__ == "__main__":
     parser.add_argument("--turns", type=int, default=12, help="pairs of turns, of each kind")
     parser.add_argument("--only", default="", help="the kind whose name begins so")
     given = parser.parse_args()
-    cost = record_of("survive_cost", "time without", {"survive": EVERY, "mini-batches per sample": TURN - 1})
-    memory = record_of("survive_memory", "MiB per stage", {"survive": EVERY})
+    cost = Record.continued(
+        RESULTS / "survive_cost.json", "time without", {"survive": EVERY, "mini-batches per sample": TURN - 1}
+    )
+    memory = Record.continued(RESULTS / "survive_memory.json", "MiB per stage", {"survive": EVERY})
     for kind in KINDS:
         if kind.startswith(given.only):
             with tempfile.TemporaryDirectory() as folder:

@@ -321,6 +321,18 @@ def test_figures_that_cannot_be_added_are_not_measured(
     assert "the figures in that file are of another machine, version or" in capsys.readouterr().err
 
 
+def test_a_file_of_this_machine_goes_on_and_one_of_another_does_not(tmp_path: Path) -> None:
+    path = tmp_path / "storm.json"
+    for samples in ([1.0], [1.0, 2.0]):
+        found = Record.continued(path, "s", {"stages": 2})
+        found.row_or_new("killed").samples.append(float(len(samples)))
+        found.write(path)
+        assert (found.benchmark, found.unit, found.settings) == ("storm", "s", {"stages": 2})
+        assert Record.continued(path, "s", {}).rows == [ResultRow("killed", samples)]
+    replace(found, machine={**found.machine, "torch": "1.0"}).write(path)
+    assert Record.continued(path, "s", {}).rows == []
+
+
 def test_files_are_merged_by_row() -> None:
     old = record(entry("naive", 1, 1.0), entry("pipeoptim", 1, 1.0))
     both = merged(old, record(entry("pipeoptim", 1, 2.0)))

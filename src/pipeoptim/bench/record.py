@@ -51,9 +51,22 @@ class Record:
     rows: list[ResultRow]
     machine: dict[str, Any] = field(default_factory=machine)
 
+    @classmethod
+    def continued(cls, path: Path, unit: str, settings: dict[str, Any]) -> Record:
+        """What ``path`` holds, where that was measured on this machine with these versions; else one without rows, named after the file."""
+        if path.exists() and (found := cls.read(path)).machine == machine():
+            return found
+        return cls(path.stem, unit, settings, [])
+
     def row(self, name: str) -> ResultRow:
         """The row of that name."""
         return next(row for row in self.rows if row.name == name)
+
+    def row_or_new(self, name: str) -> ResultRow:
+        """The row of that name, which is added without samples where there is none."""
+        if all(row.name != name for row in self.rows):
+            self.rows.append(ResultRow(name, []))
+        return self.row(name)
 
     def write(self, path: Path) -> Path:
         """Write it as JSON, by renaming a temporary file, so that no reader sees half of it.
