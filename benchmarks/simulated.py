@@ -12,18 +12,18 @@ time and goes on where it was; a file of predictions that is there is never writ
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import asdict
 from itertools import product
 from pathlib import Path
-from statistics import median
+from typing import Any
+
+from predicted_runs import measure, show, write_predictions
 
 from pipeoptim.bench.link_profile import measure_link
-from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.bench.simulated import SimulatedRun
 
 RESULTS = Path(__file__).parent / "results"
@@ -43,49 +43,14 @@ def runs() -> list[SimulatedRun]:
     return found
 
 
-def predict(folder: Path) -> None:
-    """Write what all runs are expected to reach."""
-    path = folder / PREDICTIONS
-    if path.exists():
-        raise SystemExit(f"{path} exists; predictions are made once, before anything is measured")
+def predict() -> dict[str, Any]:
+    """What all runs are expected to reach."""
     near, far = (measure_link(4, delay, waits=0.01) for delay in (0.0, 1e-3))
     rows = []
     for run in runs():
         rate = run.predict(far if run.delay else near).throughput
         rows.append({"name": run.name, "run": asdict(run), "predicted": rate.median, "low": rate.low, "high": rate.high})
-    data = {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine(), "rows": rows}
-    data |= {"link": near._asdict(), "link through gloo": far._asdict()}
-    path.write_text(json.dumps(data, indent=1) + "\n")
-    print(f"{len(rows)} predictions in {path}")
-
-
-def measure(folder: Path, repeats: int) -> None:
-    """Measure what is missing, the file being whole after each run."""
-    predictions = json.loads((folder / PREDICTIONS).read_text())
-    path = folder / MEASURED
-    settings = {"predicted": predictions["made"], "repeats": repeats, "each stage": "stays on one core"}
-    record = Record.read(path) if path.exists() else Record("simulated", "mini-batches/s", settings, [])
-    done = {row.name for row in record.rows}
-    for row in predictions["rows"]:
-        if row["name"] in done:
-            continue
-        samples, loads = [], []
-        for _ in range(repeats):
-            samples.append(SimulatedRun(**row["run"]).measure())
-            loads.append(os.getloadavg()[0])
-        own = {**row["run"], "predicted": row["predicted"], "low": row["low"], "high": row["high"], "load": max(loads)}
-        record.rows.append(ResultRow(row["name"], samples, own))
-        record.write(path)
-        print(f"{row['name']}: predicted {row['predicted']:.4g}, measured {samples}", flush=True)
-
-
-def show(folder: Path) -> None:
-    """Errors, relative to what was measured."""
-    record = Record.read(folder / MEASURED)
-    errors = sorted(abs(row.settings["predicted"] / row.median - 1) for row in record.rows)
-    for row in record.rows:
-        print(f"{row.settings['predicted'] / row.median - 1:+7.1%}  {row.name}")
-    print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {errors[-1]:.1%}")
+    return {"rows": rows, "link": near._asdict(), "link through gloo": far._asdict()}
 
 
 def scale(folder: Path) -> None:
@@ -126,10 +91,16 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each; the median counts")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
     arguments = parser.parse_args()
-    if arguments.what == "measure":
-        measure(arguments.folder, arguments.repeats)
+    predictions, measured = arguments.folder / PREDICTIONS, arguments.folder / MEASURED
+    if arguments.what == "predict":
+        write_predictions(predictions, predict)
+    elif arguments.what == "measure":
+        settings = {"each stage": "stays on one core"}
+        measure(predictions, measured, "simulated", settings, lambda run: SimulatedRun(**run), arguments.repeats)
+    elif arguments.what == "show":
+        show(measured)
     else:
-        {"predict": predict, "show": show, "scale": scale}[arguments.what](arguments.folder)
+        scale(arguments.folder)
 
 
 if __name__ == "__main__":

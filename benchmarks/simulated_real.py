@@ -13,17 +13,17 @@ predictions that is there is never written again. To try it: --folder /tmp/try -
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import time
 from dataclasses import asdict, replace
 from itertools import product
 from pathlib import Path
-from statistics import median
+from typing import Any
+
+from predicted_runs import measure, show, write_predictions
 
 from pipeoptim.bench.computed import STEPS, ComputedRun, best_lengths, busy_profile, counted_profile
 from pipeoptim.bench.link_profile import measure_link
-from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.simulate import Profile
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,23 +35,13 @@ MICROBATCHES = (1, 4)
 DEPTH = 2
 
 
-def predict(folder: Path, repeats: int, divide: int) -> None:
-    """Write what all runs are expected to reach."""
-    path = folder / PREDICTIONS
-    if path.exists():
-        raise SystemExit(f"{path} exists; predictions are made once, before anything is measured")
+def predict(repeats: int, divide: int) -> dict[str, Any]:
+    """What all runs are expected to reach."""
     link = measure_link(repeats)
     rows = []
     for model, batch in MODELS.items():
         rows += _of_model(busy_profile(model, batch // divide, MICROBATCHES, repeats, link), model)
-    data = {
-        "made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "machine": machine(),
-        "load": os.getloadavg()[0],
-        "rows": rows,
-    }
-    path.write_text(json.dumps(data | {"link": link._asdict()}, indent=1) + "\n")
-    print(f"{len(rows)} predictions in {path}")
+    return {"load": os.getloadavg()[0], "rows": rows, "link": link._asdict()}
 
 
 def _of_model(profile: Profile, model: str) -> list[dict[str, object]]:
@@ -64,31 +54,6 @@ def _of_model(profile: Profile, model: str) -> list[dict[str, object]]:
             rows.append({"name": run.name, "run": asdict(run), "predicted": found.throughput.median})
             print(f"{run.name}: {found.throughput.median:.4g} mini-batches/s, cut {lengths}", flush=True)
     return rows
-
-
-def measure(folder: Path, repeats: int, steps: int) -> None:
-    """Measure what is missing, the file being whole after each run."""
-    predictions = json.loads((folder / PREDICTIONS).read_text())
-    path = folder / MEASURED
-    settings = {
-        "predicted": predictions["made"],
-        "repeats": repeats,
-        "mini-batches": steps,
-        "each stage": "on a core of its own",
-    }
-    record = Record.read(path) if path.exists() else Record("simulated real", "mini-batches/s", settings, [])
-    done = {row.name for row in record.rows}
-    for row in predictions["rows"]:
-        if row["name"] in done:
-            continue
-        run = replace(ComputedRun(**row["run"]), steps=steps)
-        samples, loads = [], []
-        for _ in range(repeats):
-            samples.append(run.measure())
-            loads.append(os.getloadavg()[0])
-        record.rows.append(ResultRow(run.name, samples, {**row["run"], "predicted": row["predicted"], "load": max(loads)}))
-        record.write(path)
-        print(f"{run.name}: predicted {row['predicted']:.4g}, measured {samples}", flush=True)
 
 
 def memory(folder: Path, divide: int) -> None:
@@ -118,15 +83,6 @@ def even(profile: Profile) -> tuple[int, ...]:
     return half, len(profile.blocks) - half
 
 
-def show(folder: Path) -> None:
-    """Errors, relative to what was measured."""
-    record = Record.read(folder / MEASURED)
-    errors = sorted(abs(row.settings["predicted"] / row.median - 1) for row in record.rows)
-    for row in record.rows:
-        print(f"{row.settings['predicted'] / row.median - 1:+7.1%}  {row.name}")
-    print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {errors[-1]:.1%}")
-
-
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -138,14 +94,20 @@ def main() -> None:
     parser.add_argument("--divide", type=int, default=1, help="rows of mini-batches are divided by it, to try the script")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
     arguments = parser.parse_args()
+    predictions, measured = arguments.folder / PREDICTIONS, arguments.folder / MEASURED
     if arguments.what == "predict":
-        predict(arguments.folder, arguments.repeats or 9, arguments.divide)
+        write_predictions(predictions, lambda: predict(arguments.repeats or 9, arguments.divide))
     elif arguments.what == "measure":
-        measure(arguments.folder, arguments.repeats or 1, arguments.steps)
+        settings = {"mini-batches": arguments.steps, "each stage": "on a core of its own"}
+
+        def run_of(run: dict[str, Any]) -> ComputedRun:
+            return replace(ComputedRun(**run), steps=arguments.steps)
+
+        measure(predictions, measured, "simulated real", settings, run_of, arguments.repeats or 1)
     elif arguments.what == "memory":
         memory(arguments.folder, arguments.divide)
     else:
-        show(arguments.folder)
+        show(measured)
 
 
 if __name__ == "__main__":
