@@ -174,7 +174,7 @@ class TrainConfig(RunOptions):
     rate_by_gap: float = own_setting(
         0.0,
         "p of a lower learning rate where gradients are older: that of a stage with version gap s is divided by (1+s)^p. 0: one for all "
-        "stages. For M = 1, where 0.75 helps much; the rate itself may then be higher.",
+        "stages. For M = 1, where 0.75 was the best of three tried; the rate itself may then be higher.",
         check_value=check_power,
     )
     chunks: int = own_setting(
