@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -43,15 +44,27 @@ def as_path(name: str, value: Any) -> Path:
     return path
 
 
+def read_text(path: Path) -> str:
+    """What a file holds that a user named. A pipe may be read; a device may have no end (/dev/zero fills the memory).
+
+    Raises:
+        OSError: there is no such file, or it is a device.
+        ValueError: it is not UTF-8.
+    """
+    if path.is_char_device() or path.is_block_device():
+        raise OSError(errno.EINVAL, "Is a device, must be a file", str(path))
+    return path.read_text(encoding="utf-8")
+
+
 def read_object(path: Path) -> dict[str, Any]:
     """The JSON object in a file.
 
     Raises:
-        OSError: there is no such file.
+        OSError: as :func:`read_text`.
         ConfigError: it holds something else.
     """
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = json.loads(read_text(path))
     except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or nested too deeply
         raise ConfigError(f"{path} is damaged ({error}); restore it") from error
     if not isinstance(data, dict):

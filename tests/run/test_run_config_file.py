@@ -76,6 +76,8 @@ def test_a_file_that_is_none_is_told(text: str, words: str, tmp_path: Path) -> N
 def test_further_refusals(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         read(tmp_path / "none.toml")
+    with pytest.raises(ConfigError, match=r"/dev/zero cannot be read \(is a device, must be a file"):  # it has no end
+        read(Path("/dev/zero"))
     with pytest.raises(ConfigError, match="no recipe to change; leave --recipe out"):
         read(written(tmp_path, to_toml(tiny.recipe())), "tiny:recipe")
     with pytest.raises(ConfigError, match="options of data has None"):

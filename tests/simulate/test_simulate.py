@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -358,3 +359,5 @@ def test_damaged_profiles_are_refused(tmp_path):
         with pytest.raises(ConfigError) as error:
             read_profile(path)
         assert words in str(error.value)
+    with pytest.raises(ConfigError, match=r"/dev/zero cannot be read \(Is a device, must be a file\)"):  # it has no end
+        read_profile(Path("/dev/zero"))

@@ -12,7 +12,7 @@ from statistics import median
 from typing import Any
 
 from pipeoptim.errors import ConfigError, counted, did_you_mean, unknown_name
-from pipeoptim.files import cause_of
+from pipeoptim.files import cause_of, read_text
 from pipeoptim.money.triangular import Triangular
 
 OLD = 90
@@ -139,7 +139,7 @@ def read_prices(path: Path | None = None) -> PriceBook:
     if path is None:
         return own
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
     except (OSError, ValueError) as error:
         cause = cause_of(error) if isinstance(error, OSError) else error
         raise ConfigError(

@@ -17,7 +17,7 @@ from typing import Any
 
 from pipeoptim.config import FIELDS, SETTINGS, Component, TrainConfig, read_fields
 from pipeoptim.errors import ConfigError
-from pipeoptim.files import cause_of
+from pipeoptim.files import cause_of, read_text
 from pipeoptim.train.change_method import with_method
 from pipeoptim.train.recipes import chosen_config, get_recipe
 from pipeoptim.train.set_options import with_set
@@ -87,7 +87,7 @@ def chosen_run(
 def _fields_in(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """The fields in a file; and apart, of components of which it has no target, the options."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         data = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"{path} cannot be read ({cause_of(error)}); check --config") from error
