@@ -46,6 +46,10 @@ CASES = {
         ["methods", "--microbatches", "1000000"],
         ["more than can be counted", "20000 or fewer"],
     ),
+    "methods of a million stages": (
+        ["methods", "--stages", "1000000"],
+        ["more than can be counted", "set depth to 99999 or fewer"],
+    ),
     "methods of many stages": (["methods", "--stages", "140"], ["140 stages", "would take minutes", "--stages"]),
     "method of many micro-batches": (["methods", "gpipe", "--microbatches", "9000"], ["would take minutes"]),
     "a million seeds": (["compare", "--seeds", "1000000"], ["seeds is '1000000'", "at most 1000"]),

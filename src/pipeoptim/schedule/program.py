@@ -64,9 +64,11 @@ class Program:
         object.__setattr__(self, "slack", read_slack(self.slack))
         check_boundaries(self.slack, self.depth)
         if (self.depth + 1) * self.microbatches > MOST_MICROBATCHES:
+            fits = MOST_MICROBATCHES // (self.depth + 1)
+            remedy = f"microbatches to {fits}" if fits else f"depth to {MOST_MICROBATCHES - 1}"
             raise ConfigError(
                 f"depth {self.depth} with {self.microbatches} micro-batches is more than can be counted: gaps are counted over "
-                f"2 (depth + 1) mini-batches; set microbatches to {max(1, MOST_MICROBATCHES // (self.depth + 1))} or fewer"
+                f"2 (depth + 1) mini-batches; set {remedy} or fewer"
             )
         if self.processes is not None:
             self._check_processes(self.processes)
