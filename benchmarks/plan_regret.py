@@ -47,7 +47,10 @@ def emulated(file: Path, jobs: int, steps: int) -> None:
             method, m, lengths = way
             return CutRun(milliseconds, method, m, lengths, steps).measure()
 
-        regret(file, name, uneven_profile(milliseconds, link), lambda _, cuts=cuts: cuts, measure, jobs)
+        def profile(milliseconds: tuple[float, ...] = milliseconds) -> Profile:
+            return uneven_profile(milliseconds, link)
+
+        regret(file, name, profile, lambda _, cuts=cuts: cuts, measure, jobs)
 
 
 def real(file: Path, steps: int) -> None:
@@ -62,24 +65,27 @@ def real(file: Path, steps: int) -> None:
             method, m, lengths = way
             return ComputedRun(model, batch, method, m, lengths, steps).measure()
 
-        regret(file, short_name(model), busy_profile(model, batch, MICROBATCHES, 9, link), near, measure, jobs=1)
+        def profile(model: str = model, batch: int = batch) -> Profile:
+            return busy_profile(model, batch, MICROBATCHES, 9, link)
+
+        regret(file, short_name(model), profile, near, measure, jobs=1)
 
 
 def regret(
     file: Path,
     model: str,
-    profile: Profile,
+    profile: Callable[[], Profile],
     cuts: Callable[[tuple[int, int]], Iterable[tuple[int, int]]],
     measure: Callable[[Way], float],
     jobs: int,
 ) -> None:
-    """Plan one model, then measure all its ways that are not measured yet."""
+    """Plan one model, if it is not planned yet, then measure all its ways that are not measured yet."""
     record = Record.read(file) if file.exists() else Record("plan regret", "mini-batches/s", {"stages": 2}, [])
     known = {row.name for row in record.rows}
     plan = next(
         (way_of(row.settings) for row in record.rows if row.settings["model"] == model and row.settings["planned"]), None
     )
-    plan = plan or planned_way(profile)
+    plan = plan or planned_way(profile())
     ways = [plan, *(way for way in product(METHODS, MICROBATCHES, cuts(plan[2])) if way != plan)]
     wanted = [way for way in ways if name_of(model, way) not in known]
     print(f"{model}: planned {name_of(model, plan)}; {len(wanted)} ways to measure", flush=True)

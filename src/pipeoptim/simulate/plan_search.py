@@ -359,9 +359,8 @@ def _cut(request: PlanRequest, shape: PlanShape) -> Candidate | None:
     keep_forward = shape.recompute == "forward"
     most = [copies(shape.method, depth, m, k, keep_forward, program) for k in range(depth)]
     weights = blocks.weights[None, :] - blocks.weights[:, None]
-    after_first = np.append(
-        blocks.shared[1:], blocks.shared[-1]
-    )  # a stage's first block shares nothing: what is before it is elsewhere
+    # A stage's first block shares nothing: what is before it is elsewhere.
+    after_first = np.append(blocks.shared[1:], blocks.shared[-1])
     held = blocks.saved[None, :] - blocks.saved[:, None] - (blocks.shared[None, :] - after_first[:, None])
     seconds = m * (blocks.seconds[None, :] - blocks.seconds[:, None])
     order = np.arange(len(blocks.weights))
