@@ -15,6 +15,7 @@ from pipeoptim.cli.app import _run
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train.config_file import chosen_run, read_config_file, to_toml
+from pipeoptim.train.rundir import RunDir
 
 plain = st.recursive(
     st.booleans() | st.integers() | st.floats(allow_nan=False, allow_infinity=False) | st.text(),
@@ -78,6 +79,11 @@ def test_further_refusals(tmp_path: Path) -> None:
         read(tmp_path / "none.toml")
     with pytest.raises(ConfigError, match=r"/dev/zero cannot be read \(is a device, must be a file"):  # it has no end
         read(Path("/dev/zero"))
+    (tmp_path / "config.json").symlink_to("/dev/zero")
+    (tmp_path / "result.json").symlink_to("/dev/zero")
+    with pytest.raises(ConfigError, match="cannot be read \\(is a device"):
+        RunDir(tmp_path).read_config()
+    assert RunDir(tmp_path).finished_at() is None
     with pytest.raises(ConfigError, match="no recipe to change; leave --recipe out"):
         read(written(tmp_path, to_toml(tiny.recipe())), "tiny:recipe")
     with pytest.raises(ConfigError, match="options of data has None"):

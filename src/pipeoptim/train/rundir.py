@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from pipeoptim.config import NOT_COMPUTED, Component, TrainConfig
 from pipeoptim.errors import ConfigError
-from pipeoptim.files import cause_of, make_folder, sync_folder, write_durably
+from pipeoptim.files import cause_of, make_folder, read_text, sync_folder, write_durably
 from pipeoptim.train import trust
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class RunDir:
             ConfigError: there is no such run, or its configuration cannot be read.
         """
         try:
-            return TrainConfig.from_json(self.config.read_text(encoding="utf-8"))
+            return TrainConfig.from_json(read_text(self.config))
         except (FileNotFoundError, NotADirectoryError) as error:
             raise ConfigError(
                 f"there is no run in {self.path} (no {self.config.name}); check its name and the folder of the runs"
@@ -182,7 +182,7 @@ class RunDir:
 
     def _read_result(self) -> dict[str, Any]:
         try:
-            result = json.loads(self.result.read_text(encoding="utf-8"))
+            result = json.loads(read_text(self.result))
         except (OSError, ValueError, RecursionError):
             return {}
         return result if isinstance(result, dict) else {}
