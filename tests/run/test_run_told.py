@@ -86,3 +86,15 @@ def test_a_shell_completes_commands_options_and_their_values(words: str, found: 
     command = [sys.executable, "-c", "from pipeoptim.cli import main; main()"]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.split() == found
+
+
+def test_a_closed_folder_is_told_before_anything_is_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        "os.access", lambda path, mode: Path(path) != tmp_path
+    )  # root may write to folders that are closed to others
+    code = _run(["profile", "--recipe", "digits", "--out", str(tmp_path / "x.json")])
+    out, error = capsys.readouterr()
+    assert (code, out) == (2, "")
+    assert f"nothing can be written to the folder {tmp_path}; make it writable" in error
