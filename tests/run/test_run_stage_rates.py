@@ -11,6 +11,7 @@ import torch
 
 import tiny
 from compare import assert_same_state, timeless
+from pipeoptim.compare.table import setting
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import recut, run
@@ -91,3 +92,8 @@ def test_is_not_cut_anew(tmp_path: Path) -> None:
     for changed in (replace(config(), stages=2), replace(config(), stages=2, rate_by_gap=0.0)):
         with pytest.raises(ConfigError, match="cannot be cut anew"):
             recut(RunDir(tmp_path / "run"), changed)
+
+
+def test_reports_say_the_rates() -> None:
+    assert "on a stage with gap s divided by (1 + s)^1" in setting(config())
+    assert "divided" not in setting(replace(config(), rate_by_gap=0.0))

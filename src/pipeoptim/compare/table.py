@@ -170,6 +170,8 @@ def setting(config: TrainConfig) -> str:
         else f"mini-batches of {config.batch_size}, not split"
     )
     rate = "" if lr is None else f" with lr {lr:g}"
+    if config.rate_by_gap:
+        rate += f", on a stage with gap s divided by (1 + s)^{config.rate_by_gap:g}"
     chosen = [
         f", {name} {value}"
         for name, known in RUN_SETTINGS.items()
