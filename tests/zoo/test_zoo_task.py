@@ -63,6 +63,13 @@ def test_an_epoch_visits_no_example_twice(size: int, batch: int, seed: int, epoc
     assert len(seen.unique()) == len(seen)
 
 
+@pytest.mark.parametrize("seed", [float("nan"), 1.0, "1", None])
+def test_a_seed_that_is_no_integer_is_refused(seed: object) -> None:
+    for draw in (lambda: numbers(9, seed).train_batch(0, 3), lambda: chars(32, seed, max_bytes=50_000).train_batch(0, 3)):  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match="seed is .*, must be an integer"):
+            draw()
+
+
 def test_epochs_and_seeds_differ_in_order() -> None:
     orders = [tuple(shuffled(50, seed, epoch).tolist()) for seed in range(5) for epoch in range(5)]
     assert len(set(orders)) == 25

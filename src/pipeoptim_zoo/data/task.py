@@ -66,10 +66,12 @@ def generator(*seeds: int) -> torch.Generator:
     """A CPU generator that is a function of all ``seeds``, whatever their sizes.
 
     The seeds are mixed with splitmix64, since torch's Mersenne twister is seeded with the low 32 bits only:
-    neighbouring (seed, step) pairs must not collide or correlate.
+    neighbouring (seed, step) pairs must not collide or correlate. Raises ConfigError for a seed that is no integer.
     """
     state = 0
     for seed in seeds:
+        if not isinstance(seed, int):
+            raise ConfigError(f"seed is {seed!r}, must be an integer")
         state = (state ^ (seed & _MASK)) + 0x9E3779B97F4A7C15 & _MASK
         state = (state ^ state >> 30) * 0xBF58476D1CE4E5B9 & _MASK
         state = (state ^ state >> 27) * 0x94D049BB133111EB & _MASK
