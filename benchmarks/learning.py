@@ -106,12 +106,12 @@ CORE_1 = ("1f1b", "naive", "pipedream", "pipeoptim, refined", "pipeoptim, refine
 #: The rates rise, and every contender looks for its own among them, beginning in the middle.
 OPTIMIZERS = {
     "adamw": Choice(Component("adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "muon": Choice(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "muon": Choice(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)),
     "rotated": Choice(Component("rotated_adam", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
     "rotated_95": Choice(
         Component("rotated_adam", {"weight_decay": 0.01, "betas": (0.95, 0.999)}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
     ),
-    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4)),
+    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)),
     "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
 }
 
@@ -188,10 +188,10 @@ SETTINGS = (
     Setting("chars", 8, 8, "adamw", (*CORE, *SHORTER, EARLY)),
     Setting("chars", 8, 1, "rotated", CORE_1),
     Setting("chars", 8, 8, "rotated", CORE),
-    Setting("chars", 8, 8, "muon", CORE),
-    Setting("chars", 8, 16, "adamw", (*CORE, LATE)),
+    Setting("chars", 8, 8, "muon", (*CORE, EARLY)),
+    Setting("chars", 8, 16, "adamw", (*CORE, EARLY, LATE)),
     Setting("chars", 8, 8, "adamw", (*CORE, LATE)),
-    Setting("chars", 8, 8, "sgd", CORE),
+    Setting("chars", 8, 8, "sgd", (*CORE, EARLY)),
     Setting("names", 8, 8, "adamw", CORE),
     Setting("chars", 8, 1, "adamw", CORE_1),
     Setting("chars", 8, 1, "rotated_95", CORE_1),
