@@ -39,6 +39,10 @@ def as_path(name: str, value: Any) -> Path:
     path = Path(value)
     try:
         path.exists()
+    except PermissionError as error:
+        raise ConfigError(
+            f"{name} is {str(value)!r}, in a folder that is closed to you; make it accessible, or choose another one"
+        ) from error
     except (OSError, ValueError) as error:  # too long, or with a zero byte in it
         raise ConfigError(f"{name} is {str(value)[:40]!r}..., which can be no path ({error}); choose another one") from error
     return path

@@ -55,7 +55,7 @@ CASES = {
     "a million seeds": (["compare", "--seeds", "1000000"], ["seeds is '1000000'", "at most 1000"]),
     "methods refused": (["methods", "pipedream_2bw"], ["microbatches is 1", "set microbatches to 4"]),
     "drawing of all": (["methods", "--svg", "x.svg"], ["--svg draws one method"]),
-    "drawing nowhere": (["methods", "gpipe", "--svg", "no/where.svg"], ["no/where.svg", "cannot be written"]),
+    "drawing nowhere": (["methods", "gpipe", "--svg", "no/where.svg"], ["the folder no does not exist", "for --svg"]),
 }
 
 

@@ -11,9 +11,11 @@ import compare_cases
 from pipeoptim.cli.app import _run
 from pipeoptim.cli.commands.compare import _config
 from pipeoptim.compare.folder import ComparisonFolder
+from pipeoptim.compare.outcome import Outcome
 from pipeoptim.compare.plan import plan_comparison
 from pipeoptim.compare.settings import ComparisonSettings, check_continues
-from pipeoptim.compare.table import setting
+from pipeoptim.compare.summary import Comparison
+from pipeoptim.compare.table import notes, setting
 from pipeoptim.config import Component
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import METHODS, get_method
@@ -49,6 +51,17 @@ def test_a_method_that_cannot_do_what_the_options_ask_for_is_left_out() -> None:
     assert {"gpipe", "1f1b"} <= set(plan.left_out), "they flush, so there is no next forward to overlap with"
     assert all("overlap" in reason for reason in plan.left_out.values())
     assert {run.config.overlap for run in plan.runs} == {True}
+
+
+def test_rates_by_the_gap_leave_methods_without_gaps_as_they_are() -> None:
+    settings = ComparisonSettings(replace(BASE, rate_by_gap=0.5), ("1f1b", "gpipe", "pipeoptim"))
+    plan = plan_comparison(settings)
+    assert not plan.left_out
+    assert {run.config.method: run.config.rate_by_gap for run in plan.runs} == {"1f1b": 0.0, "gpipe": 0.0, "pipeoptim": 0.5}
+    told = notes(Comparison(settings, [Outcome(run.config.method, 0, "adamw", "finished") for run in plan.runs], {}))
+    assert any("the same learning rate under 1f1b, gpipe: no gradient is old there" in note for note in told)
+    with pytest.raises(ConfigError, match=r"rate_by_gap is 0.5, but no gradient is old in 1f1b, gpipe; leave it out"):
+        plan_comparison(replace(settings, methods=("1f1b", "gpipe")))
 
 
 def test_every_option_that_changes_what_is_computed_is_offered_and_told(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,6 +7,7 @@ imports torch.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import pkgutil
@@ -22,6 +23,11 @@ from pipeoptim.explained import is_named
 from pipeoptim.version import __version__
 
 EXIT_FAILED, EXIT_BAD_INPUT, EXIT_INTERRUPTED = 1, 2, 130
+
+#: A path that this user gave and cannot use: bad input, where a full or broken disk is a failure.
+CLOSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
+
+_HUGE = re.compile(r"""(['"])(?:(?!\1).){400,}\1""", re.DOTALL)
 
 HELP = """Asynchronous pipeline training that learns like synchronous training.
 
@@ -89,6 +95,8 @@ def _run(arguments: list[str] | None) -> int:
     except OSError as error:
         from pipeoptim.files import cause_of
 
+        if error.errno in CLOSED:
+            return _fail(f"{cause_of(error)}; choose another path, or make it accessible to you", EXIT_BAD_INPUT)
         return _fail(cause_of(error), EXIT_FAILED)
     except Exception as error:
         if type(error).__name__ == "NoArgsIsHelpError":
@@ -113,8 +121,13 @@ def _with_value(message: str, arguments: list[str]) -> str:
     return message if value is None or value in message else f"{named[1] if named else ''} is {value!r}: {message}"
 
 
+def _begun(value: re.Match[str]) -> str:
+    """Of a value of several hundred characters, only the beginning is said again."""
+    return f"{value[0][:80]}...{value[1]}"
+
+
 def _fail(message: str, code: int) -> int:
     """Print one line on stderr; under torchrun only the first process does."""
     if os.environ.get("RANK", "0") == "0" or code != EXIT_BAD_INPUT:
-        print(f"pipeoptim: {' '.join(message.split())}", file=sys.stderr)
+        print(f"pipeoptim: {' '.join(_HUGE.sub(_begun, message).split())}", file=sys.stderr)
     return code

@@ -11,6 +11,7 @@ from pipeoptim.compare.settings import ComparisonSettings
 from pipeoptim.config import Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import Method, get_method
+from pipeoptim.schedule import ORDERS
 from pipeoptim.train.change_method import with_method
 from pipeoptim.train.checks import check_method
 
@@ -41,11 +42,15 @@ def plan_comparison(settings: ComparisonSettings) -> ComparisonPlan:
     """The runs that ``settings`` mean.
 
     Raises:
-        ConfigError: a method is unknown, or every one of them refuses the setting.
+        ConfigError: a method is unknown, every one of them refuses the setting, or rates by the gap change none of them.
     """
     left_out = {}
+    if settings.config.rate_by_gap and all(flushes(name) for name in settings.methods):
+        raise ConfigError(
+            f"rate_by_gap is {settings.config.rate_by_gap}, but no gradient is old in {', '.join(settings.methods)}; leave it out"
+        )
     for name in settings.methods:
-        config = with_method(settings.config, name)
+        config = under_method(settings, name)
         try:
             check_method(config)
         except ConfigError as error:
@@ -56,9 +61,20 @@ def plan_comparison(settings: ComparisonSettings) -> ComparisonPlan:
     return ComparisonPlan(tuple(planned(settings, name, seed) for seed in settings.seeds for name in taking_part), left_out)
 
 
+def flushes(name: str) -> bool:
+    """Whether a method empties the pipeline in every mini-batch, so that its version gaps are 0."""
+    return ORDERS[get_method(name).order].flushes
+
+
+def under_method(settings: ComparisonSettings, name: str) -> TrainConfig:
+    """What all runs share, under one method. Rates by the gap would be refused where all gaps are 0: (1 + 0)^p divides by 1."""
+    config = with_method(settings.config, name)
+    return replace(config, rate_by_gap=0.0) if flushes(name) else config
+
+
 def planned(settings: ComparisonSettings, name: str, seed: int) -> PlannedRun:
     """The run of the method called ``name`` (which may carry options) with ``seed``."""
-    method, config = get_method(name), replace(with_method(settings.config, name), seed=seed)
+    method, config = get_method(name), replace(under_method(settings, name), seed=seed)
     if method.optimizer is not None and not settings.same_optimizer:
         config = replace(config, optimizer=own_optimizer(method, settings))
     return PlannedRun(f"{_as_folder(name)}-seed{seed}", config)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from pipeoptim.compare.plan import flushes
 from pipeoptim.compare.statistics import Spread
 from pipeoptim.compare.summary import Comparison, MethodSummary
 from pipeoptim.config import TrainConfig
@@ -189,6 +190,11 @@ def notes(comparison: Comparison) -> Sequence[str]:
             out.append(f"{o.method} diverged with seed {o.seed}: {o.reason}.")
         elif o.status == "failed":
             out.append(f"{o.method} failed with seed {o.seed}: {o.reason}. Run the command again to repeat it.")
+    alike = [line.method for line in lines if flushes(line.method)]
+    if settings.config.rate_by_gap and alike:
+        out.append(
+            f"All stages have the same learning rate under {', '.join(alike)}: no gradient is old there, so --rate-by-gap divides by 1."
+        )
     common = settings.config.optimizer
     for line in lines:
         own = _brings_own(line.method)

@@ -18,6 +18,7 @@ from statistics import mean
 from types import TracebackType
 from typing import Any
 
+from pipeoptim.errors import ConfigError
 from pipeoptim.files import sync_file, sync_folder
 
 Row = dict[str, Any]
@@ -53,8 +54,18 @@ class MetricsFile:
         self._file.close()
 
 
+def check_rows_file(path: Path) -> None:
+    """Raises ConfigError where rows are in a device, which has no end (/dev/zero) or keeps nothing (/dev/null), or in a folder."""
+    if path.exists() and not path.is_file():
+        raise ConfigError(f"{path} is no file, so that the rows of the run cannot be in it; remove it, or restore it")
+
+
 def read_rows(path: Path) -> list[Row]:
-    """All rows; a last line that a crash cut off is left out."""
+    """All rows; a last line that a crash cut off is left out.
+
+    Raises:
+        ConfigError: ``path`` is something else than a file.
+    """
     return [row for _, row in _lines(path)]
 
 
@@ -73,7 +84,11 @@ def tail_mean(values: Sequence[float]) -> float | None:
 
 
 def truncate_after(path: Path, step: int) -> None:
-    """Remove the rows of steps after ``step``, which a resumed run will write again."""
+    """Remove the rows of steps after ``step``, which a resumed run will write again.
+
+    Raises:
+        ConfigError: ``path`` is something else than a file.
+    """
     if not path.exists():
         return
     kept = [line for line, row in _lines(path) if row.get("step", 0) <= step]
@@ -88,6 +103,7 @@ def truncate_after(path: Path, step: int) -> None:
 
 
 def _lines(path: Path) -> Iterator[tuple[str, Row]]:
+    check_rows_file(path)
     if not path.exists():
         return
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines():

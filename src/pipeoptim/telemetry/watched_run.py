@@ -13,6 +13,7 @@ from typing import Any
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import read_object
+from pipeoptim.telemetry.metrics import check_rows_file
 
 WINDOW = 20
 """Mini-batches that loss and speed are the mean of, as in the run itself."""
@@ -36,12 +37,13 @@ class WatchedRun:
         prediction, timing: the newest measurements of each stage, by its number.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: it is none, or its rows are in no file.
     """
 
     def __init__(self, folder: Path) -> None:
         if not (folder / "config.json").is_file():
             raise ConfigError(f"there is no run in {folder} (no config.json); check its name and the folder of the runs")
+        check_rows_file(folder / "metrics.jsonl")
         self.folder, self.config = folder, read_object(folder / "config.json")
         self._forget()
 

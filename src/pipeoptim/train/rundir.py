@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from pipeoptim.config import NOT_COMPUTED, Component, TrainConfig
 from pipeoptim.errors import ConfigError
 from pipeoptim.files import cause_of, make_folder, read_text, sync_folder, write_durably
+from pipeoptim.telemetry.metrics import check_rows_file
 from pipeoptim.train import trust
 
 if TYPE_CHECKING:
@@ -232,8 +233,11 @@ def newest(run: RunDir, config: TrainConfig, say: Callable[[str], None], stages:
     if found.folder is None or found.meta is None:
         passed = [*found.torn, *((folder, f"weights that are not finite, {what}") for folder, what in found.sick)]
         reasons = "; ".join(f"{folder.name}: {reason}" for folder, reason in passed)
-        what = f"no complete checkpoint in {run.checkpoints} ({reasons})" if reasons else f"no checkpoint in {run.checkpoints}"
-        raise ConfigError(f"{what}; start a new run with another --name")
+        if not reasons:
+            raise ConfigError(
+                f"no checkpoint in {run.checkpoints}; give the command that began this run again, without --resume: it starts at step 0"
+            )
+        raise ConfigError(f"no complete checkpoint in {run.checkpoints} ({reasons}); start a new run with another --name")
     if found.meta.config != config.fingerprint() or found.meta.stages != config.stages:
         raise ConfigError(
             f"checkpoint {found.folder} is of another configuration than {run.config}; "
@@ -263,8 +267,9 @@ def resume(
 
     Raises:
         FinishedError: the run is finished.
-        ConfigError: there is no checkpoint, or it is of another configuration.
+        ConfigError: there is no checkpoint, or it is of another configuration; or the rows of the run are in no file.
     """
+    check_rows_file(run.metrics)
     if anew and not any(run.checkpoints.glob("step-*")):
         if run.finished_at() == config.steps:
             raise _finished_error(run, config, config.steps)

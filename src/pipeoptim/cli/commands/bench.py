@@ -9,6 +9,7 @@ import typer
 from typer import Option
 
 from pipeoptim.bench.checks import above_zero, at_least, at_most
+from pipeoptim.cli.new_files import check_writable
 from pipeoptim.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -31,8 +32,13 @@ def _group() -> None:
 
 def _checked_file(path: Path | None) -> Path | None:
     """Before anything is measured: what was measured must not be lost."""
-    if path is not None and (not path.name or path.is_dir()):
+    if path is None:
+        return None
+    if not path.name or path.is_dir():
         raise ConfigError(f"out is {str(path)!r}, must be the name of a file, for example {path / 'result.json'}")
+    if path.exists() and not path.is_file():  # a device would be replaced
+        raise ConfigError(f"out is {str(path)!r}, which is no file; choose another one, for example result.json")
+    check_writable(next(folder for folder in path.parents if folder.exists()), "--out")  # the rest of them is made
     return path
 
 

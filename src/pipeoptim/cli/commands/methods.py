@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from typer import Argument, Option
 
+from pipeoptim.cli.new_files import check_new_files
 from pipeoptim.cli.settings import given, takes_settings
 from pipeoptim.errors import ConfigError, counted
 
@@ -65,6 +66,7 @@ def methods(
     from pipeoptim.schedule import Program
     from pipeoptim.telemetry.console import table_console
 
+    check_new_files({"--svg": svg}, drawn=["--svg"])
     wanted = given(settings)
     program = Program(
         "async_1f1b", wanted["stages"], wanted["microbatches"], slack=wanted["slack"]
@@ -166,7 +168,7 @@ def _one(console: Console, name: str, setting: Program, refresh: int | None, svg
     found = facts(name, setting.depth, setting.microbatches, setting.slack, refresh)
     count = minibatches(program)
     if svg is not None:
-        _write(svg, to_svg(program, count, title=f"{name}: {order_name(method.order)}"))
+        svg.write_text(to_svg(program, count, title=f"{name}: {order_name(method.order)}"), encoding="utf-8")
     console.print(f"[bold]{name}[/bold]: {method.summary}", soft_wrap=True)
     console.print()
     if (text := explanation(method)) != method.summary:
@@ -200,10 +202,3 @@ def _one(console: Console, name: str, setting: Program, refresh: int | None, svg
     console.print("F one unit of time, B two; ' marks an update", style="dim")
     if svg is not None:
         console.print(f"drawing: {svg}")
-
-
-def _write(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"{path} cannot be written ({error.strerror}); choose another file with --svg") from error

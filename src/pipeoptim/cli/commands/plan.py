@@ -150,7 +150,7 @@ def plan(
     keep_freed_memory()
     chosen, slack = get_method(wanted["method"]), read_slack(wanted["slack"])
     refresh = refresh_every(wanted["prediction"], wanted.get("refresh") or None)
-    check_new_files({"--picture": picture, "--svg": svg})
+    check_new_files({"--picture": picture, "--svg": svg}, drawn=["--picture", "--svg"])
     if model is not None and (recipe is not None or tiny):
         other = f"recipe {recipe!r}" if recipe is not None else "--tiny, which is of recipes,"
         raise ConfigError(f"model {model!r} and {other} were given; leave one out")

@@ -95,7 +95,7 @@ def simulate(
     from pipeoptim.simulate.timed_events import timed_events
     from pipeoptim.simulate.trace import check_traceable, chrome_trace, drawing, stage_traces
 
-    check_new_files({"--trace": trace, "--picture": picture})
+    check_new_files({"--trace": trace, "--picture": picture}, drawn=["--picture"])
     wanted = given(settings)
     conditions = _conditions(delay, bandwidth, jitter, straggler, draws, seed)
     failures = _failures(mtbf, recovery, checkpoint_every, checkpoint_seconds)
