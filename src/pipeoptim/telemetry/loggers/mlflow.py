@@ -18,7 +18,8 @@ class MlflowLog:
     """
 
     def __init__(self, run: LoggedRun, experiment: str = "pipeoptim") -> None:
-        # MLflow sends by ten threads, of which two that make the folder of a metric at once lose a row of its file store; one also keeps the order.
+        # MLflow sends by ten threads, of which two that make the folder of a metric at once lose a row of its file store; one also keeps
+        # the order.
         os.environ.setdefault("MLFLOW_ASYNC_LOGGING_THREADPOOL_SIZE", "1")
         import mlflow
 
