@@ -121,6 +121,33 @@ def test_what_no_image_can_ask_for_is_forgotten_and_more_than_that_is_refused() 
         sender.restore()
 
 
+def test_large_messages_use_again_the_memory_of_forgotten_ones_but_an_image_none_that_may_still_be_read() -> None:
+    sender, receiver = ends()
+    places = set()
+    for n in range(0, 300, 3):  # large ones
+        both(lambda n=n: send(sender, [n]), lambda n=n: receive(receiver, [n]))
+        places.add(sender._log[-1].slot.block.data_ptr())
+        receiver.note_image()
+        receiver.note_standing()
+        both(lambda: receiver.send(message(1)), sender.receive)
+    assert len(places) == 1
+    both(lambda: send(sender, [300]), lambda: receive(receiver, [300]))
+    earlier = image_of(sender)
+    both(lambda: send(sender, [303]), lambda: receiver._readable(10))  # not read yet
+    sender.drop()
+    earlier.note_takeover()
+    slot = earlier._take_slot(4 * LARGE)  # before it has connected, it does again what it has done
+    slot.block.fill_(0)
+    receive(receiver, [303])
+    large = torch.zeros(2 * LARGE)
+    both(lambda: earlier.send(message(303)), receiver.restore)
+    both(lambda: earlier.send(large), lambda: receive_equal(receiver, large))  # does not fit, and gets larger slots
+
+
+def receive_equal(link: KeptLink, tree: torch.Tensor) -> None:
+    assert torch.equal(link.receive().tree, tree)
+
+
 def test_two_ends_that_send_more_than_sockets_hold_read_meanwhile() -> None:
     one, other = ends()
     many = 200  # of 8 KiB, both ways, before either receives

@@ -127,6 +127,8 @@ class Survival:
         if not self._standby.keep(number, in_image=self._let_go):
             return
         self._catches_up = True
+        for link in self._links:
+            link.note_takeover()
         renew_store_connections(*self._rendezvous.store_address)
         cut_back(lengths)
         if self._listener is not None:

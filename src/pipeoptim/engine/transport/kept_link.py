@@ -10,8 +10,9 @@ A stage that was replaced has gone back to its *image*, the state that it had so
         v  |          a stage that does again what it has done sends nothing below the other's r
     stage k + 1       each message says how many of the other's messages the sender's newest image holds: the other forgets those
 
-Stages are deterministic, so that a message which is sent again has the bits of the first one. Large messages go in memory
-of their own, whose descriptor passes through the socket, so that sending one never waits for a stage that computes.
+Stages are deterministic, so that a message which is sent again has the bits of the first one. Large messages lie in memory
+(:mod:`~pipeoptim.engine.transport.kept_memory`) whose descriptor passes through the socket, so that sending one never waits for a stage
+that computes. The log is that memory: a message is copied into it once.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.kept_memory import KeptMemory, KeptSlot
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.errors import PipeOptimError, StageFailure
 
@@ -44,12 +46,13 @@ _LOOK = 0.02  # seconds between looks at the other connections while this one is
 
 
 class _Head(NamedTuple):
-    """Sizes of description and payload, whether the payload comes as a descriptor, the message's number, how many of the receiver's
-    messages the sender's newest image holds; the rest as in :class:`~pipeoptim.engine.transport.message.Message`."""
+    """Sizes of description and payload, where the payload lies in the memory whose descriptor comes next (-1: it comes itself), the
+    message's number, how many of the receiver's messages the sender's newest image holds; the rest as in
+    :class:`~pipeoptim.engine.transport.message.Message`."""
 
     described: int
     payload: int
-    apart: int
+    offset: int
     sequence: int
     held: int
     flags: int
@@ -59,11 +62,12 @@ class _Head(NamedTuple):
 
 
 class _Sent(NamedTuple):
-    """A message that can be sent again: what describes it, and its payload."""
+    """A message that can be sent again: what describes it, and its payload, which lies in ``slot`` if it is large."""
 
     head: _Head
     text: bytes
     block: Tensor
+    slot: KeptSlot | None
 
 
 class KeptLink:
@@ -82,6 +86,7 @@ class KeptLink:
         self._dial, self._serve = dial, serve
         self._connection: socket.socket | None = None
         self._log: deque[_Sent] = deque()
+        self._memory: KeptMemory | None = None  # of large messages
         self._sent = self._received = 0
         self._other_has = 0  # messages that need not be sent: the other had them when the connection was made
         self._at_image = self._held = 0  # messages received when an image was made; when the newest that stands was
@@ -95,10 +100,12 @@ class KeptLink:
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         """As :meth:`~pipeoptim.engine.transport.ports.Outgoing.send`."""
         form, tensors = self._format(tree)
-        block = torch.empty(form.payload, dtype=torch.uint8)
+        slot = self._take_slot(form.payload) if form.payload > _INLINE else None
+        block = torch.empty(form.payload, dtype=torch.uint8) if slot is None else slot.block[: form.payload]
         message.fill(message.places(block, 0, form), tensors)
-        head = _Head(len(self._text), form.payload, form.payload > _INLINE, self._sent, self._held, flags, loss_scale, *share)
-        sent = _Sent(head, self._text, block)
+        offset = -1 if slot is None else slot.offset
+        head = _Head(len(self._text), form.payload, offset, self._sent, self._held, flags, loss_scale, *share)
+        sent = _Sent(head, self._text, block, slot)
         self._log.append(sent)
         self._sent += 1
         if self._connection is None:
@@ -139,6 +146,10 @@ class KeptLink:
         """The image that was made last can take this process's place: what the one before needed can be forgotten."""
         self._held = self._at_image
 
+    def note_takeover(self) -> None:
+        """This process was an image: from its free slots the neighbour may still read what the process before has sent in them."""
+        self._memory = None
+
     @property
     def replays(self) -> bool:
         """Whether what is sent now was sent before; also where nobody has said so yet."""
@@ -156,6 +167,7 @@ class KeptLink:
         """Let go of all."""
         self.drop()
         self._log.clear()
+        self._memory = None
 
     def look_after(self) -> None:
         """Make a new connection if the neighbour has let go of this one and is there again.
@@ -203,6 +215,18 @@ class KeptLink:
 
     # -- bytes ---------------------------------------------------------------------------------------------------------
 
+    def _take_slot(self, size: int) -> KeptSlot:
+        if self._memory is None or self._memory.size < size:
+            self._memory = KeptMemory(size)
+        return self._memory.take()
+
+    def _forget(self, count: int) -> None:
+        """No image of the neighbour will ask for the first ``count`` messages again."""
+        while self._log and self._log[0].head.sequence < count:
+            slot = self._log.popleft().slot
+            if slot is not None and self._memory is not None:
+                self._memory.give_back(slot)
+
     def _format(self, tree: Any) -> tuple[message.Format, list[Tensor]]:
         tensors = None if self._form is None else message.unchanged(tree, self._form)
         if tensors is None or self._form is None:
@@ -214,31 +238,25 @@ class KeptLink:
         """Send all of it. While the socket is full, what comes the other way is read: the neighbour may be in the same place."""
         assert self._connection is not None
         head = _HEAD.pack(*sent.head._replace(held=self._held))
-        inline = [] if sent.head.apart or not sent.head.payload else [_bytes_of(sent.block)]
+        inline = [_bytes_of(sent.block)] if sent.slot is None and sent.head.payload else []
         for rest in (memoryview(head + sent.text), *inline):
             while rest:
                 try:
                     rest = rest[self._connection.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
                 except BlockingIOError:
                     self._wait_until_writable()
-        if sent.head.apart:
-            self._send_apart(self._connection, sent.block)
+        if sent.slot is not None:
+            self._send_descriptor(self._connection, sent.slot.file.descriptor)
 
-    def _send_apart(self, connection: socket.socket, block: Tensor) -> None:
-        """Send ``block`` in memory of its own: the other end reads it when it has time."""
-        fd = os.memfd_create("pipeoptim-kept")
-        try:
-            with open(fd, "wb", closefd=False) as memory:
-                memory.write(_bytes_of(block))
-            rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", fd))]
-            while True:
-                try:  # not by socket.send_fds, which ignores its flags
-                    connection.sendmsg([b"+"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
-                    return
-                except BlockingIOError:
-                    self._wait_until_writable()
-        finally:
-            os.close(fd)
+    def _send_descriptor(self, connection: socket.socket, descriptor: int) -> None:
+        """Of memory that the other end reads when it has time."""
+        rights = [(socket.SOL_SOCKET, socket.SCM_RIGHTS, struct.pack("i", descriptor))]
+        while True:
+            try:  # not by socket.send_fds, which ignores its flags
+                connection.sendmsg([b"+"], rights, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL)
+                return
+            except BlockingIOError:
+                self._wait_until_writable()
 
     def _wait_until_writable(self) -> None:
         assert self._connection is not None
@@ -277,29 +295,33 @@ class KeptLink:
         if form.payload != head.payload:
             raise PipeOptimError(f"a message of {head.payload} bytes from stage {self.peer} describes {form.payload} bytes")
         block = torch.empty(head.payload, dtype=torch.uint8)
-        if head.apart:
-            _receive_apart(connection, block)
+        if head.offset >= 0:
+            _receive_apart(connection, head.offset, block)
         elif head.payload:
             _read_into(connection, _bytes_of(block))
         self._received += 1
         self._queue.append(Message(message.read(block, 0, form), head.flags, head.loss_scale, (head.rows, head.of)))
-        while self._log and self._log[0].head.sequence < head.held:
-            self._log.popleft()
+        self._forget(head.held)
 
 
 def _bytes_of(block: Tensor) -> memoryview:
     return memoryview(cast(Any, block.numpy()))
 
 
-def _receive_apart(connection: socket.socket, block: Tensor) -> None:
+def _receive_apart(connection: socket.socket, offset: int, block: Tensor) -> None:
     """Fill ``block`` from the memory whose descriptor comes next."""
-    _, fds, _, _ = socket.recv_fds(connection, 1, 1)
-    if not fds:
+    _, descriptors, _, _ = socket.recv_fds(connection, 1, 1)
+    if not descriptors:
         raise ConnectionError("a message came without its memory")
-    with open(fds[0], "rb") as memory:
-        memory.seek(0)  # the position is the sender's as well, who has written
-        if memory.readinto(_bytes_of(block)) < block.numel():
-            raise PipeOptimError(f"a message of {block.numel()} bytes came in less memory")
+    try:
+        rest = _bytes_of(block)
+        while rest:
+            count = os.preadv(descriptors[0], [rest], offset + block.numel() - len(rest))
+            if not count:
+                raise PipeOptimError(f"a message of {block.numel()} bytes came in less memory")
+            rest = rest[count:]
+    finally:
+        os.close(descriptors[0])
 
 
 def _read_exactly(connection: socket.socket, size: int) -> bytearray:
