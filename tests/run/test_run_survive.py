@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,14 +13,19 @@ import dying
 import processes
 import tiny
 from compare import assert_same_state, timeless
+from pipeoptim.engine.survival import Survival
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import run
 from pipeoptim.train.checks import check
 
 
 def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_path: Path) -> None:
-    options = ["--recipe", "dying:recipe", "--engine", "processes", "--survive", "4", "--name", "victim"]
-    with processes.train(tmp_path, *options) as command:
+    script = (
+        "import dataclasses, dying, pipeoptim.train\n"
+        "config = dataclasses.replace(dying.recipe(), engine='processes', survive=4)\n"
+        "pipeoptim.train.run(config, 'runs/victim', progress=False)"
+    )
+    with processes.Command([sys.executable, "-c", script], tmp_path) as command:
         assert command.wait(150) == 0, command.err
     where = tmp_path / "runs" / "victim"
     died = {path.name.removeprefix("died-") for path in tmp_path.glob("died-*")}
@@ -54,6 +60,18 @@ def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_p
 def test_what_cannot_survive_is_refused(changed: dict[str, object], reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         check(replace(tiny.recipe(), **{"engine": "processes", "survive": 8, **changed}))  # type: ignore[arg-type]
+
+
+def test_torchrun_which_replaces_nobody_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(
+        ConfigError, match=r"survive is 8, but nobody would replace this process .* by pipeoptim train --survive"
+    ):
+        Survival(8, k=0, depth=2)  # as Schedule(survive=8) in a script
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ConfigError, match=r"survive is 8, but torchrun's agent ends all .* give --max-restarts to torchrun"):
+        run(replace(tiny.recipe(), engine="processes", survive=8), tmp_path / "run", progress=False)
+    assert not any(tmp_path.iterdir())
 
 
 def test_no_checksums_are_left_out_where_there_are_none(tmp_path: Path) -> None:

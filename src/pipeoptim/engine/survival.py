@@ -49,8 +49,8 @@ class Survival:
         standby = Standby.of_this_process()
         if standby is None:
             raise ConfigError(
-                f"survive is {every}, but nobody would replace this process when it dies; start it by pipeoptim train --survive (or "
-                "train() with survive=), or leave survive out"
+                f"survive is {every}, but nobody would replace this process when it dies: torchrun ends the others as well; start it by "
+                "pipeoptim train --survive (in Python, by pipeoptim.train.run() with survive in its configuration), or leave survive out"
             )
         self.every, self.k, self.depth = every, k, depth
         self._standby = standby

@@ -200,6 +200,12 @@ def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResul
         raise ConfigError(
             f"max_restarts is {config.max_restarts}, but under torchrun its agent starts processes again; give --max-restarts to torchrun"
         )
+    if config.survive:
+        raise ConfigError(
+            f"survive is {config.survive}, but torchrun's agent ends all processes when one has died, here and on other machines; leave "
+            "torchrun out (pipeoptim train starts the processes of one machine itself), or leave survive out and give --max-restarts to "
+            "torchrun"
+        )
     if config.engine != "processes":
         raise ConfigError(
             "torchrun started several processes, but engine is 'emulator'; use --engine processes, or leave torchrun out"
