@@ -307,11 +307,19 @@ def test_stages_that_are_no_modules_are_refused(given):
         po.Emulator(given, lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss)
 
 
+def test_a_target_that_is_given_by_position_is_told():
+    pipe = po.Emulator([nn.Linear(2, 2)], lambda p: torch.optim.SGD(p, lr=0.1), nn.functional.mse_loss)
+    with pytest.raises(
+        po.ConfigError, match=r"the model failed with 2 inputs .*; if one of them is the target, give it by name"
+    ):
+        pipe.step(torch.ones(4, 2), torch.ones(4, 2))
+
+
 def test_a_function_that_fails_is_named_and_its_error_is_the_cause():
     def fails(_):
         return 1 / 0
 
-    with pytest.raises(po.ConfigError, match="optimizers is a function that failed for stage 0: ZeroDivisionError: ") as told:
+    with pytest.raises(po.ConfigError, match="failed for stage 0: ZeroDivisionError: .* with the list of the stage's") as told:
         po.Emulator([nn.Linear(2, 2)], fails, nn.functional.mse_loss)
     assert isinstance(told.value.__cause__, ZeroDivisionError)
 

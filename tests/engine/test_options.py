@@ -112,6 +112,7 @@ def test_a_pipeline_shows_its_options_and_another_takes_them():
 
 WRONG = {
     "a close name": ({"clp": 1.0}, "unknown Emulator option 'clp'; did you mean 'clip'?"),
+    "an argument of its own": ({"scheduler": None}, "unknown Emulator option 'scheduler'; did you mean 'schedulers'?"),
     "an option of processes": ({"transport": "auto"}, "transport is an option of pipelines in several processes"),
     "tied": ({"tied": 3}, "tied is 3, must be the tied of a partition"),
     "on_update": ({"on_update": 3}, "on_update is 3, must be a function"),

@@ -62,4 +62,8 @@ def _made_for_stage(what: str, k: int, make: Callable[..., Any], *arguments: Any
         raise
     except Exception as error:
         reason = " ".join(str(error).split()) or "no reason given"
-        raise ConfigError(f"{what} is a function that failed for stage {k}: {type(error).__name__}: {reason}") from error
+        given = [
+            "the list of the stage's parameters" if isinstance(one, list) else f"its {type(one).__name__}" for one in arguments
+        ]
+        got = f" (it was called with {given[0]})" if given else ""
+        raise ConfigError(f"{what} is a function that failed for stage {k}: {type(error).__name__}: {reason}{got}") from error

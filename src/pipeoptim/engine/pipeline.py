@@ -29,7 +29,7 @@ from pipeoptim.engine.splitting import count_rows
 from pipeoptim.engine.stage.hot_code import record_code
 from pipeoptim.engine.stage_times import now
 from pipeoptim.engine.step_loss import step_loss
-from pipeoptim.errors import ConfigError
+from pipeoptim.errors import ConfigError, counted, first_line
 from pipeoptim.options import PipelineOptions
 from pipeoptim.options.checks import count, flag
 from pipeoptim.schedule import Action, Program
@@ -111,8 +111,16 @@ class Pipeline(LocalStages):
         found: list[CountedLoss] = []
         for runner in self._runners.values():
             runner.worker.begin_mini_batch()
-        with self._guard():
-            self._run_step(micro_batches, found)
+        try:
+            with self._guard():
+                self._run_step(micro_batches, found)
+        except TypeError as error:
+            if target is None and len(args) > 1:
+                raise ConfigError(
+                    f"the model failed with {len(args)} inputs ({first_line(error)}); if one of them is the target, give it by name: "
+                    "step(x, target=y)"
+                ) from error
+            raise
         ended = now()
         for runner in self._runners.values():
             runner.clock.end_mini_batch(ended)
@@ -343,7 +351,8 @@ class Pipeline(LocalStages):
         here = f"{self._place_name} {first}"
         if args and first > 0:
             raise ConfigError(
-                f"{here} was given {len(args)} inputs; only {self._place_name} 0 takes them, use keywords for others"
+                f"{here} was given {counted(len(args), 'input')}, but only {self._place_name} 0 takes them; leave them out elsewhere: "
+                "step(*([x] if k == 0 else []), ...), and give arguments of a stage's own as keywords"
             )
         every = merge_kwargs(self.depth, kwargs, first, stage_kwargs)
         mine = {k: own for k, own in every.items() if k in self._runners and own}

@@ -529,7 +529,8 @@ def _levels_to_user() -> int:
 def _refusal(pipeline: str, name: str, names: Sequence[str]) -> ConfigError:
     if name in PROCESS_OPTIONS:
         return ConfigError(f"{name} is an option of pipelines in several processes, not of {pipeline}; leave it out")
-    return unknown_name(f"{pipeline} option", name, names)
+    beside = ("method", "microbatches", "scheduler" if pipeline == "Schedule" else "schedulers")
+    return unknown_name(f"{pipeline} option", name, (*names, *beside))
 
 
 DEFAULTS = PipelineOptions()
