@@ -63,6 +63,8 @@ def build() -> typer.Typer:
         if not info.name.startswith("_"):
             command = getattr(importlib.import_module(f"{commands.__name__}.{info.name}"), info.name)
             if isinstance(command, typer.Typer):
+                for one in command.registered_commands:
+                    one.short_help = _first_line(one.callback.__doc__)
                 app.add_typer(command, name=info.name, short_help=_first_line(command.info.help))
             else:
                 app.command(info.name, short_help=_first_line(command.__doc__))(command)

@@ -52,6 +52,7 @@ BEGINS_WITH = {"prediction": "paper", "engine": "emulator", "checkpoint_every": 
     *SHARED,
     after="seeds",
     defaults=BEGINS_WITH,
+    cut="Blocks of each stage, as 3,2,2,1; by default even numbers of parameters.",
     steps="Mini-batches of each run.",
     eval_every="Steps between validations; by default ten per run.",
     checkpoint_every="Steps between checkpoints, for very long runs. The pipeline drains at each; 0: none.",

@@ -95,7 +95,7 @@ def plan(
     """Measure a model's blocks on this machine, cut it, and say what every method will cost.
 
     The cut is the best contiguous one for the slowest stage, under the memory limits and pins that are given. Nothing is
-    trained and nothing is written, unless --picture or --svg ask for it.
+    trained and nothing is written, unless --picture, --svg or --out ask for it.
 
     \b
     Examples:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     defaults=("stages", "microbatches", "method", "slack", "prediction", "chunks", "replicas"),
     stages="Depth D.",
     microbatches="Micro-batches M per mini-batch.",
+    method="Training method, for example pipeoptim, pipedream, gpipe, 1f1b, naive; see pipeoptim methods.",
+    prediction="in_progress, made anew as --refresh says; refined stands for all other kinds, each of which is a pass over the weights.",
     slack="More micro-batches in flight, as for train: x, or 0,x,0 with one x for each boundary between stages.",
     replicas="Copies of the pipeline, each for its part of every mini-batch.",
 )
