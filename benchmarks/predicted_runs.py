@@ -10,7 +10,11 @@ from pathlib import Path
 from statistics import median
 from typing import Any, Protocol
 
+from pipeoptim.bench.other_work import OtherWork
 from pipeoptim.bench.record import Record, ResultRow, machine
+
+MOST_OTHER, TRIES = 0.05, 6
+"""Cores that other work may have taken in a run that shall have its cores for itself, and how often it is tried."""
 
 
 class MeasuredRun(Protocol):
@@ -37,8 +41,12 @@ def measure(
     settings: dict[str, Any],
     run_of: Callable[[dict[str, Any]], MeasuredRun],
     repeats: int,
+    alone: bool = False,
 ) -> None:
-    """Measure what is predicted and not yet in the file at ``path``, which is whole after each run."""
+    """Measure what is predicted and not yet in the file at ``path``, which is whole after each run.
+
+    With ``alone`` a run that other work disturbed is measured again; of as many as are tried the least disturbed one counts.
+    """
     made = json.loads(predictions.read_text())
     settings = {"predicted": made["made"], "repeats": repeats, **settings}
     record = Record.read(path) if path.exists() else Record(benchmark, "mini-batches/s", settings, [])
@@ -46,14 +54,29 @@ def measure(
     for row in made["rows"]:
         if row["name"] in done:
             continue
-        run, samples, loads = run_of(row["run"]), [], []
+        run, samples, loads, others = run_of(row["run"]), [], [], []
         for _ in range(repeats):
-            samples.append(run.measure())
+            rate, other = undisturbed(run.measure, TRIES if alone else 1)
+            samples.append(rate)
             loads.append(os.getloadavg()[0])
+            others.append(other)
         predicted = {key: value for key, value in row.items() if key not in ("name", "run")}
-        record.rows.append(ResultRow(row["name"], samples, {**row["run"], **predicted, "load": max(loads)}))
+        more = {"load": max(loads), **({"other cores": max(others)} if alone else {})}
+        record.rows.append(ResultRow(row["name"], samples, {**row["run"], **predicted, **more}))
         record.write(path)
-        print(f"{row['name']}: predicted {row['predicted']:.4g}, measured {samples}", flush=True)
+        print(f"{row['name']}: predicted {row['predicted']:.4g}, measured {samples}, others {max(others):.2f}", flush=True)
+
+
+def undisturbed(measured: Callable[[], Any], tries: int = TRIES) -> tuple[Any, float]:
+    """What ``measured`` returns when other work takes next to nothing, or least of all tries; and the cores that it took."""
+    found: list[tuple[Any, float]] = []
+    while len(found) < tries:
+        with OtherWork() as other:
+            result = measured()
+        found.append((result, other.cores))
+        if other.cores <= MOST_OTHER:
+            break
+    return min(found, key=lambda one: one[1])
 
 
 def show(path: Path) -> None:

@@ -19,7 +19,7 @@ from itertools import product
 from pathlib import Path
 from typing import Any
 
-from predicted_runs import measure, show, write_predictions
+from predicted_runs import measure, show, undisturbed, write_predictions
 
 from pipeoptim.bench.computed import STEPS, ComputedRun, best_lengths, busy_profile, counted_profile
 from pipeoptim.bench.link_profile import measure_link
@@ -37,11 +37,15 @@ DEPTH = 2
 
 def predict(repeats: int, divide: int) -> dict[str, Any]:
     """What all runs are expected to reach."""
-    link = measure_link(repeats)
-    rows = []
+    (link, other), rows, others = undisturbed(lambda: measure_link(repeats)), [], {}
     for model, batch in MODELS.items():
-        rows += _of_model(busy_profile(model, batch // divide, MICROBATCHES, repeats, link), model)
-    return {"load": os.getloadavg()[0], "rows": rows, "link": link._asdict()}
+
+        def profile(model: str = model, rows: int = batch // divide) -> Profile:
+            return busy_profile(model, rows, MICROBATCHES, repeats, link)
+
+        found, others[model] = undisturbed(profile)
+        rows += _of_model(found, model)
+    return {"load": os.getloadavg()[0], "rows": rows, "link": link._asdict(), "other cores": {"link": other, **others}}
 
 
 def _of_model(profile: Profile, model: str) -> list[dict[str, object]]:
@@ -88,7 +92,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("predict", "measure", "memory", "show"))
     parser.add_argument(
-        "--repeats", type=int, help="mini-batches that a figure of a profile is the median of, 9; runs of each, 1"
+        "--repeats", type=int, help="mini-batches that a figure of a profile is the median of, 7; runs of each, 1"
     )
     parser.add_argument("--steps", type=int, default=STEPS, help="mini-batches that are timed in a run")
     parser.add_argument("--divide", type=int, default=1, help="rows of mini-batches are divided by it, to try the script")
@@ -96,14 +100,14 @@ def main() -> None:
     arguments = parser.parse_args()
     predictions, measured = arguments.folder / PREDICTIONS, arguments.folder / MEASURED
     if arguments.what == "predict":
-        write_predictions(predictions, lambda: predict(arguments.repeats or 9, arguments.divide))
+        write_predictions(predictions, lambda: predict(arguments.repeats or 7, arguments.divide))
     elif arguments.what == "measure":
         settings = {"mini-batches": arguments.steps, "each stage": "on a core of its own"}
 
         def run_of(run: dict[str, Any]) -> ComputedRun:
             return replace(ComputedRun(**run), steps=arguments.steps)
 
-        measure(predictions, measured, "simulated real", settings, run_of, arguments.repeats or 1)
+        measure(predictions, measured, "simulated real", settings, run_of, arguments.repeats or 1, alone=True)
     elif arguments.what == "memory":
         memory(arguments.folder, arguments.divide)
     else:

@@ -9,7 +9,8 @@ from torch import nn
 from pipeoptim.bench import memory, model_profile
 from pipeoptim.bench.computed import ComputedRun, counted_profile
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
-from pipeoptim.bench.model_profile import MeasuredModel, measure_profile, measured_bytes
+from pipeoptim.bench.measured_model import MeasuredModel
+from pipeoptim.bench.model_profile import measure_profile, measured_bytes
 from pipeoptim.bench.models import Workload
 from pipeoptim.cli.app import _run
 from pipeoptim.methods import get_method

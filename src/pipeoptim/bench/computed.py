@@ -20,8 +20,9 @@ from torch.distributed.pipelining import PipelineStage
 from pipeoptim.bench.efficiency import stay_on_a_core
 from pipeoptim.bench.link_profile import LinkMeasurement
 from pipeoptim.bench.live import LiveStorages
+from pipeoptim.bench.measured_model import MeasuredModel
 from pipeoptim.bench.memory import StageWatch
-from pipeoptim.bench.model_profile import MeasuredModel, measure_profile, measured_bytes
+from pipeoptim.bench.model_profile import measure_profile, measured_bytes
 from pipeoptim.bench.models import build, short_name
 from pipeoptim.bench.processes import run_on_processes
 from pipeoptim.bench.record import Record

@@ -1,61 +1,39 @@
-"""A profile of a model on this machine, for ``pipeoptim simulate``: measured by the engine itself, every block as a stage of its own.
+"""A profile of a model on this machine, for ``pipeoptim simulate``: measured by the engine itself, in training.
 
-An emulator with a trace trains the model with one stage per block, so that seconds of F, B and U include what the engine adds to them.
-What that is for an action, whatever the stage, says a pipeline of stages that compute next to nothing; a stage of n blocks takes their
-sum, and that n - 1 times less. Two processes then tell what messages between them cost (:mod:`.link_profile`).
+F and B of every block are measured within one stage that holds them all (:mod:`.block_seconds`), and passes over the weights on two stages
+in an emulator, with a trace. What the engine adds to an action, whatever the stage, says a pipeline of stages that compute next to
+nothing. Two processes then tell what messages between them cost (:mod:`.link_profile`).
 """
 
 from __future__ import annotations
 
 import copy
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from itertools import accumulate
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 from torch.utils._pytree import tree_map_only
 
+from pipeoptim.bench.block_seconds import SKIP, BlockSeconds, traced_blocks
 from pipeoptim.bench.kept_bytes import kept_bytes
 from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
+from pipeoptim.bench.measured_model import MeasuredModel, OptimizerOf
 from pipeoptim.engine import Emulator, Trace
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.files import read_object
 from pipeoptim.partitioning import Partition, partition
 from pipeoptim.partitioning.block_costs import BlockCost
+from pipeoptim.partitioning.block_splitter import BlockRun, sliceable
 from pipeoptim.simulate.profile import BlockProfile, LinkProfile, OptimizerProfile, PassCost, Profile
 from pipeoptim.train.machine import machine
 
-OptimizerOf = Callable[[Any], Optimizer]
-
-
-@dataclass(frozen=True)
-class MeasuredModel:
-    """What is profiled.
-
-    Attributes:
-        name: for the file.
-        model: is copied before it is trained.
-        args, kwargs: a mini-batch.
-        rows: of it.
-        loss_fn, target: as for training; a sum over what the model returns where there is none.
-        optimizer: makes one from parameters.
-        how, layers: as for :func:`~pipeoptim.partition`.
-    """
-
-    name: str
-    model: nn.Module
-    args: tuple[Any, ...]
-    rows: int
-    optimizer: OptimizerOf
-    loss_fn: Callable[..., Any]
-    target: Any = None
-    kwargs: dict[str, Any] = field(default_factory=dict)
-    how: str = "auto"
-    layers: Sequence[str] | None = None
+PASSES = ("naive", "pipeoptim", "pipedream")
+"""Methods that tell passes over the weights apart: none beside the step's own, predictions, copies."""
 
 
 def measure_profile(
@@ -74,38 +52,25 @@ def measure_profile(
     """
     sizes = _sizes(work, microbatches)
     counted = {rows: _counted(work, rows, m) for rows, m in sizes.items()}
-    spans = {rows: _trained(work, counted[rows].costs, "pipeoptim", m, repeats) for rows, m in sizes.items()}
-    largest, m = list(sizes.items())[-1]
-    plain, stashed = (_trained(work, counted[largest].costs, name, m, repeats) for name in ("naive", "pipedream"))
-    known, predicted, idle = _of_bytes(work, counted), spans[largest], _idle_stages(work.optimizer, repeats)
+    spans = {rows: _of_blocks(work, counted[rows].costs, m, repeats) for rows, m in sizes.items()}
+    known, idle = _of_bytes(work, counted), _idle_stages(work.optimizer, repeats)
     link = link or measure_link(repeats)
     blocks = tuple(
         replace(
             block,
-            forward=tuple(max(0.0, spans[rows][k].forward - idle["pipeoptim"].forward) for rows in sizes),
-            backward=tuple(max(0.0, spans[rows][k].backward - idle["pipeoptim"].backward) for rows in sizes),
+            forward=tuple(_without(spans[rows].forward, idle["naive"][0].forward)[n] for rows in sizes),
+            backward=tuple(_without(spans[rows].backward, idle["naive"][0].backward)[n] for rows in sizes),
         )
-        for k, block in enumerate(known.blocks)
+        for n, block in enumerate(known.blocks)
     )
-    weights = [block.weight_bytes for block in blocks]
-    step = _pass([s.update for s in plain], weights, idle["naive"].update)
-    predict = _pass(
-        [max(0.0, a.update + a.predict - b.update) for a, b in zip(predicted[:-1], plain[:-1], strict=True)],
-        weights[:-1],
-        max(0.0, idle["pipeoptim"].update + idle["pipeoptim"].predict - idle["naive"].update),
-    )
-    copied = _pass(
-        [max(0.0, a.update - b.update) for a, b in zip(stashed[:-1], plain[:-1], strict=True)],
-        weights[:-1],
-        max(0.0, idle["pipedream"].update - idle["naive"].update),
-    )
+    largest, m = list(sizes.items())[-1]
     return replace(
         known,
         blocks=blocks,
-        optimizer=replace(known.optimizer, step=step, predict=predict, copy=copied),
+        optimizer=_with_passes(known.optimizer, work, counted[largest].costs, m, repeats, idle),
         link=LinkProfile(link.latency, link.bandwidth, link.handling),
-        action=_actions(idle["naive"], link),
-        spread=median(s.spread for s in predicted),
+        action=_actions(idle["naive"][0], link),
+        spread=spans[largest].spread,
     )
 
 
@@ -134,7 +99,7 @@ def _counted(work: MeasuredModel, rows: int, m: int) -> _Counted:
         loss = work.loss_fn(output, wanted)
         return loss if m == 1 else loss / m
 
-    return _Counted(m, costs, kept_bytes(list(_single_blocks(work, costs).stages), args, kwargs, share, target))
+    return _Counted(m, costs, kept_bytes(list(_cut(work, costs, len(costs)).stages), args, kwargs, share, target))
 
 
 def _of_bytes(work: MeasuredModel, counted: Mapping[int, _Counted]) -> Profile:
@@ -166,47 +131,72 @@ def _rows(work: MeasuredModel, m: int) -> int:
     return work.rows // m
 
 
+def _of_blocks(work: MeasuredModel, costs: list[BlockCost], m: int, repeats: int) -> BlockSeconds:
+    """In one stage that holds all of them; ``costs`` of the blocks are known and not measured again."""
+    stage: Any = _cut(work, costs, 1).stages[0]
+    if sliceable(stage) and len(stage) == len(costs):  # as po.partition sees the blocks of a container
+        return traced_blocks(stage, [stage[n] for n in range(len(costs))], work, m, repeats)
+    single = _cut(work, costs, len(costs)).stages
+    return traced_blocks(BlockRun({str(n): block for n, block in enumerate(single)}), single, work, m, repeats)
+
+
+def _cut(work: MeasuredModel, costs: list[BlockCost], depth: int, pins: Sequence[int] = ()) -> Partition:
+    """A copy of the model in ``depth`` stages."""
+    model = copy.deepcopy(work.model)
+    return partition(model, depth, work.args, work.kwargs, how=work.how, layers=work.layers, costs=costs, pins=pins)
+
+
+def _without(seconds: Sequence[float], engine: float) -> list[float]:
+    """``seconds`` of the blocks, less what the engine adds to the action of the stage that holds them all."""
+    total = sum(seconds)
+    return [max(0.0, 1 - engine / total) * own if total else 0.0 for own in seconds]
+
+
+def _with_passes(
+    known: OptimizerProfile,
+    work: MeasuredModel,
+    costs: list[BlockCost],
+    m: int,
+    repeats: int,
+    idle: Mapping[str, list[StageSpans]],
+) -> OptimizerProfile:
+    """``known`` with the passes over the weights, measured on two stages, each with about half of the weights."""
+    weights = [cost.weight_bytes for cost in costs]
+    middle = next((n for n, done in enumerate(accumulate(weights), start=1) if 2 * done >= sum(weights)), 1)
+    pins = [min(middle, len(costs) - 1)] if len(costs) > 1 else []
+    held = [sum(weights[: pins[0]]), sum(weights[pins[0] :])] if pins else [sum(weights)]
+    found = {name: _trained(_cut(work, costs, len(pins) + 1, pins), work, name, m, repeats) for name in PASSES}
+    step = _pass([one.update for one in found["naive"]], held, idle["naive"][0].update)
+    rule_step = _pass([found["pipeoptim"][-1].update], held[-1:], idle["pipeoptim"][-1].update)
+
+    def beyond(name: str, step: PassCost) -> PassCost:
+        """What stages take for it beside a step; the last one neither predicts nor copies."""
+        more = [max(0.0, s.update + s.predict - step.seconds(n)) for s, n in zip(found[name][:-1], held[:-1], strict=True)]
+        return _pass(more, held[:-1], max(0.0, idle[name][0].update + idle[name][0].predict - step.fixed))
+
+    return replace(
+        known, step=step, rule_step=rule_step, predict=beyond("pipeoptim", rule_step), copy=beyond("pipedream", step)
+    )
+
+
 @dataclass(frozen=True)
 class StageSpans:
-    """Median seconds of a stage: F and B of a micro-batch, U and predictions of a mini-batch; ``spread`` of F and B, as a share."""
+    """Median seconds of a stage: F and B of a micro-batch, U and predictions of a mini-batch."""
 
     forward: float
     backward: float
     update: float
     predict: float
-    spread: float
 
 
-def _trained(work: MeasuredModel, costs: list[BlockCost], method: str, m: int, repeats: int) -> list[StageSpans]:
-    """Of every block as a stage, in training with ``method``; ``costs`` of the blocks are known and not measured again."""
-    cut = _single_blocks(work, costs)
-    return traced(cut, work.optimizer, work.loss_fn, method, m, work.args, work.kwargs, work.target, repeats)
-
-
-def _single_blocks(work: MeasuredModel, costs: list[BlockCost]) -> Partition:
-    """A copy of the model with every block as a stage."""
-    model = copy.deepcopy(work.model)
-    return partition(model, len(costs), work.args, work.kwargs, how=work.how, layers=work.layers, costs=costs)
-
-
-def traced(
-    stages: Any,
-    optimizer: OptimizerOf,
-    loss_fn: Callable[..., Any],
-    method: str,
-    m: int,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    target: Any,
-    repeats: int,
-) -> list[StageSpans]:
+def _trained(stages: Any, work: MeasuredModel, method: str, m: int, repeats: int) -> list[StageSpans]:
     """What the stages of an emulator take in the steady state."""
     depth = len(getattr(stages, "stages", stages))
-    skip = depth + 2
+    skip = depth + SKIP
     trace = Trace(steps=repeats, skip=skip)
-    pipe = Emulator(stages, optimizer, loss_fn, method, m, trace=trace)
+    pipe = Emulator(stages, work.optimizer, work.loss_fn, method, m, trace=trace)
     for _ in range(skip + repeats + depth):
-        pipe.step(*args, target=target, **kwargs)
+        pipe.step(*work.args, target=work.target, **work.kwargs)
     pipe.drain()
     with tempfile.TemporaryDirectory(prefix="pipeoptim-profile-") as folder:
         return [_spans(read_object(path)["spans"], m) for path in trace.save(folder)]
@@ -218,12 +208,9 @@ def _spans(spans: list[list[Any]], m: int) -> StageSpans:
         n = number if what == "U" else number // m
         own = seconds.setdefault(what, {})
         own[n] = own.get(n, 0.0) + (end - begin) * 1e-9
-    whole = {what: sorted(list(own.values())[1:-1] or own.values()) for what, own in seconds.items()}  # the ends may be cut off
-    middle = {what: median(values) for what, values in whole.items()}
-    # Of the same turn: with many stages none has F and B of the same mini-batch in the trace.
-    both = sorted(f + b for f, b in zip(seconds["F"].values(), seconds["B"].values(), strict=False))
-    spread = (both[round(0.84 * (len(both) - 1))] - both[round(0.16 * (len(both) - 1))]) / 2 / median(both)
-    return StageSpans(middle["F"] / m, middle["B"] / m, middle["U"], middle.get("predict", 0.0), spread)
+    # The first and the last mini-batch may be cut off.
+    middle = {what: median(list(own.values())[1:-1] or own.values()) for what, own in seconds.items()}
+    return StageSpans(middle["F"] / m, middle["B"] / m, middle["U"], middle.get("predict", 0.0))
 
 
 class _Idle(nn.Module):
@@ -237,13 +224,11 @@ class _Idle(nn.Module):
         return x * self.weight
 
 
-def _idle_stages(optimizer: OptimizerOf, repeats: int) -> dict[str, StageSpans]:
+def _idle_stages(optimizer: OptimizerOf, repeats: int) -> dict[str, list[StageSpans]]:
     """What the engine takes for a stage that computes next to nothing, under each method."""
     x = torch.ones(1, 1)
-    return {
-        method: traced([_Idle() for _ in range(3)], optimizer, nn.functional.mse_loss, method, 1, (x,), {}, x, 10 * repeats)[0]
-        for method in ("naive", "pipeoptim", "pipedream")
-    }
+    work = MeasuredModel("idle", nn.Identity(), (x,), 1, optimizer, nn.functional.mse_loss, x)
+    return {name: _trained([_Idle() for _ in range(3)], work, name, 1, 10 * repeats) for name in PASSES}
 
 
 def _pass(seconds: Sequence[float], weight_bytes: Sequence[float], fixed: float) -> PassCost:

@@ -132,13 +132,15 @@ def stage(
 
 
 def columns(record: Record) -> tuple[list[str], list[list[str]]]:
-    """Headings and cells: predicted, measured, and by how much they differ."""
-    head = ["run", "predicted, mini-batches/s", "measured", "error", "load of the machine"]
+    """Headings and cells: predicted, measured, and by how much they differ; what else the machine did."""
+    beside = "other cores" if "other cores" in record.rows[0].settings else "load"
+    named, form = {"other cores": ("other work, cores", ".2f"), "load": ("load of the machine", ".1f")}[beside]
+    head = ["run", "predicted, mini-batches/s", "measured", "error", named]
     body = []
     for row in record.rows:
         s = row.settings
         error = s["predicted"] / row.median - 1
-        body.append([row.name, f"{s['predicted']:.4g}", f"{row.median:.4g}", f"{error:+.1%}", f"{s['load']:.1f}"])
+        body.append([row.name, f"{s['predicted']:.4g}", f"{row.median:.4g}", f"{error:+.1%}", f"{s[beside]:{form}}"])
     return head, body
 
 

@@ -66,13 +66,17 @@ class PassCost:
 
 @dataclass(frozen=True)
 class OptimizerProfile:
-    """What an update costs: its step, a prediction, a copy of the weights; and how large its state is."""
+    """What an update costs: its step, a prediction, a copy of the weights; and how large its state is.
+
+    ``rule_step`` is a step of a method that predicts by a rule, which one kernel makes together with the prediction; None: as ``step``.
+    """
 
     name: str
     step: PassCost
     predict: PassCost
     copy: PassCost
     state_bytes: float
+    rule_step: PassCost | None = None
 
 
 @dataclass(frozen=True)
@@ -245,7 +249,7 @@ def _figures(found: Profile) -> list[tuple[str, Any, float]]:
                 raise ConfigError(f"{name} of block {block.name} has {len(value)} numbers for {len(found.rows)} sizes")
             figures += [(f"{name} of block {block.name}", one, 0) for one in value]
         figures.append((f"weight_bytes of block {block.name}", block.weight_bytes, 0))
-    for kind in ("step", "predict", "copy"):
+    for kind in ("step", "predict", "copy", *(["rule_step"] if found.optimizer.rule_step else [])):
         figures += [(f"{part} of {kind}", value, 0) for part, value in asdict(getattr(found.optimizer, kind)).items()]
     figures += [("state_bytes", found.optimizer.state_bytes, 0), ("latency of the link", found.link.latency, 0)]
     figures.append(("handling of the link", found.link.handling, 0))

@@ -127,7 +127,8 @@ def _stage(scenario: Scenario, k: int, start: int, end: int, counts: bool) -> St
     weights = sum(block.weight_bytes for block in blocks)
     refresh = scenario.refresh if scenario.method.predicts_by_rule else None
     passes = weight_passes(scenario.method, scenario.program, k, refresh) if counts else _assumed(scenario, last)
-    update = optimizer.step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
+    step = (optimizer.rule_step if scenario.method.predicts_by_rule else None) or optimizer.step
+    update = step.seconds(weights) + (optimizer.copy.seconds(weights) if passes.copied else 0.0)
     again = total("forward") if scenario.recompute else 0.0
     saved = total("saved_bytes") - sum(profile.at(block.shared_bytes, rows) for block in blocks[1:])
     rebuilt = 0.0

@@ -14,7 +14,7 @@ from pipeoptim.cli.settings import ConfigFileOption, DataOption, SetOption, Tiny
 from pipeoptim.errors import ConfigError, counted
 
 if TYPE_CHECKING:
-    from pipeoptim.bench.model_profile import MeasuredModel
+    from pipeoptim.bench.measured_model import MeasuredModel
     from pipeoptim.config import TrainConfig
     from pipeoptim.simulate import Profile
 
@@ -47,8 +47,8 @@ def profile(
 ) -> None:
     """Measure what a model costs: seconds of F, B, update and prediction, bytes of activations and weights, and messages.
 
-    The engine itself trains the model for some mini-batches, every block as a stage of its own, so that what it adds is part of the
-    figures; two processes measure messages. The file says units, versions and hardware; nothing else is written.
+    The engine itself trains the model for some mini-batches, and blocks are timed within one stage, where their caches are as in a run;
+    two processes measure messages. The file says units, versions and hardware; nothing else is written.
 
     \b
     Examples:
@@ -120,7 +120,7 @@ def _from_formula(text: str) -> Profile:
 
 def _work_of(config: TrainConfig, device: str, how: str, layers: list[str] | None) -> MeasuredModel:
     """What a run of ``config`` trains."""
-    from pipeoptim.bench.model_profile import MeasuredModel
+    from pipeoptim.bench.measured_model import MeasuredModel
     from pipeoptim.train.optimizers import factory
     from pipeoptim.train.setup import read_data
 
@@ -137,7 +137,7 @@ def _own_work(target: str, device: str, how: str, layers: list[str] | None) -> M
     import torch
     from torch.utils._pytree import tree_leaves
 
-    from pipeoptim.bench.model_profile import MeasuredModel
+    from pipeoptim.bench.measured_model import MeasuredModel
 
     def total(output: Any, _: Any) -> Any:
         return torch.stack(
