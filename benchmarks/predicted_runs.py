@@ -13,7 +13,7 @@ from typing import Any, Protocol
 from pipeoptim.bench.other_work import OtherWork
 from pipeoptim.bench.record import Record, ResultRow, machine
 
-MOST_OTHER, TRIES = 0.05, 6
+MOST_OTHER, TRIES = 0.05, 3
 """Cores that other work may have taken in a run that shall have its cores for itself, and how often it is tried."""
 
 
