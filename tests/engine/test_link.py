@@ -1,7 +1,11 @@
 """Messages between stages arrive as they were sent, though their blocks are used again."""
 
+import ctypes
+import os
 import random
 import socket
+import threading
+import time
 from collections import deque
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,6 +18,7 @@ from torch.utils._pytree import tree_leaves, tree_map, tree_structure
 from late_streams import WAITS, LateStreams, until
 from pipeoptim.engine.transport import link
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
+from pipeoptim.engine.transport.shared_ring import SharedRing, make_ring_memory
 from pipeoptim.engine.transport.staged_link import StagedReceiver, StagedSender
 from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 from pipeoptim.errors import CorruptionError, PipeOptimError, StageFailure
@@ -57,13 +62,28 @@ class LateGroup:
         return LateWork(arrive)
 
 
+def ring_memory(capacity):
+    try:
+        return make_ring_memory(capacity)
+    except OSError as error:
+        pytest.skip(str(error))
+
+
+def channel_ends(with_ring):
+    connections = socket.socketpair()
+    if not with_ring:
+        return [UnixChannel(one) for one in connections]
+    fd = ring_memory(8 * SMALL)
+    ends = [UnixChannel(one, ring=SharedRing(fd)) for one in connections]
+    os.close(fd)
+    return ends
+
+
 @contextmanager
 def connected(kind, carrier, window=1, seed=0, forgotten=None):
     """Sender and receiver of one stage, and those of the next; the side streams of both, where they are staged."""
     rest = 1, 1, torch.device("cpu"), 10.0, lambda peer: None
-    there, back = (
-        [LateGroup()] * 2 if carrier == "group" else [UnixChannel(end) for end in socket.socketpair()] for _ in range(2)
-    )
+    there, back = ([LateGroup()] * 2 if carrier == "group" else channel_ends(with_ring=carrier == "ring") for _ in range(2))
     streams = [LateStreams(seed, forgotten), LateStreams(seed + 1, forgotten)] if kind == "staged" else []
     if kind == "staged":
         classes = [(partial(StagedSender, own), partial(StagedReceiver, own)) for own in streams]
@@ -87,7 +107,9 @@ def ranks_are_places(monkeypatch):
     monkeypatch.setattr(link.dist, "get_group_rank", lambda group, rank: rank)
 
 
-@pytest.fixture(params=["plain group", "plain group 3", "plain channel", "staged group", "staged group 3", "staged channel"])
+@pytest.fixture(
+    params=["plain group", "plain group 3", "plain channel", "plain ring", "staged group", "staged group 3", "staged ring"]
+)
 def neighbours(request):
     with connected(*request.param.split()) as (first, second, streams):
         yield first, second
@@ -148,7 +170,7 @@ def exchange(sender, receiver, seed):
     sender.flush()
 
 
-@pytest.mark.parametrize("carrier", ["group", "channel"])
+@pytest.mark.parametrize("carrier", ["group", "ring"])
 @pytest.mark.parametrize("wait", [None, *WAITS])
 def test_each_wait_of_a_staged_link_is_needed(wait, carrier):
     with connected("staged", carrier, 3, forgotten=wait) as ((sender, _), (_, receiver), streams):
@@ -169,9 +191,9 @@ def test_what_is_handed_over_waits_for_the_device_no_more():
         assert len(sender.group.sent) == 6  # and the notice of a format
 
 
-@pytest.mark.parametrize("kind", ["plain", "staged"])
+@pytest.mark.parametrize("kind", ["plain channel", "plain ring", "staged ring"])
 def test_a_peer_that_has_gone_is_named_with_a_later_message(kind):
-    with connected(kind, "channel") as ((sender, _), (_, receiver), _):
+    with connected(*kind.split()) as ((sender, _), (_, receiver), _):
         sender.send(torch.zeros(3))
         receiver.receive()
         receiver.close()
@@ -264,3 +286,50 @@ def test_a_bit_that_flips_on_the_way_is_found_by_the_checksum(kind, place):
         block[place] ^= 16
         with pytest.raises(CorruptionError, match="^message 6 of the activations from stage 0 to stage 1 has another checksum"):
             receiver.receive()
+
+
+@pytest.mark.parametrize("room", [400, 8 * SMALL])  # of which the small one is full again and again
+def test_no_message_of_a_ring_is_lost_whoever_sleeps(room):
+    fd, chance, took = ring_memory(room), random.Random(3), []
+    ends = [UnixChannel(one, ring=SharedRing(fd)) for one in socket.socketpair()]
+    os.close(fd)
+    sizes = [chance.randrange(1, 200) for _ in range(3000)]
+
+    def take():
+        for n, size in enumerate(sizes):
+            into = (ctypes.c_char * size)()
+            if n % 7 == 0:
+                time.sleep(1e-4)
+            ends[1].get([into], size)
+            took.append(into.raw == bytes([n % 251]) * size)
+
+    for end in ends:
+        end.wait_at_most(timedelta(seconds=20))
+    taker = threading.Thread(target=take)
+    taker.start()
+    for n, size in enumerate(sizes):
+        ends[0].put([bytes([n % 251]) * size], size)
+        if n % 11 == 0:
+            time.sleep(1e-4)
+    taker.join(20)
+    assert took == [True] * len(sizes)
+    for end in ends:
+        end.close()
+
+
+def test_descriptors_come_through_though_bytes_that_wake_come_before_them():
+    sender, receiver = channel_ends(with_ring=True)
+    large = SMALL + 64
+    for n in range(3):
+        receiver._ring.sleeps(True)  # as if it were about to sleep, and found the message itself
+        sender.send([torch.full((8,), n, dtype=torch.uint8)], 0, 0)
+        block = torch.empty(large + 64 * n, dtype=torch.uint8)
+        sender.send([sender.memory(block.numel()).fill_(n)], 0, 0)
+        small = torch.empty(8, dtype=torch.uint8)
+        for into in (small, block):
+            receiver.recv([into], 0, 0).wait(timedelta(seconds=1))
+            assert set(into.tolist()) == {n}
+    sender.close()
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        receiver.recv([small], 0, 0).wait(timedelta(seconds=1))
+    receiver.close()

@@ -5,7 +5,7 @@ other on each link and direction. ``register()`` makes ``init_process_group("slo
 
     torch's schedules, transport="group"   SlowGroup: to torch a process group like any other. A thread per link holds messages back
                                            before gloo sends them; the sender does not wait.
-    a pipeline's own links                 LateReceiver: messages pass at once and wait in socket or shared memory, as those wait that
+    a pipeline's own links                 LateReceiver: messages pass at once and wait in shared memory, as those wait that
                                            come before they are wanted; the receiver takes none before its time, counted from the moment
                                            of sending in its header. No thread wakes up for them, and no more of them are on their way
                                            than the order of the actions allows.

@@ -1,6 +1,6 @@
 """Links to neighbours on this machine: in a format that is known, small messages go from tensors into tensors.
 
-A message then costs one system call on either side, and no buffer. Everything rare (a new format, a large message) goes the way of
+A message then costs one copy on either side, and no buffer. Everything rare (a new format, a large message) goes the way of
 every link, through the same channel (see :mod:`pipeoptim.engine.transport.unix_channel`); the bytes are the same either way.
 """
 
@@ -18,7 +18,7 @@ from pipeoptim.engine.transport.unix_channel import UnixChannel
 from pipeoptim.errors import StageFailure
 
 _PADS = [bytes(n) for n in range(64)]  # tensors lie at multiples of 64 bytes: what is sent in between, and where it arrives
-_SINKS = [bytearray(n) for n in range(64)]
+_SINKS = [(ctypes.c_char * n)() for n in range(64)]
 
 
 class LocalSender(Sender):
@@ -56,8 +56,8 @@ class LocalReceiver(Receiver):
     channel: UnixChannel
 
     def __init__(self, *args: Any, ahead: bool) -> None:
-        super().__init__(*args, ahead=False)  # messages wait in the socket
-        self._begin = bytearray(message.HEADER)
+        super().__init__(*args, ahead=False)  # messages wait in the channel
+        self._begin = (ctypes.c_char * message.HEADER)()
 
     def post_receive(self) -> None:
         if self.format is None or self.size > self.channel.small:

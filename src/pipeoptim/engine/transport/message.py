@@ -10,6 +10,7 @@ no description.
 
 from __future__ import annotations
 
+import ctypes
 import json
 import math
 import struct
@@ -265,7 +266,7 @@ def header(sequence: int, flags: int, loss_scale: float, share: tuple[int, int],
     return _HEADER.pack(_MAGIC, sequence, flags, 0, 0, loss_scale, *share, taken, monotonic_ns(), 0) + _PADDING
 
 
-def header_in(memory: bytearray) -> Header:
+def header_in(memory: bytearray | ctypes.Array[ctypes.c_char]) -> Header:
     """The header at the beginning of ``memory``."""
     return Header(*_HEADER.unpack_from(memory))
 

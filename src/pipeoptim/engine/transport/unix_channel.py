@@ -1,15 +1,16 @@
-"""Messages between processes of one machine: small ones through a Unix socket, large ones through shared memory.
+"""Messages between processes of one machine: small ones through a ring in shared memory, large ones through blocks of it.
 
 Through a process group of gloo, a message on one machine takes a TCP connection and two more threads, which cost more than the
 message. A channel needs neither::
 
-    sender                                     socket                       receiver
+    sender                                      ring                        receiver
     small    its tensors           --- header and tensors --->              its tensors
     large    copies into block n   --- record: n, size, new? --->           maps block n if it is new (the descriptor comes along),
                                                                             copies it out
              may reuse block n     <---------- one byte ---------
 
-Both processes map the blocks of large messages, so that their bytes pass through no socket. What a process has sent arrives even after
+The socket beside the ring wakes a receiver that sleeps, carries descriptors, and ends when a process does. Where there is no ring (see
+:mod:`pipeoptim.engine.transport.shared_ring`), what it carries goes through the socket as well. What a process has sent arrives even after
 it has ended, and a process that dies closes its sockets, which ends the waits of its neighbours.
 
 A channel has the methods of a process group that a link calls (see :mod:`pipeoptim.engine.transport.link`). Which neighbours have
@@ -21,12 +22,15 @@ one is found out when they connect: processes on two machines cannot reach each 
 
 from __future__ import annotations
 
+import ctypes
 import mmap
 import os
 import secrets
 import socket
 import struct
 import sys
+import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from datetime import timedelta
@@ -37,16 +41,19 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
 from pipeoptim.engine.transport.same_user import is_same_user
+from pipeoptim.engine.transport.shared_ring import SharedRing, make_ring_memory
 from pipeoptim.errors import ConfigError, StageFailure
 
 TRANSPORTS = ("auto", "group")
 _RECORD = struct.Struct("<3q")  # number of the block, its size, and whether its descriptor follows
+_DESCRIPTOR = struct.Struct("i")
+_ANCILLARY = socket.CMSG_SPACE(_DESCRIPTOR.size)
 _TOKEN = 16  # bytes of the secret that a caller must send: any process may connect to an abstract socket
 _CALLERS = 16  # that may wait to be answered: one neighbour, twice, and whoever has no business there
 SMALL = 32768
-"""Largest message that goes through the socket itself, in bytes: up to here that costs no more than the record of a block."""
-_IN_SOCKET = 8 * SMALL  # in all: with more messages before they are wanted, each of them must be smaller, or a send would wait
-_BUFFER = 16 * SMALL  # of the socket: several small messages fit before a send waits
+"""Largest message that goes through ring or socket itself, in bytes: up to here that costs no more than the record of a block."""
+_WAITING = 8 * SMALL  # in all: with more messages before they are wanted, each of them must be smaller, or a send would wait
+_BUFFER = 16 * SMALL  # of ring and socket: several small messages fit before a send waits
 
 
 def check_transport(transport: str) -> None:
@@ -56,6 +63,11 @@ def check_transport(transport: str) -> None:
             f"transport is {transport!r}, must be 'auto' (shared memory between processes of one machine, else the process "
             "group) or 'group' (always the process group)"
         )
+
+
+def _bytes_of(block: Tensor) -> ctypes.Array[ctypes.c_char]:
+    """The memory of a block, as a buffer."""
+    return (ctypes.c_char * block.numel()).from_address(block.data_ptr())
 
 
 def _closed_error(error: OSError | None = None) -> RuntimeError:
@@ -77,14 +89,15 @@ class UnixChannel:
     Args:
         connection: a connected Unix stream socket.
         window: messages that may come before they are wanted.
+        ring: for small messages; both ends have one, or neither has.
 
     Attributes:
-        small: the largest message that goes through the socket; the same at both ends.
+        small: the largest message that goes through ring or socket; the same at both ends.
     """
 
-    def __init__(self, connection: socket.socket, window: int = 1) -> None:
-        self._socket = connection
-        self.small = min(SMALL, _IN_SOCKET // window)
+    def __init__(self, connection: socket.socket, window: int = 1, ring: SharedRing | None = None) -> None:
+        self._socket, self._ring = connection, ring
+        self.small = min(SMALL, _WAITING // window)
         with suppress(OSError):
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, _BUFFER)
         self._timeout: timedelta | None = None
@@ -94,6 +107,7 @@ class UnixChannel:
         self._theirs: dict[int, Tensor] = {}  # number -> the peer's block
         self._numbers = 0
         self._size = 0  # of the last block; when it changes both ends forget those of the old size
+        self._descriptors: deque[int] = deque()  # that came with a byte which woke this end
 
     def put(self, buffers: list[Any], size: int) -> None:
         """Send a small message that consists of these buffers, ``size`` bytes. It is copied before the call returns.
@@ -101,6 +115,9 @@ class UnixChannel:
         Raises:
             RuntimeError: the peer has closed its end.
         """
+        if self._ring is not None:
+            self._put_into_ring(self._ring, buffers, size)
+            return
         try:
             # One system call for header, tensors and padding, wherever in memory they lie.
             count = self._socket.sendmsg(buffers)
@@ -117,6 +134,11 @@ class UnixChannel:
         Raises:
             RuntimeError: none came in time, or the peer has closed its end.
         """
+        if self._ring is not None:
+            if not self._ring.holds_message():
+                self._sleep_until_message(self._ring)
+            self._ring.get(buffers, size)
+            return
         try:
             # WAITALL: one call even where the message arrives in pieces.
             count, *_ = self._socket.recvmsg_into(buffers, 0, socket.MSG_WAITALL)
@@ -132,6 +154,45 @@ class UnixChannel:
             raise _closed_error(error) from error
         if not count:
             raise _closed_error()
+
+    def _put_into_ring(self, ring: SharedRing, buffers: list[Any], size: int) -> None:
+        if ring.is_closed():
+            raise _closed_error()
+        if not ring.has_room(size):
+            self._sleep_until_room(ring, size)
+        if ring.put(buffers, size):
+            try:
+                self._socket.send(b".", socket.MSG_DONTWAIT)
+            except BlockingIOError:
+                pass  # full of bytes that wake the receiver
+            except OSError as error:
+                raise _closed_error(error) from error
+
+    def _sleep_until_room(self, ring: SharedRing, size: int) -> None:
+        """Rare: the receiver is further behind than the order of the actions allows."""
+        began = time.monotonic()
+        while not ring.has_room(size):
+            waited = time.monotonic() - began
+            if self._timeout is not None and waited > self._timeout.total_seconds():
+                raise RuntimeError("timed out")
+            with suppress(BlockingIOError):
+                if ring.is_closed() or not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
+                    raise _closed_error()
+            time.sleep(min(max(waited / 8, 2e-5), 1e-3))
+
+    def _sleep_until_message(self, ring: SharedRing) -> None:
+        ring.sleeps(True)
+        try:
+            while not ring.holds_message():
+                # A byte may be left over from a message that was found without it; descriptors come with theirs.
+                if not self._next_byte() and not ring.holds_message():
+                    raise _closed_error()
+        except BlockingIOError:
+            raise RuntimeError("timed out") from None
+        except OSError as error:
+            raise _closed_error(error) from error
+        finally:
+            ring.sleeps(False)
 
     # -- as a process group ------------------------------------------------------------------------------------------
 
@@ -155,7 +216,7 @@ class UnixChannel:
         block = tensors[0]
         address, size = block.data_ptr(), block.numel()
         if size <= self.small:
-            self.put([block.numpy()], size)
+            self.put([_bytes_of(block)], size)
             return _PendingSend(self, 0)
         # The descriptor travels with the first message in its block; later ones name the block by number.
         fd = self._unsent.pop(address, None)
@@ -205,9 +266,9 @@ class UnixChannel:
             RuntimeError: none came in time, or the peer has closed its end.
         """
         if block.numel() <= self.small:
-            self.get([block.numpy()], block.numel())
+            self.get([_bytes_of(block)], block.numel())
             return
-        record = bytearray(_RECORD.size)
+        record = ctypes.create_string_buffer(_RECORD.size)
         self.get([record], _RECORD.size)
         number, size, new = _RECORD.unpack(record)
         # Checked before anything is mapped, since number and size are the peer's word.
@@ -227,15 +288,26 @@ class UnixChannel:
 
     def _mapped(self, size: int) -> Tensor:
         """The block whose descriptor comes next. Mapped once and kept: later messages in it cost one copy on either side."""
-        _, fds, _, _ = socket.recv_fds(self._socket, 1, 1)
-        if not fds:
-            raise RuntimeError("a message came without its memory")
+        fd = self._next_descriptor()
         try:
-            return torch.frombuffer(mmap.mmap(fds[0], size), dtype=torch.uint8)
+            return torch.frombuffer(mmap.mmap(fd, size), dtype=torch.uint8)
         except (ValueError, OSError) as error:
             raise RuntimeError(f"the memory of a message cannot be mapped ({error})") from error
         finally:
-            os.close(fds[0])
+            os.close(fd)
+
+    def _next_descriptor(self) -> int:
+        while not self._descriptors:
+            if self._next_byte() != b"." and not self._descriptors:  # which wakes an end that is awake already
+                raise RuntimeError("a message came without its memory")
+        return self._descriptors.popleft()
+
+    def _next_byte(self) -> bytes:
+        """Wait for a byte beside the ring, and keep the descriptor that may come with it; empty where the peer has closed its end."""
+        byte, ancillary, _, _ = self._socket.recvmsg(1, _ANCILLARY)
+        for _, _, descriptor in ancillary:
+            self._descriptors.append(_DESCRIPTOR.unpack(descriptor)[0])
+        return byte
 
     # -- for both ------------------------------------------------------------------------------------------------------
 
@@ -257,9 +329,12 @@ class UnixChannel:
     def close(self) -> None:
         """End the connection; what was sent still arrives."""
         self._socket.close()
-        for fd in self._unsent.values():
+        if self._ring is not None:
+            self._ring.close()
+        for fd in (*self._unsent.values(), *self._descriptors):
             os.close(fd)
         self._unsent.clear()
+        self._descriptors.clear()
         self._known.clear()
         self._theirs.clear()
 
@@ -355,8 +430,9 @@ def _call_neighbour(store: Store, boundary: int, wanted: bool, timeout: timedelt
                 if not is_same_user(connection):
                     connection.close()
                     break
-                connection.sendall(token + bytes([direction]))
-                found[direction, boundary] = UnixChannel(connection, window)
+                found[direction, boundary] = UnixChannel(
+                    connection, window, _offer_ring(connection, token + bytes([direction]))
+                )
     if len(found) < 2:
         for channel in found.values():
             channel.close()
@@ -377,15 +453,32 @@ def _answer_neighbour(
         connection, _ = listener[0].accept()
         connection.settimeout(1.0)  # a caller speaks at once
         with suppress(OSError):
-            greeting = b""
-            greeting = connection.recv(_TOKEN + 1, socket.MSG_WAITALL)
+            greeting, descriptors = b"", list[int]()
+            greeting, descriptors, _, _ = socket.recv_fds(connection, _TOKEN + 1, 1, socket.MSG_WAITALL)
         connection.settimeout(None)
         known = len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1])  # in constant time
         if known and is_same_user(connection):
-            found[greeting[_TOKEN], boundary] = UnixChannel(connection, window)
+            ring = SharedRing(descriptors[0]) if descriptors else None
+            found[greeting[_TOKEN], boundary] = UnixChannel(connection, window, ring)
         else:
             connection.close()
+        for fd in descriptors:
+            os.close(fd)
     return found
+
+
+def _offer_ring(connection: socket.socket, greeting: bytes) -> SharedRing | None:
+    """Greet the other end, and give it the memory of a ring, which is returned; None where this machine has none."""
+    try:
+        fd = make_ring_memory(_BUFFER)
+    except OSError:
+        connection.sendall(greeting)
+        return None
+    try:
+        socket.send_fds(connection, [greeting], [fd])
+        return SharedRing(fd)
+    finally:
+        os.close(fd)
 
 
 def _read_key(store: Store, key: str, peer: int, timeout: timedelta) -> str:
