@@ -165,7 +165,8 @@ def _measured(options: dict[str, object], name: str, m: int, slack: str, compres
     step = make(device, name, m, given)
     # What flushes is warm after a few; a pipeline that does not fills up first.
     warm_up = 10 if name.startswith("Schedule") else 60
-    _, taken = efficiency.timed_windows(step, device, warm_up, options)
+    alone = [efficiency.TimedSteps(step, device, warm_up)]
+    _, (taken,) = efficiency.timed_windows(alone, options["steps"], options["repeats"])
     samples = (options["steps"] * seconds / taken).tolist()
     words = [name, f"M={m}"] + ([f"slack {slack}"] if slack != "0" else []) + ([compress] if compress else [])
     settings = {"ours": not name.startswith("Schedule"), "depth": depth, "slack": slack, "compress": compress}

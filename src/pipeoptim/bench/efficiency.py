@@ -17,8 +17,9 @@ import math
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
@@ -160,7 +161,7 @@ def measure(
         refresh: methods that predict by the optimizer's rule are measured as well with predictions from the mini-batch in progress, made
             anew after so many micro-batches.
         width: numbers per sample that travel between stages.
-        repeats, steps: windows per contender, and mini-batches per window.
+        repeats, steps: windows per contender, and mini-batches per window. Plain loops and the methods of one M take turns.
 
     Raises:
         ConfigError: a method is unknown or not defined for a depth and M, or an M does not divide the mini-batch.
@@ -192,50 +193,76 @@ def measure(
     return Record("efficiency", "efficiency", {"width": width, "repeats": repeats, "each stage": "stays on one core"}, rows)
 
 
+@dataclass(frozen=True)
+class _Contender:
+    """One of those that take turns on the same processes.
+
+    Attributes:
+        name, m: of the method or schedule, and its micro-batches.
+        make: its step.
+        options: of the measurement, and of its own.
+    """
+
+    name: str
+    m: int
+    milliseconds: float
+    make: Callable[..., Step]
+    options: dict[str, Any]
+
+    def row(self, samples: list[float], alone: float | None) -> dict[str, Any]:
+        """Of the result file; ``alone`` is the efficiency of the plain loops beside it."""
+        options, ours = self.options, self.make is not _torchs
+        settings = {"method": self.name, "microbatches": self.m, "depth": dist.get_world_size()}
+        settings |= {"milliseconds": self.milliseconds, "ours": ours}
+        settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
+        how = ""
+        if self.make is _ours:
+            settings |= _ideal(self.name, self.m, alone, options)
+            settings |= {what: options[what] for what in ("slack", "refresh") if _chosen(options, what)}
+            how = _how(settings)
+        conditions_ = f"D={settings['depth']}, {self.milliseconds:g} ms{conditions(options)}"
+        return {"name": f"{self.name} M={self.m}{how}, {conditions_}", "samples": samples, "settings": settings}
+
+
 def stage(**options: Any) -> list[dict[str, Any]]:
     """The part of one process."""
-    depth, rows = dist.get_world_size(), []
     stay_on_a_core()
+    rows = []
     for milliseconds in options["milliseconds"]:
         for m in options["microbatches"]:
-            alone = [] if options["gloo"] else [_row(options, milliseconds, m, ALONE, _alone, True)]
-            rows += alone
-            efficiency = median(alone[0]["samples"]) if alone else None
-            for method in options["methods"]:
-                for refresh in (None, *(options["refresh"] if get_method(method).predicts_by_rule else ())):
-                    chosen = {**options, "refresh": refresh, "alone": efficiency}
-                    rows.append(_row(chosen, milliseconds, m, method, _ours, True))
+            rows += _in_turn(_contenders(milliseconds, m, options), options)
         for m in [] if options["gloo"] else options["torch_microbatches"]:
-            for name in RIVALS:
-                if possible(name, m, depth):
-                    rows.append(_row(options, milliseconds, m, name, _torchs, False))
+            names = [name for name in RIVALS if possible(name, m, dist.get_world_size())]
+            for name in names:
+                rows += _in_turn([_Contender(name, m, milliseconds, _torchs, options)], options)
     return rows
 
 
-def _row(
-    options: dict[str, Any], milliseconds: float, m: int, name: str, make: Callable[..., Step], ours: bool
-) -> dict[str, Any]:
+def _contenders(milliseconds: float, m: int, options: dict[str, Any]) -> list[_Contender]:
+    """Plain loops, and all methods."""
+    found = [] if options["gloo"] else [_Contender(ALONE, m, milliseconds, _alone, options)]
+    for method in options["methods"]:
+        for refresh in (None, *(options["refresh"] if get_method(method).predicts_by_rule else ())):
+            found.append(_Contender(method, m, milliseconds, _ours, {**options, "refresh": refresh}))
+    return found
+
+
+def _in_turn(contenders: list[_Contender], options: dict[str, Any]) -> list[dict[str, Any]]:
+    """Their rows."""
     k, depth = dist.get_rank(), dist.get_world_size()
     slow = 1.0 + (options["uneven"] if k == depth // 2 else 0.0)
-    device = Device(milliseconds / 3000 * slow, options["jitter"], seed=k)
-    step = make(device, name, m, options)
-    busy, seconds = timed_windows(step, device, _warm_up(depth, options) if make is _ours else depth + 2, options)
+    timed = []
+    for one in contenders:
+        device = Device(one.milliseconds / 3000 * slow, options["jitter"], seed=k)
+        warm_up = _warm_up(depth, options) if one.make is _ours else depth + 2
+        timed.append(TimedSteps(one.make(device, one.name, one.m, one.options), device, warm_up))
+    busy, seconds = timed_windows(timed, options["steps"], options["repeats"])
     samples = (busy / seconds).tolist()
-    settings = {"method": name, "microbatches": m, "depth": depth, "milliseconds": milliseconds, "ours": ours}
-    settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
-    how = ""
-    if make is _ours:
-        settings |= _ideal(name, m, options)
-        settings |= {what: options[what] for what in ("slack", "refresh") if _chosen(options, what)}
-        how = _how(settings)
-    return {
-        "name": f"{name} M={m}{how}, D={depth}, {milliseconds:g} ms{conditions(options)}",
-        "samples": samples,
-        "settings": settings,
-    }
+    alone = median(samples[0]) if contenders[0].make is _alone else None
+    return [one.row(found, alone) for one, found in zip(contenders, samples, strict=True)]
 
 
-def _ideal(name: str, m: int, options: dict[str, Any]) -> dict[str, Any]:
+def _ideal(name: str, m: int, alone: float | None, options: dict[str, Any]) -> dict[str, Any]:
     """What the action program allows with the same draws, where that is known: to devices alone, and to the loops around them as well."""
     if m > 1 or not options["jitter"] or any(options[what] for what in ("uneven", "delay", "bandwidth")):
         return {}
@@ -243,28 +270,46 @@ def _ideal(name: str, m: int, options: dict[str, Any]) -> dict[str, Any]:
     program = get_method(name).program(depth, m, None, False, read_slack(options["slack"]))
     windows = program, options["jitter"], _warm_up(depth, options), options["steps"], options["repeats"]
     found = {"ideal": median(ideal_windows(*windows))}
-    if options["alone"] is not None:
+    if alone is not None:
         # Of plain loops, in units of a stage's mean time: what PyTorch does for a mini-batch outside the waits.
-        own_work = (1 / options["alone"] - 1) * math.exp(options["jitter"] ** 2 / 2)
+        own_work = (1 / alone - 1) * math.exp(options["jitter"] ** 2 / 2)
         found["ideal with own work"] = median(ideal_windows(*windows, own_work))
     return found
 
 
-def timed_windows(step: Step, device: Device, warm_up: int, options: dict[str, Any]) -> Tensor:
-    """Two rows, a column for each of ``options["repeats"]`` windows of ``options["steps"]`` mini-batches: how long the busiest stage
-    worked, and the slowest one took, in seconds.
+@dataclass(frozen=True)
+class TimedSteps:
+    """The mini-batches of one contender.
+
+    Attributes:
+        step: carries out one of them.
+        device: that it waits for.
+        warm_up: mini-batches before each window, until the pipeline is full.
     """
-    dist.barrier()
-    # From here on nothing but the pipeline itself holds the stages together: after a barrier stage k waits for k forwards, and over a slow
-    # link for its delay as well. That would be 12 % of a window of 40 mini-batches at D = 16.
-    for _ in range(warm_up):
-        step()
-    spent = torch.zeros(2, options["repeats"])
-    for n in range(options["repeats"]):
-        device.busy, start = 0.0, time.perf_counter()
-        for _ in range(options["steps"]):
-            step()
-        spent[0, n], spent[1, n] = device.busy, time.perf_counter() - start
+
+    step: Step
+    device: Device
+    warm_up: int
+
+
+def timed_windows(contenders: Sequence[TimedSteps], steps: int, repeats: int) -> Tensor:
+    """How long the busiest stage worked, and the slowest one took, in seconds: both for each contender and each of ``repeats`` windows of
+    ``steps`` mini-batches, of shape (2, contenders, repeats).
+
+    The contenders take turns, window by window: what else the machine does differs from one second to the next by more than they do.
+    """
+    spent = torch.zeros(2, len(contenders), repeats)
+    for n in range(repeats):
+        for which, one in enumerate(contenders):
+            dist.barrier()
+            # From here on nothing but the pipeline itself holds the stages together: after a barrier stage k waits for k forwards,
+            # and over a slow link for its delay as well. That would be 12 % of a window of 40 mini-batches at D = 16.
+            for _ in range(one.warm_up):
+                one.step()
+            one.device.busy, start = 0.0, time.perf_counter()
+            for _ in range(steps):
+                one.step()
+            spent[0, which, n], spent[1, which, n] = one.device.busy, time.perf_counter() - start
     dist.all_reduce(spent, dist.ReduceOp.MAX)
     return spent
 

@@ -56,7 +56,7 @@ def ideal_windows(
     Args:
         program: M = 1, one stage per process.
         jitter: of the devices; that of stage k draws with the seed k.
-        warm_up, steps, repeats: mini-batches before the first window and in each, and windows.
+        warm_up, steps, repeats: mini-batches before each window and in it, and windows.
         own_work: what every mini-batch of a stage takes in addition, after its backward, in units of T; it counts for nothing.
 
     Example:
@@ -72,12 +72,12 @@ def ideal_windows(
             return own_work
         return (1 if kind is ActionKind.F else 2) / 3 * (draws[k].lognormvariate(0.0, jitter) if jitter else 1.0)
 
-    count = warm_up + repeats * steps
+    count = repeats * (warm_up + steps)
     plans = [[program.process_step(k, n) for n in range(count)] for k in range(program.depth)]
     whole = [list(chain.from_iterable(plan)) for plan in plans]
     spans = {(span.k, span.action): span for span in replay(whole, program.depth, lasts)}
     found = []
-    for first in range(warm_up, count, steps):
+    for first in range(warm_up, count, warm_up + steps):
         busy, seconds = [], []
         for plan in plans:
             inside = [spans[one] for actions in plan[first : first + steps] for one in actions]

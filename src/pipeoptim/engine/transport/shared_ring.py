@@ -3,7 +3,7 @@
 Saved beside a socket, of the processor time of a mini-batch on one stage: 20 to 30 us of 650 where stages take 2 ms, 70 to 100 us of
 950 where they take 10 ms (slack 1, messages 3 ms late), since caches are cold there. Four stages of 2 ms on two cores run at 0.95 of
 plain loops and not at 0.93. (Stages of ``pipeoptim bench efficiency``, ring and socket in the same processes in turn, medians of 20
-windows. To look for 20 or 60 us before going to sleep gained nothing more.)
+windows at 2 ms, of 4 at 10 ms. To look for 20 or 60 us before going to sleep gained nothing more.)
 
 ::
 
