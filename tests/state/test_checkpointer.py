@@ -96,3 +96,30 @@ def test_a_requested_stop_saves_and_weights_that_are_not_finite_are_never_saved(
         po.Checkpointer(po.Emulator([nn.Identity()], [None], nn.functional.mse_loss), tmp_path, every=0)
     with pytest.raises(po.ConfigError, match="has 3 stages, the pipeline 1"):
         po.Checkpointer(po.Emulator([nn.Identity()], [None], nn.functional.mse_loss), tmp_path, every=1).resume()
+
+
+def test_a_folder_of_another_run_is_not_trained_over(tmp_path: Path) -> None:
+    def checkpoints(*stages: nn.Module) -> po.Checkpointer:
+        pipe = po.Emulator(list(stages), lambda p: torch.optim.SGD(p, lr=0.01), nn.functional.mse_loss)
+        return po.Checkpointer(pipe, tmp_path, every=2)
+
+    def linear(width: int = 4) -> nn.Module:
+        return nn.Linear(4, width)
+
+    with checkpoints(linear(), nn.Sequential(linear(), linear(1))) as first:
+        for n in range(2):  # without resume(), in a folder that is empty
+            first.pipe.step(torch.ones(2, 4), target=torch.ones(2, 1))
+            assert not first.after_step(n + 1)
+    with pytest.raises(po.ConfigError, match="has 2 stages, the pipeline 3"):  # more stages than it has files
+        checkpoints(linear(), linear(), linear(1)).resume()
+    with pytest.raises(po.ConfigError, match=r"stage 0 of checkpoint .*: only one of them has 'weight'.* pins="):
+        checkpoints(nn.Sequential(linear(), linear()), linear(1)).resume()
+    with pytest.raises(po.ConfigError, match="only one of them has 'weight', or has it in that shape"):
+        checkpoints(linear(5), nn.Sequential(linear(), linear(1))).resume()
+    again = checkpoints(linear(), nn.Sequential(linear(), linear(1)))
+    again.pipe.step(torch.ones(2, 4), target=torch.ones(2, 1))
+    with pytest.raises(
+        po.ConfigError, match=r"holds checkpoints up to step-000002, which this run does not go on from; call resume\(\)"
+    ):
+        again.after_step(1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000002"]

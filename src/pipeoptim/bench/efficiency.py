@@ -140,7 +140,7 @@ def measure(
     slack: str = "0",
     refresh: list[int] | None = None,
     width: int = 256,
-    repeats: int = 3,
+    repeats: int = 9,
     steps: int = 40,
 ) -> Record:
     """Measure every combination of depth, stage time and contender.

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pipeoptim.checkpoint.background_writer import BackgroundWriter
 from pipeoptim.checkpoint.find_checkpoint import load_stage, newest_first
 from pipeoptim.checkpoint.health import sick_entry, sick_weight
-from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, verify
+from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, read_meta, verify
 from pipeoptim.checkpoint.saving_group import checked, refuse_sharded, saving_group
 from pipeoptim.checkpoint.stage_files import stage_file
 from pipeoptim.errors import ConfigError, DivergedError
@@ -75,13 +76,15 @@ class Checkpointer:
         self._writer = BackgroundWriter(
             self.folder, self._group, config=how, keep=count("keep", keep), versions={"pipeoptim": __version__}
         )
+        self._continues = False  # what is in the folder, or else it is empty
 
     def resume(self) -> int:
         """Load the newest checkpoint that every process finds whole and finite; the number of mini-batches it was trained on, 0 for none.
 
         Raises:
-            ConfigError: it has another number of stages, or is of another version of pipeoptim.
+            ConfigError: it has another number of stages, or stages that were cut elsewhere, or is of another version of pipeoptim.
         """
+        self._continues = True
         found = self._group.gather([folder.name for folder in newest_first(self.folder)])[0]
         for name in found:
             folder, meta, reason, refusal = self.folder / name, None, None, None
@@ -107,11 +110,13 @@ class Checkpointer:
         """After ``step`` mini-batches in all: save, where a checkpoint is due or a stop was requested. Returns whether to stop.
 
         Raises:
-            ConfigError: ``step`` is not at least 1.
+            ConfigError: ``step`` is not at least 1, or the folder holds checkpoints of a run that this one does not resume.
             DivergedError: a weight is not finite; in all processes.
             CheckpointWriteError: the checkpoint before could not be written; in all processes.
         """
         count("step", step)
+        if not self._continues:
+            self._refuse_other_run()
         stops = self.pipe.stop_requested
         if not stops and step % self.every:
             return False
@@ -140,16 +145,44 @@ class Checkpointer:
     def _own_part(self, folder: Path) -> Meta:
         """The meta data, where what this process needs of ``folder`` is as it was written."""
         try:
-            meta = verify(folder, [stage_file(k) for k in self.pipe.local_stages])
+            meta = read_meta(folder)
         except OtherFormatError as error:
             raise ConfigError(f"checkpoint {folder} was written by {error.age} version of pipeoptim ({error})") from error
-        if meta.stages != self.pipe.depth:
+        if meta.stages != self.pipe.depth:  # said before a file is missed that it could not have
             raise ConfigError(
                 f"checkpoint {folder} has {meta.stages} stages, the pipeline {self.pipe.depth}; choose another folder, or save with "
                 "save_sharded, which another number of stages can load"
             )
+        verify(folder, [stage_file(k) for k in self.pipe.local_stages])
         for k in self.pipe.local_stages:
-            name = sick_entry(load_stage(folder, k), self.pipe.stage_module(k))
+            state, module = load_stage(folder, k), self.pipe.stage_module(k)
+            name = _first_other(state["module"], module.state_dict())
+            if name is not None:
+                raise ConfigError(
+                    f"stage {k} of checkpoint {folder} is not that of the pipeline: only one of them has {name!r}, or has it in that "
+                    "shape; cut the model as it was cut then (partition without pins measures, and may cut elsewhere: write down pins=), "
+                    "or choose another folder"
+                )
+            name = sick_entry(state, module)
             if name is not None:
                 raise TornError(f"{name!r} of stage {k} is not finite")
         return meta
+
+    def _refuse_other_run(self) -> None:
+        """Before anything is saved beside the checkpoints of another run, of which the next resume would take the newest."""
+        others = newest_first(self.folder)
+        if others:
+            raise ConfigError(
+                f"{self.folder} holds checkpoints up to {others[0].name}, which this run does not go on from; call resume() before the "
+                "first mini-batch, or choose another folder, or remove them"
+            )
+        self._continues = True
+
+
+def _first_other(saved: Mapping[str, Any], own: Mapping[str, Any]) -> str | None:
+    """The first weight or buffer that only one of them has, or that has another shape in the other."""
+    for name in (*saved, *own):
+        shapes = [getattr(state.get(name), "shape", None) for state in (saved, own)]
+        if name not in saved or name not in own or shapes[0] != shapes[1]:
+            return name
+    return None

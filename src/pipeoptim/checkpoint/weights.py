@@ -33,8 +33,8 @@ def full_state_dict(pipe: Pipeline, names: Names | None = None) -> dict[str, Ten
     """The latest weights and buffers of all stages under their names in the original model, on the CPU.
 
     Drains first. With one process per stage all call it; the process of stage 0 gets everything, the others None. It then holds
-    the whole model: :func:`save_weights` needs no process that does. A weight that several stages have is given once. Where
-    ``fully_shard`` spread stages over replicas, all replicas call it.
+    the whole model: :func:`save_weights` needs no process that does. Tied weights are there under each of
+    their names. Where ``fully_shard`` spread stages over replicas, all replicas call it.
 
     Args:
         pipe: an ``Emulator`` or ``Schedule``.

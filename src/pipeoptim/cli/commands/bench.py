@@ -112,7 +112,7 @@ def efficiency(
             help="Also with predictions from the mini-batch in progress, made anew after so many micro-batches; several times."
         ),
     ] = None,
-    repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 3,
+    repeats: Annotated[int, Option(help="Windows per contender; the median is reported.")] = 9,
     steps: Annotated[int, Option(help="Mini-batches per window.")] = 40,
     add: Annotated[bool, _ADD] = False,
     out: Annotated[Path, _OUT] = Path("benchmarks/results/efficiency.json"),
