@@ -164,7 +164,7 @@ def test_no_checkpoint_left(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cap
         error = capsys.readouterr().err
         assert len(error.splitlines()) == 1
         assert ("no checkpoint in" if removed else "no complete checkpoint") in error
-        assert "another --name" in error
+        assert ("without --resume: it starts at step 0" if removed else "another --name") in error
     assert (tmp_path / "runs/tiny/metrics.jsonl").read_text() == before
 
 

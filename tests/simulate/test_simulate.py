@@ -304,8 +304,8 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
         (("--synthetic", "--mini-batches", "9000000"), "are more than the 20,000,000 that can be simulated"),
         (("--synthetic", "--trace", "nowhere/t.json"), "the folder nowhere does not exist"),
         (
-            ("--synthetic", "--trace", "t", "--picture", "t"),
-            "t is asked for by --trace as well; choose another file for --picture",
+            ("--synthetic", "--trace", "t.svg", "--picture", "t.svg"),
+            "t.svg is asked for by --trace as well; choose another file for --picture",
         ),
         (("--synthetic", "--mini-batches", "20000", "--trace", "t"), "a trace of 240,000 actions is more than viewers open"),
         (("--synthetic", "--stages", "1000000000"), "1,000,000,000 blocks are more than the 100,000 of a formula"),
