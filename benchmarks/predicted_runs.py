@@ -34,6 +34,21 @@ def write_predictions(path: Path, predict: Callable[[], dict[str, Any]]) -> None
     print(f"{len(found['rows'])} predictions in {path}")
 
 
+def add_predictions(path: Path, part: str, predict: Callable[[], dict[str, Any]]) -> None:
+    """As :func:`write_predictions`, for one part of the runs; what is there of it is never written again."""
+    data: dict[str, Any] = (
+        json.loads(path.read_text()) if path.exists() else {"made": "", "machine": machine(), "rows": [], "parts": {}}
+    )
+    if part in data["parts"]:
+        return
+    found = predict()
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    data["rows"] += found.pop("rows")
+    data["parts"][part] = {"made": made, **found}
+    data["made"] = data["made"] or f"{made} and later, each model right before its runs"
+    path.write_text(json.dumps(data, indent=1) + "\n")
+
+
 def measure(
     predictions: Path,
     path: Path,

@@ -1,13 +1,14 @@
-"""How wrong ``pipeoptim simulate`` is for models that are really computed: predictions of all runs first, then the runs one by one.
+"""How wrong ``pipeoptim simulate`` is for models that are really computed: a model's predictions first, then its runs one by one.
 
-python benchmarks/simulated_real.py predict    profiles the models, writes results/simulated_real_predictions.json
-python benchmarks/simulated_real.py measure    measures what is predicted and not measured yet; writes results/simulated_real.json
+python benchmarks/simulated_real.py run        of one model after the other, profiles it, writes its predictions to
+                                               results/simulated_real_predictions.json, then measures its runs: results/simulated_real.json
 python benchmarks/simulated_real.py memory     peak bytes of each stage, counted and measured; writes results/simulated_memory.json
 python benchmarks/simulated_real.py show       the errors
 
-Two stages, each in a process on a core of its own: five methods, four models, one and four micro-batches. ``predict`` takes 4 minutes,
-``measure`` 7, on two cores that do nothing else. ``measure`` may be stopped at any time and goes on where it was; a file of
-predictions that is there is never written again. To try it: --folder /tmp/try --divide 16 --repeats 5, then --steps 10.
+Two stages, each in a process on a core of its own: five methods, four models, one and four micro-batches. ``run`` takes 11 minutes,
+on two cores that do nothing else. It may be stopped at any time and goes on where it was; predictions that are there are never
+written again. Minutes later a shared machine may be another tenth faster or slower, which is why each model's runs follow its profile.
+To try it: --folder /tmp/try --divide 16 --repeats 5 --steps 10.
 """
 
 from __future__ import annotations
@@ -15,11 +16,12 @@ from __future__ import annotations
 import argparse
 import os
 from dataclasses import asdict, replace
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
 
-from predicted_runs import measure, show, undisturbed, write_predictions
+from predicted_runs import add_predictions, measure, show, undisturbed
 
 from pipeoptim.bench.computed import STEPS, ComputedRun, best_lengths, busy_profile, counted_profile
 from pipeoptim.bench.link_profile import measure_link
@@ -35,17 +37,12 @@ MICROBATCHES = (1, 4)
 DEPTH = 2
 
 
-def predict(repeats: int, divide: int) -> dict[str, Any]:
-    """What all runs are expected to reach."""
-    (link, other), rows, others = undisturbed(lambda: measure_link(repeats)), [], {}
-    for model, batch in MODELS.items():
-
-        def profile(model: str = model, rows: int = batch // divide) -> Profile:
-            return busy_profile(model, rows, MICROBATCHES, repeats, link)
-
-        found, others[model] = undisturbed(profile)
-        rows += _of_model(found, model)
-    return {"load": os.getloadavg()[0], "rows": rows, "link": link._asdict(), "other cores": {"link": other, **others}}
+def predict(model: str, repeats: int, divide: int) -> dict[str, Any]:
+    """What the runs of a model are expected to reach."""
+    link, beside_link = undisturbed(lambda: measure_link(repeats))
+    profile, beside = undisturbed(lambda: busy_profile(model, MODELS[model] // divide, MICROBATCHES, repeats, link))
+    found = {"load": os.getloadavg()[0], "link": link._asdict(), "other cores": {"link": beside_link, "profile": beside}}
+    return {"rows": _of_model(profile, model), **found}
 
 
 def _of_model(profile: Profile, model: str) -> list[dict[str, object]]:
@@ -90,24 +87,22 @@ def even(profile: Profile) -> tuple[int, ...]:
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("predict", "measure", "memory", "show"))
-    parser.add_argument(
-        "--repeats", type=int, help="mini-batches that a figure of a profile is the median of, 7; runs of each, 1"
-    )
+    parser.add_argument("what", choices=("run", "memory", "show"))
+    parser.add_argument("--repeats", type=int, default=7, help="mini-batches that a figure of a profile is the median of")
     parser.add_argument("--steps", type=int, default=STEPS, help="mini-batches that are timed in a run")
     parser.add_argument("--divide", type=int, default=1, help="rows of mini-batches are divided by it, to try the script")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
     arguments = parser.parse_args()
     predictions, measured = arguments.folder / PREDICTIONS, arguments.folder / MEASURED
-    if arguments.what == "predict":
-        write_predictions(predictions, lambda: predict(arguments.repeats or 7, arguments.divide))
-    elif arguments.what == "measure":
+    if arguments.what == "run":
         settings = {"mini-batches": arguments.steps, "each stage": "on a core of its own"}
 
         def run_of(run: dict[str, Any]) -> ComputedRun:
             return replace(ComputedRun(**run), steps=arguments.steps)
 
-        measure(predictions, measured, "simulated real", settings, run_of, arguments.repeats or 1, alone=True)
+        for model in MODELS:
+            add_predictions(predictions, model, partial(predict, model, arguments.repeats, arguments.divide))
+            measure(predictions, measured, "simulated real", settings, run_of, 1, alone=True)
     elif arguments.what == "memory":
         memory(arguments.folder, arguments.divide)
     else:

@@ -185,3 +185,33 @@ def test_more_threads_than_cores_are_told_by_one_process(case):
                 warnings.simplefilter("error")
                 warn_of_crowded_cores(uses, index)
     assert own_core_use(False).threads == 0 < own_core_use(True).threads
+
+
+def test_the_model_that_was_cut_is_not_called_while_its_stages_have_different_versions():
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(3)))
+    cut = po.partition(model, 3, pins=[1, 2])
+    pipe = po.Emulator(cut, adamw, mse, microbatches=2)
+    model(x)
+    pipe.step(x, target=x)
+    for evaluated in (model, lambda _: model.eval()(x)):
+        with pytest.raises(
+            po.ConfigError, match=r"was called while mini-batches are in flight, .*call drain\(\) first, or pipe.evaluate"
+        ):
+            evaluated(x)
+    pipe.step(x, target=x)  # nothing was disturbed
+    torch.save(model, io.BytesIO())
+    copy.deepcopy(model)(x)  # its weights are its own
+    copy.deepcopy(cut.stages[0])(x)
+    loss = pipe.evaluate([(x, x)]).loss
+    assert loss == pytest.approx(mse(model(x), x).item())  # drained
+    pipe.step(x, target=x)
+    del pipe
+    model(x)  # nobody trains it any more
+
+
+def test_methods_that_flush_leave_the_model_free():
+    model = nn.Sequential(*(nn.Linear(4, 4) for _ in range(2)))
+    pipe = po.Emulator(po.partition(model, 2, pins=[1]), adamw, mse, "1f1b", 2)
+    pipe.step(x, target=x)
+    model(x)

@@ -10,7 +10,7 @@ from typing import Any, Protocol
 from torch import nn
 from torch.distributed import ProcessGroup
 
-from pipeoptim.engine.stage.origin import StageOrigin, note_origins
+from pipeoptim.engine.stage.origin import StageOrigin, note_cut_model, note_origins
 from pipeoptim.errors import ConfigError, counted
 from pipeoptim.methods import Method, get_method
 from pipeoptim.partitioning.argument_types import check_types
@@ -144,6 +144,7 @@ def partition(
     lengths = [end - start for start, end in plan.ranges]
     files, depth = model_files(whole), len(stages)
     note_origins(stages, [StageOrigin(k, depth, tuple(lengths), names[k], tuple(tied), files) for k in range(depth)])
+    note_cut_model(stages, whole)
     return Partition(stages, lengths, list(costs), plan.seconds, plan.memory, names, tied, how, plan.replicas)
 
 

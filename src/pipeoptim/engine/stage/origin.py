@@ -6,9 +6,11 @@ another device, and is found again inside wrappers (DDP, ``torch.compile``, an `
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from pipeoptim.engine.stage.tied import Tied
 
 _NOTE = "_pipeoptim_origin"
+_CUT_FROM: WeakKeyDictionary[nn.Module, weakref.ref[nn.Module]] = WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,18 @@ def note_origins(stages: Sequence[nn.Module], origins: Sequence[StageOrigin]) ->
     """Note on each of ``stages`` where it comes from."""
     for stage, origin in zip(stages, origins, strict=True):
         setattr(stage, _NOTE, origin)
+
+
+def note_cut_model(stages: Sequence[nn.Module], whole: nn.Module) -> None:
+    """Remember that ``stages`` hold the weights of ``whole``. A copy of a stage holds its own, so that this does not go with it."""
+    for stage in stages:
+        _CUT_FROM[stage] = weakref.ref(whole)
+
+
+def find_cut_model(module: nn.Module) -> nn.Module | None:
+    """The model that ``module``, or a stage inside it, was cut from, where that is still there."""
+    known = (_CUT_FROM.get(part) for _, part, _ in find_origins(module))
+    return next((whole for whole in (ref() for ref in known if ref is not None) if whole is not None), None)
 
 
 def note_ties(stages: Sequence[nn.Module], tied: Sequence[Tied]) -> None:

@@ -2,7 +2,8 @@
 
 A leftover ``optimizer.step()`` would move weights with a part of a mini-batch's gradients, a leftover ``zero_grad()`` drop that part, and
 ``scheduler.step()`` advance the rate twice: all in silence, or until torch complains of an in-place write somewhere else. From a mini-batch
-to the next ``drain()`` these belong to the pipeline; afterwards the script may train on with the same optimizers by itself.
+to the next ``drain()`` these belong to the pipeline; afterwards the script may train on with the same optimizers by itself. An evaluation
+by the model that was cut belongs behind a ``drain()`` as well, since until then its stages have weights of different versions.
 """
 
 from __future__ import annotations
@@ -12,9 +13,10 @@ from collections.abc import Sequence
 from typing import Any
 from weakref import WeakKeyDictionary
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
+from torch.utils.hooks import RemovableHandle
 
 from pipeoptim.errors import ConfigError
 from pipeoptim.rules.combined import members
@@ -27,14 +29,19 @@ class ScriptCalls:
         optimizer, scheduler: of the stage.
         k: the stage.
         flushes: whether nothing is in flight between mini-batches.
+        whole: the model that the stage was cut from, where there is one.
 
     Attributes:
         by_pipeline: whether the pipeline itself is stepping the optimizer.
         in_flight: whether mini-batches are in flight.
     """
 
-    def __init__(self, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int, flushes: bool) -> None:
+    def __init__(
+        self, optimizer: Optimizer | None, scheduler: LRScheduler | None, k: int, flushes: bool, whole: nn.Module | None
+    ) -> None:
         self.optimizer, self.scheduler, self.k, self.flushes = optimizer, scheduler, k, flushes
+        self._whole = None if whole is None else weakref.ref(whole)
+        self._hook: RemovableHandle | None = None  # on the whole model, while mini-batches are in flight
         self.by_pipeline = self.in_flight = False
         self._epoch: int | None = None
         self._summed: tuple[Tensor, Tensor, int] | None = None
@@ -93,11 +100,18 @@ class ScriptCalls:
                     f"the gradients of stage {self.k}, of which the pipeline has not yet summed all micro-batches, were cleared or changed "
                     "between mini-batches; remove optimizer.step() and zero_grad(), and instead of clip_grad_norm_() give clip="
                 )
-        self.in_flight = not self.flushes
+        if not self.in_flight and not self.flushes:
+            self.in_flight = True
+            whole = None if self._whole is None else self._whole()
+            if whole is not None:
+                self._hook = whole.register_forward_pre_hook(_BeforeForward(weakref.ref(self)))
 
     def restart(self) -> None:
         """Nothing is in flight any more."""
         self.in_flight, self._epoch, self._summed = False, None, None
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
 
 
 def _epoch_of(scheduler: Any) -> int | None:
@@ -133,6 +147,27 @@ def _before_step(optimizer: Optimizer, _args: Any, _kwargs: Any) -> None:
 
 
 _before_step.only_checks = True  # type: ignore[attr-defined]  # a kernel may step in place of torch although this hook is there
+
+
+class _BeforeForward:
+    """Of the model that was cut, with its stages in flight. Copied or saved with the model it does nothing."""
+
+    def __init__(self, calls: weakref.ref[ScriptCalls] | None = None) -> None:
+        self._calls = calls
+
+    def __call__(self, *_: Any) -> None:
+        calls = None if self._calls is None else self._calls()
+        if calls is not None and calls.in_flight:
+            raise ConfigError(
+                "the model that was cut into stages was called while mini-batches are in flight, when its stages have weights of different "
+                "versions, so that the result would be that of no model; call drain() first, or pipe.evaluate(), which does"
+            )
+
+    def __deepcopy__(self, _memo: Any) -> _BeforeForward:
+        return _BeforeForward()
+
+    def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
+        return _BeforeForward, ()
 
 
 class _ZeroGrad:

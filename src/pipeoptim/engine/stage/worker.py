@@ -55,6 +55,7 @@ from pipeoptim.engine.stage.losses import (
 )
 from pipeoptim.engine.stage.master_weights import MasterWeightPredictor, MasterWeights
 from pipeoptim.engine.stage.module_call import ModuleCall
+from pipeoptim.engine.stage.origin import find_cut_model
 from pipeoptim.engine.stage.parameter_places import ParameterPlaces
 from pipeoptim.engine.stage.prediction_monitor import PredictionMonitor
 from pipeoptim.engine.stage.prediction_scale import PredictionScale
@@ -220,7 +221,7 @@ class StageWorker:
             check_audit(reduction)
             by_kernel = isinstance(getattr(step, "__self__", None), Predictor)
             audit = UpdateAudit(options.audit, optimizer, [names[id(p)] for p in held], by_kernel, k)
-        self.script_calls = ScriptCalls(optimizer, scheduler, k, program.flushes)
+        self.script_calls = ScriptCalls(optimizer, scheduler, k, program.flushes, find_cut_model(module))
         self.update = StageUpdate(
             optimizer,
             scheduler,
