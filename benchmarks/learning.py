@@ -106,7 +106,7 @@ CORE_1 = ("1f1b", "naive", "pipedream", "pipeoptim, refined", "pipeoptim, refine
 #: The rates rise, and every contender looks for its own among them, beginning in the middle.
 OPTIMIZERS = {
     "adamw": Choice(Component("adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
-    "muon": Choice(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
+    "muon": Choice(Component("muon_adamw", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2, 2.4e-2)),
     "rotated": Choice(Component("rotated_adam", {"weight_decay": 0.01}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)),
     "rotated_95": Choice(
         Component("rotated_adam", {"weight_decay": 0.01, "betas": (0.95, 0.999)}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
@@ -188,7 +188,7 @@ SETTINGS = (
     Setting("chars", 8, 8, "adamw", (*CORE, *SHORTER, EARLY)),
     Setting("chars", 8, 1, "rotated", CORE_1),
     Setting("chars", 8, 8, "rotated", CORE),
-    Setting("chars", 8, 8, "muon", (*CORE, EARLY)),
+    Setting("chars", 8, 8, "muon", CORE),
     Setting("chars", 8, 16, "adamw", (*CORE, EARLY, LATE)),
     Setting("chars", 8, 8, "adamw", (*CORE, LATE)),
     Setting("chars", 8, 8, "sgd", (*CORE, EARLY)),
