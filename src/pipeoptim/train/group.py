@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeoptim.errors import StageFailure
+from pipeoptim.errors import StageFailure, first_line
 from pipeoptim.train.measurements import KeptMeasurements, LocalMeasurements, StageMeasurements, StoreMeasurements
 
 if TYPE_CHECKING:
@@ -131,13 +132,15 @@ class DistributedGroup:
         """Wait for all."""
         import torch.distributed as dist
 
-        dist.barrier()
+        with _blaming_others():
+            dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Tensors and plain data only; nothing is pickled."""
         from pipeoptim.engine.processes.collectives import all_gather_plain
 
-        return all_gather_plain(value)
+        with _blaming_others():
+            return all_gather_plain(value)
 
     def once(self, work: Callable[[], Any]) -> list[Any]:
         """These processes are not replaced."""
@@ -162,6 +165,15 @@ class DistributedGroup:
         except RuntimeError as error:
             raise StageFailure("a replica of the last stage died or does not answer") from error
         return total / self.layout.replicas
+
+
+@contextmanager
+def _blaming_others() -> Iterator[None]:
+    """A collective fails because of a process that is gone: what that one says, or who missed it first, is the cause and not this one."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise StageFailure(f"another process of the run died, or does not answer ({first_line(error)})") from error
 
 
 class ReplaceableGroup(DistributedGroup):
