@@ -4,10 +4,11 @@ import ctypes
 import os
 import random
 import socket
+import struct
 import threading
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import partial
 
@@ -67,6 +68,11 @@ def ring_memory(capacity):
         return make_ring_memory(capacity)
     except OSError as error:
         pytest.skip(str(error))
+
+
+def kill(channel):
+    """All that the kernel does for an end whose process was killed: the ring is not told."""
+    channel._socket.close()
 
 
 def channel_ends(with_ring):
@@ -201,6 +207,18 @@ def test_a_peer_that_has_gone_is_named_with_a_later_message(kind):
             send_several(sender)
 
 
+@pytest.mark.parametrize("carrier", ["channel", "ring"])
+def test_a_peer_that_was_killed_before_it_took_a_large_message_is_named(carrier):
+    with connected("plain", carrier) as ((sender, _), (_, receiver), _):
+        for _ in range(4):  # until blocks are used again
+            sender.send(torch.zeros(SMALL))
+            receiver.receive()
+        sender.send(torch.zeros(SMALL))
+        kill(receiver.channel)
+        with pytest.raises(StageFailure, match="stage 1 died or closed its connection"):
+            send_several(sender, SMALL)
+
+
 def test_a_device_that_fails_is_not_taken_for_a_peer_that_does():
     with connected("staged", "channel") as ((sender, _), _, (own, _)):
         own.copy_out = lambda *_: Failing()
@@ -209,9 +227,9 @@ def test_a_device_that_fails_is_not_taken_for_a_peer_that_does():
         assert not isinstance(failed.value, StageFailure)
 
 
-def send_several(sender):
+def send_several(sender, numbers=3):
     for _ in range(20):
-        sender.send(torch.zeros(3))
+        sender.send(torch.zeros(numbers))
         sender.hand_over()
 
 
@@ -332,4 +350,97 @@ def test_descriptors_come_through_though_bytes_that_wake_come_before_them():
     sender.close()
     with pytest.raises(RuntimeError, match="closed by peer"):
         receiver.recv([small], 0, 0).wait(timedelta(seconds=1))
+    receiver.close()
+
+
+def take_block(receiver):
+    block = torch.empty(SMALL + 64, dtype=torch.uint8)
+    receiver.recv([block], 0, 0).wait(timedelta(seconds=0.2))
+
+
+def take_small(receiver):
+    receiver.wait_at_most(timedelta(seconds=5))
+    receiver.get([(ctypes.c_char * 64)()], 64)
+
+
+def fill_ring(sender):
+    """And one message more, which waits."""
+    sender.wait_at_most(timedelta(seconds=5))
+    for _ in range(8 * SMALL // 64 + 1):
+        sender.put([bytes(64)], 64)
+
+
+def after_a_block(sender, receiver):
+    """The receiver has said that it took one, which the sender has not read."""
+    sender.send([sender.memory(SMALL + 64)], 0, 0)
+    take_block(receiver)
+
+
+def after_a_byte_that_woke_nobody(sender, receiver):
+    receiver._ring.sleeps(True)
+    sender.put([bytes(64)], 64)
+    receiver.get([(ctypes.c_char * 64)()], 64)
+    receiver._ring.sleeps(False)
+
+
+def block_without_memory(sender, receiver):
+    after_a_block(sender, receiver)
+    sender.put([struct.pack("<3q", 1, SMALL + 64, 1)], 24)
+
+
+def no_more(sender, receiver):
+    """The socket takes no more bytes."""
+    sender.wait_at_most(timedelta(seconds=0.2))
+    with suppress(BlockingIOError):
+        while True:
+            sender._socket.send(bytes(SMALL), socket.MSG_DONTWAIT)
+    with suppress(BlockingIOError):
+        while True:
+            sender._socket.send(b".", socket.MSG_DONTWAIT)
+
+
+CLOSED = "connection closed by peer"
+ENDS = {  # of a channel with a ring: what was before, how it ends, what then waits, what is told
+    "full, killed with an answer unread": (after_a_block, lambda s, r: kill(r), lambda s, r: fill_ring(s), CLOSED),
+    "full, killed asleep": (after_a_byte_that_woke_nobody, lambda s, r: kill(r), lambda s, r: fill_ring(s), CLOSED),
+    "full, interrupted": (after_a_block, lambda s, r: s.interrupt(), lambda s, r: fill_ring(s), CLOSED),
+    "killed before the descriptor": (
+        block_without_memory,
+        lambda s, r: kill(s),
+        lambda s, r: take_block(r),
+        "without its memory",
+    ),
+    "frozen before the descriptor": (block_without_memory, lambda s, r: None, lambda s, r: take_block(r), "timed out"),
+    "no room for a descriptor": (no_more, lambda s, r: None, lambda s, r: s.send([s.memory(SMALL + 64)], 0, 0), "timed out"),
+    "killed with nothing sent": (after_a_block, lambda s, r: kill(s), lambda s, r: take_small(r), CLOSED),
+}
+
+
+@pytest.mark.parametrize("case", ENDS)
+def test_whatever_lies_in_a_channel_its_end_is_told_at_once_and_in_the_same_words(case):
+    before, end, waits, words = ENDS[case]
+    sender, receiver = channel_ends(with_ring=True)
+    before(sender, receiver)
+    end(sender, receiver)
+    began = time.monotonic()
+    with pytest.raises(RuntimeError, match=words):
+        waits(sender, receiver)
+    assert time.monotonic() - began < 3
+    for one in (sender, receiver):
+        one.close()
+
+
+def test_a_message_arrives_that_a_sender_put_in_last_of_all_before_it_was_killed():
+    sender, receiver = channel_ends(with_ring=True)
+    after_a_block(sender, receiver)
+
+    def put_and_die():
+        until(lambda: sender._ring._words[9], "the receiver sleeps")
+        sender._ring.put([b"x" * 64], 64)
+        kill(sender)
+
+    dying = threading.Thread(target=put_and_die)
+    dying.start()
+    take_small(receiver)
+    dying.join()
     receiver.close()

@@ -31,6 +31,7 @@ import torch
 from torch import Tensor
 
 from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.hung_up import has_hung_up
 from pipeoptim.engine.transport.kept_memory import KeptMemory, KeptSlot
 from pipeoptim.engine.transport.message import Message
 from pipeoptim.errors import PipeOptimError, StageFailure
@@ -174,7 +175,7 @@ class KeptLink:
 
         It is not waited for: perhaps it has done its work and ended, and what this process waits for elsewhere is there already.
         """
-        if self._connection is not None and self._hung_up():
+        if self._connection is not None and has_hung_up(self._connection):
             try:
                 connection = self._dial(_LOOK)
             except StageFailure:
@@ -271,12 +272,6 @@ class KeptLink:
         look = select.poll()
         look.register(self._connection, select.POLLIN)
         return bool(look.poll(seconds * 1000))
-
-    def _hung_up(self) -> bool:
-        assert self._connection is not None
-        look = select.poll()
-        look.register(self._connection, select.POLLRDHUP)
-        return bool(look.poll(0))
 
     def _read_message(self) -> None:
         """Read the next message, whose beginning is there."""

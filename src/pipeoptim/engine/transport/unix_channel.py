@@ -40,6 +40,7 @@ import torch
 from torch import Tensor
 from torch.distributed.distributed_c10d import Store
 
+from pipeoptim.engine.transport.hung_up import has_hung_up
 from pipeoptim.engine.transport.same_user import is_same_user
 from pipeoptim.engine.transport.shared_ring import SharedRing, make_ring_memory
 from pipeoptim.errors import ConfigError, StageFailure
@@ -175,9 +176,8 @@ class UnixChannel:
             waited = time.monotonic() - began
             if self._timeout is not None and waited > self._timeout.total_seconds():
                 raise RuntimeError("timed out")
-            with suppress(BlockingIOError):
-                if ring.is_closed() or not self._socket.recv(1, socket.MSG_PEEK | socket.MSG_DONTWAIT):
-                    raise _closed_error()
+            if ring.is_closed() or has_hung_up(self._socket):
+                raise _closed_error()
             time.sleep(min(max(waited / 8, 2e-5), 1e-3))
 
     def _sleep_until_message(self, ring: SharedRing) -> None:
@@ -187,10 +187,6 @@ class UnixChannel:
                 # A byte may be left over from a message that was found without it; descriptors come with theirs.
                 if not self._next_byte() and not ring.holds_message():
                     raise _closed_error()
-        except BlockingIOError:
-            raise RuntimeError("timed out") from None
-        except OSError as error:
-            raise _closed_error(error) from error
         finally:
             ring.sleeps(False)
 
@@ -231,6 +227,8 @@ class UnixChannel:
             if fd is not None:
                 # After the record, with a byte of its own: the receiver reads the record in one piece, then asks for the descriptor.
                 socket.send_fds(self._socket, [b"+"], [fd])
+        except BlockingIOError:
+            raise RuntimeError("timed out") from None
         except OSError as error:
             raise _closed_error(error) from error
         finally:
@@ -304,7 +302,14 @@ class UnixChannel:
 
     def _next_byte(self) -> bytes:
         """Wait for a byte beside the ring, and keep the descriptor that may come with it; empty where the peer has closed its end."""
-        byte, ancillary, _, _ = self._socket.recvmsg(1, _ANCILLARY)
+        try:
+            byte, ancillary, _, _ = self._socket.recvmsg(1, _ANCILLARY)
+        except BlockingIOError:
+            raise RuntimeError("timed out") from None
+        except ConnectionResetError:  # closed, with bytes of this end that it had not read
+            return b""
+        except OSError as error:
+            raise _closed_error(error) from error
         for _, _, descriptor in ancillary:
             self._descriptors.append(_DESCRIPTOR.unpack(descriptor)[0])
         return byte
@@ -328,9 +333,9 @@ class UnixChannel:
 
     def close(self) -> None:
         """End the connection; what was sent still arrives."""
-        self._socket.close()
         if self._ring is not None:
             self._ring.close()
+        self._socket.close()
         for fd in (*self._unsent.values(), *self._descriptors):
             os.close(fd)
         self._unsent.clear()
@@ -348,7 +353,11 @@ class _PendingSend:
         self._channel, self._number = channel, number
 
     def is_completed(self) -> bool:
-        return self._channel._taken >= self._number or self._channel.taken(wait=False) >= self._number
+        """Whether it is over; where the peer has gone as well, which :meth:`wait` tells."""
+        try:
+            return self._channel._taken >= self._number or self._channel.taken(wait=False) >= self._number
+        except RuntimeError:
+            return True
 
     def wait(self, timeout: timedelta) -> None:
         self._channel.wait_at_most(timeout)
