@@ -144,6 +144,24 @@ def test_who_cannot_reach_a_neighbour_for_all_the_strangers_goes_by_the_group():
         assert connect_neighbours(store, 0, 2, True, SECOND) == {}
 
 
+def test_a_ring_that_is_lost_on_the_way_for_want_of_descriptors_is_told(monkeypatch):
+    def without(*arguments, receive=socket.recv_fds):
+        greeting, descriptors, _, address = receive(*arguments)
+        for fd in descriptors:
+            os.close(fd)
+        return greeting, [], socket.MSG_CTRUNC if descriptors else 0, address
+
+    monkeypatch.setattr(socket, "recv_fds", without)
+    store = HashStore()
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(connect_neighbours, store, 1, 2, True, 20 * SECOND)
+        close(first := connect_neighbours(store, 0, 2, True, 20 * SECOND))
+        if first[0, 0]._ring is None:
+            pytest.skip("no ring on this machine")
+        with pytest.raises(OSError, match="Too many open files"):
+            second.result()
+
+
 @as_root
 def test_a_listener_of_another_user_is_not_called():
     name = f"pipeoptim-test-{secrets.token_hex(8)}"

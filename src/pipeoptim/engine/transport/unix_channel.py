@@ -23,6 +23,7 @@ one is found out when they connect: processes on two machines cannot reach each 
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import secrets
@@ -462,17 +463,21 @@ def _answer_neighbour(
         connection, _ = listener[0].accept()
         connection.settimeout(1.0)  # a caller speaks at once
         with suppress(OSError):
-            greeting, descriptors = b"", list[int]()
-            greeting, descriptors, _, _ = socket.recv_fds(connection, _TOKEN + 1, 1, socket.MSG_WAITALL)
+            greeting, descriptors, flags = b"", list[int](), 0
+            greeting, descriptors, flags, _ = socket.recv_fds(connection, _TOKEN + 1, 1)
         connection.settimeout(None)
         known = len(greeting) > _TOKEN and secrets.compare_digest(greeting[:_TOKEN], listener[1])  # in constant time
-        if known and is_same_user(connection):
-            ring = SharedRing(descriptors[0]) if descriptors else None
-            found[greeting[_TOKEN], boundary] = UnixChannel(connection, window, ring)
-        else:
-            connection.close()
-        for fd in descriptors:
-            os.close(fd)
+        try:
+            if known and is_same_user(connection):
+                if flags & socket.MSG_CTRUNC:  # the other end has a ring, and would put into it what this one never finds
+                    raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+                ring = SharedRing(descriptors[0]) if descriptors else None
+                found[greeting[_TOKEN], boundary] = UnixChannel(connection, window, ring)
+            else:
+                connection.close()
+        finally:
+            for fd in descriptors:
+                os.close(fd)
     return found
 
 
