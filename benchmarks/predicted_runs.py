@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from pipeoptim.bench.other_work import OtherWork
 from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.files import write_durably
 
 MOST_OTHER, TRIES = 0.05, 3
 """Cores that other work may have taken in a run that shall have its cores for itself, and how often it is tried."""
@@ -29,8 +30,7 @@ def write_predictions(path: Path, predict: Callable[[], dict[str, Any]]) -> None
     if path.exists():
         raise SystemExit(f"{path} exists; predictions are made once, before anything is measured")
     found = predict()
-    data = {"made": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "machine": machine(), **found}
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    _write(path, {"made": _now(), "machine": machine(), **found})
     print(f"{len(found['rows'])} predictions in {path}")
 
 
@@ -42,11 +42,21 @@ def add_predictions(path: Path, part: str, predict: Callable[[], dict[str, Any]]
     if part in data["parts"]:
         return
     found = predict()
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    made = _now()
     data["rows"] += found.pop("rows")
     data["parts"][part] = {"made": made, **found}
     data["made"] = data["made"] or f"{made} and later, each model right before its runs"
-    path.write_text(json.dumps(data, indent=1) + "\n")
+    _write(path, data)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _write(path: Path, data: dict[str, Any]) -> None:
+    """Whole or not at all: who stops the script loses what is not written yet, and nothing else."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_durably(path, json.dumps(data, indent=1) + "\n")
 
 
 def measure(
