@@ -217,6 +217,7 @@ class _Contender:
         settings |= {what: options[what] for what in ("uneven", "jitter", "delay", "bandwidth", "gloo")}
         how = ""
         if self.make is _ours:
+            settings |= {} if alone is None else {"plain loops": alone}
             settings |= _ideal(self.name, self.m, alone, options)
             settings |= {what: options[what] for what in ("slack", "refresh") if _chosen(options, what)}
             how = _how(settings)
@@ -232,9 +233,9 @@ def stage(**options: Any) -> list[dict[str, Any]]:
         for m in options["microbatches"]:
             rows += _in_turn(_contenders(milliseconds, m, options), options)
         for m in [] if options["gloo"] else options["torch_microbatches"]:
-            names = [name for name in RIVALS if possible(name, m, dist.get_world_size())]
-            for name in names:
-                rows += _in_turn([_Contender(name, m, milliseconds, _torchs, options)], options)
+            for name in RIVALS:
+                if possible(name, m, dist.get_world_size()):
+                    rows += _in_turn([_Contender(name, m, milliseconds, _torchs, options)], options)
     return rows
 
 
