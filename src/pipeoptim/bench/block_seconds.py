@@ -9,7 +9,6 @@ each end for what a stage does to its messages. Here the engine trains one stage
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Sequence
 from itertools import pairwise
 from statistics import median
@@ -22,7 +21,6 @@ from pipeoptim.engine import Emulator, Trace
 from pipeoptim.engine.trace import TraceRow
 from pipeoptim.engine.transport.pytree import as_args, differentiable
 from pipeoptim.errors import ConfigError
-from pipeoptim.files import read_object
 
 SKIP = 3
 """Mini-batches before anything counts: memory is allocated, clocks and caches are warm."""
@@ -67,13 +65,12 @@ def traced_blocks(stage: nn.Module, blocks: Sequence[nn.Module], work: MeasuredM
     """
     trace = Trace(steps=repeats, skip=SKIP)
     pipe = Emulator([stage], work.optimizer, work.loss_fn, "1f1b", m, trace=trace)
-    BlockMarks(blocks, pipe._worker(0).row)  # type: ignore[attr-defined]
+    row = trace._rows[0]
+    BlockMarks(blocks, row)
     for _ in range(SKIP + repeats):
         pipe.step(*work.args, target=work.target, **work.kwargs)
     pipe.drain()
-    with tempfile.TemporaryDirectory(prefix="pipeoptim-profile-") as folder:
-        spans = read_object(trace.save(folder)[0])["spans"]
-    forward, backward = _split(spans, len(blocks))
+    forward, backward = _split(row.to_json()["spans"], len(blocks))
     return BlockSeconds(_medians(forward, m), _medians(backward, m), _spread(forward, backward, m))
 
 

@@ -8,7 +8,6 @@ nothing. Two processes then tell what messages between them cost (:mod:`.link_pr
 from __future__ import annotations
 
 import copy
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -25,7 +24,6 @@ from pipeoptim.bench.link_profile import LinkMeasurement, measure_link
 from pipeoptim.bench.measured_model import MeasuredModel, OptimizerOf
 from pipeoptim.engine import Emulator, Trace
 from pipeoptim.errors import ConfigError, counted
-from pipeoptim.files import read_object
 from pipeoptim.partitioning import Partition, partition
 from pipeoptim.partitioning.block_costs import BlockCost
 from pipeoptim.partitioning.block_splitter import BlockRun, sliceable
@@ -55,13 +53,14 @@ def measure_profile(
     spans = {rows: _of_blocks(work, counted[rows].costs, m, repeats) for rows, m in sizes.items()}
     known, idle = _of_bytes(work, counted), _idle_stages(work.optimizer, repeats)
     link = link or measure_link(repeats)
+    engine = idle["naive"][0]
+    forwards = [_without(spans[rows].forward, engine.forward) for rows in sizes]
+    backwards = [_without(spans[rows].backward, engine.backward) for rows in sizes]
     blocks = tuple(
-        replace(
-            block,
-            forward=tuple(_without(spans[rows].forward, idle["naive"][0].forward)[n] for rows in sizes),
-            backward=tuple(_without(spans[rows].backward, idle["naive"][0].backward)[n] for rows in sizes),
+        replace(block, forward=forward, backward=backward)
+        for block, forward, backward in zip(
+            known.blocks, zip(*forwards, strict=True), zip(*backwards, strict=True), strict=True
         )
-        for n, block in enumerate(known.blocks)
     )
     largest, m = list(sizes.items())[-1]
     return replace(
@@ -69,7 +68,7 @@ def measure_profile(
         blocks=blocks,
         optimizer=_with_passes(known.optimizer, work, counted[largest].costs, m, repeats, idle),
         link=LinkProfile(link.latency, link.bandwidth, link.handling),
-        action=_actions(idle["naive"][0], link),
+        action=_actions(engine, link),
         spread=spans[largest].spread,
     )
 
@@ -198,8 +197,7 @@ def _trained(stages: Any, work: MeasuredModel, method: str, m: int, repeats: int
     for _ in range(skip + repeats + depth):
         pipe.step(*work.args, target=work.target, **work.kwargs)
     pipe.drain()
-    with tempfile.TemporaryDirectory(prefix="pipeoptim-profile-") as folder:
-        return [_spans(read_object(path)["spans"], m) for path in trace.save(folder)]
+    return [_spans(trace._rows[k].to_json()["spans"], m) for k in range(depth)]
 
 
 def _spans(spans: list[list[Any]], m: int) -> StageSpans:
