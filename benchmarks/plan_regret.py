@@ -14,6 +14,7 @@ import argparse
 import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -47,10 +48,7 @@ def emulated(file: Path, jobs: int, steps: int) -> None:
             method, m, lengths = way
             return CutRun(milliseconds, method, m, lengths, steps).measure()
 
-        def profile(milliseconds: tuple[float, ...] = milliseconds) -> Profile:
-            return uneven_profile(milliseconds, link)
-
-        regret(file, name, profile, lambda _, cuts=cuts: cuts, measure, jobs)
+        regret(file, name, partial(uneven_profile, milliseconds, link), lambda _, cuts=cuts: cuts, measure, jobs)
 
 
 def real(file: Path, steps: int) -> None:
@@ -65,9 +63,7 @@ def real(file: Path, steps: int) -> None:
             method, m, lengths = way
             return ComputedRun(model, batch, method, m, lengths, steps).measure()
 
-        def profile(model: str = model, batch: int = batch) -> Profile:
-            return busy_profile(model, batch, MICROBATCHES, 9, link)
-
+        profile = partial(busy_profile, model, batch, MICROBATCHES, 9, link)
         regret(file, short_name(model), profile, near, measure, jobs=1)
 
 
