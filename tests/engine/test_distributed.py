@@ -124,6 +124,21 @@ def test_a_frozen_stage_ends_the_others_within_the_liveness_timeout(victim, tran
         started[victim].send_signal(signal.SIGCONT)
 
 
+@pytest.mark.parametrize("where", ["saving", "default group"])
+def test_a_stage_that_is_frozen_where_all_meet_is_missed_within_the_liveness_timeout(where):
+    with stage_processes.stages(HERE / "meeting_worker.py", 2, where) as started:
+        for p in started:
+            assert p.stdout.readline().strip() == "ready", p.stderr.read()
+        frozen, slowness = time.monotonic(), stage_processes.slowness()
+        _, err = started[0].communicate(timeout=12 * slowness)
+        assert err.strip().splitlines()[-1].endswith("StageFailure: stage 1 gave no sign of life for 2 s"), err[-2000:]
+        assert time.monotonic() - frozen < 10 * slowness
+        started[1].send_signal(signal.SIGCONT)  # one that wakes up later blames nobody else, and no connection
+        _, err = started[1].communicate(timeout=12 * slowness)
+        assert [p.returncode for p in started] == [1, 1]
+        assert "StageFailure: " in err.strip().splitlines()[-1], err[-2000:]
+
+
 def test_stages_that_were_all_stopped_for_a_while_go_on():
     with stage_processes.stages(HERE / "endless_worker.py", 3, "1", "auto") as started:
         for p in started:

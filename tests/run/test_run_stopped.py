@@ -11,8 +11,7 @@ import processes
 import stage_processes
 from compare import timeless
 
-# Without checkpoints: a process that is frozen where all meet for one is not missed before torch's time-out.
-RUN = ["--recipe", "tiny:slow", "--engine", "processes", "--steps", "100000", "--checkpoint-every", "0", "--name", "stopped"]
+RUN = ["--recipe", "tiny:slow", "--engine", "processes", "--steps", "100000", "--name", "stopped"]
 SILENCE = 10  # seconds after which a stage counts as dead
 PAUSE = (
     20  # of the launcher, which holds the store: twice as long, and longer than any other wait of the watch (40 beats of 0.5 s)

@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from torch.distributed.distributed_c10d import Store
 
     from pipeoptim.engine.pipeline import Pipeline
-    from pipeoptim.engine.processes.rendezvous import Rendezvous
 
 
 T = TypeVar("T")
@@ -23,11 +22,11 @@ class SavingGroup:
     """The processes of one pipeline; one process for an emulated one.
 
     Args:
-        ties: theirs, None where all stages live here.
+        pipe: the pipeline.
     """
 
-    def __init__(self, rendezvous: Rendezvous | None) -> None:
-        self.rendezvous = rendezvous
+    def __init__(self, pipe: Pipeline) -> None:
+        self.rendezvous, self._meeting = pipe.rendezvous, pipe.meeting
 
     @property
     def group(self) -> dist.ProcessGroup | None:
@@ -63,22 +62,25 @@ class SavingGroup:
         """Wait for all."""
         import torch.distributed as dist
 
-        if self.group is not None:
-            dist.barrier(group=self.group)
+        with self._meeting():
+            if self.group is not None:
+                dist.barrier(group=self.group)
 
     def gather(self, value: Any) -> list[Any]:
         """The ``value`` of every process, on every process: tensors and plain data."""
         from pipeoptim.engine.processes.collectives import all_gather_plain
 
-        return [value] if self.group is None else all_gather_plain(value, self.group)
+        with self._meeting():
+            return [value] if self.group is None else all_gather_plain(value, self.group)
 
     def gather_at_first(self, value: Any) -> list[Any] | None:
         """The ``value`` of every process on the first; None on the others."""
         from pipeoptim.engine.processes.collectives import gather_plain
 
-        if self.group is None or self.rendezvous is None:
-            return [value]
-        return gather_plain(value, self.rendezvous.ranks[0], self.group)
+        with self._meeting():
+            if self.group is None or self.rendezvous is None:
+                return [value]
+            return gather_plain(value, self.rendezvous.ranks[0], self.group)
 
     def agreed(self, make: Callable[[], T]) -> T:
         """What ``make`` returns; where it is refused in one process all of them raise, since the others would wait for that one."""
@@ -124,4 +126,4 @@ def refuse_sharded(pipe: Pipeline, processes: SavingGroup) -> None:
 
 def saving_group(pipe: Pipeline) -> SavingGroup:
     """The processes of ``pipe``."""
-    return SavingGroup(pipe.rendezvous)
+    return SavingGroup(pipe)

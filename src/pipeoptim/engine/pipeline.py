@@ -23,6 +23,7 @@ from pipeoptim.engine.evaluation import (
 from pipeoptim.engine.local_stages import LocalStages
 from pipeoptim.engine.microbatch_changes import PlannedChanges
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, check_weighable, merge_kwargs
+from pipeoptim.engine.processes.connect import Interruptible
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss
 from pipeoptim.engine.splitting import count_rows
@@ -227,6 +228,17 @@ class Pipeline(LocalStages):
     def stop_requested(self) -> bool:
         """Whether a stop was requested; equal on every stage after the same step."""
         return any(runner.stop for runner in self._runners.values())
+
+    def meeting(self, place: Interruptible | None = None) -> AbstractContextManager[object]:
+        """For a collective of the processes of this pipeline: it ends when one of them is dead, and says which one failed first.
+
+        Args:
+            place: where they meet, if not in groups of their rendezvous; interrupted as those are.
+
+        Raises:
+            StageFailure: the collective has failed.
+        """
+        return nullcontext()
 
     def close(self) -> None:
         """Release what the pipeline holds outside this process: the connections of a ``Schedule``; nothing of an ``Emulator``."""

@@ -20,7 +20,7 @@ from pipeoptim.engine import auto_slack, traced
 from pipeoptim.engine.automatic import settle_options
 from pipeoptim.engine.pipeline import Pipeline
 from pipeoptim.engine.processes.agreement import SharedSettings, check_agreement
-from pipeoptim.engine.processes.connect import Connections, Endpoint, connect
+from pipeoptim.engine.processes.connect import Connections, Endpoint, Interruptible, connect
 from pipeoptim.engine.processes.crowded_cores import own_core_use
 from pipeoptim.engine.processes.gradient_exchange import AllReducedGradients
 from pipeoptim.engine.processes.norm_exchange import ProcessNorms
@@ -380,6 +380,20 @@ class ProcessPipeline(Pipeline):
             kind = "" if isinstance(error, PipeOptimError) else f"{type(error).__name__}: "
             place = self.rendezvous.name.format(self.rendezvous.index)
             self._connections.cause(f"{place} {what}: {kind}{first_line(error)}")
+
+    @contextmanager
+    def meeting(self, place: Interruptible | None = None) -> Iterator[None]:
+        """As :meth:`Pipeline.meeting <pipeoptim.engine.pipeline.Pipeline.meeting>`."""
+        if self._closed or self._connections is None:  # nobody is watched any more
+            yield
+            return
+        try:
+            with self._connections.waiting_at(place):
+                yield
+        except RuntimeError as error:
+            self._explain(
+                error if isinstance(error, StageFailure) else StageFailure(f"the processes did not meet ({first_line(error)})")
+            )
 
     def _note_stop(self) -> None:
         replicas = self._replica_sets.get(0)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
-from pipeoptim.errors import StageFailure, first_line
 from pipeoptim.train.measurements import KeptMeasurements, LocalMeasurements, StageMeasurements, StoreMeasurements
 
 if TYPE_CHECKING:
@@ -102,11 +101,17 @@ class DistributedGroup:
 
     Args:
         layout: which rank holds which stages.
+        meeting: what a collective runs in, which says of one that fails which process failed first.
         replicas: the processes that hold the same stages as this one, if there are others.
     """
 
-    def __init__(self, layout: Layout, replicas: dist.ProcessGroup | None = None) -> None:
-        self.layout, self.replicas = layout, replicas
+    def __init__(
+        self,
+        layout: Layout,
+        meeting: Callable[[], AbstractContextManager[object]],
+        replicas: dist.ProcessGroup | None = None,
+    ) -> None:
+        self.layout, self.replicas, self._meeting = layout, replicas, meeting
         self.reporter = layout.reporter
 
     @property
@@ -132,14 +137,14 @@ class DistributedGroup:
         """Wait for all."""
         import torch.distributed as dist
 
-        with _blaming_others():
+        with self._meeting():
             dist.barrier()
 
     def gather(self, value: Any) -> list[Any]:
         """Tensors and plain data only; nothing is pickled."""
         from pipeoptim.engine.processes.collectives import all_gather_plain
 
-        with _blaming_others():
+        with self._meeting():
             return all_gather_plain(value)
 
     def once(self, work: Callable[[], Any]) -> list[Any]:
@@ -160,20 +165,9 @@ class DistributedGroup:
             return loss
         # A copy: all_reduce works in place, and the loss belongs to the pipeline.
         total = loss.detach().clone()
-        try:
+        with self._meeting():
             dist.all_reduce(total, group=self.replicas)
-        except RuntimeError as error:
-            raise StageFailure("a replica of the last stage died or does not answer") from error
         return total / self.layout.replicas
-
-
-@contextmanager
-def _blaming_others() -> Iterator[None]:
-    """A collective fails because of a process that is gone: what that one says, or who missed it first, is the cause and not this one."""
-    try:
-        yield
-    except RuntimeError as error:
-        raise StageFailure(f"another process of the run died, or does not answer ({first_line(error)})") from error
 
 
 class ReplaceableGroup(DistributedGroup):
@@ -184,7 +178,7 @@ class ReplaceableGroup(DistributedGroup):
     """
 
     def __init__(self, layout: Layout, rendezvous: Rendezvous) -> None:
-        super().__init__(layout)
+        super().__init__(layout, nullcontext)  # it waits in no collective
         self._rendezvous = rendezvous
         self._count = 0
 

@@ -11,6 +11,7 @@ import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +22,7 @@ from pipeoptim.train.signals import StopSignals
 
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
+    from pipeoptim.engine.processes.opened_sockets import OpenedSockets
     from pipeoptim.train.result import RunResult
     from pipeoptim.train.rundir import RunDir, Start
 
@@ -56,9 +58,9 @@ def main(options: argparse.Namespace, stop: StopSignals) -> None:
         if config.engine == "emulator":
             train_emulated(run, config, start, stop, options.quiet)
             return
-        with process_group():
+        with process_group() as sockets:
             try:
-                train_stage(run, config, start, stop, options.quiet)
+                train_stage(run, config, start, stop, sockets, options.quiet)
             except CorruptionError as error:
                 if not is_supervised():
                     raise
@@ -79,25 +81,34 @@ def start_at(checkpoint: str) -> Start:
 
 
 @contextmanager
-def process_group() -> Iterator[None]:
-    """The default process group: on gloo, or, where a supervisor replaces processes that die, one that nothing is sent through."""
+def process_group() -> Iterator[OpenedSockets]:
+    """The default process group: on gloo, or, where a supervisor replaces processes that die, one that nothing is sent through.
+
+    Its connections are those that are opened in blocks of what this returns.
+    """
     import torch.distributed as dist
     from torch.distributed.constants import default_pg_timeout
 
     from pipeoptim.engine.processes.fresh_store import fresh_rendezvous
     from pipeoptim.engine.processes.named_group import init_named_group
+    from pipeoptim.engine.processes.opened_sockets import OpenedSockets
+    from pipeoptim.engine.processes.rendezvous import port_of
 
     own, rank, world = fresh_rendezvous(default_pg_timeout.total_seconds())
+    sockets = OpenedSockets(port_of(own))
     if is_supervised():
         init_named_group(own, rank, world)
     else:
-        dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
-    yield  # not destroyed after a failure, which could wait for a dead peer
+        with sockets:
+            dist.init_process_group("gloo", store=own, rank=rank, world_size=world)
+    yield sockets  # not destroyed after a failure, which could wait for a dead peer
     dist.destroy_process_group()
 
 
-def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, quiet: bool) -> RunResult:
-    """Train this process's stages of ``config``; the process group exists."""
+def train_stage(
+    run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, sockets: OpenedSockets, quiet: bool
+) -> RunResult:
+    """Train this process's stages of ``config``; the process group exists, with the connections ``sockets``."""
     import torch.distributed as dist
     from torch.distributed.device_mesh import init_device_mesh
 
@@ -112,14 +123,17 @@ def train_stage(run: RunDir, config: TrainConfig, start: Start, stop: StopSignal
     replica, stages = layout.place(dist.get_rank())
     mesh = None
     if layout.replicas > 1:
-        mesh = init_device_mesh("cpu", (layout.replicas, layout.width), mesh_dim_names=("data", "pipe"))
-    group = DistributedGroup(layout, None if mesh is None else mesh["data"].get_group())
+        with sockets:
+            mesh = init_device_mesh("cpu", (layout.replicas, layout.width), mesh_dim_names=("data", "pipe"))
     with cpu_threads(config.threads):
         setup = build_setup(config).local_to(replica, stages)
         loss = ObservedLoss(setup.task)
         pipe, optimizers = make_schedule(setup, stages, loss, mesh)
         if config.survive and pipe.rendezvous is not None:
-            group = ReplaceableGroup(layout, pipe.rendezvous)
+            group: DistributedGroup = ReplaceableGroup(layout, pipe.rendezvous)
+        else:
+            replicas = None if mesh is None else mesh["data"].get_group()
+            group = DistributedGroup(layout, partial(pipe.meeting, sockets), replicas)
         result = run_session(run, setup, pipe, optimizers, loss, group, start, stop, quiet)
         pipe.close()
     return result
@@ -175,7 +189,7 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], stop: S
         raise ConfigError(
             f"torchrun started {world} processes, but the run has {layout.describe()}; start {layout.processes} processes"
         )
-    with process_group():
+    with process_group() as sockets:
         start, refusal, finished = Start(), "", False
         if dist.get_rank() == 0:
             try:
@@ -186,7 +200,7 @@ def join(config: TrainConfig, run: RunDir, prepare: Callable[[], Start], stop: S
             (refusal, finished, start.step, str(start.checkpoint or "")), source=0
         )
         if not refusal:
-            return train_stage(run, config, Start(step, Path(checkpoint) if checkpoint else None), stop, quiet)
+            return train_stage(run, config, Start(step, Path(checkpoint) if checkpoint else None), stop, sockets, quiet)
     # After the group was destroyed, which all do: a process that ends with the threads of a group alive may be aborted.
     raise FinishedError(refusal) if finished else ConfigError(refusal)
 

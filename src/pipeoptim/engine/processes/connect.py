@@ -13,7 +13,8 @@ All that a process holds of others is made here, under the name of one rendezvou
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple, Protocol
@@ -74,6 +75,7 @@ class Connections:
     def __init__(self, rendezvous: Rendezvous, norms: ProcessNorms | None, others: Sequence[Interruptible] = ()) -> None:
         self.rendezvous, self.norms, self.others = rendezvous, norms, others
         self.interrupted_by: str | None = None
+        self._elsewhere: Interruptible | None = None
         self.heartbeat: Heartbeat | None = None
         self.ports: dict[int, Ports] = {}
         self.senders: list[Sender] = []
@@ -112,10 +114,25 @@ class Connections:
         """End all waits of this process for others, because of ``failure``; called from a heartbeat's thread."""
         self.interrupted_by = failure
         # All of them, since this thread cannot know which one the main thread waits on.
-        waits = (self.rendezvous, self.norms, *self.others, *self.receivers, *self.senders)
+        waits = (self.rendezvous, self.norms, *self.others, *self.receivers, *self.senders, self._elsewhere)
         for one in waits:
             if one is not None:
                 one.interrupt()
+
+    @contextmanager
+    def waiting_at(self, place: Interruptible | None) -> Iterator[None]:
+        """In the block this process may wait at ``place`` as well.
+
+        Raises:
+            StageFailure: its waits have been ended already.
+        """
+        self._elsewhere = place  # before the look: an interrupt that comes in between finds it
+        try:
+            if self.interrupted_by is not None:
+                raise StageFailure(self.interrupted_by)
+            yield
+        finally:
+            self._elsewhere = None
 
     def close(self, wait: bool) -> None:
         """Give everything back; ``wait`` until the groups have ended, which they do at once only where nothing is in flight."""

@@ -55,6 +55,10 @@ class OpenedSockets:
                     with socket.socket(fileno=os.dup(fd)) as connection:  # a copy: the owner's descriptor stays its own
                         _shut_down(connection, families, self._served)
 
+    def interrupt(self) -> None:
+        """End the waits of this process on them, from another thread, and all later ones."""
+        self.shut_down()
+
     def _all(self) -> _Opened:
         return self._opened if self._before is None else self._opened | (_open_sockets() - self._before)
 

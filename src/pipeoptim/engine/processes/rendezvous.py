@@ -60,7 +60,7 @@ class Rendezvous:
         self._members = f"pipeoptim/{role}/{'_'.join(map(str, self.ranks))}"
         self.generation, self.number = generation, _made[self._members] if number is None else number
         self._prefix = f"{self._members}/{self.number}.{generation}"
-        self._sockets = OpenedSockets(_port(c10d._get_default_store()))
+        self._sockets = OpenedSockets(port_of(c10d._get_default_store()))
         with self._sockets:  # a connection of its own, which can be cut without taking the caller's store away
             self._connection = _clone(c10d._get_default_store())
         self.store: Store = PrefixStore(self._prefix, self._connection)
@@ -219,7 +219,7 @@ def _clone(store: Store) -> Store:
     return store if clone is None else clone()
 
 
-def _port(store: Store) -> int | None:
+def port_of(store: Store) -> int | None:
     """Where the processes reach it; None where it listens nowhere."""
     return getattr(innermost(store), "port", None)
 
