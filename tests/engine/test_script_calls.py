@@ -206,7 +206,12 @@ def test_the_model_that_was_cut_is_not_called_while_its_stages_have_different_ve
     loss = pipe.evaluate([(x, x)]).loss
     assert loss == pytest.approx(mse(model(x), x).item())  # drained
     pipe.step(x, target=x)
-    del pipe
+    newer = po.Emulator(cut, adamw, mse, microbatches=2)
+    model(x)  # the weights are the newer's, with nothing in flight
+    newer.step(x, target=x)
+    with pytest.raises(po.ConfigError, match="in flight"):
+        model(x)
+    del pipe, newer
     model(x)  # nobody trains it any more
 
 

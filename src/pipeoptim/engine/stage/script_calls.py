@@ -47,6 +47,8 @@ class ScriptCalls:
         self._summed: tuple[Tensor, Tensor, int] | None = None
         for one in () if optimizer is None else (optimizer, *members(optimizer)):
             _watch(one, self)
+        if whole is not None:
+            _forget_earlier(whole)
 
     def check_step(self, optimizer: Optimizer) -> None:
         """Before every ``optimizer.step()``, whoever calls it."""
@@ -168,6 +170,13 @@ class _BeforeForward:
 
     def __reduce__(self) -> tuple[type[_BeforeForward], tuple[()]]:
         return _BeforeForward, ()
+
+
+def _forget_earlier(whole: nn.Module) -> None:
+    """An earlier pipeline may have left mini-batches in flight, but the weights are the newest's."""
+    hooks = whole._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if isinstance(hook, _BeforeForward)]:
+        del hooks[key]
 
 
 class _ZeroGrad:
