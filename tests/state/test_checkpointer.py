@@ -114,8 +114,11 @@ def test_a_folder_of_another_run_is_not_trained_over(tmp_path: Path) -> None:
         checkpoints(linear(), linear(), linear(1)).resume()
     with pytest.raises(po.ConfigError, match=r"stage 0 of checkpoint .*: only one of them has 'weight'.* pins="):
         checkpoints(nn.Sequential(linear(), linear()), linear(1)).resume()
+    refused = checkpoints(linear(5), nn.Sequential(linear(), linear(1)))
     with pytest.raises(po.ConfigError, match="only one of them has 'weight', or has it in that shape"):
-        checkpoints(linear(5), nn.Sequential(linear(), linear(1))).resume()
+        refused.resume()
+    with pytest.raises(po.ConfigError, match="which this run does not go on from"):  # by a script that has caught the refusal
+        refused.after_step(2)
     again = checkpoints(linear(), nn.Sequential(linear(), linear(1)))
     again.pipe.step(torch.ones(2, 4), target=torch.ones(2, 1))
     with pytest.raises(

@@ -84,7 +84,6 @@ class Checkpointer:
         Raises:
             ConfigError: it has another number of stages, or stages that were cut elsewhere, or is of another version of pipeoptim.
         """
-        self._continues = True
         found = self._group.gather([folder.name for folder in newest_first(self.folder)])[0]
         for name in found:
             folder, meta, reason, refusal = self.folder / name, None, None, None
@@ -102,8 +101,10 @@ class Checkpointer:
             if passed is None and meta is not None:
                 for k in self.pipe.local_stages:
                     self.pipe.load_stage_state_dict(k, load_stage(folder, k))
+                self._continues = True
                 return meta.step
             _log.warning("checkpoint %s is passed over: %s", folder, passed)
+        self._continues = True
         return 0
 
     def after_step(self, step: int) -> bool:
