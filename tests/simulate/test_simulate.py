@@ -352,6 +352,7 @@ def test_damaged_profiles_are_refused(tmp_path):
         "spread is 1000, must be at most 10": json.dumps({**whole, "spread": 1000}),
         "whose train, if it has any, is a list of options": json.dumps({**whole, "made": {"train": 5}}),
         "made is [], must be an object": json.dumps({**whole, "made": []}),
+        "is damaged (TypeError: asdict()": json.dumps({**whole, "optimizer": {**whole["optimizer"], "rule_step": 0}}),
         "has 1 numbers for 2 sizes": json.dumps({**whole, "blocks": [{**whole["blocks"][0], "forward": [1]}]}),
     }
     for words, text in cases.items():

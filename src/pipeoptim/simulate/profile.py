@@ -249,7 +249,7 @@ def _figures(found: Profile) -> list[tuple[str, Any, float]]:
                 raise ConfigError(f"{name} of block {block.name} has {len(value)} numbers for {len(found.rows)} sizes")
             figures += [(f"{name} of block {block.name}", one, 0) for one in value]
         figures.append((f"weight_bytes of block {block.name}", block.weight_bytes, 0))
-    for kind in ("step", "predict", "copy", *(["rule_step"] if found.optimizer.rule_step else [])):
+    for kind in ("step", "predict", "copy", *(["rule_step"] if found.optimizer.rule_step is not None else [])):
         figures += [(f"{part} of {kind}", value, 0) for part, value in asdict(getattr(found.optimizer, kind)).items()]
     figures += [("state_bytes", found.optimizer.state_bytes, 0), ("latency of the link", found.link.latency, 0)]
     figures.append(("handling of the link", found.link.handling, 0))
