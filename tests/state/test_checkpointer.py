@@ -98,6 +98,70 @@ def test_a_requested_stop_saves_and_weights_that_are_not_finite_are_never_saved(
         po.Checkpointer(po.Emulator([nn.Identity()], [None], nn.functional.mse_loss), tmp_path, every=1).resume()
 
 
+class Drawn:
+    """Data that a script draws itself, whose next ones depend on those before."""
+
+    def __init__(self) -> None:
+        self.generator, self.seen = torch.Generator().manual_seed(5), [0.0]
+
+    def next(self) -> torch.Tensor:
+        x = torch.randn(8, 2, generator=self.generator)
+        self.seen.append(float(x.sum()))
+        return x
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"generator": self.generator.get_state(), "seen": self.seen}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.generator.set_state(state["generator"])
+        self.seen = state["seen"]
+
+
+def small(folder: Path, **options: Any) -> po.Checkpointer:
+    torch.manual_seed(3)
+    stages = [nn.Linear(2, 4), nn.Linear(4, 1)]
+    pipe = po.Emulator(stages, lambda p: torch.optim.AdamW(p, lr=0.01), nn.functional.mse_loss)
+    return po.Checkpointer(pipe, folder, every=3, **options)
+
+
+def test_state_of_the_script_goes_on_with_the_pipeline(tmp_path: Path) -> None:
+    def trained(folder: Path, until: int) -> Any:
+        data = Drawn()
+        with small(folder, state={"data": data}) as checkpoints:
+            for n in range(checkpoints.resume(), until):
+                x = data.next()
+                checkpoints.pipe.step(x, target=x[:, :1])
+                checkpoints.after_step(n + 1)
+            checkpoints.pipe.drain()
+        return data.seen, [checkpoints.pipe.stage_state_dict(k) for k in range(2)]
+
+    whole = trained(tmp_path / "whole", 11)
+    trained(tmp_path / "halves", 8)  # two mini-batches after the checkpoint, which are drawn again
+    assert_equal(trained(tmp_path / "halves", 11), whole, "data and states")
+    with pytest.raises(po.ConfigError, match="holds a state 'data', and no such object is in state"):
+        small(tmp_path / "whole").resume()
+    with pytest.raises(po.ConfigError, match=r"state\['best'\] is not in checkpoint"):
+        small(tmp_path / "whole", state={"data": Drawn(), "best": Drawn()}).resume()
+
+
+@pytest.mark.parametrize(
+    ("state", "message"),
+    [
+        ([Drawn()], "state is a list, must be a dictionary"),
+        ({1: Drawn()}, "state has the name 1, must be a string"),
+        ({"best": 0.5}, r"state\['best'\] is a float without state_dict\(\)"),
+        ({"best": torch.nn.Identity().state_dict}, r"without state_dict\(\)"),
+    ],
+)
+def test_a_state_that_cannot_be_saved_is_refused_before_anything_runs(state: Any, message: str, tmp_path: Path) -> None:
+    with pytest.raises(po.ConfigError, match=message):
+        small(tmp_path, state=state)
+    unsaved = Drawn()
+    unsaved.seen = [object()]  # type: ignore[list-item]
+    with pytest.raises(po.ConfigError, match="script/data/seen/0 is of the type object, which a checkpoint cannot hold"):
+        small(tmp_path, state={"data": unsaved})
+
+
 def test_a_folder_of_another_run_is_not_trained_over(tmp_path: Path) -> None:
     def checkpoints(*stages: nn.Module) -> po.Checkpointer:
         pipe = po.Emulator(list(stages), lambda p: torch.optim.SGD(p, lr=0.01), nn.functional.mse_loss)

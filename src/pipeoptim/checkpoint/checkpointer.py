@@ -13,6 +13,7 @@ from pipeoptim.checkpoint.find_checkpoint import load_stage, newest_first
 from pipeoptim.checkpoint.health import sick_entry, sick_weight
 from pipeoptim.checkpoint.manifest import Meta, OtherFormatError, TornError, read_meta, verify
 from pipeoptim.checkpoint.saving_group import checked, refuse_sharded, saving_group
+from pipeoptim.checkpoint.script_state import KEY, ScriptState, Stateful
 from pipeoptim.checkpoint.stage_files import stage_file
 from pipeoptim.errors import ConfigError, DivergedError
 from pipeoptim.files import as_path
@@ -37,10 +38,12 @@ class Checkpointer:
         folder: of the checkpoints, ``step-000100`` and so on.
         every: mini-batches between two checkpoints, at each of which the pipeline drains.
         keep: checkpoints to keep; the newest one always stays.
+        state: what else of this process is saved and resumed, by name: objects with ``state_dict()`` and ``load_state_dict()``, such as a
+            ``StatefulDataLoader`` or a small class of your own. Tensors and plain data only; nothing is pickled.
 
     Raises:
-        ConfigError: ``pipe`` is no such pipeline; a number is not at least 1; or torchrun would restart processes that cannot meet again
-            (:func:`~pipeoptim.init_process_group`).
+        ConfigError: ``pipe`` is no such pipeline; a number is not at least 1; ``state`` cannot be saved; or torchrun would restart
+            processes that cannot meet again (:func:`~pipeoptim.init_process_group`).
 
     Example:
         >>> import tempfile, torch, pipeoptim as po
@@ -60,7 +63,9 @@ class Checkpointer:
         (0, 4)
     """
 
-    def __init__(self, pipe: Pipeline, folder: str | Path, every: int, keep: int = 2) -> None:
+    def __init__(
+        self, pipe: Pipeline, folder: str | Path, every: int, keep: int = 2, state: Mapping[str, Stateful] | None = None
+    ) -> None:
         checked(pipe, "Checkpointer")
         self.pipe, self.folder, self.every = pipe, as_path("folder", folder), count("every", every)
         self._group = saving_group(pipe)
@@ -72,6 +77,7 @@ class Checkpointer:
                     f"{option} is {getattr(pipe.options, option)!r}, but a Checkpointer saves one pipeline whose processes stay the same; "
                     "use save_sharded, or pipeoptim train"
                 )
+        self._script = ScriptState({} if state is None else state)
         how = f"{pipe.depth} stages"
         self._writer = BackgroundWriter(
             self.folder, self._group, config=how, keep=count("keep", keep), versions={"pipeoptim": __version__}
@@ -82,7 +88,8 @@ class Checkpointer:
         """Load the newest checkpoint that every process finds whole and finite; the number of mini-batches it was trained on, 0 for none.
 
         Raises:
-            ConfigError: it has another number of stages, or stages that were cut elsewhere, or is of another version of pipeoptim.
+            ConfigError: it has another number of stages, or stages that were cut elsewhere, or other names in ``state``, or is of another
+                version of pipeoptim.
         """
         found = self._group.gather([folder.name for folder in newest_first(self.folder)])[0]
         for name in found:
@@ -100,7 +107,11 @@ class Checkpointer:
             passed = next((theirs for theirs, _ in verdicts if theirs is not None), None)
             if passed is None and meta is not None:
                 for k in self.pipe.local_stages:
-                    self.pipe.load_stage_state_dict(k, load_stage(folder, k))
+                    state = load_stage(folder, k)
+                    script = state.pop(KEY, {})
+                    self.pipe.load_stage_state_dict(k, state)
+                    if k == self.pipe.local_stages[0]:
+                        self._script.load(script)
                 self._continues = True
                 return meta.step
             _log.warning("checkpoint %s is passed over: %s", folder, passed)
@@ -127,7 +138,10 @@ class Checkpointer:
                 f"the weights of stage {sick[0]} are not finite after {step} mini-batches (first: {sick[1]!r}), and were not saved; lower "
                 "the learning rate, or choose another method"
             )
-        self._writer.begin(step, {k: self.pipe.stage_state_dict(k) for k in self.pipe.local_stages})
+        states = {k: dict(self.pipe.stage_state_dict(k)) for k in self.pipe.local_stages}
+        if script := self._script.saved():
+            states[self.pipe.local_stages[0]][KEY] = script
+        self._writer.begin(step, states)
         return stops
 
     def close(self) -> None:
@@ -167,6 +181,8 @@ class Checkpointer:
             name = sick_entry(state, module)
             if name is not None:
                 raise TornError(f"{name!r} of stage {k} is not finite")
+            if k == self.pipe.local_stages[0]:
+                self._script.check(state.get(KEY, {}), folder)
         return meta
 
     def _refuse_other_run(self) -> None:

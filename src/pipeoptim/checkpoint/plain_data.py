@@ -45,7 +45,7 @@ def flatten(value: Any, path: str, tensors: dict[str, Tensor]) -> Any:
             return {key: flatten(v, f"{path}/{_escaped(key)}", tensors) for key, v in value.items()}
         return {"$items": [_flat_item(n, k, v, path, tensors) for n, (k, v) in enumerate(value.items())]}
     raise ConfigError(
-        f"{path} is a {type(value).__name__}, which a sharded checkpoint cannot hold: only tensors and plain data"
+        f"{path} is of the type {type(value).__name__}, which a checkpoint cannot hold: only tensors and plain data"
     )
 
 
