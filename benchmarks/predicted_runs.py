@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from statistics import median
@@ -12,6 +13,7 @@ from typing import Any, Protocol
 
 from pipeoptim.bench.other_work import OtherWork
 from pipeoptim.bench.record import Record, ResultRow, machine
+from pipeoptim.bench.simulated import error_of
 from pipeoptim.files import write_durably
 
 MOST_OTHER, TRIES = 0.05, 3
@@ -65,31 +67,34 @@ def measure(
     benchmark: str,
     settings: dict[str, Any],
     run_of: Callable[[dict[str, Any]], MeasuredRun],
-    repeats: int,
     alone: bool = False,
 ) -> None:
     """Measure what is predicted and not yet in the file at ``path``, which is whole after each run.
 
-    With ``alone`` a run that other work disturbed is measured again; of as many as are tried the least disturbed one counts.
+    A run that is predicted several times is measured after each of its predictions, and its row has both of each time. With ``alone`` a run
+    that other work disturbed is measured again; of as many as are tried the least disturbed one counts.
     """
     made = json.loads(predictions.read_text())
-    settings = {"predicted": made["made"], "repeats": repeats, **settings}
+    settings = {"predicted": made["made"], **settings}
     record = Record.read(path) if path.exists() else Record(benchmark, "mini-batches/s", settings, [])
-    done = {row.name for row in record.rows}
-    for row in made["rows"]:
-        if row["name"] in done:
+    times: Counter[str] = Counter()
+    for one in made["rows"]:
+        row = record.row_or_new(one["name"])
+        times[row.name] += 1
+        if times[row.name] <= len(row.samples):
             continue
-        run, samples, loads, others = run_of(row["run"]), [], [], []
-        for _ in range(repeats):
-            rate, other = undisturbed(run.measure, TRIES if alone else 1)
-            samples.append(rate)
-            loads.append(os.getloadavg()[0])
-            others.append(other)
-        predicted = {key: value for key, value in row.items() if key not in ("name", "run")}
-        more = {"load": max(loads), **({"other cores": max(others)} if alone else {})}
-        record.rows.append(ResultRow(row["name"], samples, {**row["run"], **predicted, **more}))
+        rate, other = undisturbed(run_of(one["run"]).measure, TRIES if alone else 1)
+        row.samples.append(rate)
+        row.settings.update(one["run"], predicted=[*row.settings.get("predicted", []), one["predicted"]])
+        _worst(row, "load", os.getloadavg()[0])
+        if alone:
+            _worst(row, "other cores", other)
         record.write(path)
-        print(f"{row['name']}: predicted {row['predicted']:.4g}, measured {samples}, others {max(others):.2f}", flush=True)
+        print(f"{row.name}: predicted {one['predicted']:.4g}, measured {rate:.4g}, others {other:.2f}", flush=True)
+
+
+def _worst(row: ResultRow, what: str, value: float) -> None:
+    row.settings[what] = max(value, row.settings.get(what, value))
 
 
 def undisturbed(measured: Callable[[], Any], tries: int = TRIES) -> tuple[Any, float]:
@@ -107,7 +112,7 @@ def undisturbed(measured: Callable[[], Any], tries: int = TRIES) -> tuple[Any, f
 def show(path: Path) -> None:
     """Errors, relative to what was measured."""
     record = Record.read(path)
-    errors = sorted(abs(row.settings["predicted"] / row.median - 1) for row in record.rows)
+    errors = sorted(abs(error_of(row)) for row in record.rows)
     for row in record.rows:
-        print(f"{row.settings['predicted'] / row.median - 1:+7.1%}  {row.name}")
+        print(f"{error_of(row):+7.1%}  {row.name}")
     print(f"{len(errors)} runs: median error {median(errors):.1%}, worst {errors[-1]:.1%}")

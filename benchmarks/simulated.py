@@ -88,7 +88,6 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("predict", "measure", "show", "scale"))
-    parser.add_argument("--repeats", type=int, default=2, help="runs of each; the median counts")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
     arguments = parser.parse_args()
     predictions, measured = arguments.folder / PREDICTIONS, arguments.folder / MEASURED
@@ -96,7 +95,7 @@ def main() -> None:
         write_predictions(predictions, predict)
     elif arguments.what == "measure":
         settings = {"each stage": "stays on one core"}
-        measure(predictions, measured, "simulated", settings, lambda run: SimulatedRun(**run), arguments.repeats)
+        measure(predictions, measured, "simulated", settings, lambda run: SimulatedRun(**run))
     elif arguments.what == "show":
         show(measured)
     else:

@@ -1,14 +1,16 @@
 """How wrong ``pipeoptim simulate`` is for models that are really computed: a model's predictions first, then its runs one by one.
 
 python benchmarks/simulated_real.py run        of one model after the other, profiles it, writes its predictions to
-                                               results/simulated_real_predictions.json, then measures its runs: results/simulated_real.json
+                                               results/simulated_real_predictions.json, then measures its runs: results/simulated_real.json;
+                                               all of that --rounds times
 python benchmarks/simulated_real.py memory     peak bytes of each stage, counted and measured; writes results/simulated_memory.json
 python benchmarks/simulated_real.py show       the errors
 
-Two stages, each in a process on a core of its own: five methods, four models, one and four micro-batches. ``run`` takes 11 minutes,
-on two cores that do nothing else. It may be stopped at any time and goes on where it was; predictions that are there are never
-written again. Minutes later a shared machine may be another tenth faster or slower, which is why each model's runs follow its profile.
-To try it: --folder /tmp/try --divide 16 --repeats 5 --steps 10.
+Two stages, each in a process on a core of its own: five methods, four models, one and four micro-batches. A round of ``run`` takes
+7 to 11 minutes, on two cores that do nothing else. It may be stopped at any time and goes on where it was; predictions that are there are
+never written again. A machine that shares its host may be a tenth faster or slower in the next run, and again some minutes later: each
+model's runs follow its profile, and a run's error is the median over the rounds of what was predicted by that round's profile over what
+was measured in it. To try it: --folder /tmp/try --divide 16 --repeats 5 --steps 10 --rounds 1.
 """
 
 from __future__ import annotations
@@ -88,8 +90,11 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("run", "memory", "show"))
-    parser.add_argument("--repeats", type=int, default=7, help="mini-batches that a figure of a profile is the median of")
+    parser.add_argument("--repeats", type=int, default=15, help="mini-batches that a figure of a profile is the median of")
     parser.add_argument("--steps", type=int, default=STEPS, help="mini-batches that are timed in a run")
+    parser.add_argument(
+        "--rounds", type=int, default=3, help="how often every model is profiled, and its runs measured after it"
+    )
     parser.add_argument("--divide", type=int, default=1, help="rows of mini-batches are divided by it, to try the script")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
     arguments = parser.parse_args()
@@ -100,9 +105,9 @@ def main() -> None:
         def run_of(run: dict[str, Any]) -> ComputedRun:
             return replace(ComputedRun(**run), steps=arguments.steps)
 
-        for model in MODELS:
-            add_predictions(predictions, model, partial(predict, model, arguments.repeats, arguments.divide))
-            measure(predictions, measured, "simulated real", settings, run_of, 1, alone=True)
+        for n, model in product(range(1, arguments.rounds + 1), MODELS):
+            add_predictions(predictions, f"{model}, round {n}", partial(predict, model, arguments.repeats, arguments.divide))
+            measure(predictions, measured, "simulated real", settings, run_of, alone=True)
     elif arguments.what == "memory":
         memory(arguments.folder, arguments.divide)
     else:

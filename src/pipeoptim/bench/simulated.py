@@ -8,6 +8,7 @@ steps. No barrier lies between them: the stages drift apart as in training.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from statistics import median
 from time import perf_counter
 
 import torch
@@ -18,7 +19,7 @@ from torch.distributed.pipelining import PipelineStage
 from pipeoptim.bench.efficiency import BATCH, Device, WaitingStage, stay_on_a_core
 from pipeoptim.bench.link_profile import LinkMeasurement
 from pipeoptim.bench.processes import run_on_processes
-from pipeoptim.bench.record import Record
+from pipeoptim.bench.record import Record, ResultRow
 from pipeoptim.engine import Schedule
 from pipeoptim.methods import get_method
 from pipeoptim.schedule import Program
@@ -138,10 +139,14 @@ def columns(record: Record) -> tuple[list[str], list[list[str]]]:
     head = ["run", "predicted, mini-batches/s", "measured", "error", named]
     body = []
     for row in record.rows:
-        s = row.settings
-        error = s["predicted"] / row.median - 1
-        body.append([row.name, f"{s['predicted']:.4g}", f"{row.median:.4g}", f"{error:+.1%}", f"{s[beside]:{form}}"])
+        predicted, more = median(row.settings["predicted"]), row.settings[beside]
+        body.append([row.name, f"{predicted:.4g}", f"{row.median:.4g}", f"{error_of(row):+.1%}", f"{more:{form}}"])
     return head, body
+
+
+def error_of(row: ResultRow) -> float:
+    """Of a throughput: the median over its predictions, each beside the run that was measured after it."""
+    return float(median(p / measured for p, measured in zip(row.settings["predicted"], row.samples, strict=True))) - 1
 
 
 def scale_columns(record: Record) -> tuple[list[str], list[list[str]]]:
