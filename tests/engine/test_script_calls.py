@@ -2,6 +2,7 @@
 
 import copy
 import io
+import re
 import warnings
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 from torch.optim.lr_scheduler import ChainedScheduler, ConstantLR
 
 import pipeoptim as po
+from pipeoptim.engine.other_names import OTHER_NAMES
 from pipeoptim.engine.processes.crowded_cores import CoreUse, own_core_use, warn_of_crowded_cores
 from pipeoptim.rules.fused.step import FusedStep
 
@@ -220,3 +222,31 @@ def test_methods_that_flush_leave_the_model_free():
     pipe = po.Emulator(po.partition(model, 2, pins=[1]), adamw, mse, "1f1b", 2)
     pipe.step(x, target=x)
     model(x)
+
+
+@pytest.mark.parametrize("name", OTHER_NAMES)
+def test_names_of_other_objects_say_what_a_pipeline_has_instead(name):
+    pipe = Script().pipe
+    assert not hasattr(pipe, name)  # a name that it has one day leaves the list
+    with pytest.raises(AttributeError, match=f"Emulator has no '{name}': "):
+        getattr(pipe, name)
+
+
+def test_other_names_get_pythons_own_error_and_a_property_its_own():
+    class Pipe(po.Emulator):
+        @property
+        def broken(self):
+            return self.nothing_like_that
+
+    pipe = Pipe(list(Script().model), adamw, mse)
+    with pytest.raises(AttributeError, match="'Pipe' object has no attribute 'foo'"):
+        _ = pipe.foo
+    with pytest.raises(AttributeError, match="has no attribute 'nothing_like_that'"):
+        _ = pipe.broken
+
+
+def test_what_the_list_of_other_names_recommends_is_there():
+    named = {word for text in OTHER_NAMES.values() for word in re.findall(r"(po\.\w+|\b\w+(?=\())", text)}
+    pipe, made = Script().pipe, {"parameters", "train"}  # of the module that stage_module(k) returns
+    for word in named - made:
+        assert hasattr(po, word[3:]) if word.startswith("po.") else hasattr(pipe, word), word

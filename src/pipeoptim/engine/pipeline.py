@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ from pipeoptim.engine.evaluation import (
 from pipeoptim.engine.local_stages import LocalStages
 from pipeoptim.engine.microbatch_changes import PlannedChanges
 from pipeoptim.engine.microbatches import BatchSplitter, MicroBatch, RowShare, StageKwargs, check_weighable, merge_kwargs
+from pipeoptim.engine.other_names import OTHER_NAMES
 from pipeoptim.engine.processes.connect import Interruptible
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.runner import CountedLoss
@@ -59,6 +60,13 @@ class Pipeline(LocalStages):
         self._fed = 0  # mini-batches fed since the beginning of training
         self._stop_wanted = False
         self._until_recorded = self.program.warm_up + 2  # mini-batches until the code of one is noted, see `hot_code`
+
+    if not TYPE_CHECKING:  # to a type checker, a class that has this would have every name
+
+        def __getattr__(self, name: str) -> Any:
+            if name in OTHER_NAMES:
+                raise AttributeError(f"{type(self).__name__} has no {name!r}: {OTHER_NAMES[name]}")
+            return object.__getattribute__(self, name)  # Python's own error, or that of a property
 
     def step(
         self,
