@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import pytest
 
 from pipeoptim.cli.app import _run
+from pipeoptim.cli.plan_options import _findings
 from pipeoptim.errors import ConfigError
 from pipeoptim.methods import get_method
 from pipeoptim.simulate import Scenario, TransformerSizes, plan_search, simulate, synthetic
@@ -89,6 +90,15 @@ def test_where_nothing_takes_time_no_plan_is_worse():
     profile = replace(profile, blocks=free, link=replace(profile.link, latency=0.0))
     found = find_plans(request(profile, 2, methods=("pipeoptim",), links="1000:0"))
     assert [found.loss(other) for other in found.alternatives.values() if other] == [0.0] * 4
+
+
+def test_an_alternative_that_is_better_by_less_than_the_tolerance_is_explained():
+    best = find_plans(request(uneven(), methods=("pipeoptim",)))
+    other = next(one for one in best.alternatives.values() if one is not None)
+    near = replace(best.best, goal=(best.best.goal[0] * (1 - TOLERANCE / 2), best.best.goal[1]))
+    said = list(_findings(replace(best, alternatives={"slack": near, "micro-batches": other}), 3, {}))
+    assert any(re.match(r"other slack: -0\.\d% \(below 0\.5% the search does not tell ways apart\): ", one) for one in said)
+    assert any(re.match(r"other micro-batches: \+\d+\.\d%: ", one) for one in said)
 
 
 def planned(capsys, *arguments):

@@ -68,6 +68,8 @@ def search_plan(
 
 
 def _findings(found: FoundPlans, devices: int, fixed: dict[str, str]) -> Iterator[str]:
+    from pipeoptim.simulate.plan_search import TOLERANCE
+
     best, ways = found.best, f"{counted(found.shapes, 'way')} to train on {counted(devices, 'device')}"
     name = "the best" if found.may_gain is None else "the best in the time that was given"
     yield f"{ways}; {name}: {_words(best.candidate.shape.key())}"
@@ -77,7 +79,9 @@ def _findings(found: FoundPlans, devices: int, fixed: dict[str, str]) -> Iterato
     none = "none was simulated in the time that was given" if found.ended else "nothing else fits"
     for respect, other in found.alternatives.items():
         if other is not None:
-            yield f"other {respect}: {found.loss(other):+.1%}: {_words(other.candidate.shape.key())}"
+            loss = found.loss(other)
+            near = f" (below {TOLERANCE:.1%} the search does not tell ways apart)" if loss < 0 else ""
+            yield f"other {respect}: {loss:+.1%}{near}: {_words(other.candidate.shape.key())}"
         else:
             yield f"other {respect}: {fixed.get(respect, none)}"
     to_run = "to run it" if best.candidate.runs_as_it_is else "to run it, with a model and data of your own"
