@@ -27,6 +27,19 @@ def batch(n):
     return x, x[:, :1]
 
 
+class Seen:
+    """What a stage's script keeps beside its pipeline, each stage another one."""
+
+    def __init__(self, k):
+        self.numbers = [k]
+
+    def state_dict(self):
+        return {"numbers": self.numbers}
+
+    def load_state_dict(self, state):
+        self.numbers = state["numbers"]
+
+
 def undisturbed():
     """The states of all stages at the end, emulated."""
     pipe = po.Emulator(stages(), lambda p: torch.optim.AdamW(p, lr=0.01), nn.functional.mse_loss)
@@ -46,7 +59,8 @@ def main(folder):
     module = stages()[k]
     stage = PipelineStage(module, k, 2, torch.device("cpu"))
     pipe = po.Schedule(stage, torch.optim.AdamW(module.parameters(), lr=0.01), nn.functional.mse_loss)
-    with po.Checkpointer(pipe, folder / "checkpoints", every=EVERY) as checkpoints:
+    seen = Seen(10 * k)
+    with po.Checkpointer(pipe, folder / "checkpoints", every=EVERY, state={f"seen {k}": seen}) as checkpoints:
         start = checkpoints.resume()
         (folder / f"begun-{os.environ['TORCHELASTIC_RESTART_COUNT']}-{k}").write_text(str(start))
         for n in range(start, STEPS):
@@ -55,9 +69,11 @@ def main(folder):
                     time.sleep(0.01)
                 os.kill(os.getpid(), signal.SIGKILL)
             x, target = batch(n)
+            seen.numbers.append(n)
             pipe.step(*([x] if k == 0 else []), target=target if k == 1 else None)
             checkpoints.after_step(n + 1)
     pipe.drain()
+    assert seen.numbers == [10 * k, *range(STEPS)]
     assert_equal(undisturbed()[k], pipe.stage_state_dict(k), f"stage {k}")
     pipe.close()
     dist.destroy_process_group()
