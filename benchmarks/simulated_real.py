@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=15, help="mini-batches that a figure of a profile is the median of")
     parser.add_argument("--steps", type=int, default=STEPS, help="mini-batches that are timed in a run")
     parser.add_argument(
-        "--rounds", type=int, default=3, help="how often every model is profiled, and its runs measured after it"
+        "--rounds", type=int, default=5, help="how often every model is profiled, and its runs measured after it"
     )
     parser.add_argument("--divide", type=int, default=1, help="rows of mini-batches are divided by it, to try the script")
     parser.add_argument("--folder", type=Path, default=RESULTS, help="where both files are")
