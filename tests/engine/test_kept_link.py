@@ -44,12 +44,22 @@ def message(n: int) -> torch.Tensor:
 
 def both(*work) -> None:
     """At the same time, since a new connection needs both ends."""
-    threads = [threading.Thread(target=one, daemon=True) for one in work]
+    errors = list[BaseException]()
+
+    def do(one) -> None:
+        try:
+            one()
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=do, args=(one,), daemon=True) for one in work]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join(20)
         assert not thread.is_alive()
+    for error in errors:
+        raise error
 
 
 def ends() -> tuple[KeptLink, KeptLink]:

@@ -19,6 +19,7 @@ from hypothesis import strategies as st
 from pipeoptim.cli.app import _run
 from pipeoptim.cli.cost_table import sentences, tornado
 from pipeoptim.compare import api as compare_api
+from pipeoptim.compare.report.plan_sections import known_totals
 from pipeoptim.compare.worker import OUTCOME, carry_out
 from pipeoptim.errors import ConfigError
 from pipeoptim.failures import Failures, best_checkpoint_interval, seconds_with_failures, useful_shares
@@ -54,6 +55,11 @@ PRICES = {
     "grid.carbon": 0.4,
     "failures.mtbf": 1e9,
 }
+ONLY_ON_DEMAND = """
+[mi300x.on_demand]
+unit = "USD/accelerator/hour"
+quotes = [{value = 1.99}, {value = 3.45}]
+"""
 X = Known(PRICES | {"life": 5.0, "per_server": 8, "people": 0.5})
 
 
@@ -115,6 +121,18 @@ def test_what_is_unknown_is_never_nothing():
     own = next(one for one in told.places if one.name == "own")
     assert own.lines["storage"] is None and own.unknown == ("own.storage",)
     assert "* without own.storage, which is unknown (own): give own.storage with --prices" in sentences(told)
+
+
+def test_a_total_without_the_price_of_accelerators_is_unknown_and_no_place_beats_another_by_it(tmp_path):
+    mine = tmp_path / "mine.toml"
+    mine.write_text(ONLY_ON_DEMAND)
+    told = estimate(WORK, read_prices(mine), replace(TERMS, accelerator="mi300x"), draws=20)
+    totals = {one.name: one.total for one in told.places}
+    known = {"on demand", "reserved"}  # which follows from it by a discount
+    assert {name for name, total in totals.items() if total is not None} == known
+    data = told.to_dict()
+    assert {name for name, place in data["places"].items() if place["total USD"] is not None} == known
+    assert told.swung in known and {*known_totals(data)} == known
 
 
 @settings(max_examples=50, deadline=None)

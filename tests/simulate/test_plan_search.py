@@ -185,6 +185,7 @@ def test_a_plan_of_a_search_that_was_ended_says_so_in_the_terminal_and_on_its_pa
         ((), "--objective needs --devices"),
         (("--devices", "2"), "give either --profile FILE"),
         (("--devices", "2", "--synthetic", "--tiny"), "leave the options that name, measure or draw a model out"),
+        (("--devices", "2", "--synthetic", "--bandwidth", "0"), "leave the options that name, measure or draw a model out"),
         (("--devices", "2", "--synthetic", "--device", "cuda"), "leave the options that name, measure or draw a model out"),
         (("--devices", "2", "--synthetic", "--prediction", "in_progress"), "leave --prediction and --refresh out"),
         (("--devices", "2", "--synthetic", "--links", "1:1,2:2"), "must be one for each level of the cluster"),
@@ -211,3 +212,5 @@ def test_an_objective_must_be_known_and_its_options_are_its_own(capsys):
         request(uneven(), objective="speed")
     assert _run(["plan", "--nodes", "8"]) == 2
     assert "--nodes belongs to a search by simulation; give --objective as well" in capsys.readouterr().err
+    assert _run(["plan", "--seconds", "0"]) == 2
+    assert "--seconds belongs to a search by simulation" in capsys.readouterr().err

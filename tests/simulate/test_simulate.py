@@ -244,8 +244,14 @@ def test_an_even_cut_balances_and_a_profile_survives_its_file(tmp_path):
     assert even_cut(profile, 2, 8, speeds=[2.0, 1.0]) == (6, 3)
     assert read_profile(profile.write(tmp_path / "p.json")) == replace(profile, made=read_profile(tmp_path / "p.json").made)
     assert profile.at((1.0, 64.0), 8) == pytest.approx(8.0), "between the sizes that there are"
-    with pytest.raises(ConfigError, match="has micro-batches of 1 to 64 rows, none of 65"):
+    with pytest.raises(
+        ConfigError, match="has micro-batches of 1 to 64 rows, none of 65; choose another number of micro-batches\n"
+    ):
         profile.at((1.0, 64.0), 65)
+    with pytest.raises(
+        ConfigError, match="rows, none of 16; .* micro-batches, or profile the model with --microbatches 4 as well"
+    ):
+        replace(profile, rows=(32, 64)).at((1.0, 64.0), 16)
 
 
 def command(capsys, *arguments):
@@ -293,6 +299,7 @@ def test_the_command_writes_what_is_asked_for(capsys, tmp_path):
         (("--synthetic", "--straggler", "1"), "straggler is '1', must be a stage and how many times as long it takes: 17:1.5"),
         (("--synthetic", "--mtbf", "100"), "failures need both --mtbf"),
         (("--synthetic", "--checkpoint-every", "60"), "failures need both --mtbf"),
+        (("--synthetic", "--mtbf", "-3", "--recovery", "10"), "mtbf is -3 hours, must be above 0"),
         (("--synthetic", "--draws", "5"), "--draws and --seed are of jitter, and there is none"),
         (("--synthetic", "--mtbf", "1e-9", "--recovery", "1"), "fail so often that no checkpoint"),
         (("--synthetic", "--sizes", "with=3"), "unknown size 'with'; did you mean 'width'?"),

@@ -36,9 +36,7 @@ def show_estimate(found: Estimate) -> None:
     for line in LINES:
         table.add_row(line, *(_cell(one, line) for one in found.places))
     for name, part in (("total, 10 %", "p10"), ("total, 50 %", "p50"), ("total, 90 %", "p90")):
-        table.add_row(
-            name, *(usd(getattr(one.total, part)) + ("*" if one.unknown else "") for one in found.places), style="bold"
-        )
+        table.add_row(name, *(_total(one, part) for one in found.places), style="bold")
     for what, unit in (("energy", "kWh"), ("carbon", "kg CO2")):
         table.add_row(unit, *(_plain(getattr(one, what)) for one in found.places))
     table.add_row("hours with failures", *(_plain(one.hours) for one in found.places))
@@ -56,6 +54,12 @@ def _cell(place: PlaceEstimate, line: str) -> str:
         return "unknown"
     included = not place.name.startswith("own") and line in ("hosts", "power and cooling")
     return "in price" if included else usd(value.p50)
+
+
+def _total(place: PlaceEstimate, part: str) -> str:
+    if place.total is None:
+        return "unknown"
+    return usd(getattr(place.total, part)) + ("*" if place.unknown else "")
 
 
 def sentences(found: Estimate) -> list[str]:

@@ -41,7 +41,8 @@ class SearchOptions:
     def check_absent(self) -> None:
         """Raises ConfigError where one was given without --objective."""
         for one in fields(self):
-            if getattr(self, one.name):
+            value = getattr(self, one.name)
+            if value or (one.name == "seconds" and value is not None):
                 raise ConfigError(f"--{one.name} belongs to a search by simulation; give --objective as well, or leave it out")
 
 

@@ -41,14 +41,15 @@ class PlaceEstimate:
     """What one place costs.
 
     Attributes:
-        lines: USD, None where a price is unknown. total: of those that are known. unknown: which are not.
+        lines: USD, None where a price is unknown. total: of those that are known; None where the accelerators, most of it, are not.
+        unknown: which prices are not.
         energy, carbon: kWh and kg of CO2, None where they are unknown.
         hours: that are paid, failures included.
     """
 
     name: str
     lines: Mapping[str, Percentiles | None]
-    total: Percentiles
+    total: Percentiles | None
     unknown: tuple[str, ...]
     energy: Percentiles | None
     carbon: Percentiles | None
@@ -60,7 +61,7 @@ class PlaceEstimate:
         rest = {"kWh": self.energy, "kg CO2": self.carbon, "hours": self.hours}
         return {
             "USD": lines,
-            "total USD": self.total.to_list(),
+            "total USD": None if self.total is None else self.total.to_list(),
             "unknown": list(self.unknown),
             **{name: None if one is None else one.to_list() for name, one in rest.items()},
         }
@@ -123,7 +124,7 @@ def estimate(work: PricedRun, book: PriceBook, terms: Terms, draws: int = 1000, 
     x = model.known({name: span.quantile(random.random(draws)) for name, span in model.spans.items()})
     with np.errstate(invalid="ignore"):
         places = [_summed(name, model.bill(name, x, random), draws) for name in model.places]
-    swung = min(places, key=lambda one: (len(one.unknown), one.total.p50)).name
+    swung = min(places, key=lambda one: (one.total is None, len(one.unknown), 0.0 if one.total is None else one.total.p50)).name
     even = {place.name: _even(x, place, draws) for place in PLACES[:2]}
     return Estimate(work, terms, _percentiles(x["hours"], draws), tuple(places), swung, model.swings(swung), even)
 
@@ -197,9 +198,8 @@ def _summed(name: str, billed: tuple[Bill, Values], draws: int) -> PlaceEstimate
         return None if values is None else _percentiles(values, draws)
 
     lines = {line: over(one.lines[line]) for line in LINES}
-    return PlaceEstimate(
-        name, lines, _percentiles(one.total, draws), one.unknown, over(one.energy), over(one.carbon), _percentiles(paid, draws)
-    )
+    total = None if lines["accelerators"] is None else over(one.total)
+    return PlaceEstimate(name, lines, total, one.unknown, over(one.energy), over(one.carbon), _percentiles(paid, draws))
 
 
 def _percentiles(values: Any, draws: int) -> Percentiles:

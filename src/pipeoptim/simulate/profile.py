@@ -123,9 +123,11 @@ class Profile:
         """
         place = _place(self.rows, rows)
         if place is None:
+            m = self.batch_rows / rows
+            advice = f", or profile the model with --microbatches {m:g} as well" if m >= 1 and m.is_integer() else ""
             raise ConfigError(
                 f"the profile of {self.model} has micro-batches of {_range(self.rows)} rows, none of {rows:g}; choose another number of "
-                f"micro-batches, or profile the model with --rows {rows:g} as well"
+                f"micro-batches{advice}"
             )
         upper, share = place
         return values[upper] if share == 0 else values[upper] - share * (values[upper] - values[upper - 1])

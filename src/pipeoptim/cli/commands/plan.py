@@ -129,12 +129,11 @@ def plan(
             from_run,
             layers,
             pin,
-            bandwidth,
             blocks,
             picture,
             svg,
         )
-        if any(measuring) or how != "auto" or device != "cpu":
+        if any(measuring) or bandwidth is not None or how != "auto" or device != "cpu":
             raise ConfigError("--objective plans from a profile; leave the options that name, measure or draw a model out")
         search_plan(search, devices, memory, speed, wanted)
         return

@@ -165,6 +165,8 @@ def _failures(mtbf: float | None, recovery: float | None, every: float | None, s
         return None
     if mtbf is None or recovery is None:
         raise ConfigError("failures need both --mtbf, hours between two failures of a device, and --recovery, seconds")
+    if not mtbf > 0:
+        raise ConfigError(f"mtbf is {mtbf:g} hours, must be above 0")
     return Failures(mtbf * 3600, recovery, 600.0 if every is None else every, seconds or 0.0)
 
 

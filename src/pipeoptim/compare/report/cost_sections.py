@@ -7,7 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from pipeoptim.compare.report.plan_sections import bar, definitions, table
+from pipeoptim.compare.report.plan_sections import bar, definitions, known_totals, table
 from pipeoptim.errors import counted
 from pipeoptim.files import read_object
 
@@ -35,7 +35,7 @@ def cost(data: Mapping[str, Any]) -> str:
     lines = list(next(iter(places.values()))["USD"])
     rows = [(line, [_line(place["USD"][line]) for place in places.values()]) for line in lines]
     for name, part in (("total, 10 %", 0), ("total, 50 %", 1), ("total, 90 %", 2)):
-        rows.append((name, [_figure(place["total USD"][part]) + "*" * bool(place["unknown"]) for place in places.values()]))
+        rows.append((name, [_total(place, part) for place in places.values()]))
     for name in ("kWh", "kg CO2", "hours"):
         rows.append((name, [_line(place[name]) for place in places.values()]))
     body = "".join(
@@ -49,9 +49,15 @@ def cost(data: Mapping[str, Any]) -> str:
     )
 
 
+def _total(place: Mapping[str, Any], part: int) -> str:
+    if place["total USD"] is None:
+        return "unknown"
+    return _figure(place["total USD"][part]) + "*" * bool(place["unknown"])
+
+
 def totals(data: Mapping[str, Any]) -> str:
     """The totals of all places on one scale, from 10 to 90 %."""
-    known = {name: place["total USD"] for name, place in data["places"].items() if None not in place["total USD"]}
+    known = known_totals(data)
     most = max((one[2] for one in known.values()), default=0.0) or 1.0
     body = "".join(
         _row(name, one[0], one[2], 0.0, most, f"{_figure(one[0])} to {_figure(one[2])}") for name, one in known.items()

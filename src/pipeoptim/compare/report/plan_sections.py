@@ -26,10 +26,16 @@ def headline(plan: Mapping[str, Any], cost: Mapping[str, Any] | None) -> str:
     )
 
 
+def known_totals(data: Mapping[str, Any]) -> dict[str, list[float]]:
+    """Those of the places where the price of accelerators is known and the run ends."""
+    totals = {name: place["total USD"] for name, place in data["places"].items()}
+    return {name: found for name, found in totals.items() if found is not None and None not in found}
+
+
 def _cheapest(cost: Mapping[str, Any]) -> str:
-    totals = {name: place["total USD"] for name, place in cost["places"].items() if None not in place["total USD"]}
+    totals = known_totals(cost)
     if not totals:
-        return "No place is known where the run ends."
+        return "No place is known where the run ends, and what accelerators cost there."
     name = min(totals, key=lambda one: totals[one][1])
     low, middle, high = (f"{value:,.0f}" for value in totals[name])
     rest = " and what is unknown" if cost["places"][name]["unknown"] else ""
