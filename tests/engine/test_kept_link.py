@@ -211,10 +211,35 @@ def test_a_neighbour_that_has_ended_is_not_waited_for_until_it_is_there_again() 
     receive(one, range(1))
 
 
+def test_an_end_that_has_just_taken_over_is_there_for_its_neighbour_while_it_waits_for_something_else() -> None:
+    store = HashStore()
+    listener = BoundaryListener(store, 0, 0)
+    one = LinkSet().add(1, partial(call, store, 0, 0), 10.0)
+    links = LinkSet()
+    other = links.add(0, listener.accept, 10.0)
+    done = threading.Event()
+
+    def wait_elsewhere() -> None:  # as for the norm of a stage that first sends its message
+        end = time.monotonic() + 10
+        while not done.wait(0.01):
+            assert time.monotonic() < end
+            links.look_after()
+
+    def send_and_tell() -> None:
+        send(one, range(1))
+        done.set()
+
+    both(wait_elsewhere, send_and_tell)
+    receive(other, range(1))
+    other.close()
+    links.look_after()
+    assert other.replays  # it has no connection, and makes none
+
+
 def test_strangers_who_fill_the_queue_of_callers_hold_up_nobody_for_longer_than_the_time_out() -> None:
     store, strangers, refused = HashStore(), list[socket.socket](), list[str]()
     listener = BoundaryListener(store, 0, 0)
-    _, name, _ = store.get("kept/0").decode().split()
+    *_, name = store.get("kept/0").decode().split()
     with suppress(BlockingIOError):
         while True:
             strangers.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))

@@ -12,7 +12,8 @@ A stage that was replaced has gone back to its *image*, the state that it had so
 
 Stages are deterministic, so that a message which is sent again has the bits of the first one. Large messages lie in memory
 (:mod:`~pipeoptim.engine.transport.kept_memory`) whose descriptor passes through the socket, so that sending one never waits for a stage
-that computes. The log is that memory: a message is copied into it once.
+that computes. The log is that memory: a message is copied into it once. Between machines (``apart``) a large message goes through the
+socket as well, with a checksum; whoever waits to send one takes in what comes meanwhile, in whatever pieces.
 """
 
 from __future__ import annotations
@@ -22,8 +23,9 @@ import select
 import socket
 import struct
 import time
+import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from typing import Any, NamedTuple, cast
 
@@ -34,13 +36,14 @@ from pipeoptim.engine.transport import message
 from pipeoptim.engine.transport.hung_up import has_hung_up
 from pipeoptim.engine.transport.kept_memory import KeptMemory, KeptSlot
 from pipeoptim.engine.transport.message import Message
-from pipeoptim.errors import PipeOptimError, StageFailure
+from pipeoptim.errors import CorruptionError, PipeOptimError, StageFailure
 
 Dial = Callable[[float], socket.socket]
 """Makes a new connection to the neighbour within so many seconds; raises StageFailure where none comes."""
 
 _HEAD = struct.Struct("<6qd2q")  # see _Head
 _GREETING = struct.Struct("<q")
+_CHECKSUM = struct.Struct("<I")  # behind a message to another machine
 _INLINE = 32768  # bytes; up to here a message goes through the socket itself
 _BUFFER = 1 << 19  # of the socket
 _LOOK = 0.02  # seconds between looks at the other connections while this one is waited on
@@ -80,12 +83,15 @@ class KeptLink:
         dial: makes a connection to it, and a new one whenever one has broken.
         timeout: seconds that a message may take.
         serve: called while this link waits; looks after the stage's other links.
+        apart: the neighbour is on another machine, with which no memory is shared.
     """
 
-    def __init__(self, peer: int, dial: Dial, timeout: float, serve: Callable[[], None]) -> None:
-        self.peer, self.timeout = peer, timeout
+    def __init__(self, peer: int, dial: Dial, timeout: float, serve: Callable[[], None], apart: bool = False) -> None:
+        self.peer, self.timeout, self.apart = peer, timeout, apart
         self._dial, self._serve = dial, serve
         self._connection: socket.socket | None = None
+        self._closed = False
+        self._inbox = bytearray()  # what came while this end waited to send, if apart
         self._log: deque[_Sent] = deque()
         self._memory: KeptMemory | None = None  # of large messages
         self._sent = self._received = 0
@@ -101,7 +107,7 @@ class KeptLink:
     def send(self, tree: Any, flags: int = 0, loss_scale: float = 0.0, share: tuple[int, int] = (0, 0)) -> None:
         """As :meth:`~pipeoptim.engine.transport.ports.Outgoing.send`."""
         form, tensors = self._format(tree)
-        slot = self._take_slot(form.payload) if form.payload > _INLINE else None
+        slot = self._take_slot(form.payload) if form.payload > _INLINE and not self.apart else None
         block = torch.empty(form.payload, dtype=torch.uint8) if slot is None else slot.block[: form.payload]
         message.fill(message.places(block, 0, form), tensors)
         offset = -1 if slot is None else slot.offset
@@ -163,19 +169,22 @@ class KeptLink:
         if self._connection is not None:
             self._connection.close()
         self._connection = None
+        self._inbox.clear()  # it counts as not received, and comes again
 
     def close(self) -> None:
-        """Let go of all."""
+        """Let go of all, for good."""
+        self._closed = True
         self.drop()
         self._log.clear()
         self._memory = None
 
     def look_after(self) -> None:
-        """Make a new connection if the neighbour has let go of this one and is there again.
+        """Make a new connection if there is none, or the neighbour has let go of this one, and it is there.
 
-        It is not waited for: perhaps it has done its work and ended, and what this process waits for elsewhere is there already.
+        It is not waited for: perhaps it has done its work and ended, and what this process waits for elsewhere is there already. But it may
+        wait for this connection itself before it does what this process waits for: where both have just taken over, none has one.
         """
-        if self._connection is not None and has_hung_up(self._connection):
+        if not self._closed and (self._connection is None or has_hung_up(self._connection)):
             try:
                 connection = self._dial(_LOOK)
             except StageFailure:
@@ -203,7 +212,7 @@ class KeptLink:
         connection.setblocking(True)
         self._connection = connection
         connection.sendall(_GREETING.pack(self._received))
-        (self._other_has,) = _GREETING.unpack(_read_exactly(connection, _GREETING.size))
+        (self._other_has,) = _GREETING.unpack(self._read_exactly(_GREETING.size))
         missing = self._log[0].head.sequence if self._log else self._sent
         if self._other_has < missing:
             raise StageFailure(
@@ -239,8 +248,10 @@ class KeptLink:
         """Send all of it. While the socket is full, what comes the other way is read: the neighbour may be in the same place."""
         assert self._connection is not None
         head = _HEAD.pack(*sent.head._replace(held=self._held))
-        inline = [_bytes_of(sent.block)] if sent.slot is None and sent.head.payload else []
-        for rest in (memoryview(head + sent.text), *inline):
+        parts = [memoryview(head + sent.text)]
+        parts += [_bytes_of(sent.block)] if sent.slot is None and sent.head.payload else []
+        parts += [memoryview(_checksum_of(parts))] if self.apart else []
+        for rest in parts:
             while rest:
                 try:
                     rest = rest[self._connection.send(rest, socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL) :]
@@ -264,11 +275,16 @@ class KeptLink:
         look = select.poll()
         look.register(self._connection, select.POLLIN | select.POLLOUT)
         for _, events in look.poll(_LOOK * 1000):
-            if events & select.POLLIN:
+            if events & select.POLLIN and self.apart:
+                # Not a whole message: the other may be in the middle of one, and wait for this end to read in the same way.
+                self._inbox += _some(self._connection)
+            elif events & select.POLLIN:
                 self._read_message()
 
     def _readable(self, seconds: float) -> bool:
         assert self._connection is not None
+        if self._inbox:
+            return True
         look = select.poll()
         look.register(self._connection, select.POLLIN)
         return bool(look.poll(seconds * 1000))
@@ -277,13 +293,14 @@ class KeptLink:
         """Read the next message, whose beginning is there."""
         connection = self._connection
         assert connection is not None
-        head = _Head(*_HEAD.unpack(_read_exactly(connection, _HEAD.size)))
+        began = self._read_exactly(_HEAD.size)
+        head = _Head(*_HEAD.unpack(began))
         if head.sequence != self._received:
             raise PipeOptimError(
                 f"message {self._received} from stage {self.peer} is out of order (got {head.sequence}): do all processes "
                 "call step, drain and eval_step in the same order?"
             )
-        text = bytes(_read_exactly(connection, head.described))
+        text = bytes(self._read_exactly(head.described))
         if self._read_form is None or self._read_form[0] != text:
             self._read_form = text, message.Format.parse(text)
         form = self._read_form[1]
@@ -293,14 +310,44 @@ class KeptLink:
         if head.offset >= 0:
             _receive_apart(connection, head.offset, block)
         elif head.payload:
-            _read_into(connection, _bytes_of(block))
+            self._read_into(_bytes_of(block))
+        if self.apart and self._read_exactly(_CHECKSUM.size) != _checksum_of([began, text, _bytes_of(block)]):
+            raise CorruptionError(
+                f"message {self._received} from stage {self.peer} has another checksum than it was sent with: memory, a network card or a "
+                "link is faulty; go on from the newest checkpoint elsewhere"
+            )
         self._received += 1
         self._queue.append(Message(message.read(block, 0, form), head.flags, head.loss_scale, (head.rows, head.of)))
         self._forget(head.held)
 
+    def _read_exactly(self, size: int) -> bytearray:
+        found = bytearray(size)
+        self._read_into(memoryview(found))
+        return found
+
+    def _read_into(self, place: memoryview) -> None:
+        assert self._connection is not None
+        count = min(len(place), len(self._inbox))
+        place[:count] = self._inbox[:count]
+        del self._inbox[:count]
+        place = place[count:]
+        while place:
+            count = self._connection.recv_into(place, len(place), socket.MSG_WAITALL)
+            if not count:
+                raise ConnectionError("the connection was closed")
+            place = place[count:]
+
 
 def _bytes_of(block: Tensor) -> memoryview:
     return memoryview(cast(Any, block.numpy()))
+
+
+def _checksum_of(parts: Iterable[bytes | bytearray | memoryview]) -> bytes:
+    """CRC-32 of ``parts``: TCP's own has 16 bits, which miss one damaged message of 65,536."""
+    value = 0
+    for part in parts:
+        value = zlib.crc32(part, value)
+    return _CHECKSUM.pack(value)
 
 
 def _receive_apart(connection: socket.socket, offset: int, block: Tensor) -> None:
@@ -319,19 +366,12 @@ def _receive_apart(connection: socket.socket, offset: int, block: Tensor) -> Non
         os.close(descriptors[0])
 
 
-def _read_exactly(connection: socket.socket, size: int) -> bytearray:
-    found = bytearray(size)
-    if size:
-        _read_into(connection, memoryview(found))
+def _some(connection: socket.socket) -> bytes:
+    """What has come."""
+    found = connection.recv(_BUFFER, socket.MSG_DONTWAIT)
+    if not found:
+        raise ConnectionError("the connection was closed")
     return found
-
-
-def _read_into(connection: socket.socket, place: memoryview) -> None:
-    while place:
-        count = connection.recv_into(place, len(place), socket.MSG_WAITALL)
-        if not count:
-            raise ConnectionError("the connection was closed")
-        place = place[count:]
 
 
 class LinkSet:
@@ -343,9 +383,9 @@ class LinkSet:
     def __iter__(self) -> Iterator[KeptLink]:
         return iter(self.links)
 
-    def add(self, peer: int, dial: Dial, timeout: float) -> KeptLink:
+    def add(self, peer: int, dial: Dial, timeout: float, apart: bool = False) -> KeptLink:
         """A new link."""
-        link = KeptLink(peer, dial, timeout, self.look_after)
+        link = KeptLink(peer, dial, timeout, self.look_after, apart)
         self.links.append(link)
         return link
 
