@@ -3,6 +3,8 @@
 python benchmarks/storm.py --kills 1000    goes on with results/storm.json until so many processes were ended in all
 python benchmarks/storm.py --emulated 60   emulated runs at D up to 16 that start again by themselves: results/storm_emulated.json
 python benchmarks/storm.py --kills 1200 --aimed   the same, at the instants that `pipeoptim faults` can name
+python benchmarks/storm.py --kills 100 --sites 20   on two network namespaces, 20 ms apart one way, a supervisor on each:
+                                           results/storm_sites.json
 
 Processes die at random instants of a training that validates every 10 and saves every 20 mini-batches: alone, two or all at once, while
 they catch up, and now and then one is only stopped (SIGSTOP), which the supervisor takes for dead after 10 s. Emulated runs are hit by the
@@ -21,9 +23,12 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from two_sites import SITES, Link, make_sites
 
 from pipeoptim.bench.record import Record
 from pipeoptim.faults import random_faults, try_faults
@@ -50,17 +55,47 @@ DEPTHS, PER_EMULATED = (16, 8, 4), 5  # of emulated runs; failures in each
 KINDS = {"one process": 60, "two neighbours at once": 20, "all at once": 10, "one again while it catches up": 8, "stopped": 2}
 
 
-def train(folder: Path, name: str, options: Sequence[str]) -> subprocess.Popen[bytes]:
-    """``pipeoptim train`` in ``folder``."""
-    command = [sys.executable, "-m", "pipeoptim", "train", "--name", name, "--quiet", *COMMON, *options]
+def train(folder: Path, name: str, options: Sequence[str], within: Sequence[str] = ()) -> subprocess.Popen[bytes]:
+    """``pipeoptim train`` in ``folder``; ``within``: a command that runs others."""
+    command = [*within, sys.executable, "-m", "pipeoptim", "train", "--name", name, "--quiet", *COMMON, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=folder, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
 
 
+class TwoCommands:
+    """``pipeoptim train`` on both sites, as if it were one process."""
+
+    def __init__(self, folder: Path, name: str, options: Sequence[str]) -> None:
+        nodes = ["--nnodes", "2", "--master-addr", next(iter(SITES.values()))]
+        self._commands = [
+            train(folder, name, [*options, *nodes, "--node-rank", str(rank)], ["ip", "netns", "exec", site])
+            for rank, site in enumerate(SITES)
+        ]
+
+    def poll(self) -> int | None:
+        """The greater exit code, when both have ended."""
+        codes = [command.poll() for command in self._commands]
+        return None if None in codes else max(map(abs, filter(None, codes)), default=0)
+
+    @property
+    def returncode(self) -> int | None:
+        return self.poll()
+
+    def communicate(self) -> tuple[bytes, bytes]:
+        """What both have said."""
+        out, err = zip(*(command.communicate() for command in self._commands), strict=True)
+        return b"".join(filter(None, out)), b"".join(err)
+
+
 def listing(run: Path) -> dict[str, Any]:
-    """What the supervisor says: who works, and who was replaced; empty before it has begun."""
-    files = sorted(run.glob("logs/*/processes.json"))
-    return json.loads(files[-1].read_text()) if files else {"processes": {}, "replaced": []}
+    """What the supervisors say: who works, and who was replaced; empty before they have begun."""
+    found: dict[str, Any] = {"processes": {}, "replaced": []}
+    for folder in sorted(run.glob("logs/launch-*"))[-1:]:
+        for file in sorted(folder.glob("processes*.json")):
+            told = json.loads(file.read_text())
+            found["processes"] |= told["processes"]
+            found["replaced"] += told["replaced"]
+    return found
 
 
 def rows_of(run: Path) -> int:
@@ -86,7 +121,7 @@ def hit(run: Path, kind: str, chance: random.Random) -> int:
     return len(chosen)
 
 
-def storm(run: Path, command: subprocess.Popen[bytes], chance: random.Random) -> tuple[int, list[str]]:
+def storm(run: Path, command: subprocess.Popen[bytes] | TwoCommands, chance: random.Random) -> tuple[int, list[str]]:
     """Hit a run until it ends. Returns how many processes were ended, and the kind of each hit."""
     ended, kinds = 0, list[str]()
     while command.poll() is None:
@@ -117,15 +152,19 @@ def left_behind(folder: Path) -> list[int]:
     return found
 
 
-def one_run(folder: Path, number: int, record: Record) -> None:
+def one_run(folder: Path, number: int, record: Record, on_sites: bool = False) -> None:
     """A run of the next variant; adds what came of it to ``record``."""
-    name, options = list(VARIANTS.items())[number % len(VARIANTS)]
-    whole = folder / "runs" / f"whole-{number % len(VARIANTS)}"
+    variants = {name: options for name, options in VARIANTS.items() if not on_sites or "D = 3" not in name}
+    name, options = list(variants.items())[number % len(variants)]
+    if on_sites and "--clip" not in options:  # norms of all stages, which go another way between machines
+        options = [*options, "--clip", "1"]
+    whole = folder / "runs" / f"whole-{number % len(variants)}"
     if not whole.exists():
         undisturbed = train(folder, whole.name, options)
         assert undisturbed.wait() == 0, undisturbed.communicate()[1].decode()
     run = folder / "runs" / f"storm-{number}"
-    command = train(folder, run.name, [*options, "--engine", "processes", "--survive", str(EVERY)])
+    options = [*options, "--engine", "processes", "--survive", str(EVERY)]
+    command = TwoCommands(folder, run.name, options) if on_sites else train(folder, run.name, options)
     ended, kinds = storm(run, command, random.Random(number))
     error = command.communicate()[1].decode()
     equal = command.returncode == 0 and same(end_of(whole), end_of(run))
@@ -150,6 +189,23 @@ def storms(kills: int) -> None:
     with tempfile.TemporaryDirectory() as folder:
         while record.settings.get("processes ended", 0) < kills:
             one_run(Path(folder), record.settings.get("runs", 0), record)
+            record.write(path)
+
+
+def sites(kills: int, milliseconds: float) -> None:
+    """As ``storms``, on two namespaces so many ms apart."""
+    path = RESULTS / "storm_sites.json"
+    record = Record.continued(path, "s from death to new work", {"survive": EVERY, "ms one way": milliseconds})
+    with ExitStack() as stack:
+        try:
+            ends = make_sites(stack)
+        except (OSError, subprocess.CalledProcessError) as error:
+            print(f"skipped: no network namespaces with a TUN device can be made here ({error})")
+            return
+        stack.callback(Link(ends, milliseconds / 1e3, 0.0, 0.0, 0.0).close)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        while record.settings.get("processes ended", 0) < kills:
+            one_run(folder, record.settings.get("runs", 0), record, on_sites=True)
             record.write(path)
 
 
@@ -231,10 +287,13 @@ if __name__ == "__main__":
     parser.add_argument("--kills", type=int, default=200)
     parser.add_argument("--emulated", type=int, default=0, metavar="FAILURES")
     parser.add_argument("--aimed", action="store_true")
+    parser.add_argument("--sites", type=float, default=-1.0, metavar="MS")
     given = parser.parse_args()
     if given.emulated:
         emulated(given.emulated)
     elif given.aimed:
         aimed(given.kills)
+    elif given.sites >= 0:
+        sites(given.kills, given.sites)
     else:
         storms(given.kills)

@@ -17,12 +17,16 @@ TRAIN = [sys.executable, "-m", "pipeoptim", "train"]
 
 
 class Command:
-    """A command with its output in files; killed at the end of the ``with`` block if it still runs."""
+    """A command with its output in files; killed at the end of the ``with`` block if it still runs.
 
-    def __init__(self, arguments: list[str], folder: Path, **environment: str) -> None:
+    ``outputs``: the folder of these files, where it is another one than that in which it is started.
+    """
+
+    def __init__(self, arguments: list[str], folder: Path, outputs: Path | None = None, **environment: str) -> None:
         path = os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")]))
         env = {**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1", "NO_COLOR": "1", **environment}
-        self._out, self._err = (folder / "stdout.txt").open("w+"), (folder / "stderr.txt").open("w+")
+        where = outputs or folder
+        self._out, self._err = (where / "stdout.txt").open("w+"), (where / "stderr.txt").open("w+")
         self.process = subprocess.Popen(arguments, cwd=folder, env=env, stdout=self._out, stderr=self._err)
 
     def __enter__(self) -> Command:

@@ -21,12 +21,14 @@ import torch
 from pipeoptim.engine.processes.connect import Connections
 from pipeoptim.engine.processes.image_memory import prepare_for_images
 from pipeoptim.engine.processes.kept_connections import BoundaryListener, call
-from pipeoptim.engine.processes.norm_exchange import ProcessNorms
+from pipeoptim.engine.processes.nodes import Nodes
+from pipeoptim.engine.processes.norm_exchange import NormTransport, ProcessNorms
 from pipeoptim.engine.processes.open_files import cut_back, lengths_of_open_files
 from pipeoptim.engine.processes.rendezvous import Rendezvous
-from pipeoptim.engine.processes.shared_memory import shared_memory_norms
+from pipeoptim.engine.processes.shared_memory import kept_turns, shared_memory_norms
 from pipeoptim.engine.processes.standby import Standby
 from pipeoptim.engine.processes.store_connections import renew_store_connections
+from pipeoptim.engine.processes.stored_norms import StoredNorms
 from pipeoptim.engine.stage.tied import Tied
 from pipeoptim.engine.torch_stage import StagePlace
 from pipeoptim.engine.transport.kept_link import KeptLink, LinkSet
@@ -71,19 +73,29 @@ class Survival:
         connections, timeout = Connections(rendezvous, norms), rendezvous.timeout.total_seconds()
         previous: KeptLink | None = None
         following: KeptLink | None = None
-        if self.k > 0:
-            self._listener = BoundaryListener(rendezvous.store, self.k - 1, self._standby.generation)
-            previous = self._links.add(self.k - 1, self._listener.accept, timeout)
-        if self.k < self.depth - 1:
-            following = self._links.add(self.k + 1, partial(self._call, rendezvous), timeout)
-        connections.ports[self.k] = Ports(previous, previous, following, following)
+        k, nodes = self.k, Nodes.of_this_run(self.depth)
+        if k > 0:
+            host = nodes.host(k, towards=k - 1) if nodes.several else ""
+            self._listener = BoundaryListener(rendezvous.store, k - 1, self._standby.generation, host, timeout)
+            previous = self._links.add(k - 1, self._listener.accept, timeout, apart=host != "")
+        if k < self.depth - 1:
+            apart = nodes.several and nodes.node(k) != nodes.node(k + 1)
+            following = self._links.add(k + 1, partial(self._call, rendezvous), timeout, apart)
+        connections.ports[k] = Ports(previous, previous, following, following)
         if norms is not None:
-            page = shared_memory_norms(rendezvous, True, _nobody_watches, norms.in_flight + self.every)
-            if page is None:
-                raise StageFailure("the processes cannot share memory for the norms of their gradients, which survive needs")
-            page.keep_waiting_for_replaced(self._links.look_after)
-            norms.connect(page)
+            norms.connect(self._norm_transport(rendezvous, norms.in_flight + self.every, nodes.several))
         return connections
+
+    def _norm_transport(self, rendezvous: Rendezvous, behind: int, several_nodes: bool) -> NormTransport:
+        """Where a stage is at most ``behind`` updates behind another."""
+        if several_nodes:
+            seconds, kept = rendezvous.timeout.total_seconds(), kept_turns(max(self.depth, behind))
+            return StoredNorms(rendezvous.store, self.k, self.depth, seconds, kept, self._links.look_after)
+        page = shared_memory_norms(rendezvous, True, _nobody_watches, behind)
+        if page is None:
+            raise StageFailure("the processes cannot share memory for the norms of their gradients, which survive needs")
+        page.keep_waiting_for_replaced(self._links.look_after)
+        return page
 
     def begin_mini_batch(self, number: int) -> None:
         """Leave an image where one is due. Called between two mini-batches; a process that takes over returns from here."""
@@ -144,7 +156,7 @@ class Survival:
             self._listener.close()
 
     def _call(self, rendezvous: Rendezvous, seconds: float) -> socket.socket:
-        return call(rendezvous.store, self.k, self._standby.generation, seconds)
+        return call(rendezvous.store, self.k, self._standby.generation, seconds, rendezvous.timeout.total_seconds())
 
 
 def check_survives(options: PipelineOptions, places: Sequence[StagePlace], tied: Collection[Tied]) -> None:

@@ -433,7 +433,7 @@ class PipelineOptions:
     survive: int | None = option(
         None,
         "mini-batches after which each process leaves an image of itself, which takes its place when it dies, while the others wait; on "
-        "one machine and on CPUs, in runs of pipeoptim train (see docs/failures.md).",
+        "CPUs, in runs of pipeoptim train (see docs/failures.md).",
         count_or_none,
         agreed=EQUAL,
         between_processes=True,

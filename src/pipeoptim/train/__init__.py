@@ -9,13 +9,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from pipeoptim.train.node import Node
+
 if TYPE_CHECKING:
     from pipeoptim.config import TrainConfig
     from pipeoptim.train.callbacks import Callback
     from pipeoptim.train.result import RunResult
     from pipeoptim.train.rundir import RunDir
 
-__all__ = ["recut", "run"]
+__all__ = ["Node", "recut", "run"]
 
 
 def run(
@@ -24,6 +26,7 @@ def run(
     resume: bool | None = False,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    node: Node | None = None,
 ) -> RunResult:
     """Train as ``config`` says and leave everything in ``run_dir``.
 
@@ -37,6 +40,8 @@ def run(
         progress: show a progress bar (a terminal) or lines (elsewhere) on stdout.
         callbacks: objects that are called at the run's events, after those that ``config.callbacks`` names; see
             :class:`~pipeoptim.train.callbacks.Callback`. With ``engine="emulator"`` only: other processes make their own by name.
+        node: this machine, where several carry out the run together, with ``survive`` and a ``run_dir`` that all of them share; see
+            :class:`~pipeoptim.train.node.Node`. Every machine makes this call, with its own node.
 
     Raises:
         ConfigError: the run is impossible, finished, or in use by another process; nothing was written.
@@ -62,7 +67,7 @@ def run(
     """
     from pipeoptim.train import api
 
-    return api.run(config, run_dir, resume=resume, progress=progress, callbacks=callbacks)
+    return api.run(config, run_dir, resume=resume, progress=progress, callbacks=callbacks, node=node)
 
 
 def recut(run_dir: RunDir, config: TrainConfig) -> RunDir:

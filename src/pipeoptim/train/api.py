@@ -25,9 +25,11 @@ from pipeoptim.train.checks import check
 from pipeoptim.train.engines import make_emulator
 from pipeoptim.train.evaluate import ObservedLoss
 from pipeoptim.train.group import SingleProcessGroup
-from pipeoptim.train.launcher import launch
+from pipeoptim.train.launcher import join_launches, launch
 from pipeoptim.train.layout import layout_of
 from pipeoptim.train.lock import locked
+from pipeoptim.train.node import Node
+from pipeoptim.train.nodes import ALONE, AnotherNode, FirstNode, NoOthers
 from pipeoptim.train.restarts import with_restarts
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rollback import with_rollbacks
@@ -44,6 +46,7 @@ def run(
     resume: bool | None = False,
     progress: bool = True,
     callbacks: Sequence[Callback] = (),
+    node: Node | None = None,
 ) -> RunResult:
     """Train as ``config`` says, in ``run_dir``; see :func:`pipeoptim.train.run`."""
     directory = RunDir(Path(run_dir))
@@ -51,6 +54,8 @@ def run(
         begun = resume is not False and directory.config.exists()
         config = kept(config, directory.read_config()) if begun else settled(config)
     check(config)
+    if node is not None:
+        _check_node(config, node)
     launched = config.engine == "processes" or config.max_restarts or config.on_bad == "rollback"
     if callbacks and (launched or under_torchrun()):
         raise ConfigError(
@@ -64,13 +69,17 @@ def run(
             "out"
         )
     train = _joined if under_torchrun() else _launched if launched else _emulated
+    if node is not None:
+        train = _on_first_node if node.rank == 0 else _on_another_node
     with ExitStack() as held:
         stop = held.enter_context(
             StopSignals(read_signals(config.stop_signals), config.grace, first_of_run(), directory.resume_command)
         )
         # The lock is taken inside and released here, after result and curve are written.
-        result = train(config, _Beginning(directory, resume, held, stop, callbacks=tuple(callbacks)), quiet=not progress)
-        if reports(config):
+        result = train(
+            config, _Beginning(directory, resume, held, stop, callbacks=tuple(callbacks), node=node), quiet=not progress
+        )
+        if reports(config) and (node is None or node.rank == 0):
             _draw_curve(directory, config)
     return result
 
@@ -106,6 +115,7 @@ class _Beginning:
         stop: what signals wish.
         stages: filled where the run may start again by itself, with modules that know the names of its parameters.
         callbacks: objects that were given beside those that the configuration names.
+        node: this machine, where there are others.
     """
 
     directory: RunDir
@@ -114,6 +124,7 @@ class _Beginning:
     stop: StopSignals
     stages: list[nn.Module] = field(default_factory=list)
     callbacks: tuple[Callback, ...] = ()
+    node: Node | None = None
 
     def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
@@ -182,17 +193,44 @@ def _checked_start(config: TrainConfig, beginning: _Beginning) -> Start:
         return beginning.start(setup)
 
 
-def _launched(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
+def _launched(config: TrainConfig, beginning: _Beginning, quiet: bool, nodes: FirstNode | NoOthers = ALONE) -> RunResult:
     directory, stop = beginning.directory, beginning.stop
     start = _checked_start(config, beginning)
     resume = partial(beginning.start_again, config)
-    attempt: Callable[[Start], RunResult] = partial(launch, directory, config, stop=stop, quiet=quiet)
+    attempt: Callable[[Start], RunResult] = partial(launch, directory, config, stop=stop, quiet=quiet, nodes=nodes)
     if config.on_bad == "rollback":
         attempt = with_rollbacks(directory, attempt, resume, _say)
     try:
         return with_restarts(config.max_restarts, start, attempt, resume, stop, _say)
     except (StageFailure, DivergedError) as error:
         raise type(error)(f"{error}; {directory.how_to_resume()}") from error
+
+
+def _check_node(config: TrainConfig, node: Node) -> None:
+    if under_torchrun():
+        raise ConfigError(
+            f"nnodes is {node.count}, but torchrun started this process, and knows the nodes itself; leave --nnodes, --node-rank, "
+            "--master-addr and --master-port to torchrun"
+        )
+    if not config.survive:
+        raise ConfigError(
+            f"nnodes is {node.count} without survive; start a run on several machines by torchrun (see docs/multi_node.md), or give "
+            "--survive K, with which pipeoptim train starts the processes itself, on each machine its own"
+        )
+    node.check(layout_of(config).processes)
+
+
+def _on_first_node(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
+    assert beginning.node is not None
+    with FirstNode(beginning.node, config, beginning.stop, _say) as nodes:
+        nodes.gather()  # before anything is built or written: they may refuse
+        return _launched(config, beginning, quiet, nodes)
+
+
+def _on_another_node(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
+    assert beginning.node is not None
+    with AnotherNode(beginning.node, config, beginning.stop, _say) as nodes:
+        return join_launches(beginning.directory, config, beginning.stop, quiet, nodes)
 
 
 def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
@@ -203,8 +241,8 @@ def _joined(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResul
     if config.survive:
         raise ConfigError(
             f"survive is {config.survive}, but torchrun's agent ends all processes when one has died, here and on other machines; leave "
-            "torchrun out (pipeoptim train starts the processes of one machine itself), or leave survive out and give --max-restarts to "
-            "torchrun"
+            "torchrun out (pipeoptim train starts the processes itself; on several machines with --nnodes, --node-rank, --master-addr and "
+            "--master-port), or leave survive out and give --max-restarts to torchrun"
         )
     if config.engine != "processes":
         raise ConfigError(

@@ -11,10 +11,10 @@ import os
 import shutil
 import signal
 import sys
-import time
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,20 +22,20 @@ from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, S
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from pipeoptim.checkpoint import unfinished_checkpoints
 from pipeoptim.config import TrainConfig
-from pipeoptim.engine.processes.loopback import gloo_on_loopback, loopback_environment, loopback_store
+from pipeoptim.engine.processes.loopback import gloo_on_loopback
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
 from pipeoptim.train.layout import Layout, processes_of
-from pipeoptim.train.parent import LAUNCHER, SUPERVISED
+from pipeoptim.train.nodes import ALONE, AnotherNode, FirstNode, NoOthers
+from pipeoptim.train.parent import LAUNCHER
 from pipeoptim.train.passed_signals import passed_on
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError, StopSignals
 from pipeoptim.train.stopped_workers import stopped_workers_end
-from pipeoptim.train.supervisor import Supervisor
+from pipeoptim.train.supervised import SupervisedLaunch, check_shared, first_attempt_of
 
 #: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
 STOP_SECONDS = 120
@@ -73,10 +73,12 @@ class StageLogs(LogsSpecs):
         return str(self.folder / f"stage-{'-'.join(map(str, stages))}{of}.{kind}")
 
 
-def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, quiet: bool) -> RunResult:
+def launch(
+    run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, quiet: bool, nodes: FirstNode | NoOthers = ALONE
+) -> RunResult:
     """Run ``config`` from ``start`` in as many processes as its layout has, on this machine; returns when all have ended.
 
-    ``stop``: the signals that are passed on to them.
+    ``stop``: the signals that are passed on to them. ``nodes``: other machines, which have a part of the processes, with ``survive``.
 
     Raises:
         StageFailure: a stage failed; the message names it and says why.
@@ -99,17 +101,17 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
         signals_to_handle="SIGINT,SIGHUP,SIGQUIT",
         shutdown_timeout=STOP_SECONDS,
     )
-    arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(start.checkpoint or "")]
-    arguments += ["--config-sha256", run.config_digest()]
-    arguments += ["--stop-signals", config.stop_signals, "--grace", str(config.grace)]
     # What is there afterwards was written by this session.
     run.result.unlink(missing_ok=True)
-    inherited = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
-    if not available():  # this process has warned already; the workers would only repeat it in their logs
-        inherited["PIPEOPTIM_KERNELS"] = "0"
+    command, inherited = _command(run, config, start.checkpoint, quiet), _inherited(config)
     if config.survive:
-        with _environment(**inherited):
-            _supervise(run, layout, logs, [*arguments, *(["--quiet"] if quiet else [])], stop)
+        with _environment(**inherited), nodes.attempt():
+            logs.folder.mkdir(parents=True, exist_ok=True)
+            attempt, store = first_attempt_of(nodes, logs.folder, start.checkpoint, run.config_digest())
+            if isinstance(nodes, FirstNode):
+                nodes.begin(attempt)
+            SupervisedLaunch(run, logs, command, stop, nodes).carry_out(attempt, partial(_reported, logs, run, stop))
+        del store  # here, as other nodes may have read in it until now
         return RunResult.read(run.path)
     with (
         _environment(**inherited),
@@ -119,39 +121,53 @@ def launch(run: RunDir, config: TrainConfig, start: Start, stop: StopSignals, qu
         passed_on(stop, map(logs.err, range(layout.processes))),
     ):
         try:
-            elastic_launch(settings, sys.executable)(*arguments, *(["--quiet"] if quiet else []))
+            elastic_launch(settings, sys.executable)(*command)
         except ChildFailedError as error:
-            raise _reported(error.failures, logs, run, stop) from error
+            raise _reported(logs, run, stop, error.failures) from error
         except SignalException as error:
             if not run.result.exists():
                 raise AbortedError(f"aborted by {error.sigval.name}; {run.how_to_resume()}", error.sigval) from error
     return RunResult.read(run.path)
 
 
-def _supervise(run: RunDir, layout: Layout, logs: StageLogs, command: list[str], stop: StopSignals) -> None:
-    """Run the processes so that those that die are replaced."""
-    ranks, store = range(layout.processes), loopback_store()
-    world = {**loopback_environment(store), "WORLD_SIZE": str(layout.processes), SUPERVISED: "1"}
-    environments = {rank: {**world, "RANK": str(rank)} for rank in ranks}
-    files = logs.reify(environments)
-    began = time.time()
-    # Images have no threads, so the grace time is watched here; with this process, all others end.
-    stop.others_save = lambda: any(folder.stat().st_mtime >= began for folder in unfinished_checkpoints(run.checkpoints))
-    try:
-        with Supervisor([layout.name(rank) for rank in ranks], logs.folder / "processes.json") as supervisor:
-            supervisor.start(command, environments, files.stdouts, files.stderrs)
-            ended = supervisor.run(stop)
-    except KeyboardInterrupt:
-        raise AbortedError(f"aborted by {stop.name}; {run.how_to_resume()}", stop.number) from None
-    if ended:
-        raise _reported({k: ProcessFailure(k, 0, code, files.error_files[k]) for k, code in ended.items()}, logs, run, stop)
+def join_launches(run: RunDir, config: TrainConfig, stop: StopSignals, quiet: bool, nodes: AnotherNode) -> RunResult:
+    """As :func:`launch` for the stages of a node that is not the first, for each attempt of node 0.
+
+    Raises:
+        PipeOptimError: as the run has ended.
+    """
+    layout = processes_of(config)
+    while (attempt := nodes.next_attempt()) is not None:
+        with suppress(PipeOptimError), nodes.attempt():  # node 0 decides whether the run is over
+            check_shared(run, attempt, nodes)
+            logs = StageLogs(run.logs / attempt.logs, layout)
+            checkpoint = run.checkpoints / attempt.checkpoint if attempt.checkpoint else None
+            with _environment(**_inherited(config)):
+                command = _command(run, config, checkpoint, quiet)
+                SupervisedLaunch(run, logs, command, stop, nodes).carry_out(attempt, partial(_reported, logs, run, stop))
+    return RunResult.read(run.path)
+
+
+def _command(run: RunDir, config: TrainConfig, checkpoint: Path | None, quiet: bool) -> list[str]:
+    arguments = ["-m", "pipeoptim.train.worker", str(run.path), "--from", str(checkpoint or "")]
+    arguments += ["--config-sha256", run.config_digest()]
+    arguments += ["--stop-signals", config.stop_signals, "--grace", str(config.grace)]
+    return [*arguments, *(["--quiet"] if quiet else [])]
+
+
+def _inherited(config: TrainConfig) -> dict[str, str]:
+    """Variables that workers get."""
+    found = {"OMP_NUM_THREADS": str(config.threads), LAUNCHER: str(os.getpid()), **gloo_on_loopback()}
+    if not available():  # this process has warned already; the workers would only repeat it in their logs
+        found["PIPEOPTIM_KERNELS"] = "0"
+    return found
 
 
 def _next_folder(logs: Path) -> Path:
     return logs / f"launch-{1 + len(list(logs.glob('launch-*')))}"
 
 
-def _reported(failures: Mapping[int, ProcessFailure], logs: StageLogs, run: RunDir, stop: StopSignals) -> PipeOptimError:
+def _reported(logs: StageLogs, run: RunDir, stop: StopSignals, failures: Mapping[int, ProcessFailure]) -> PipeOptimError:
     """What a run tells that ended by ``failures``; one that was asked to stop was aborted by them."""
     failure = _first_failure(failures, logs)
     return AbortedError(f"{stop.name} came, and {failure}; {run.how_to_resume()}", stop.number) if stop.wanted else failure

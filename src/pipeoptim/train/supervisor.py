@@ -20,7 +20,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -105,6 +105,7 @@ class Supervisor:
         self._places: list[WorkerPlace] = []
         self._selector = selectors.DefaultSelector()
         self._looked = time.monotonic()
+        self._others_ended = False
         self._retired: list[int] = []  # images that have been told to end
 
     def __enter__(self) -> Supervisor:
@@ -138,16 +139,18 @@ class Supervisor:
             self._watch(place)
         self._write_listing()
 
-    def run(self, stop: StopSignals) -> dict[int, int]:
+    def run(self, stop: StopSignals, look: Callable[[], bool] = lambda: False) -> dict[int, int]:
         """Until all have ended, or one has for good. Returns the exit codes of those that failed: negative, by a signal.
 
-        ``stop``: signals that are passed on to the processes.
+        ``stop``: signals that are passed on to the processes. ``look``: called again and again; what it raises ends this.
+        It says whether processes that are supervised elsewhere have ended well.
         """
         while any(place.ended is None for place in self._places) and not any(place.ended for place in self._places):
             for key, _ in self._selector.select(_LOOK):
                 key.data[0](*key.data[1:])
             self._look_for_stopped()
             self._pass_on(stop.number)
+            self._others_ended = look()
         return {place.rank: place.ended for place in self._places if place.ended}
 
     def __exit__(self, *raised: object) -> None:
@@ -227,7 +230,8 @@ class Supervisor:
             if not pending.process:
                 self._hear_image(place, pending)
         image = next((each for each in reversed(place.images) if each.process), None)
-        done = any(other.ended == 0 for other in self._places)  # all have written what they had to write by then
+        # All have written what they had to write by then.
+        done = self._others_ended or any(other.ended == 0 for other in self._places)
         if code >= 0 or image is None or done or self._dies_here(place, image):
             self._end_images(place)
             place.ended = 0 if done and code < 0 else code

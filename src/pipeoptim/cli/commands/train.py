@@ -27,6 +27,7 @@ from pipeoptim.errors import ConfigError
 from pipeoptim.schedule import AUTO
 
 if TYPE_CHECKING:
+    from pipeoptim.train.node import Node
     from pipeoptim.train.rundir import RunDir
 
 DEFAULT_RECIPE = "chars"
@@ -75,6 +76,18 @@ def train(
         bool, Option("--print-config", help="Print the run's settings as such a file, and what each means, and train nothing.")
     ] = False,
     quiet: Annotated[bool, Option("--quiet", help="No progress and no summary.")] = False,
+    nnodes: Annotated[
+        int | None,
+        Option(
+            help="With --survive on several machines: how many there are. Give the same command on each of them, with its own --node-rank; "
+            "they share the folder of the runs. Without --survive, several machines are torchrun's."
+        ),
+    ] = None,
+    node_rank: Annotated[
+        int | None, Option(help="Which of them this one is: 0 for the first, which the others call, and which has stage 0.")
+    ] = None,
+    master_addr: Annotated[str | None, Option(help="IP address or name of node 0 in their network.")] = None,
+    master_port: Annotated[int | None, Option(help="Port at which node 0 listens; 29500 unless given.")] = None,
     **settings: Any,
 ) -> None:
     """Train a model through a pipeline.
@@ -109,6 +122,8 @@ def train(
           Two pipelines on four processes, each for one half of every mini-batch.
       pipeoptim train --recipe digits --lr 0.05 --print-config > run.toml; pipeoptim train --config run.toml
           All settings in a file, to be changed there.
+      pipeoptim train --engine processes --survive 16 --nnodes 2 --node-rank 0 --master-addr 10.0.0.1
+          Stages 0 and 1 here, 2 and 3 on the machine where the same is given with --node-rank 1. A process that dies is replaced.
       pipeoptim train --resume --name chars-pipeoptim
           Continue after Ctrl-C or a crash, bit for bit.
       pipeoptim train --resume --name chars-pipeoptim --stages 2
@@ -128,6 +143,7 @@ def train(
     from pipeoptim.train.worker import reports
 
     keep_freed_memory()
+    node = _node(nnodes, node_rank, master_addr, master_port)
     changed = given(settings)
     if "trace_steps" in changed:
         changed["trace"] = True
@@ -175,12 +191,29 @@ def train(
         elif directory.path.exists():
             config = _same_run(directory, config)
     try:
-        result = run(config, directory.path, resume=resume or None, progress=not quiet)
+        result = run(config, directory.path, resume=resume or None, progress=not quiet, node=node)
     except FinishedError as finished:  # the result exists already: repeating a command is no error, and says so
         if reports(config):
             print(finished, file=sys.stderr)
         return
     _report(result, config, directory, quiet, notes)
+
+
+def _node(nnodes: int | None, node_rank: int | None, master_addr: str | None, master_port: int | None) -> Node | None:
+    """This machine, where there are several."""
+    from pipeoptim.train import Node
+
+    given = {"--nnodes": nnodes, "--node-rank": node_rank, "--master-addr": master_addr, "--master-port": master_port}
+    if set(given.values()) == {None}:
+        return None
+    for option in ("--nnodes", "--node-rank", "--master-addr"):
+        if given[option] is None:
+            other = next(name for name, value in given.items() if value is not None)
+            raise ConfigError(
+                f"{other} is {given[other]}, and {option} is missing; several machines need --nnodes, --node-rank and --master-addr"
+            )
+    assert nnodes is not None and node_rank is not None and master_addr is not None
+    return Node(node_rank, nnodes, master_addr, 29500 if master_port is None else master_port)
 
 
 def _new(

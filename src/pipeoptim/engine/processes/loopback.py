@@ -1,4 +1,4 @@
-"""A store for processes that are all on this machine: it listens on the loopback interface, so that no other machine reaches it.
+"""A store that listens at one address: that of the loopback interface, unless other machines shall reach it.
 
 torch's own ``TCPStore`` listens on all interfaces, whatever host name it is given, and asks nobody who calls for a password.
 """
@@ -27,11 +27,7 @@ def loopback_store(timeout: float = 300.0) -> TCPStore:
         >>> store.host, store.get("loss")
         ('127.0.0.1', b'0.5')
     """
-    # Port 0: the system chooses a free one, and it is ours from this line on, with no gap for another process to take it.
-    listener = socket.create_server((ADDRESS, 0), backlog=128)
-    port = listener.getsockname()[1]
-    # Detached: from now on the store owns the descriptor, and closes it.
-    return TCPStore(ADDRESS, port, None, True, timedelta(seconds=timeout), False, master_listen_fd=listener.detach())
+    return served_store(ADDRESS, timeout)
 
 
 def loopback_environment(store: TCPStore) -> dict[str, str]:
@@ -40,12 +36,22 @@ def loopback_environment(store: TCPStore) -> dict[str, str]:
     The other process is a client of the store, whatever its rank. Its gloo listens on the loopback interface, unless the user has
     chosen one by GLOO_SOCKET_IFNAME.
     """
-    return {
-        "MASTER_ADDR": ADDRESS,
-        "MASTER_PORT": str(store.port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True",
-        **gloo_on_loopback(),
-    }
+    return {**store_environment(ADDRESS, store.port), **gloo_on_loopback()}
+
+
+def served_store(address: str, timeout: float = 300.0) -> TCPStore:
+    """A store that this process serves at ``address``, one of its machine, and at no other."""
+    # Port 0: the system chooses a free one, and it is ours from this line on, with no gap for another process to take it.
+    family = socket.AF_INET6 if ":" in address else socket.AF_INET
+    listener = socket.create_server((address, 0), family=family, backlog=128)
+    port = listener.getsockname()[1]
+    # Detached: from now on the store owns the descriptor, and closes it.
+    return TCPStore(address, port, None, True, timedelta(seconds=timeout), False, master_listen_fd=listener.detach())
+
+
+def store_environment(address: str, port: int) -> dict[str, str]:
+    """Variables with which another process is a client of the store there, whatever its rank."""
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
 
 
 def gloo_on_loopback() -> dict[str, str]:

@@ -56,14 +56,14 @@ class SharedMemoryNorms:
         self.k, self.depth, self.timeout, self.waiting = k, depth, timeout, waiting
         self._page, self._process_fds = page, processes
         self._words = memoryview(page).cast("Q")
-        self._turns = _turns(max(depth, in_flight))
+        self._turns = kept_turns(max(depth, in_flight))
         self._interrupted = False
         self._while_waiting: Callable[[], None] | None = None
 
     @staticmethod
     def size(depth: int, in_flight: int = 0) -> int:
         """Bytes that the page must have."""
-        return 8 * depth * (2 * _turns(max(depth, in_flight)) + 1)
+        return 8 * depth * (2 * kept_turns(max(depth, in_flight)) + 1)
 
     def send(self, turn: int, number: float) -> None:
         """Write the ``turn``-th number of this stage."""
@@ -143,7 +143,7 @@ class SharedMemoryNorms:
         return number
 
 
-def _turns(in_flight: int) -> int:
+def kept_turns(in_flight: int) -> int:
     """Numbers of a stage that are kept: no stage is more than ``2 in_flight + 2`` updates ahead of what another still needs."""
     return 4 * (in_flight + 1)
 
