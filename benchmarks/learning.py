@@ -111,7 +111,7 @@ OPTIMIZERS = {
     "rotated_95": Choice(
         Component("rotated_adam", {"weight_decay": 0.01, "betas": (0.95, 0.999)}), (7.5e-4, 1.5e-3, 3e-3, 6e-3, 1.2e-2)
     ),
-    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4, 0.8)),
+    "sgd": Choice(Component("sgd", {"momentum": 0.9}), (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)),
     "rmsprop": Choice(Component("rmsprop", {"alpha": 0.99}), (2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3)),
 }
 

@@ -176,7 +176,8 @@ class FirstNode(_Together):
         self._callers: list[NodeLink] = []  # who have not said yet who they are
         self._links: dict[int, NodeLink] = {}
         self._hosts: dict[int, tuple[str, str]] = {}  # address and name of a node's machine
-        self._done: set[int] = set()  # nodes whose processes have ended
+        self._running: set[int] = set()  # nodes whose processes have begun and not ended
+        self._some_done = False  # well, in this attempt
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -198,7 +199,7 @@ class FirstNode(_Together):
 
     def begin(self, attempt: Attempt) -> None:
         """Tell them to start."""
-        self._done.clear()
+        self._running, self._some_done = set(self._links), False
         for link in self._links.values():
             link.heard = time.monotonic()
             link.send(begin=asdict(attempt))
@@ -209,7 +210,7 @@ class FirstNode(_Together):
         try:
             yield
             self._tell_all(0, ended=1)
-            while len(self._done) < len(self._links):  # the store is here, and they may still read in it
+            while self._running:  # the store is here, and they may still read in it
                 self.look()
                 time.sleep(_PAUSE)
         except BaseException as error:
@@ -225,19 +226,20 @@ class FirstNode(_Together):
             link.beat()
             for what in link.receive():
                 self._hear(rank, what)
-            if rank not in self._done or link.ended:
+            if rank in self._running or link.ended:
                 self._check_alive(link, self._name(rank))
-        return bool(self._done)
+        return self._some_done
 
     def _hear(self, rank: int, what: dict[str, Any]) -> None:
         if "signal" in what:
             self._hear_signal(int(what["signal"]))
             self._tell_all(rank, signal=int(what["signal"]))
         if "done" in what:
-            self._done.add(rank)
+            self._running.discard(rank)
+            self._some_done = True
             self._tell_all(rank, ended=1)
         if "failed" in what:
-            self._done.add(rank)
+            self._running.discard(rank)
             error = as_error(what["failed"])
             error.args = (f"{error.args[0]}, on {self._name(rank)}",)
             raise error
@@ -252,7 +254,7 @@ class FirstNode(_Together):
         """And wait until they have, so that nothing of this attempt is written when the next one begins."""
         self._tell_all(0, stop=str(error.args[0]) if error.args else type(error).__name__)
         end = time.monotonic() + _END
-        while any(rank not in self._done and not link.ended for rank, link in self._links.items()) and time.monotonic() < end:
+        while any(not self._links[rank].ended for rank in self._running) and time.monotonic() < end:
             for rank, link in self._links.items():
                 with suppress(PipeOptimError):
                     for what in link.receive():
