@@ -65,7 +65,7 @@ def test_what_a_stage_takes_is_measured_and_what_has_become_slow_is_told(clock):
     now = [pipe.stage_times(k) for k in range(2)]
     assert now == [StageTimes(0, 3.0, 0.0, 4.0, 0.0, 1.5, 4 / 3), StageTimes(1, 1.0, 0.0, 4.0, 0.0, 1.0, 4 / 3)]
     assert slow.note(now) == [
-        "stage 0 has become slow: a mini-batch takes it 3e+03 ms, 1.50 times as long as at first; steps take 1.33 times as long"
+        "stage 0 has become slow: a mini-batch takes it 3.00 s, 1.50 times as long as at first; steps take 1.33 times as long"
     ]
     assert slow.note(now) == []
     again = [StageTimes(0, 0.002, 0.0, 0.003, 0.0, 1.05, 1.0)]

@@ -61,12 +61,12 @@ class SlowStages:
             if one.stage not in self._slow and alone >= SLOWER:
                 self._slow.add(one.stage)
                 found.append(
-                    f"stage {one.stage} has become slow: a mini-batch takes it {1e3 * one.computing:.3g} ms, {one.slowed:.2f} times as "
+                    f"stage {one.stage} has become slow: a mini-batch takes it {_time(one.computing)}, {one.slowed:.2f} times as "
                     f"long as at first; steps take {one.held_up:.2f} times as long"
                 )
             elif one.stage in self._slow and alone < NO_LONGER_SLOW:
                 self._slow.discard(one.stage)
-                found.append(f"stage {one.stage} is as fast as at first again ({1e3 * one.computing:.3g} ms per mini-batch)")
+                found.append(f"stage {one.stage} is as fast as at first again ({_time(one.computing)} per mini-batch)")
         return found
 
     def _note_all(self, shared: float) -> list[str]:
@@ -81,3 +81,14 @@ class SlowStages:
             self._all_slow = False
             return ["not all stages are slow any more"]
         return []
+
+
+def _time(seconds: float) -> str:
+    """With three digits.
+
+    >>> _time(0.01314), _time(0.9996), _time(12.345), _time(1234.5)
+    ('13.1 ms', '1.00 s', '12.3 s', '1234 s')
+    """
+    if seconds < 0.9995:
+        return f"{1e3 * seconds:.3g} ms"
+    return f"{seconds:.{max(0, 3 - len(str(int(seconds))))}f} s"
