@@ -11,6 +11,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "engine"))
 import case
 import interleaved_cases as cases
 import pipeoptim as po
+from pipeoptim.engine.stage_times import WINDOW
 
 out = sys.argv[1]
 torch.set_num_threads(1)
@@ -18,12 +19,12 @@ dist.init_process_group("gloo")
 p = dist.get_rank()
 
 
-def setup(method, m, name, overlap=False, **options):
+def setup(method, m, name, overlap=False, slack=0, **options):
     modules = {k: case.pieces(4)[k] for k in (p, p + 2)}
     opts = [case.optimizer(name, module.parameters()) for module in modules.values()]
     stages = [PipelineStage(module, k, 4, torch.device("cpu")) for k, module in modules.items()]
     rates = [case.scheduler(opt) for opt in opts]
-    options = {"overlap": overlap, "clip": 1.0, **options}
+    options = {"overlap": overlap, "slack": slack, "clip": 1.0, **options}
     return po.InterleavedSchedule(stages, opts, case.loss_fn, method, m, schedulers=rates, seed=3, timeout=200, **options)
 
 
@@ -49,6 +50,13 @@ for fed, (x, y) in enumerate(cases.batches()):
     if pipe.stop_requested:
         break
 print("fed", fed)
+pipe.drain()
+pipe.close()
+pipe = setup("pipeoptim", 1, "adamw", slack="auto")
+x, y = next(cases.batches())
+for _ in range(WINDOW + 2 + 4 + 1):
+    pipe.step(*([x] if p == 0 else []), target=y if p == 1 else None)
+print("chose", pipe.slack)
 pipe.drain()
 pipe.close()
 setup(po.get_method("pipeoptim"), 1, "adamw").close()  # the object is another one in each process, the method is not

@@ -1,5 +1,6 @@
 """Two processes with two stages each compute what the emulator computes, bit for bit."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -21,12 +22,12 @@ def written(tmp_path_factory):
     return path, stage_processes.run(HERE / "interleaved_worker.py", 2, str(path), timeout=400)
 
 
-def emulate(run, m, name, overlap):
+def emulate(run, m, name, overlap, slack):
     method, options = case.predicted(run)
     modules = case.pieces(4)
     opts = [case.optimizer(name, module.parameters()) for module in modules]
     rates = [case.scheduler(opt) for opt in opts]
-    options |= {"schedulers": rates, "seed": 3, "clip": 1.0, "processes": 2, "overlap": overlap}
+    options |= {"schedulers": rates, "seed": 3, "clip": 1.0, "processes": 2, "overlap": overlap, "slack": slack}
     pipe = po.Emulator(modules, opts, case.loss_fn, method, m, **options)
     losses = []
     for n, (x, y) in enumerate(cases.batches()):
@@ -46,6 +47,12 @@ def test_interleaved_processes_equal_the_emulator_bit_for_bit(written, run):
         assert all(torch.equal(a, b) if isinstance(a, torch.Tensor) else a == b for a, b in pairs), f"stage {k} differs"
         assert theirs["gap"] == pipe.version_gap(k)
     assert torch.equal(torch.stack(losses), torch.stack(theirs["losses"]))
+
+
+def test_slack_that_is_chosen_is_one_number_and_the_same_where_stages_of_one_process_refuse_more(written):
+    """Without slack stage 2 predicts nothing, so that it refuses any, which process 1 has no reason to."""
+    chosen = [re.search(r"^chose (\d+\.\d)$", output, re.MULTILINE) for output in written[1]]
+    assert all(chosen) and chosen[0][1] == chosen[1][1]
 
 
 def test_a_stop_reaches_all_processes_and_misuse_is_said(written):

@@ -138,6 +138,8 @@ class Layer(torch.nn.Module):
         ({"processes": 1}, [1, 1, 0, 0]),
         ({"overlap": True}, [4, 3, 2, 1]),
         ({"processes": 2, "overlap": True}, [3, 3, 1, 1]),
+        ({"processes": 2, "slack": 1}, [4, 3, 1, 0]),
+        ({"processes": 2, "slack": 2, "overlap": True}, [6, 5, 2, 1]),
     ],
     ids=str,
 )

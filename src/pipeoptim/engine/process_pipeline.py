@@ -284,22 +284,26 @@ class ProcessPipeline(Pipeline):
             everyone = self.rendezvous.all_gather(f"slack/{self._fed}", json.dumps(own), "to choose the slack")
         found = {int(k): auto_slack.StageMeasurement(*one) for text in everyone for k, one in json.loads(text).items()}
         wanted = auto_slack.choose_slack([found[k] for k in range(self.depth)], self.program.interleaved)
-        program, refusal = self._most_slack(wanted)
-        self._use_program(program)
-        refused = f", not {describe_slack(wanted)}: {refusal}" if refusal else ""
-        _log.info("slack %s was chosen from the first %d mini-batches%s", describe_slack(program.slack), self._fed, refused)
+        limited = {most: _at_most(wanted, most) for most in range(_largest(wanted), 0, -1)}
+        # What stages refuse differs between processes, so that all of them take the most that nobody refuses.
+        refused: dict[int, str] = {}
+        with self._guard():
+            own_refusals = json.dumps({most: text for most, less in limited.items() if (text := self._refusal(less))})
+            for one in self.rendezvous.all_gather(f"slack refused/{self._fed}", own_refusals, "to choose the slack"):
+                refused = {int(most): text for most, text in json.loads(one).items()} | refused
+        chosen = next((less for most, less in limited.items() if most not in refused), None)
+        if chosen is not None:
+            self._use_program(self._program_with(self.microbatches, chosen))
+        why = f", not {describe_slack(wanted)}: {refused[_largest(wanted)]}" if _largest(wanted) in refused else ""
+        _log.info("slack %s was chosen from the first %d mini-batches%s", describe_slack(self.slack), self._fed, why)
 
-    def _most_slack(self, wanted: Slack) -> tuple[Program, str]:
-        """The program with as much of the ``wanted`` slack as method and options take, and why it is not all of it."""
-        refusal = ""
-        each = wanted if isinstance(wanted, tuple) else (wanted,)
-        for most in range(int(max(each, default=0)), 0, -1):
-            less = tuple(min(x, most) for x in each)
-            try:
-                return self._program_with(self.microbatches, less if isinstance(wanted, tuple) else less[0]), refusal
-            except ConfigError as error:
-                refusal = refusal or str(error)
-        return self.program, refusal
+    def _refusal(self, slack: Slack) -> str:
+        """Why method, options or the stages of this process do not take ``slack``; empty where they do."""
+        try:
+            self._program_with(self.microbatches, slack)
+        except ConfigError as error:
+            return str(error)
+        return ""
 
     def _measured(self, k: int) -> auto_slack.StageMeasurement:
         times, m, links = self.stage_times(k), self.microbatches, self._connections
@@ -533,3 +537,11 @@ class ProcessPipeline(Pipeline):
         except StageFailure:
             if not self._steps:
                 raise  # else there was no drain, and nobody takes the last gradients; the wait ends when the peer closes
+
+
+def _largest(slack: Slack) -> int:
+    return int(max(slack, default=0) if isinstance(slack, tuple) else slack)
+
+
+def _at_most(slack: Slack, most: int) -> Slack:
+    return tuple(min(x, float(most)) for x in slack) if isinstance(slack, tuple) else min(slack, float(most))
