@@ -157,6 +157,10 @@ def test_a_promise_is_kept_or_not() -> None:
         (["--storm", "2", "kill stage 0 at update 3"], "one of both"),
         (["--seed", "2", "kill stage 0 at update 3"], "seed is 2, but sentences"),
         (["kill stage 0 at update 3", "--", "--name", "x"], "--name is not for pipeoptim faults"),
+        (
+            ["kill stage 0 at update 3", "--", "--nnodes=2", "--node-rank", "0"],
+            "--nnodes=2 is not for pipeoptim faults, whose runs",
+        ),
         (["kill stage 0 at update 3", "--", "--help"], "see --out before -- and pipeoptim train --help"),
         (["kill stage 0 at update 3", "--", "--recipe", "digits", "--lr", "-1"], "lr"),
     ],

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from pipeoptim.faults import FaultRow
 
 _OWN = ("--name", "--out", "--new", "--resume", "--print-config", "--quiet", "--help")
+_NODES = ("--nnodes", "--node-rank", "--master-addr", "--master-port")
 
 
 def faults(
@@ -101,6 +102,8 @@ def _config(options: Sequence[str]) -> TrainConfig:
     from pipeoptim.train.config_file import chosen_run
 
     for option in options:
+        if option.partition("=")[0] in _NODES:
+            raise ConfigError(f"{option} is not for pipeoptim faults, whose runs are on this machine alone; leave it out")
         if option.partition("=")[0] in _OWN:
             raise ConfigError(
                 f"{option} is not for pipeoptim faults, which names and shows its runs itself; leave it out, and see --out before -- and "
