@@ -126,6 +126,11 @@ class _Beginning:
     callbacks: tuple[Callback, ...] = ()
     node: Node | None = None
 
+    @property
+    def name(self) -> str:
+        """Of the run."""
+        return self.directory.path.absolute().name
+
     def look(self, config: TrainConfig) -> None:
         """Refuse what can be refused before anything is built."""
         # `create` checks it again; here it spares the user the wait for data and model.
@@ -222,14 +227,14 @@ def _check_node(config: TrainConfig, node: Node) -> None:
 
 def _on_first_node(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     assert beginning.node is not None
-    with FirstNode(beginning.node, config, beginning.stop, _say) as nodes:
+    with FirstNode(beginning.node, beginning.name, config, beginning.stop, _say) as nodes:
         nodes.gather()  # before anything is built or written: they may refuse
         return _launched(config, beginning, quiet, nodes)
 
 
 def _on_another_node(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     assert beginning.node is not None
-    with AnotherNode(beginning.node, config, beginning.stop, _say) as nodes:
+    with AnotherNode(beginning.node, beginning.name, config, beginning.stop, _say) as nodes:
         return join_launches(beginning.directory, config, beginning.stop, quiet, nodes)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import signal
 import socket
 import struct
 import time
@@ -10,7 +11,8 @@ from collections.abc import Iterator
 from contextlib import suppress
 from typing import Any
 
-from pipeoptim.errors import PipeOptimError, StageFailure
+from pipeoptim.errors import PipeOptimError, StageFailure, first_line
+from pipeoptim.files import cause_of
 from pipeoptim.train.signals import AbortedError
 
 BEAT = 1.0
@@ -94,8 +96,14 @@ class NodeLink:
 
 def told(error: BaseException) -> dict[str, Any]:
     """An error, as it is told to another node."""
+    if isinstance(error, KeyboardInterrupt):
+        error = AbortedError("aborted by Ctrl-C", signal.SIGINT)
     number = error.number if isinstance(error, AbortedError) else 0
-    return {"kind": type(error).__name__, "text": str(error.args[0]) if error.args else type(error).__name__, "number": number}
+    if isinstance(error, PipeOptimError) and error.args:
+        text = str(error.args[0])  # without what is added where it is shown
+    else:
+        text = cause_of(error) if isinstance(error, OSError) else f"{type(error).__name__}: {first_line(error)}"
+    return {"kind": type(error).__name__, "text": text, "number": number}
 
 
 def as_error(what: dict[str, Any]) -> PipeOptimError:

@@ -15,8 +15,6 @@ same command is given there again.
 from __future__ import annotations
 
 import json
-import os
-import signal
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -102,16 +100,23 @@ class _Together:
 
     Args:
         node: this one.
-        config: of the run, which all must have alike.
+        run: name of its directory, which all must have alike.
+        config: of the run, too.
         stop: signals, which are passed on to all.
         say: is told what this node waits for.
         liveness: seconds without a sign of life after which a node is gone; None: only when its connection ends.
     """
 
     def __init__(
-        self, node: Node, config: TrainConfig, stop: StopSignals, say: Callable[[str], None], liveness: float | None = 10.0
+        self,
+        node: Node,
+        run: str,
+        config: TrainConfig,
+        stop: StopSignals,
+        say: Callable[[str], None],
+        liveness: float | None = 10.0,
     ) -> None:
-        self.node, self.config, self.stop, self.say, self.liveness = node, config, stop, say, liveness
+        self.node, self.run, self.config, self.stop, self.say, self.liveness = node, run, config, stop, say, liveness
         self._told_signal = False
 
     def _signal_to_tell(self) -> int:
@@ -124,8 +129,7 @@ class _Together:
     def _hear_signal(self, number: int) -> None:
         """As if it had come here."""
         self._told_signal = True
-        if not self.stop.wanted and number in (signal.SIGINT, *self.stop.numbers):
-            os.kill(os.getpid(), number)
+        self.stop.hear(number)
 
     def _check_alive(self, link: NodeLink, name: str) -> None:
         if link.ended:
@@ -207,6 +211,7 @@ class FirstNode(_Together):
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """As in :class:`OtherNodes`; :meth:`begin` comes first in it."""
+        self._running.clear()  # of the attempt before: a node that was gone there
         try:
             yield
             self._tell_all(0, ended=1)
@@ -231,9 +236,7 @@ class FirstNode(_Together):
         return self._some_done
 
     def _hear(self, rank: int, what: dict[str, Any]) -> None:
-        if "signal" in what:
-            self._hear_signal(int(what["signal"]))
-            self._tell_all(rank, signal=int(what["signal"]))
+        self._pass_signal(rank, what)
         if "done" in what:
             self._running.discard(rank)
             self._some_done = True
@@ -243,6 +246,12 @@ class FirstNode(_Together):
             error = as_error(what["failed"])
             error.args = (f"{error.args[0]}, on {self._name(rank)}",)
             raise error
+
+    def _pass_signal(self, rank: int, what: dict[str, Any]) -> None:
+        """If that is what a node says: it is for all."""
+        if "signal" in what:
+            self._hear_signal(int(what["signal"]))
+            self._tell_all(rank, signal=int(what["signal"]))
 
     def _tell_all(self, source: int, **what: Any) -> None:
         """But for the node that said it."""
@@ -266,7 +275,8 @@ class FirstNode(_Together):
     def _all_here(self) -> bool:
         self._meet_callers()
         for rank, link in list(self._links.items()):
-            link.receive()
+            for what in link.receive():
+                self._pass_signal(rank, what)
             if link.ended or self._is_silent(link):
                 link.close()
                 del self._links[rank]
@@ -301,7 +311,7 @@ class FirstNode(_Together):
         caller.send(welcome=socket.gethostname())
 
     def _refusal(self, said: dict[str, Any]) -> str:
-        own = hello(self.node, self.config)
+        own = hello(self.node, self.run, self.config)
         if not isinstance(said.get("rank"), int) or not isinstance(said.get("config"), str):
             return "node 0 expects the command of another node"
         for name in ("nnodes", "pipeoptim", "torch"):
@@ -312,7 +322,11 @@ class FirstNode(_Together):
         link = self._links.get(said["rank"])
         if link is not None and not link.ended:
             return f"node_rank is {said['rank']}, but the machine {self._hosts[said['rank']][1]} is that node already"
-        return _difference(said["config"], own["config"])
+        if difference := _difference(said["config"], own["config"]):
+            return difference
+        if said.get("run") != self.run:  # --new, given again where the run has begun, means another one
+            return f"the run is called {said.get('run')}, and {self.run} on node 0; give --name {self.run} here, and no --new"
+        return ""
 
     def _name(self, rank: int) -> str:
         address, host = self._hosts[rank]
@@ -332,7 +346,7 @@ class AnotherNode(_Together):
         self._link: NodeLink | None = None
         self._wait(self._called, JOIN, lambda: self._name)
         assert self._link is not None
-        self._link.send(**hello(self.node, self.config))
+        self._link.send(**hello(self.node, self.run, self.config))
         self._heard: list[dict[str, Any]] = []
         self._wait(lambda: self._receive() or self._link_ended, JOIN, lambda: self._name)
         answer = self._heard.pop(0) if self._heard else {}
@@ -420,7 +434,7 @@ class AnotherNode(_Together):
         return self._link is not None
 
 
-def hello(node: Node, config: TrainConfig) -> dict[str, Any]:
+def hello(node: Node, run: str, config: TrainConfig) -> dict[str, Any]:
     """What a node says of itself."""
     import torch
 
@@ -430,6 +444,7 @@ def hello(node: Node, config: TrainConfig) -> dict[str, Any]:
         "host": socket.gethostname(),
         "pipeoptim": pipeoptim.__version__,
         "torch": torch.__version__,
+        "run": run,
         "config": config.to_json(),
     }
 

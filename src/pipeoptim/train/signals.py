@@ -96,6 +96,11 @@ class StopSignals:
             time.sleep(0.05)
         return self.wanted
 
+    def hear(self, number: int) -> None:
+        """Of a signal that came to another process of the run: as if it had come here, but it is never a second one."""
+        if not self.wanted and number in (signal.SIGINT, *self.numbers):
+            self._on_signal(number, None)
+
     def leave_to_others(self) -> None:
         """From here on other processes, which are told of the signals, watch the grace time."""
         self._over.set()

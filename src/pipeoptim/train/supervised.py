@@ -97,6 +97,7 @@ def check_shared(run: RunDir, attempt: Attempt, nodes: AnotherNode) -> None:
     """
     end = time.monotonic() + _SHARED
     while not run.config.exists() or run.config_digest() != attempt.digest or not (run.logs / attempt.logs).is_dir():
+        nodes.look()  # node 0 would take this one for gone
         if time.monotonic() > end:
             seen = "another configuration" if run.config.exists() else "no run"
             raise ConfigError(

@@ -170,6 +170,11 @@ def train(
             print(to_toml(config))
             return
         if any(getattr(config, key) != getattr(directory.read_config(), key) for key in RECUT):
+            if node is not None:
+                raise ConfigError(
+                    f"nnodes is {node.count}, and a run is cut anew on one machine only; leave --nnodes and what belongs to it out, press "
+                    "Ctrl-C when it has begun, then resume it under its new name on all of them"
+                )
             directory = recut(directory, config)
     else:
         chosen, in_file = chosen_run(recipe, tiny, config_file, model, data, DEFAULT_RECIPE, set_options or ())
