@@ -16,7 +16,7 @@ import pytest
 import tiny
 from pipeoptim.cli.app import _run
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
-from pipeoptim.train import Node, supervised
+from pipeoptim.train import Node, run, supervised
 from pipeoptim.train.node_link import as_error, told
 from pipeoptim.train.nodes import AnotherNode, Attempt, FirstNode
 from pipeoptim.train.rundir import RunDir
@@ -106,6 +106,19 @@ def test_ctrl_c_while_node_0_waits_for_a_node_that_was_gone_ends_the_wait() -> N
             first.gather()
 
 
+@pytest.mark.parametrize("rank", [0, 1])
+def test_ctrl_c_twice_while_nodes_wait_for_each_other_is_told_in_words(
+    rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(FirstNode, "_wait", interrupted)
+    monkeypatch.setattr(AnotherNode, "_wait", interrupted)
+    with pytest.raises(AbortedError, match="aborted by Ctrl-C; "):
+        run(CONFIG, tmp_path / "run", progress=False, node=Node(rank, 2, "127.0.0.1", free_port()))
+
+
 def test_a_node_that_has_another_run_in_mind_is_refused_and_node_0_waits_on() -> None:
     """As --new does where it is given again after a node has gone."""
     with nodes(lambda _: None, name="run-2") as (first, other):
@@ -113,6 +126,16 @@ def test_a_node_that_has_another_run_in_mind_is_refused_and_node_0_waits_on() ->
         with pytest.raises(ConfigError, match="called run-2, and run on node 0; give --name run here, and no --new"):
             other.result(SECONDS)
         assert not first._all_here()
+
+
+def test_a_node_that_is_there_already_is_refused() -> None:
+    def twice(node: AnotherNode) -> None:
+        with pytest.raises(ConfigError, match="node_rank is 1, but the machine .* is that node already"), node:
+            pass  # entered again: it calls once more
+
+    with nodes(twice) as (first, other):
+        until(lambda: first._meet_callers() or other.done())
+    other.result(SECONDS)
 
 
 def test_several_machines_do_not_cut_a_run_anew(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

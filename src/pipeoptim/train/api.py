@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -225,16 +225,27 @@ def _check_node(config: TrainConfig, node: Node) -> None:
     node.check(layout_of(config).processes)
 
 
+@contextmanager
+def _second_interrupt(directory: RunDir) -> Iterator[None]:
+    """In words, where no processes run, which would be ended: while nodes wait for each other, or the model is built."""
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise AbortedError(f"aborted by Ctrl-C; {directory.how_to_resume()}") from error
+
+
 def _on_first_node(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     assert beginning.node is not None
-    with FirstNode(beginning.node, beginning.name, config, beginning.stop, _say) as nodes:
+    first = FirstNode(beginning.node, beginning.name, config, beginning.stop, _say)
+    with first as nodes, _second_interrupt(beginning.directory):
         nodes.gather()  # before anything is built or written: they may refuse
         return _launched(config, beginning, quiet, nodes)
 
 
 def _on_another_node(config: TrainConfig, beginning: _Beginning, quiet: bool) -> RunResult:
     assert beginning.node is not None
-    with AnotherNode(beginning.node, beginning.name, config, beginning.stop, _say) as nodes:
+    another = AnotherNode(beginning.node, beginning.name, config, beginning.stop, _say)
+    with _second_interrupt(beginning.directory), another as nodes:
         return join_launches(beginning.directory, config, beginning.stop, quiet, nodes)
 
 
