@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,7 +20,7 @@ import tiny
 from pipeoptim.cli.app import _run
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.train import Node, run, supervised
-from pipeoptim.train.node_link import as_error, told
+from pipeoptim.train.node_link import NodeLink, as_error, told
 from pipeoptim.train.nodes import AnotherNode, Attempt, FirstNode
 from pipeoptim.train.rundir import RunDir
 from pipeoptim.train.signals import AbortedError, StopSignals, exit_code
@@ -145,6 +148,29 @@ def test_several_machines_do_not_cut_a_run_anew(tmp_path: Path, capsys: pytest.C
     assert _run(["train", "--resume", "--name", "run", "--out", str(tmp_path), "--stages", "4", *where]) == 2
     assert "nnodes is 2, and a run is cut anew on one machine only" in capsys.readouterr().err
     assert [folder.name for folder in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_machine_that_has_lost_its_power_is_missed_although_signs_of_life_are_on_their_way() -> None:
+    """The kernel sends them again until this time-out, and probes nothing meanwhile."""
+    with socket.create_server(("127.0.0.1", 0)) as server, socket.create_connection(server.getsockname()) as connection:
+        link = NodeLink(connection)
+        assert connection.getsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == 25_000
+        link.close()
+
+
+def test_what_only_linux_knows_of_sockets_is_not_needed_to_train_elsewhere() -> None:
+    """macOS has no such names."""
+    told = subprocess.run(
+        [
+            sys.executable,
+            "-c",
+            "import socket; del socket.TCP_KEEPIDLE, socket.TCP_USER_TIMEOUT; import pipeoptim.train.node_link",
+        ],
+        capture_output=True,
+        text=True,
+        timeout=SECONDS * 4,
+    )
+    assert told.returncode == 0, told.stderr
 
 
 @pytest.mark.parametrize(

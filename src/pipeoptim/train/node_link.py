@@ -19,7 +19,8 @@ BEAT = 1.0
 """Seconds between two signs of life."""
 
 _MOST = 1 << 20  # bytes of a line, and of what has come and is not whole
-_KEEPALIVE = {socket.TCP_KEEPIDLE: 10, socket.TCP_KEEPINTVL: 5, socket.TCP_KEEPCNT: 3}  # seconds, seconds, probes
+_SILENCE = 25  # seconds after which a machine that acknowledges nothing, because it has lost its power, counts as gone
+_PROBES = 3
 _SEND = 5  # seconds after which the other end, which takes nothing, counts as gone
 
 
@@ -40,8 +41,11 @@ class NodeLink:
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", _SEND, 0))
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)  # a machine that has lost its power closes nothing
-        for option, value in _KEEPALIVE.items():
-            connection.setsockopt(socket.IPPROTO_TCP, option, value)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, _SILENCE - 5 * _PROBES)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, 5)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, _PROBES)
+        # Nothing is probed while something sent is on its way, as signs of life are: TCP would send it again for a quarter of an hour.
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 1000 * _SILENCE)
         self._rest = b""
         self.ended = False
         self.heard = time.monotonic()
