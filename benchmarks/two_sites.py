@@ -9,8 +9,9 @@ link::
     namespace pipeoptim-a   10.77.0.1 tun0 <--> this program: delay, jitter, rate, loss <--> tun0 10.77.0.2   namespace pipeoptim-b
       torchrun --node-rank 0, stages 0 .. D/2-1                                              torchrun --node-rank 1, stages D/2 .. D-1
 
-Only addresses inside these namespaces are used. It needs Linux, the right to make namespaces, and /dev/net/tun; elsewhere it says so and
-ends.
+A veth pair with ``tc netem`` would do the same where the kernel has these modules; many guests and containers have not, and TUN is nearly
+everywhere. Only addresses inside these namespaces are used. It needs Linux, the right to make namespaces, and /dev/net/tun; elsewhere it
+says so and ends.
 """
 
 from __future__ import annotations

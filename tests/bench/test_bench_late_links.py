@@ -10,6 +10,7 @@ from pipeoptim.bench import slow
 from pipeoptim.engine.processes.connect import LOCAL_LINKS
 from pipeoptim.engine.transport import link as transport_link
 from pipeoptim.engine.transport import message
+from pipeoptim.engine.transport.link import NEVER
 from pipeoptim.engine.transport.local_link import LocalSender
 from pipeoptim.engine.transport.unix_channel import SMALL, UnixChannel
 
@@ -67,6 +68,20 @@ def test_messages_arrive_late_in_order_and_hold_up_nobody(clock, link, numbers):
     assert receiver.receive().tree.tolist() == [0.0] * 7
     assert clock.slept == pytest.approx(0.75)
     assert receiver.least_late == pytest.approx(1e9, abs=1e3)  # slack="auto" measures the delay as on a real link
+
+
+def test_what_was_late_long_ago_counts_no_more(clock, link):
+    sender, receiver = link(delay=1.0, bandwidth=0.0)
+    assert receiver.lately_late == NEVER
+    for late in [1.0, *[3.0] * 130, *[2.0] * 130]:
+        sender.send(torch.zeros(4))
+        clock.now += late
+        receiver.receive()
+        if late == 3.0:
+            earlier = receiver.lately_late
+    assert earlier == pytest.approx(3e9, abs=1e3)
+    assert receiver.lately_late == pytest.approx(2e9, abs=1e3)
+    assert receiver.least_late == pytest.approx(1e9, abs=1e3)
 
 
 def test_bytes_leave_one_message_after_the_other(clock, link):

@@ -90,7 +90,7 @@ def test_a_node_that_waits_for_the_shared_folder_is_not_taken_for_gone(tmp_path:
 
     with nodes(not_shared, liveness=2.0) as (first, other):
         first.gather()
-        with pytest.raises(ConfigError, match=r"there is no run in .* on node 1, but node 0 has .*, on node 1"):
+        with pytest.raises(ConfigError, match=r"node 1 .*: there is no run in .* on node 1, but node 0 has"):
             carry_out(first)
     with pytest.raises(ConfigError, match="there is no run in"):
         other.result(SECONDS)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -19,6 +20,7 @@ from pipeoptim.telemetry.metrics import read_rows
 from pipeoptim.train import recut, run
 from pipeoptim.train.rundir import RunDir
 from pipeoptim.train.stagewise import StagewiseModel
+from processes import HERE
 
 
 class Waiting(nn.Linear):
@@ -43,6 +45,16 @@ def timed(at: int = 60, **changes: object) -> TrainConfig:
         tiny.steady(), model=Component("test_run_timing:model", {"at": at}), steps=100, eval_every=0, checkpoint_every=0
     )
     return replace(config, **changes)  # type: ignore[arg-type]
+
+
+def test_processes_say_how_late_their_messages_come(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH", "")])))
+    run(replace(tiny.steady(), engine="processes", steps=52), tmp_path / "run", progress=False)
+    (row,) = [row for row in read_rows(tmp_path / "run" / "metrics.jsonl") if "timing" in row]
+    first, last = sorted(row["timing"], key=lambda one: int(one["stage"]))
+    assert first["late_activations"] == last["late_gradients"] == 0.0
+    assert 0 < last["late_activations"] < 60
+    assert 0 < first["late_gradients"] < 60
 
 
 def test_a_stage_that_becomes_slow_is_named_and_a_plan_from_the_run_cuts_it_anew(

@@ -40,7 +40,7 @@ from pipeoptim.engine.stage.tied_weights import (
     read_tied,
 )
 from pipeoptim.engine.stage.worker import LossFn
-from pipeoptim.engine.stage_times import WINDOW
+from pipeoptim.engine.stage_times import WINDOW, StageTimes
 from pipeoptim.engine.survival import Survival, check_survives
 from pipeoptim.engine.torch_stage import StagePlace, read_stage
 from pipeoptim.engine.transport.link import Sender
@@ -315,6 +315,12 @@ class ProcessPipeline(Pipeline):
         super()._use_program(program)
         if self._connections is not None:
             self._connections.use_windows(self._windows())
+
+    def stage_times(self, k: int) -> StageTimes | None:
+        times, links = super().stage_times(k), self._connections
+        if times is None or links is None:
+            return times
+        return times._replace(late_activations=links.lately_late(k, k - 1), late_gradients=links.lately_late(k, k + 1))
 
     # -- while it runs -------------------------------------------------------------------------------------------------
 

@@ -26,6 +26,10 @@ class StageTimes(NamedTuple):
         spread: of ``computing``, as a standard deviation, without the longest and shortest ones.
         slowed: ``computing`` over what it was at first; above 1 where the stage has become slower.
         held_up: ``period`` over what it was at first.
+        late_activations, late_gradients: from the sending of a message to its end here, the least of the last 64 to 128: the delay of the
+            link from the previous and from the next stage, and more where the stage is never the one that waits. Between machines whose
+            clocks differ, the mean of a boundary's both directions is right. 0 where nothing is measured: in one process, without such a
+            neighbour, and with ``survive``.
     """
 
     stage: int
@@ -35,6 +39,8 @@ class StageTimes(NamedTuple):
     spread: float
     slowed: float
     held_up: float
+    late_activations: float = 0.0
+    late_gradients: float = 0.0
 
 
 class StageClock:
@@ -45,8 +51,8 @@ class StageClock:
         >>> for n in range(2 * WINDOW + 2):
         ...     clock.computed, clock.waited = 0.25 if n > WINDOW + 1 else 0.125, 0.125
         ...     clock.end_mini_batch(float(n))
-        >>> clock.times(0)
-        StageTimes(stage=0, computing=0.25, waiting=0.125, period=1.0, spread=0.0, slowed=2.0, held_up=1.0)
+        >>> clock.times(0)[:7]
+        (0, 0.25, 0.125, 1.0, 0.0, 2.0, 1.0)
     """
 
     __slots__ = ("_ended", "_first", "_last", "_seen", "computed", "waited")

@@ -110,8 +110,9 @@ def told(error: BaseException) -> dict[str, Any]:
     return {"kind": type(error).__name__, "text": text, "number": number}
 
 
-def as_error(what: dict[str, Any]) -> PipeOptimError:
+def as_error(what: object) -> PipeOptimError:
     """The error that another node has told."""
+    what = what if isinstance(what, dict) else {}
     kind, text = str(what.get("kind")), str(what.get("text"))
     if kind == AbortedError.__name__:
         return AbortedError(text, int(what.get("number", 2)))

@@ -126,10 +126,11 @@ class _Together:
         self._told_signal = True
         return self.stop.number
 
-    def _hear_signal(self, number: int) -> None:
-        """As if it had come here."""
-        self._told_signal = True
-        self.stop.hear(number)
+    def _hear_signal(self, number: object) -> None:
+        """As if it had come here; anything but a number means nothing."""
+        if isinstance(number, int):
+            self._told_signal = True
+            self.stop.hear(number)
 
     def _check_alive(self, link: NodeLink, name: str) -> None:
         if link.ended:
@@ -244,14 +245,14 @@ class FirstNode(_Together):
         if "failed" in what:
             self._running.discard(rank)
             error = as_error(what["failed"])
-            error.args = (f"{error.args[0]}, on {self._name(rank)}",)
+            error.args = (f"{self._name(rank)}: {error.args[0]}",)
             raise error
 
     def _pass_signal(self, rank: int, what: dict[str, Any]) -> None:
         """If that is what a node says: it is for all."""
         if "signal" in what:
-            self._hear_signal(int(what["signal"]))
-            self._tell_all(rank, signal=int(what["signal"]))
+            self._hear_signal(what["signal"])
+            self._tell_all(rank, signal=what["signal"])
 
     def _tell_all(self, source: int, **what: Any) -> None:
         """But for the node that said it."""
@@ -307,7 +308,7 @@ class FirstNode(_Together):
             return
         rank = int(said["rank"])
         self._links[rank] = caller
-        self._hosts[rank] = caller.peer, str(said["host"])[:100]
+        self._hosts[rank] = caller.peer, str(said.get("host"))[:100]
         caller.send(welcome=socket.gethostname())
 
     def _refusal(self, said: dict[str, Any]) -> str:
@@ -371,7 +372,7 @@ class AnotherNode(_Together):
             while self._heard:
                 what = self._heard.pop(0)
                 if "signal" in what:
-                    self._hear_signal(int(what["signal"]))
+                    self._hear_signal(what["signal"])
                 if "over" in what:
                     if what["over"] is not None:
                         raise as_error(what["over"])
@@ -406,7 +407,7 @@ class AnotherNode(_Together):
         for what in self._heard[:]:
             if "signal" in what:
                 self._heard.remove(what)
-                self._hear_signal(int(what["signal"]))
+                self._hear_signal(what["signal"])
             if "stop" in what:
                 self._heard.remove(what)
                 raise StageFailure(str(what["stop"]))

@@ -101,6 +101,13 @@ class StopSignals:
         if not self.wanted and number in (signal.SIGINT, *self.numbers):
             self._on_signal(number, None)
 
+    def ignore_from_now(self) -> None:
+        """The work is done: signals that come before the process has ended mean nothing, and shall not end it."""
+        self._over.set()
+        for number in self._before:
+            signal.signal(number, signal.SIG_IGN)
+            self._before[number] = signal.SIG_IGN
+
     def leave_to_others(self) -> None:
         """From here on other processes, which are told of the signals, watch the grace time."""
         self._over.set()

@@ -30,6 +30,9 @@ from pipeoptim.train.process_state import process_state
 from pipeoptim.train.signals import StopSignals
 
 _LOOK = 0.1  # seconds between looks for stopped processes and for signals
+_LAST_WORDS = (
+    2.0  # seconds for the end of a process that took over from one that had nothing left to do, once another has ended well
+)
 _LONGEST_LOOK = 1.0  # seconds that count between two of them
 _SAME_PLACE = 10  # times that a place is taken over from one image, and nothing is gained, before it is given up
 _PR_SET_CHILD_SUBREAPER = 36
@@ -105,7 +108,7 @@ class Supervisor:
         self._places: list[WorkerPlace] = []
         self._selector = selectors.DefaultSelector()
         self._looked = time.monotonic()
-        self._others_ended = False
+        self._others_ended, self._written = False, 0.0  # when all was written; 0: not yet
         self._retired: list[int] = []  # images that have been told to end
 
     def __enter__(self) -> Supervisor:
@@ -151,6 +154,7 @@ class Supervisor:
             self._look_for_stopped()
             self._pass_on(stop.number)
             self._others_ended = look()
+            self._end_late_replacements()
         return {place.rank: place.ended for place in self._places if place.ended}
 
     def __exit__(self, *raised: object) -> None:
@@ -230,8 +234,7 @@ class Supervisor:
             if not pending.process:
                 self._hear_image(place, pending)
         image = next((each for each in reversed(place.images) if each.process), None)
-        # All have written what they had to write by then.
-        done = self._others_ended or any(other.ended == 0 for other in self._places)
+        done = self._all_is_written
         if code >= 0 or image is None or done or self._dies_here(place, image):
             self._end_images(place)
             place.ended = 0 if done and code < 0 else code
@@ -239,6 +242,20 @@ class Supervisor:
         place.images.remove(image)
         self._end_images(place)
         self._wake(place, image, code)
+
+    @property
+    def _all_is_written(self) -> bool:
+        """Nobody ends well before all have met at the end and written what they had to write."""
+        return self._others_ended or any(place.ended == 0 for place in self._places)
+
+    def _end_late_replacements(self) -> None:
+        """Of processes that died after that meeting: they would wait for neighbours that have ended."""
+        self._written = self._written or (time.monotonic() if self._all_is_written else 0.0)
+        late = self._written and time.monotonic() - self._written > _LAST_WORDS
+        for place in self._places if late else ():
+            if place.ended is None and place.replaced and place.replaced[-1].caught_up is None:
+                with suppress(ProcessLookupError):
+                    os.kill(place.process, signal.SIGKILL)  # which its end takes for a good one
 
     def _dies_here(self, place: WorkerPlace, image: ImageEnd) -> bool:
         """Whether the processes of this place die again and again on their way from this image, and get no further: by what they do."""

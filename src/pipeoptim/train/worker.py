@@ -214,3 +214,7 @@ if __name__ == "__main__":
             asked.leave_to_others()  # an image of this process would not have the thread that watches the grace time
         print(listening(os.environ.get("RANK")), file=sys.stderr, flush=True)
         main(given, asked)
+        if (
+            is_supervised()
+        ):  # by its default action a signal would end it, and its image would do the end again without the others
+            asked.ignore_from_now()

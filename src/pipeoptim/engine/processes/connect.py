@@ -27,7 +27,7 @@ from pipeoptim.engine.processes.norm_exchange import GatheredNorms, ProcessNorms
 from pipeoptim.engine.processes.rendezvous import Rendezvous
 from pipeoptim.engine.processes.shared_memory import shared_memory_norms
 from pipeoptim.engine.transport.backend import backend_of, uses_gloo
-from pipeoptim.engine.transport.link import LinkObserver, Receiver, Sender, Waiting, pair
+from pipeoptim.engine.transport.link import NEVER, LinkObserver, Receiver, Sender, Waiting, pair
 from pipeoptim.engine.transport.local_link import LocalReceiver, LocalSender
 from pipeoptim.engine.transport.ports import Incoming, Outgoing, Ports
 from pipeoptim.engine.transport.staged_link import SideStreams, StagedReceiver, StagedSender, side_streams
@@ -85,6 +85,11 @@ class Connections:
     def seconds_late(self, k: int, peer: int) -> float:
         """The shortest time that a message from ``peer`` to stage ``k`` took, by the clocks of both; 0 where they are no neighbours."""
         return self._ends[k, peer][1].least_late / 1e9 if (k, peer) in self._ends else 0.0
+
+    def lately_late(self, k: int, peer: int) -> float:
+        """The same of the last messages; 0 also where none has come."""
+        late = self._ends[k, peer][1].lately_late if (k, peer) in self._ends else NEVER
+        return 0.0 if late == NEVER else late / 1e9
 
     def use_windows(self, windows: Sequence[int]) -> None:
         """Post as many receives ahead as ``windows`` says of each boundary; nothing is on its way. Both ends of a link call this."""

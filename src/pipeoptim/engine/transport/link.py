@@ -41,6 +41,7 @@ Waiting = Callable[[int | None], None]
 NEVER = 2**63 - 1
 """Where no message has come yet."""
 
+_TOGETHER = 64  # messages of which the least late one counts
 _MOST_PENDING = 8  # messages on their way before a send waits, in a window of up to half as many
 
 
@@ -236,10 +237,15 @@ class Receiver(LinkEnd):
     def __init__(self, *args: Any, ahead: bool) -> None:
         super().__init__(*args)
         self.ahead = ahead
-        self.least_late = (
-            NEVER  # nanoseconds from the sending of a message to its end here, the least so far, by the clocks of both ends
-        )
+        # Nanoseconds from the sending of a message to its end here, by the clocks of both ends: the least so far, of the present
+        # messages, and of those before.
+        self.least_late = self._late_now = self._late_before = NEVER
         self._posted: deque[tuple[Any, Tensor]] = deque()
+
+    @property
+    def lately_late(self) -> int:
+        """As :attr:`least_late`, of the last 64 to 128 messages; :data:`NEVER` before the first."""
+        return min(self._late_now, self._late_before)
 
     def post_receive(self) -> None:
         """Be ready for the next messages."""
@@ -296,12 +302,20 @@ class Receiver(LinkEnd):
             raise PipeOptimError(f"a message from stage {self.peer} has no valid description ({error})") from error
         return Message(tree, header.flags, header.loss_scale, (header.rows, header.of))
 
-    def _note_taken(self, header: message.Header) -> None:
-        """A message was received: post the receive of the next one, and free the buffers of ours that the peer has received."""
-        self.sequence += 1
+    def note_late(self, header: message.Header) -> None:
+        """How late the message has come that was received last."""
         late = monotonic_ns() - header.sent
         if late < self.least_late:
             self.least_late = late
+        if not self.sequence % _TOGETHER:
+            self._late_before, self._late_now = self._late_now, NEVER
+        if late < self._late_now:
+            self._late_now = late
+
+    def _note_taken(self, header: message.Header) -> None:
+        """A message was received: post the receive of the next one, and free the buffers of ours that the peer has received."""
+        self.sequence += 1
+        self.note_late(header)
         if self.ahead:
             with suppress(StageFailure):  # a peer that has sent its last may be gone; the next receive() fails if one is needed
                 self.post_receive()
