@@ -351,3 +351,24 @@ def test_files_are_merged_by_row() -> None:
     assert [(row.settings["method"], row.median) for row in both.rows] == [("naive", 1.0), ("pipeoptim", 2.0)]
     with pytest.raises(ConfigError, match="another machine"):
         merged(old, record(benchmark="memory"))
+
+
+def test_the_goals_of_two_sites_take_the_best_of_torch_over_the_same_link(tmp_path: Path) -> None:
+    figures = {
+        ("Schedule1F1B M=4", "20 ms, 100 Mbit/s", "0", ""): 0.1,
+        ("ScheduleGPipe M=4", "20 ms, 100 Mbit/s", "0", ""): 0.2,
+        ("Schedule1F1B M=4", "no delay, no limit", "0", ""): 0.5,
+        ("pipeoptim M=1", "20 ms, 100 Mbit/s", "0", ""): 0.5,
+        ("pipeoptim M=1 slack 0,2,0", "20 ms, 100 Mbit/s", "0,2,0", ""): 0.9,
+        ("pipeoptim M=1 slack 0,2,0 int8", "20 ms, 100 Mbit/s", "0,2,0", "int8"): 0.95,
+        ("pipeoptim M=1 slack 0,2,0", "no delay, no limit", "0,2,0", ""): 1.0,
+        ("plain loops M=1", "20 ms, 100 Mbit/s", "0", ""): 1.0,
+    }
+    rows = [
+        ResultRow(f"{contender}, {link}", [value], {"contender": contender, "link": link, "slack": slack, "compress": compress})
+        for (contender, link, slack, compress), value in figures.items()
+    ]
+    Record("two sites", "efficiency", {}, rows).write(tmp_path / "two_sites.json")
+    beside_torch, beside_itself = goals(tmp_path)
+    assert (beside_torch.value, beside_torch.missing) == (pytest.approx(4.5), 0)
+    assert (beside_itself.value, beside_itself.missing) == (pytest.approx(0.9), pytest.approx(0.05))

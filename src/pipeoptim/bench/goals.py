@@ -65,6 +65,7 @@ def goals(folder: Path) -> list[Goal]:
         "memory": _memory,
         "predict": _predict,
         "refresh": _refresh,
+        "two_sites": _two_sites,
     }
     for name, read in readers.items():
         path = folder / f"{name}.json"
@@ -168,6 +169,21 @@ def _predict(record: Record) -> Iterator[Goal]:
         worst = max(apart, key=lambda name: apart[name])
         what = f"optimizers without a fused step, by rule or last displacement, the most expensive ({worst})"
         yield Goal(f"{what}, over torch's step", apart[worst], most=1.6)
+
+
+def _two_sites(record: Record) -> Iterator[Goal]:
+    """Over a link of 20 ms and 100 Mbit/s, with the slack that hides it: beside torch's schedules, and beside itself without the link."""
+    over = {
+        (row.settings["contender"].startswith("Schedule"), row.settings["link"], row.settings["slack"]): row.median
+        for row in sorted(record.rows, key=lambda row: row.median)  # the best of each comes last
+        if not row.settings["compress"] and row.settings["contender"].startswith(("Schedule", "pipeoptim"))
+    }
+    link, none, slack = "20 ms, 100 Mbit/s", "no delay, no limit", "0,2,0"
+    ours, torchs, alone = (over.get(key) for key in ((False, link, slack), (True, link, "0"), (False, none, slack)))
+    if ours is not None and torchs is not None:
+        yield Goal(f"two sites, {link}: pipeoptim with slack {slack} over the best of torch", ours / torchs, least=4.0)
+    if ours is not None and alone is not None:
+        yield Goal(f"two sites, {link}: pipeoptim with slack {slack} over the same without the link", ours / alone, least=0.95)
 
 
 def _refresh(record: Record) -> Iterator[Goal]:
