@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from torch.distributed.elastic.multiprocessing.api import LogsDest, LogsSpecs, SignalException
+from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
@@ -27,50 +27,19 @@ from pipeoptim.engine.processes.loopback import gloo_on_loopback
 from pipeoptim.errors import ConfigError, DivergedError, PipeOptimError, StageFailure
 from pipeoptim.kernels import available
 from pipeoptim.train import local_rendezvous
-from pipeoptim.train.layout import Layout, processes_of
+from pipeoptim.train.layout import processes_of
 from pipeoptim.train.nodes import ALONE, AnotherNode, FirstNode, NoOthers
 from pipeoptim.train.parent import LAUNCHER
 from pipeoptim.train.passed_signals import passed_on
 from pipeoptim.train.result import RunResult
 from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError, StopSignals
+from pipeoptim.train.stage_logs import StageLogs
 from pipeoptim.train.stopped_workers import stopped_workers_end
 from pipeoptim.train.supervised import SupervisedLaunch, check_shared, first_attempt_of
 
 #: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
 STOP_SECONDS = 120
-
-
-class StageLogs(LogsSpecs):
-    """``<folder>/stage-<k>.out`` and ``.err``; only the last stage writes to the terminal (its progress bar)."""
-
-    def __init__(self, folder: Path, layout: Layout) -> None:
-        super().__init__(log_dir=str(folder))
-        self.folder, self.layout = folder, layout
-
-    @property
-    def root_log_dir(self) -> str:
-        """Where they are."""
-        return str(self.folder)
-
-    def reify(self, envs: dict[int, dict[str, str]]) -> LogsDest:
-        """File names for the processes whose environments are ``envs``."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        outs = {rank: self._path(rank, "out") for rank in envs}
-        outs[self.layout.reporter] = ""
-        errors = {rank: self._path(rank, "error.json") for rank in envs}
-        for rank, env in envs.items():
-            env["TORCHELASTIC_ERROR_FILE"] = errors[rank]
-        return LogsDest(stdouts=outs, stderrs={rank: self.err(rank) for rank in envs}, error_files=errors)
-
-    def err(self, rank: int) -> str:
-        """What a process writes to stderr."""
-        return self._path(rank, "err")
-
-    def _path(self, rank: int, kind: str) -> str:
-        replica, stages = self.layout.place(rank)
-        of = f"-replica-{replica}" if self.layout.replicas > 1 else ""
-        return str(self.folder / f"stage-{'-'.join(map(str, stages))}{of}.{kind}")
 
 
 def launch(

@@ -6,7 +6,6 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -19,10 +18,8 @@ from pipeoptim.train.nodes import AnotherNode, Attempt, FirstNode, NoOthers, Oth
 from pipeoptim.train.parent import SUPERVISED
 from pipeoptim.train.rundir import RunDir
 from pipeoptim.train.signals import AbortedError, StopSignals
+from pipeoptim.train.stage_logs import StageLogs
 from pipeoptim.train.supervisor import Supervisor
-
-if TYPE_CHECKING:
-    from pipeoptim.train.launcher import StageLogs
 
 _SHARED = 10.0  # seconds after which what node 0 has written must be seen here
 
