@@ -20,7 +20,7 @@ import pytest
 import dying
 import processes
 import tiny
-from compare import assert_same_state, timeless
+from compare import assert_equal_to_undisturbed
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import Node, run
 
@@ -84,9 +84,7 @@ def test_processes_killed_on_three_nodes_are_replaced_there_and_the_bits_are_tho
     for process in listed(tmp_path).values():
         assert not Path(f"/proc/{process}").exists()
     where = tmp_path / "runs" / "both"
-    run(dying.recipe(), tmp_path / "whole", progress=False)
-    assert_same_state(where, tmp_path / "whole")
-    assert timeless(where) == timeless(tmp_path / "whole")
+    assert_equal_to_undisturbed(where, dying.recipe(), tmp_path / "whole")
 
 
 def test_a_signal_to_one_command_stops_and_saves_the_run_on_both(tmp_path: Path) -> None:
@@ -114,9 +112,7 @@ def test_a_node_that_is_gone_is_named_waited_for_and_taken_in_again(tmp_path: Pa
             assert again.wait(SECONDS) == 0, again.err
             assert first.wait(30) == 0, first.err
     where = tmp_path / "runs" / "both"
-    run(tiny.slow(), tmp_path / "whole", progress=False)
-    assert_same_state(where, tmp_path / "whole")
-    assert timeless(where) == timeless(tmp_path / "whole")
+    assert_equal_to_undisturbed(where, tiny.slow(), tmp_path / "whole")
 
 
 def test_the_others_end_with_node_0(tmp_path: Path) -> None:

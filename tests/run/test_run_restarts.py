@@ -10,7 +10,7 @@ import pytest
 
 import processes
 import tiny
-from compare import assert_same_state, timeless
+from compare import assert_equal_to_undisturbed, timeless
 from pipeoptim.errors import ConfigError, StageFailure
 from pipeoptim.train import run
 from pipeoptim.train.restarts import with_restarts
@@ -35,9 +35,7 @@ def test_a_run_survives_a_kill_and_a_damaged_checkpoint(tmp_path: Path) -> None:
     assert lines[0].startswith(f"checkpoint {newest.relative_to(tmp_path)} is torn (stage-1.safetensors has another SHA-256")
     assert lines[1].startswith("restart 1 of 3, from step 40: stage 1 failed: killed by SIGKILL")
     assert "finished at step 120 of 120" in command.out
-    run(tiny.slow(), tmp_path / "whole", progress=False)
-    assert_same_state(where, tmp_path / "whole")
-    assert timeless(where) == timeless(tmp_path / "whole")
+    assert_equal_to_undisturbed(where, tiny.slow(), tmp_path / "whole")
 
 
 def test_it_gives_up_where_nothing_is_gained_and_when_it_has_tried_often_enough() -> None:

@@ -12,7 +12,7 @@ import pytest
 import dying
 import processes
 import tiny
-from compare import assert_same_state, timeless
+from compare import assert_equal_to_undisturbed
 from pipeoptim.engine.survival import Survival
 from pipeoptim.errors import ConfigError
 from pipeoptim.train import run
@@ -36,9 +36,7 @@ def test_stages_killed_in_a_forward_a_backward_an_update_and_an_evaluation(tmp_p
     assert command.err.count("was killed by SIGKILL; process") == 4, command.err
     for process in told["processes"].values():
         assert not Path(f"/proc/{process}").exists()
-    run(dying.recipe(), tmp_path / "whole", progress=False)
-    assert_same_state(where, tmp_path / "whole")
-    assert timeless(where) == timeless(tmp_path / "whole")
+    assert_equal_to_undisturbed(where, dying.recipe(), tmp_path / "whole")
 
 
 @pytest.mark.parametrize(

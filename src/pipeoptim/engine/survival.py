@@ -75,11 +75,11 @@ class Survival:
         following: KeptLink | None = None
         k, nodes = self.k, Nodes.of_this_run(self.depth)
         if k > 0:
-            host = nodes.host(k, towards=k - 1) if nodes.several else ""
+            host = nodes.host(k, towards=k - 1)
             self._listener = BoundaryListener(rendezvous.store, k - 1, self._standby.generation, host, timeout)
             previous = self._links.add(k - 1, self._listener.accept, timeout, apart=host != "")
         if k < self.depth - 1:
-            apart = nodes.several and nodes.node(k) != nodes.node(k + 1)
+            apart = nodes.node(k) != nodes.node(k + 1)
             following = self._links.add(k + 1, partial(self._call, rendezvous), timeout, apart)
         connections.ports[k] = Ports(previous, previous, following, following)
         if norms is not None:

@@ -36,7 +36,7 @@ from pipeoptim.train.rundir import RunDir, Start
 from pipeoptim.train.signals import AbortedError, StopSignals
 from pipeoptim.train.stage_logs import StageLogs
 from pipeoptim.train.stopped_workers import stopped_workers_end
-from pipeoptim.train.supervised import SupervisedLaunch, check_shared, first_attempt_of
+from pipeoptim.train.supervised import check_shared, first_attempt_of, supervise
 
 #: Seconds that a clean stop may take after Ctrl-C, before the agent kills the workers.
 STOP_SECONDS = 120
@@ -77,9 +77,8 @@ def launch(
         with _environment(**inherited), nodes.attempt():
             logs.folder.mkdir(parents=True, exist_ok=True)
             attempt, store = first_attempt_of(nodes, logs.folder, start.checkpoint, run.config_digest())
-            if isinstance(nodes, FirstNode):
-                nodes.begin(attempt)
-            SupervisedLaunch(run, logs, command, stop, nodes).carry_out(attempt, partial(_reported, logs, run, stop))
+            nodes.begin(attempt)
+            supervise(attempt, run, logs, command, stop, nodes, partial(_reported, logs, run, stop))
         del store  # here, as other nodes may have read in it until now
         return RunResult.read(run.path)
     with (
@@ -113,7 +112,7 @@ def join_launches(run: RunDir, config: TrainConfig, stop: StopSignals, quiet: bo
             checkpoint = run.checkpoints / attempt.checkpoint if attempt.checkpoint else None
             with _environment(**_inherited(config)):
                 command = _command(run, config, checkpoint, quiet)
-                SupervisedLaunch(run, logs, command, stop, nodes).carry_out(attempt, partial(_reported, logs, run, stop))
+                supervise(attempt, run, logs, command, stop, nodes, partial(_reported, logs, run, stop))
     return RunResult.read(run.path)
 
 

@@ -20,14 +20,17 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pipeoptim
 from pipeoptim.config import TrainConfig
+from pipeoptim.engine.processes.loopback import ADDRESS
 from pipeoptim.errors import ConfigError, PipeOptimError, StageFailure
 from pipeoptim.train.node import Node
 from pipeoptim.train.node_link import NodeLink, as_error, told
 from pipeoptim.train.signals import AbortedError, StopSignals
+
+T = TypeVar("T")
 
 JOIN = 600.0
 """Seconds that the nodes wait for each other to begin."""
@@ -82,6 +85,13 @@ class NoOthers:
     """There is one machine."""
 
     node: Node | None = None
+    addresses = (ADDRESS,)
+
+    def gather(self) -> None:
+        """Nobody to wait for."""
+
+    def begin(self, attempt: Attempt) -> None:
+        """Nobody to tell."""
 
     def attempt(self) -> AbstractContextManager[None]:
         """Nobody to tell."""
@@ -142,15 +152,15 @@ class _Together:
     def _is_silent(self, link: NodeLink) -> bool:
         return self.liveness is not None and time.monotonic() - link.heard > self.liveness
 
-    def _wait(self, until: Callable[[], bool], seconds: float, whom: Callable[[], str]) -> None:
-        """Until that is so.
+    def _wait(self, until: Callable[[], T | None], seconds: float, whom: Callable[[], str]) -> T:
+        """Until that is so, or there; what it is.
 
         Raises:
             StageFailure: it was not in so many seconds.
             AbortedError: a signal came.
         """
         end, say_at = time.monotonic() + seconds, time.monotonic() + 2.0
-        while not until():
+        while not (found := until()):
             now = time.monotonic()
             if self.stop.wanted:
                 raise AbortedError(f"{self.stop.name} came while waiting for {whom()}", self.stop.number)
@@ -162,6 +172,7 @@ class _Together:
                 self.say(f"waiting for {whom()}")
                 say_at = end + 1.0
             time.sleep(_PAUSE)
+        return found
 
 
 class FirstNode(_Together):
@@ -344,22 +355,26 @@ class AnotherNode(_Together):
 
     def __enter__(self) -> AnotherNode:
         self._name = f"node 0 ({self.node.where})"
-        self._link: NodeLink | None = None
-        self._wait(self._called, JOIN, lambda: self._name)
-        assert self._link is not None
-        self._link.send(**hello(self.node, self.run, self.config))
         self._heard: list[dict[str, Any]] = []
-        self._wait(lambda: self._receive() or self._link_ended, JOIN, lambda: self._name)
+        self._link = self._wait(self._call, JOIN, lambda: self._name)
+        try:
+            self._introduce()
+        except BaseException:
+            self._link.close()
+            raise
+        return self
+
+    def _introduce(self) -> None:
+        self._link.send(**hello(self.node, self.run, self.config))
+        self._wait(lambda: self._receive() or self._link.ended, JOIN, lambda: self._name)
         answer = self._heard.pop(0) if self._heard else {}
         if "refused" in answer:
             raise ConfigError(str(answer["refused"]))
         if "welcome" not in answer:
             raise ConfigError(f"nobody of pipeoptim answers at {self.node.where}; give the address and port of node 0")
-        return self
 
     def __exit__(self, *raised: object) -> None:
-        if self._link is not None:
-            self._link.close()
+        self._link.close()
 
     def next_attempt(self) -> Attempt | None:
         """What to start next; None when the run is over.
@@ -367,7 +382,7 @@ class AnotherNode(_Together):
         Raises:
             PipeOptimError: as the run has ended.
         """
-        while not self._link_ended or self._heard:
+        while not self._link.ended or self._heard:
             self._receive()
             while self._heard:
                 what = self._heard.pop(0)
@@ -380,28 +395,25 @@ class AnotherNode(_Together):
                 if "begin" in what:
                     begin = what["begin"]
                     return Attempt(**{**begin, "addresses": tuple(begin["addresses"])})
-            self._tell(signal=self._signal_to_tell())
-            if self._link is not None:
-                self._link.beat()
+            self._tell_signal()
+            self._link.beat()
             time.sleep(_PAUSE)
         raise StageFailure(f"{self._name} is gone: its command has ended, or cannot be reached")
 
     @contextmanager
     def attempt(self) -> Iterator[None]:
         """As in :class:`OtherNodes`."""
-        assert self._link is not None
         self._link.heard = time.monotonic()
         try:
             yield
         except BaseException as error:
-            self._tell(failed=told(error))
+            self._link.send(failed=told(error))
             raise
-        self._tell(done=1)
+        self._link.send(done=1)
 
     def look(self) -> bool:
         """As in :class:`OtherNodes`."""
-        assert self._link is not None
-        self._tell(signal=self._signal_to_tell())
+        self._tell_signal()
         self._link.beat()
         self._receive()
         for what in self._heard[:]:
@@ -416,23 +428,18 @@ class AnotherNode(_Together):
         self._check_alive(self._link, self._name)
         return any("ended" in what for what in self._heard)
 
-    @property
-    def _link_ended(self) -> bool:
-        return self._link is None or self._link.ended
-
-    def _tell(self, **what: Any) -> None:
-        if self._link is not None and any(what.values()):
-            self._link.send(**what)
+    def _tell_signal(self) -> None:
+        if number := self._signal_to_tell():
+            self._link.send(signal=number)
 
     def _receive(self) -> bool:
-        if self._link is not None:
-            self._heard += [what for what in self._link.receive() if "beat" not in what]
+        self._heard += [what for what in self._link.receive() if "beat" not in what]
         return bool(self._heard)
 
-    def _called(self) -> bool:
+    def _call(self) -> NodeLink | None:
         with suppress(OSError):
-            self._link = NodeLink(socket.create_connection((self.node.master(), self.node.master_port), timeout=2.0))
-        return self._link is not None
+            return NodeLink(socket.create_connection((self.node.master(), self.node.master_port), timeout=2.0))
+        return None
 
 
 def hello(node: Node, run: str, config: TrainConfig) -> dict[str, Any]:

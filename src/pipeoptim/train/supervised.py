@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
 from pipeoptim.checkpoint import unfinished_checkpoints
-from pipeoptim.engine.processes.loopback import ADDRESS, served_store, store_environment
+from pipeoptim.engine.processes.loopback import served_store, store_environment
 from pipeoptim.engine.processes.nodes import ADDRESSES
 from pipeoptim.errors import ConfigError, PipeOptimError
 from pipeoptim.train.nodes import AnotherNode, Attempt, FirstNode, NoOthers, OtherNodes
@@ -26,9 +25,16 @@ _SHARED = 10.0  # seconds after which what node 0 has written must be seen here
 Reported = Callable[[Mapping[int, ProcessFailure]], PipeOptimError]
 
 
-@dataclass(frozen=True)
-class SupervisedLaunch:
-    """The processes of this machine.
+def supervise(
+    attempt: Attempt,
+    run: RunDir,
+    logs: StageLogs,
+    command: Sequence[str],
+    stop: StopSignals,
+    nodes: OtherNodes,
+    reported: Reported,
+) -> None:
+    """The processes of this machine, until all processes, also of other nodes, have ended.
 
     Args:
         run: its directory, which all nodes share.
@@ -36,54 +42,39 @@ class SupervisedLaunch:
         command: arguments of Python.
         stop: signals that are passed on to them.
         nodes: the other machines.
+
+    Raises:
+        PipeOptimError: as ``reported`` says of those that failed here, or as another node says.
+        AbortedError: a second Ctrl-C.
     """
-
-    run: RunDir
-    logs: StageLogs
-    command: Sequence[str]
-    stop: StopSignals
-    nodes: OtherNodes
-
-    def carry_out(self, attempt: Attempt, reported: Reported) -> None:
-        """Until all processes, also of other nodes, have ended.
-
-        Raises:
-            PipeOptimError: as ``reported`` says of those that failed here, or as another node says.
-            AbortedError: a second Ctrl-C.
-        """
-        layout, node = self.logs.layout, self.nodes.node
-        world = store_environment(attempt.addresses[0], attempt.port)
-        world |= {"WORLD_SIZE": str(layout.processes), SUPERVISED: "1"}
-        if node is not None:
-            world[ADDRESSES] = ",".join(attempt.addresses)
-        ranks = range(layout.processes) if node is None else node.ranks(layout.processes)
-        environments = {rank: {**world, "RANK": str(rank)} for rank in ranks}
-        files = self.logs.reify(environments)
-        began = time.time()
-        # Images have no threads, so the grace time is watched here; with this process, all others end.
-        self.stop.others_save = lambda: any(
-            folder.stat().st_mtime >= began for folder in unfinished_checkpoints(self.run.checkpoints)
-        )
-        names = [layout.name(rank) for rank in range(layout.processes)]
-        listing = "processes.json" if node is None or node.rank == 0 else f"processes-node-{node.rank}.json"
-        try:
-            with Supervisor(names, self.logs.folder / listing) as supervisor:
-                supervisor.start(self.command, environments, files.stdouts, files.stderrs)
-                ended = supervisor.run(self.stop, self.nodes.look)
-        except KeyboardInterrupt:
-            raise AbortedError(f"aborted by {self.stop.name}; {self.run.how_to_resume()}", self.stop.number) from None
-        if ended:
-            raise reported({k: ProcessFailure(k, 0, code, files.error_files[k]) for k, code in ended.items()})
+    layout, node = logs.layout, nodes.node
+    world = store_environment(attempt.addresses[0], attempt.port)
+    world |= {"WORLD_SIZE": str(layout.processes), SUPERVISED: "1"}
+    if node is not None:
+        world[ADDRESSES] = ",".join(attempt.addresses)
+    ranks = range(layout.processes) if node is None else node.ranks(layout.processes)
+    environments = {rank: {**world, "RANK": str(rank)} for rank in ranks}
+    files = logs.reify(environments)
+    began = time.time()
+    # Images have no threads, so the grace time is watched here; with this process, all others end.
+    stop.others_save = lambda: any(folder.stat().st_mtime >= began for folder in unfinished_checkpoints(run.checkpoints))
+    names = [layout.name(rank) for rank in range(layout.processes)]
+    listing = "processes.json" if node is None or node.rank == 0 else f"processes-node-{node.rank}.json"
+    try:
+        with Supervisor(names, logs.folder / listing) as supervisor:
+            supervisor.start(command, environments, files.stdouts, files.stderrs)
+            ended = supervisor.run(stop, nodes.look)
+    except KeyboardInterrupt:
+        raise AbortedError(f"aborted by {stop.name}; {run.how_to_resume()}", stop.number) from None
+    if ended:
+        raise reported({k: ProcessFailure(k, 0, code, files.error_files[k]) for k, code in ended.items()})
 
 
 def first_attempt_of(nodes: FirstNode | NoOthers, logs: Path, checkpoint: Path | None, digest: str) -> tuple[Attempt, TCPStore]:
     """What this launch is, for all nodes, and the store that node 0 serves as long as it holds it."""
-    addresses: tuple[str, ...] = (ADDRESS,)
-    if isinstance(nodes, FirstNode):
-        nodes.gather()
-        addresses = nodes.addresses
-    store = served_store(addresses[0])
-    return Attempt(addresses, store.port, "" if checkpoint is None else checkpoint.name, logs.name, digest), store
+    nodes.gather()
+    store = served_store(nodes.addresses[0])
+    return Attempt(nodes.addresses, store.port, "" if checkpoint is None else checkpoint.name, logs.name, digest), store
 
 
 def check_shared(run: RunDir, attempt: Attempt, nodes: AnotherNode) -> None:
